@@ -1,0 +1,67 @@
+"""dora_diffusion: image-generation adapters built on DoRA (arXiv 2402.09353).
+
+    pipe = load_pipeline("pocket")
+    manager = AdapterManager(pipe)
+    manager.load_adapter("ink.safetensors", name="ink")
+    manager.set_adapters({"ink": 0.8})
+    pipe("a castle on the beach").images[0]
+
+Names are imported when first used, so that `import dora_diffusion` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dora_diffusion.adapters import AdapterManager, LoadReport
+    from dora_diffusion.formats import load_adapter, save_adapter
+    from dora_diffusion.generation import GenerationSettings, generate
+    from dora_diffusion.injection import DoRAConfig, Injection, inject
+    from dora_diffusion.pipelines import load_pipeline
+    from dora_diffusion.state import AdapterState, ModuleState
+    from dora_diffusion.train.config import TrainConfig
+    from dora_diffusion.train.loop import train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdapterManager": "adapters",
+    "LoadReport": "adapters",
+    "load_adapter": "formats",
+    "save_adapter": "formats",
+    "GenerationSettings": "generation",
+    "generate": "generation",
+    "DoRAConfig": "injection",
+    "Injection": "injection",
+    "inject": "injection",
+    "load_pipeline": "pipelines",
+    "AdapterState": "state",
+    "ModuleState": "state",
+    "TrainConfig": "train.config",
+    "train": "train.loop",
+}
+
+__all__ = [
+    "AdapterManager",
+    "AdapterState",
+    "DoRAConfig",
+    "GenerationSettings",
+    "Injection",
+    "LoadReport",
+    "ModuleState",
+    "TrainConfig",
+    "generate",
+    "inject",
+    "load_adapter",
+    "load_pipeline",
+    "save_adapter",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dora_diffusion' has no attribute {name!r}")
+    value = getattr(import_module(f"dora_diffusion.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,122 @@
+"""Files that are there whole or not at all: atomic writes, and checkpoint folders with a manifest.
+
+A checkpoint holds safetensors and JSON only, never a pickle. A save writes a temporary folder, syncs it to disk,
+renames it into place and only then removes older ones; "latest" is the newest checkpoint whose manifest agrees
+with its files, so a kill at any moment leaves a valid one.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors_from_bytes
+from safetensors.torch import save as save_tensors_to_bytes
+
+MANIFEST = "manifest.json"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path` through a temporary file beside it; `path` is the old file or the new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file atomically."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save_tensors_to_bytes(contiguous, metadata=dict(metadata or {})))
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file of our own into memory (bytes are read, not mapped: a mapped file may change)."""
+    return load_tensors_from_bytes(path.read_bytes())
+
+
+def save_checkpoint(folder: Path, files: Mapping[str, Callable[[Path], None]], keep: int = 2) -> None:
+    """Save a checkpoint atomically as `folder`, then remove all but the newest `keep` valid ones beside it.
+
+    Args:
+        folder: the checkpoint's place, `.../step-00000100`; siblings named `step-*` are its elders.
+        files: file name -> function that writes that file at the path it is given.
+        keep: how many checkpoints stay, this one included.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name, write in files.items():
+        write(temporary / name)
+    sizes = {name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256_of(temporary / name)} for name in files}
+    write_atomically(temporary / MANIFEST, json.dumps(sizes, indent=1).encode())
+    _sync_folder(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.rename(temporary, folder)
+    _sync_folder(folder.parent)
+    for old in valid_checkpoints(folder.parent)[:-keep]:
+        shutil.rmtree(old)
+
+
+def is_valid_checkpoint(folder: Path) -> bool:
+    """Whether the folder's manifest is there and every file has the size and hash it names."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        return bool(manifest) and all(
+            (folder / name).stat().st_size == entry["bytes"] and sha256_of(folder / name) == entry["sha256"]
+            for name, entry in manifest.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def valid_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints in `folder` that are whole, oldest first (`step-*`, by number)."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and is_valid_checkpoint(path)]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """An optimiser's state as flat named tensors: `INDEX.NAME`, in the order of its parameters."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{name}": torch.as_tensor(value) for index, values in state.items() for name, value in values.items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put tensors of `optimizer_tensors` back; the parameter groups keep the settings they have now."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
