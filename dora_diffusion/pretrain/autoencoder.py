@@ -18,8 +18,8 @@ from dora_diffusion import storage
 class AutoencoderRecipe:
     """How the VAE is trained. Steps at 64-pixel crops, then a stretch at whole pictures (group norms see both)."""
 
-    steps: int = 9000
-    whole_picture_steps: int = 1200
+    steps: int = 8500
+    whole_picture_steps: int = 700
     batch: int = 16
     whole_picture_batch: int = 6
     learning_rate: float = 1.5e-3

@@ -1,0 +1,113 @@
+"""Batches of latents and conditioning. Everything random is a function of (seed, step): a resumed run sees the same."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.train.config import TrainConfig
+from dora_diffusion.train.dataset import Example, StepSampler, load_pixels
+from dora_diffusion.train.subject import Subject
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: clean latents (N, C, h, w), conditioning, and each example's weight in the loss (N,)."""
+
+    latents: Tensor
+    conditioning: Mapping[str, Tensor]
+    weights: Tensor
+    names: tuple[str, ...]
+
+
+def step_seed(seed: int, step: int, purpose: int) -> int:
+    """A seed for one purpose of one step; distinct steps and purposes never share one in practice."""
+    return (seed * 1_000_003 + step) * 16 + purpose
+
+
+class LatentStore:
+    """Latents of examples, encoded once when nothing random is done to the pixels, else at every use."""
+
+    def __init__(self, subject: Subject, config: TrainConfig, size: tuple[int, int]) -> None:
+        self._subject = subject
+        self._data = config.data
+        self._size = size
+        self._kept: dict[tuple[str, bool], Tensor] = {}
+
+    def latent(self, example: Example, rng: Random) -> Tensor:
+        """(1, C, h, w), the mode of the VAE's posterior, scaled."""
+        flip = self._data.flip and rng.random() < 0.5
+        key = (str(example.path), flip)
+        if key in self._kept:
+            return self._kept[key]
+        pixels = load_pixels(example, size=self._size, crop=self._data.crop, flip=flip, rng=rng)
+        latent = self._subject.family.encode_pictures(self._subject.pipe, pixels[None], None)
+        if self._data.crop == "center":
+            self._kept[key] = latent
+        return latent
+
+
+class CaptionStore:
+    """Conditioning of captions: kept when no text encoder is trained."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._kept: dict[str, Mapping[str, Tensor]] = {}
+
+    def encode(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
+        """Captions -> batched conditioning, with gradients when a text encoder is trained."""
+        subject = self._subject
+        if subject.trains_text():
+            return subject.family.encode(subject.pipe, list(captions))
+        with torch.no_grad():
+            for caption in set(captions) - self._kept.keys():
+                self._kept[caption] = subject.family.encode(subject.pipe, [caption])
+        names = self._kept[captions[0]].keys()
+        return {name: torch.cat([self._kept[caption][name] for caption in captions]) for name in names}
+
+
+class BatchSource:
+    """The batch of any step: instance examples, then as many class examples when there is prior preservation."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        config: TrainConfig,
+        size: tuple[int, int],
+        *,
+        instances: Sequence[Example],
+        classes: Sequence[Example],
+    ) -> None:
+        self._config = config
+        self._latents = LatentStore(subject, config, size)
+        self._captions = CaptionStore(subject)
+        self._instances, self._classes = instances, classes
+        batch, seed = config.optim.batch_size, config.optim.seed
+        self._instance_order = StepSampler(len(instances), batch_size=batch, seed=seed)
+        self._class_order = StepSampler(len(classes), batch_size=batch, seed=seed + 1) if classes else None
+
+    def batch_at(self, index: int) -> Batch:
+        """The micro-batch `index` (optimiser step times accumulation, plus the micro step)."""
+        rng = Random(step_seed(self._config.optim.seed, index, 1))
+        examples = [self._instances[i] for i in self._instance_order.batch_at(index)]
+        dropout = self._config.data.caption_dropout
+        captions = ["" if rng.random() < dropout else example.caption for example in examples]
+        weights = [1.0] * len(examples)
+        if self._class_order is not None:
+            others = [self._classes[i] for i in self._class_order.batch_at(index)]
+            examples += others
+            captions += [example.caption for example in others]
+            # twice, since the mean runs over both halves: loss = mean(instances) + weight * mean(classes)
+            weights = [2.0] * len(weights) + [2.0 * self._config.prior.weight] * len(others)
+        return self.batch_of(examples, captions, rng, weights=weights)
+
+    def batch_of(
+        self, examples: Sequence[Example], captions: Sequence[str], rng: Random, *, weights: Sequence[float]
+    ) -> Batch:
+        """A batch of chosen examples under given captions and loss weights."""
+        latents = torch.cat([self._latents.latent(example, rng) for example in examples])
+        conditioning = self._captions.encode(captions)
+        names = tuple(example.path.name for example in examples)
+        return Batch(latents, conditioning, torch.tensor(weights, device=latents.device), names)

@@ -1,0 +1,84 @@
+"""Training checkpoints: safetensors and JSON only, saved whole or not at all, resumed bit for bit."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dora_diffusion import storage
+from dora_diffusion.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a checkpoint holds and a resumed run puts back."""
+
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scaler: Any  # torch.amp.GradScaler under fp16, else None
+
+
+def resumable_part(config: TrainConfig) -> dict[str, Any]:
+    """The settings that must not change between a run and its resumption (previews and paths may)."""
+    parts = config.model_dump(mode="json", include={"model", "data", "prior", "adapter", "optim"})
+    parts["data"].pop("instance_dir", None)
+    return parts
+
+
+def save(state: TrainingState, config: TrainConfig, *, step: int, folder: Path) -> Path:
+    """Save a checkpoint after `step` optimiser steps; elders beyond `config.checkpoint.keep` go."""
+    progress = {
+        "step": step,
+        "settings": resumable_part(config),
+        "scaler": None if state.scaler is None else state.scaler.state_dict(),
+    }
+    tensors = storage.optimizer_tensors(state.optimizer)
+    target = folder / f"step-{step:08d}"
+    storage.save_checkpoint(
+        target,
+        {
+            "parameters.safetensors": lambda path: storage.save_tensors(state.parameters, path),
+            "optimizer.safetensors": lambda path: storage.save_tensors(tensors, path),
+            "progress.json": lambda path: storage.write_atomically(path, json.dumps(progress).encode()),
+        },
+        keep=config.checkpoint.keep,
+    )
+    return target
+
+
+@torch.no_grad()
+def resume(state: TrainingState, config: TrainConfig, *, folder: Path) -> int:
+    """Load the newest valid checkpoint of `folder`; return how many steps it had done, 0 when there is none.
+
+    Raises:
+        ValueError: the checkpoint was made with other settings; the first that differs is named.
+    """
+    found = storage.valid_checkpoints(folder)
+    if not found:
+        return 0
+    newest = found[-1]
+    progress = json.loads((newest / "progress.json").read_text())
+    difference = _first_difference(progress["settings"], resumable_part(config))
+    if difference:
+        raise ValueError(f"{newest}: cannot resume, {difference}; use the same settings or another output_dir")
+    for name, value in storage.load_tensors(newest / "parameters.safetensors").items():
+        state.parameters[name].copy_(value)
+    storage.load_optimizer_tensors(state.optimizer, storage.load_tensors(newest / "optimizer.safetensors"))
+    if state.scaler is not None and progress["scaler"]:
+        state.scaler.load_state_dict(progress["scaler"])
+    step: int = progress["step"]
+    return step
+
+
+def _first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str | None:
+    for key in sorted(old.keys() | new.keys()):
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            if inner := _first_difference(before, now, f"{prefix}{key}."):
+                return inner
+        elif before != now:
+            return f"{prefix}{key} was {before!r} and is now {now!r}"
+    return None

@@ -1,0 +1,237 @@
+"""Training: sample -> noise -> predict -> loss, on accelerate, in a run folder that can be resumed bit for bit."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from dora_diffusion.formats import save_adapter
+from dora_diffusion.objectives import Prediction, add_noise, min_snr_weights, target, weighted_squared_error
+from dora_diffusion.storage import write_atomically
+from dora_diffusion.train import checkpoint
+from dora_diffusion.train.batches import Batch, BatchSource, step_seed
+from dora_diffusion.train.card import run_card
+from dora_diffusion.train.classes import ensure_class_examples
+from dora_diffusion.train.config import TrainConfig
+from dora_diffusion.train.dataset import Example, find_examples, split_validation
+from dora_diffusion.train.previews import draw_previews, save_previews, save_strip
+from dora_diffusion.train.subject import (
+    RateSchedule,
+    Subject,
+    adapter_metadata,
+    build_optimizer,
+    load_base,
+    prepare_subject,
+)
+
+
+class TrainingDiverged(ValueError):
+    """The loss is no longer a finite number."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves: the adapter's file, steps done, and (step, validation loss) pairs."""
+
+    adapter: Path
+    steps: int
+    validation: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The base's noise schedule: alphas_cumprod (T,) and what its denoiser predicts."""
+
+    alphas_cumprod: Tensor
+    prediction: Prediction
+
+
+def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
+    """Train an adapter as `config` says and write its run folder.
+
+    Args:
+        config: checked settings.
+        resume: "latest" goes on from the newest valid checkpoint of the run folder; None starts anew.
+
+    Raises:
+        ValueError: data, settings or checkpoint are not usable; one line that says which and how to mend it.
+    """
+    if resume not in (None, "latest"):
+        raise ValueError(f"resume={resume!r}: expected 'latest'")
+    folder = config.output_dir
+    if resume is None and any(folder.glob("checkpoints/step-*")):
+        raise ValueError(f"{folder}: holds checkpoints of an earlier run; resume it with --resume latest or choose another")
+    accelerator = Accelerator(
+        mixed_precision=config.optim.mixed_precision, log_with="tensorboard", project_dir=str(folder / "logs")
+    )
+    instances, held_out = _examples(config)
+    pipe = load_base(config, accelerator.device)
+    classes = ensure_class_examples(pipe, config)
+    run = _Run(config, accelerator, prepare_subject(pipe, config), instances, classes, held_out)
+    write_atomically(folder / "config.yaml", config.to_yaml().encode())
+    return run.go(resume is not None)
+
+
+def _examples(config: TrainConfig) -> tuple[list[Example], list[Example]]:
+    """Instance examples, and those of them held out for validation."""
+    examples = find_examples(config.data.instance_dir, instance_prompt=config.data.instance_prompt)
+    if config.data.validation_dir is not None:
+        return examples, find_examples(config.data.validation_dir, instance_prompt=config.data.instance_prompt)
+    if config.data.validation_share == 0:
+        return examples, []
+    return split_validation(examples, share=config.data.validation_share, seed=config.optim.seed)
+
+
+class _Run:
+    """One training run: its parts, and the loop over them."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        subject: Subject,
+        instances: Sequence[Example],
+        classes: Sequence[Example],
+        held_out: Sequence[Example],
+    ) -> None:
+        self.config, self.accelerator, self.subject = config, accelerator, subject
+        self.folder = config.output_dir
+        size = _picture_size(subject, config)
+        self.source = BatchSource(subject, config, size, instances=instances, classes=classes)
+        self.watched = list(held_out or instances)
+        scheduler = subject.pipe.scheduler
+        self.schedule = Schedule(scheduler.alphas_cumprod.clone(), scheduler.config.prediction_type)
+        self.optimizer = build_optimizer(subject, config)
+        self.rates = RateSchedule(self.optimizer, config)
+        self.prepared = accelerator.prepare_optimizer(self.optimizer)
+        named = {
+            f"{component}.{name}": parameter
+            for component, injection in subject.injections.items()
+            for name, parameter in injection.named_parameters().items()
+        }
+        self.state = checkpoint.TrainingState(named, self.optimizer, accelerator.scaler)
+        self.validation: list[tuple[int, float]] = []
+
+    def go(self, resume: bool) -> TrainResult:
+        """Train to the last step, writing previews, checkpoints and logs on the way."""
+        steps = self.config.optim.steps
+        done = checkpoint.resume(self.state, self.config, folder=self.folder / "checkpoints") if resume else 0
+        self.accelerator.init_trackers("run")
+        if done == 0:
+            self._watch(0)
+        bar = tqdm(
+            range(done, steps),
+            initial=done,
+            total=steps,
+            desc="training",
+            disable=not self.accelerator.is_main_process,
+        )
+        for step in bar:
+            rate = self.rates.set(step)
+            loss = self._optimise(step)
+            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}", refresh=False)
+            self.accelerator.log({"loss/train": loss, "learning_rate": rate}, step=step + 1)
+            self._watch(step + 1)
+            if _due(step + 1, self.config.checkpoint.every, steps) and self.accelerator.is_main_process:
+                checkpoint.save(self.state, self.config, step=step + 1, folder=self.folder / "checkpoints")
+        self.accelerator.end_training()
+        return self._finish()
+
+    def _optimise(self, step: int) -> float:
+        """One optimiser step over its micro-batches; returns the mean loss."""
+        optim, ranks = self.config.optim, self.accelerator.num_processes
+        total = 0.0
+        for micro in range(optim.gradient_accumulation):
+            index = (step * optim.gradient_accumulation + micro) * ranks + self.accelerator.process_index
+            batch = self.source.batch_at(index)
+            loss = self._loss(batch, seed=step_seed(optim.seed, index, 2))
+            if not math.isfinite(loss.item()):
+                raise TrainingDiverged(
+                    f"step {step + 1}: the loss is {loss.item()} on {', '.join(batch.names)}; lower the learning rate. "
+                    f"Checkpoints in {self.folder / 'checkpoints'} are from before"
+                )
+            self.accelerator.backward(loss / optim.gradient_accumulation)
+            total += loss.item() / optim.gradient_accumulation
+        if ranks > 1:
+            for parameter in self.subject.parameters():
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        if optim.max_grad_norm:
+            self.accelerator.clip_grad_norm_(self.subject.parameters(), optim.max_grad_norm)
+        self.prepared.step()
+        self.prepared.zero_grad()
+        return total
+
+    def _loss(self, batch: Batch, *, seed: int) -> Tensor:
+        """Sample a noise and a timestep for each latent, noise it, predict, compare."""
+        torch.manual_seed(seed)  # the layers' dropout draws from the global generator
+        generator = torch.Generator().manual_seed(seed)
+        latents = batch.latents.float()
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        timesteps = torch.randint(0, len(self.schedule.alphas_cumprod), (len(latents),), generator=generator)
+        timesteps = timesteps.to(latents.device)
+        noisy = add_noise(latents, noise, timesteps, self.schedule.alphas_cumprod)
+        dtype = next(self.subject.denoiser.parameters()).dtype
+        with self.accelerator.autocast():
+            predicted = self.subject.family.predict(
+                self.subject.denoiser, noisy.to(dtype), timesteps, batch.conditioning
+            )
+        alphas, kind = self.schedule.alphas_cumprod, self.schedule.prediction
+        goal = target(latents, noise, timesteps, alphas, prediction=kind)
+        snr = min_snr_weights(timesteps, alphas, gamma=self.config.optim.min_snr_gamma, prediction=kind)
+        return weighted_squared_error(predicted, goal, batch.weights * snr)
+
+    def _watch(self, step: int) -> None:
+        """Validation loss and previews when they are due."""
+        steps = self.config.optim.steps
+        if _due(step, self.config.validation.every, steps):
+            loss = self._validation_loss()
+            self.validation.append((step, loss))
+            self.accelerator.log({"loss/validation": loss}, step=step)
+        preview = self.config.preview
+        first_or_due = step == 0 or _due(step, preview.every, steps)
+        if preview.prompts and first_or_due and self.accelerator.is_main_process:
+            save_previews(draw_previews(self.subject, self.config), self.folder / "samples", step=step)
+
+    def _validation_loss(self) -> float:
+        """Mean loss on the watched examples at noises and timesteps that never change, so that runs compare."""
+        losses = []
+        with self.subject.drawing():
+            for index, example in enumerate(self.watched):
+                for repeat in range(self.config.validation.repeats):
+                    seed = step_seed(0, index * 1000 + repeat, 3)
+                    batch = self.source.batch_of([example], [example.caption], Random(seed), weights=[1.0])
+                    losses.append(self._loss(batch, seed=seed).item())
+        return sum(losses) / len(losses)
+
+    def _finish(self) -> TrainResult:
+        path = self.folder / "adapter.safetensors"
+        if self.accelerator.is_main_process:
+            metadata = adapter_metadata(self.config, self.subject.family, step=self.config.optim.steps)
+            save_adapter(self.subject.adapter(metadata), path)
+            save_strip(self.folder / "samples")
+            write_atomically(self.folder / "validation.json", json.dumps(self.validation).encode())
+            write_atomically(self.folder / "README.md", run_card(self.config, self.validation).encode())
+        self.accelerator.wait_for_everyone()
+        return TrainResult(path, self.config.optim.steps, tuple(self.validation))
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    """Every so many steps, and at the end; `every` 0 means only at the end."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _picture_size(subject: Subject, config: TrainConfig) -> tuple[int, int]:
+    """(width, height) of training pictures: the config's resolution, or the model's own."""
+    if config.data.resolution is not None:
+        return config.data.resolution, config.data.resolution
+    pipe: Any = subject.pipe
+    side = int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
+    return side, side

@@ -1,0 +1,169 @@
+"""What is trained: the base pipeline with adapters injected, and the optimiser over their parameters."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import nn
+
+import dora_diffusion
+from dora_diffusion.families import Family, family_of_pipeline
+from dora_diffusion.injection import DoRAConfig, Injection, inject
+from dora_diffusion.pipelines import load_pipeline
+from dora_diffusion.state import AdapterState, join
+from dora_diffusion.train.config import TrainConfig
+
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A pipeline under training. `injections`: component name -> its adapter."""
+
+    pipe: Any
+    family: Family
+    injections: Mapping[str, Injection]
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The UNet or transformer."""
+        module: nn.Module = getattr(self.pipe, self.family.denoiser.name)
+        return module
+
+    def trains_text(self) -> bool:
+        """Whether captions must be encoded anew at every step."""
+        return any(name != self.family.denoiser.name for name in self.injections)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Every trained parameter, in a fixed order."""
+        return [parameter for injection in self.injections.values() for parameter in injection.parameters()]
+
+    def train(self, mode: bool = True) -> None:
+        """Training or drawing mode of the adapted components."""
+        for name in self.injections:
+            getattr(self.pipe, name).train(mode)
+
+    def adapter(self, metadata: Mapping[str, str]) -> AdapterState:
+        """The adapter as it stands."""
+        return join([injection.state().under(name) for name, injection in self.injections.items()], metadata)
+
+    @contextmanager
+    def drawing(self) -> Any:
+        """Inference mode for previews and validation; training mode again afterwards."""
+        self.train(False)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(True)
+
+
+def load_base(config: TrainConfig, device: torch.device) -> Any:
+    """The base pipeline in the precision that the config asks for, frozen."""
+    pipe = load_pipeline(config.model, dtype=PRECISIONS[config.optim.mixed_precision], device=str(device))
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False)
+    return pipe
+
+
+def prepare_subject(pipe: Any, config: TrainConfig) -> Subject:
+    """Inject the adapters that the config asks for into a base pipeline."""
+    family = family_of_pipeline(pipe)
+    wanted = {family.denoiser.name: config.adapter.rank} if config.adapter.train_unet else {}
+    if config.adapter.train_text_encoder:
+        rank = config.adapter.text_encoder_rank or config.adapter.rank
+        wanted.update({part.name: rank for part in family.text_encoders if getattr(pipe, part.name, None) is not None})
+    generator = torch.Generator().manual_seed(config.optim.seed)
+    injections = {}
+    for name, rank in wanted.items():
+        is_denoiser = name == family.denoiser.name
+        injections[name] = inject(
+            getattr(pipe, name),
+            DoRAConfig(
+                rank=rank,
+                alpha=config.adapter.alpha * rank / config.adapter.rank,
+                target_modules=_targets(config, is_denoiser),
+                dropout=config.adapter.dropout,
+                use_dora=config.adapter.use_dora,
+                norm_grad=config.adapter.norm_grad,
+            ),
+            generator=generator,
+        )
+    if config.optim.gradient_checkpointing:
+        for name in injections:
+            model = getattr(pipe, name)
+            enable = getattr(model, "enable_gradient_checkpointing", None) or model.gradient_checkpointing_enable
+            enable()
+    subject = Subject(pipe, family, injections)
+    subject.train()
+    return subject
+
+
+def _targets(config: TrainConfig, is_denoiser: bool) -> str | list[str] | None:
+    """Explicit names and patterns are the denoiser's; a text encoder takes presets."""
+    targets = config.adapter.target_modules
+    presets = ("attention", "all-linear", "all")
+    return targets if is_denoiser or targets in presets else None
+
+
+def build_optimizer(subject: Subject, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with each component's own rate; magnitudes have a multiplier and no weight decay."""
+    optim = config.optim
+    groups = []
+    for name, injection in subject.injections.items():
+        is_text = name != subject.family.denoiser.name
+        rate = optim.text_encoder_learning_rate if is_text else None
+        rate = optim.learning_rate if rate is None else rate
+        magnitudes = injection.magnitudes()
+        known = {id(parameter) for parameter in magnitudes}
+        pairs = [parameter for parameter in injection.parameters() if id(parameter) not in known]
+        groups.append({"params": pairs, "lr": rate, "weight_decay": optim.weight_decay})
+        if magnitudes:
+            rate *= optim.magnitude_lr_multiplier
+            groups.append({"params": magnitudes, "lr": rate, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups)
+
+
+class RateSchedule:
+    """Learning rates as a function of the step alone, so that a resumed run needs no scheduler state."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
+        scheduler = get_scheduler(
+            config.optim.lr_scheduler,
+            optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0),
+            num_warmup_steps=config.optim.warmup_steps,
+            num_training_steps=config.optim.steps,
+        )
+        self._factor = scheduler.lr_lambdas[0]
+        self._optimizer = optimizer
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+
+    def set(self, step: int) -> float:
+        """Set the rates of a step; return the first group's."""
+        factor = self._factor(step)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        return self._rates[0] * factor
+
+
+def adapter_metadata(config: TrainConfig, family: Family, *, step: int) -> dict[str, str]:
+    """What a reader of the file should know, as strings."""
+    facts = {
+        "version": dora_diffusion.__version__,
+        "family": family.name,
+        "base_model": config.model,
+        "norm_grad": config.adapter.norm_grad,
+        "magnitude_axis": "out",
+        "instance_prompt": config.data.instance_prompt or "",
+        "steps": str(step),
+    }
+    return {f"dora_diffusion.{name}": value for name, value in facts.items()}
+
+
+def trainable_count(parameters: Iterable[nn.Parameter]) -> int:
+    """How many numbers are trained."""
+    return sum(parameter.numel() for parameter in parameters)
