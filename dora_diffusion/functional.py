@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A row counts as zero below this norm: it has no direction, so its gain is 1 (it can still move through D).
+# A row of W counts as zero up to this norm: it has no direction, so its gain is 1 (it still moves through D).
 TINY_NORM = 1e-8
 # Below this share of ||W||^2 + ||D||^2 the factored norm has lost its digits to cancellation and is taken densely.
 CANCELLATION = 1e-3
@@ -81,18 +81,19 @@ def initial_magnitude(weight: Tensor) -> Tensor:
     return squared_row_norms(w).clamp(min=TINY_NORM**2).sqrt()
 
 
-def gain(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """g = m / N(V), and 1 for a row without direction: (out,), (out,) -> (out,)."""
-    return torch.where(norm > 2 * TINY_NORM, magnitude / norm, torch.ones_like(norm))
+def gain(weight: Tensor, magnitude: Tensor, norm: Tensor) -> Tensor:
+    """g = m / N(V), (out,). A row of W that is zero has no magnitude to keep: its gain is 1, and it adapts as LoRA."""
+    has_direction = (squared_row_norms(weight) > TINY_NORM**2) & (norm > TINY_NORM)
+    return torch.where(has_direction, magnitude / norm, torch.ones_like(norm))
 
 
 def dora_gain(weight: Tensor, down: Tensor, up: Tensor, scale: float, magnitude: Tensor, *, exact: bool) -> Tensor:
     """g for the forward pass. `exact=False` holds N(V) constant in the backward pass (paper, section 4.3)."""
     if exact:
-        return gain(magnitude, row_norms(weight, down, up, scale))
+        return gain(weight, magnitude, row_norms(weight, down, up, scale))
     with torch.no_grad():
         norm = row_norms(weight, down, up, scale)
-    return gain(magnitude, norm)
+    return gain(weight, magnitude, norm)
 
 
 def dora_weight(weight: Tensor, down: Tensor, up: Tensor, scale: float, magnitude: Tensor | None) -> Tensor:
@@ -100,7 +101,7 @@ def dora_weight(weight: Tensor, down: Tensor, up: Tensor, scale: float, magnitud
     dense = weight.to(down.dtype) + low_rank_delta(down, up, scale)
     if magnitude is None:
         return dense
-    g = gain(magnitude, row_norms(weight, down, up, scale))
+    g = gain(weight, magnitude, row_norms(weight, down, up, scale))
     return g.reshape(-1, *[1] * (weight.dim() - 1)) * dense
 
 
@@ -156,7 +157,7 @@ def gain_form(
     left = strength * scale * rows(up)
     if magnitude is None:
         return GainForm(torch.zeros(up.shape[0], dtype=up.dtype, device=up.device), left, rows(down))
-    g = gain(magnitude, row_norms(weight, down, up, scale))
+    g = gain(weight, magnitude, row_norms(weight, down, up, scale))
     return GainForm(strength * (g - 1), g[:, None] * left, rows(down))
 
 

@@ -20,7 +20,7 @@ def ensure_class_examples(pipe: Any, config: TrainConfig) -> list[Example]:
         config: `prior.class_prompts` (or one `class_prompt`) are used in turn; each picture keeps its own in a .txt.
     """
     prior = config.prior
-    prompts = list(prior.class_prompts) or ([prior.class_prompt] if prior.class_prompt else [])
+    prompts = list(prior.prompts)
     if not prompts:
         return []
     folder = prior.class_dir or config.output_dir / "class"

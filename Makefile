@@ -1,0 +1,43 @@
+# `make demo` and `make test` are the only two commands needed; each sets up .venv first.
+# Overridable: PYTHON (makes the environment), VENV, DEMO_FLAGS, PYTEST_FLAGS.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+DEMO_FLAGS ?=
+PYTEST_FLAGS ?=
+
+.PHONY: setup demo test check format browser
+
+setup: $(READY)
+
+# torch first and alone: a CPU build of it that is installed in $(VENV) already is kept.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "setup: Python 3.11 or newer is needed (diffusers asks for it), got " + sys.version.split()[0] + "; choose one with PYTHON=python3.12")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -c constraints.txt torch
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[ui,dev,pretrain]'
+	@touch $@
+
+demo: setup
+	$(PY) examples/demo.py $(DEMO_FLAGS)
+
+test: setup browser
+	$(PY) -m pytest $(PYTEST_FLAGS)
+
+check: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports --no-logo
+
+format: setup
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+# Browser tests need a Chromium. Without one, and without the right to install it, they skip and say so.
+browser:
+	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; then :; \
+	else echo "browser: no Chromium here and none could be installed; the browser tests will be skipped"; fi

@@ -1,0 +1,196 @@
+"""The command line: parse, check, one call. Heavy imports wait until a command runs, so `--help` is quick."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+Handler = Callable[[argparse.Namespace, Sequence[str]], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status. A ValueError is one line on stderr and status 2, never a traceback."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    handler: Handler = parsed.handler
+    if rest and handler is not _train:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return handler(parsed, rest)
+    except (ValueError, OSError) as error:
+        print(f"dora-diffusion: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dora-diffusion: stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dora-diffusion", description="Train, blend and draw with DoRA adapters.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_doctor(commands.add_parser("doctor", help="check an image set before training"))
+    _add_train(commands.add_parser("train", help="train an adapter from a YAML config"))
+    _add_generate(commands.add_parser("generate", help="draw pictures with adapters"))
+    _add_inspect(commands.add_parser("inspect", help="what an adapter file holds"))
+    _add_ui(commands.add_parser("ui", help="the app: load, blend, draw"))
+    return parser
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Check an image set. Exit status 1 when something would be lost in training."
+    parser.add_argument("dataset", type=Path, help="folder of pictures")
+    parser.add_argument("--instance-prompt", help="caption of pictures that have none of their own")
+    parser.set_defaults(handler=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    from dora_diffusion.train.doctor import examine, format_report
+
+    report = examine(arguments.dataset, instance_prompt=arguments.instance_prompt)
+    print(format_report(report))
+    return 1 if report.losses else 0
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "dora-diffusion train CONFIG.yaml [--resume latest] [--dry-run] [--section.key value ...]"
+    parser.description = "Train an adapter. Any setting of the file can be overridden: --optim.steps 400"
+    parser.add_argument("config", type=Path, help="YAML file; see examples/")
+    parser.add_argument("--resume", choices=["latest"], help="go on from the newest valid checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="check data and settings, print the plan, train nothing")
+    parser.set_defaults(handler=_train)
+
+
+def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    from dora_diffusion.train.config import TrainConfig, parse_overrides
+
+    config = TrainConfig.from_yaml(arguments.config, parse_overrides(list(rest)))
+    if arguments.dry_run:
+        from dora_diffusion.train.plan import describe_plan
+
+        print(describe_plan(config))
+        return 0
+    from dora_diffusion.train.loop import train
+
+    result = train(config, resume=arguments.resume)
+    if result.validation:
+        (_, before), (_, after) = result.validation[0], result.validation[-1]
+        print(f"loss on fixed noise: {before:.4f} before, {after:.4f} after {result.steps} steps")
+    print(f"wrote {result.adapter}")
+    return 0
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Draw a picture. Several --adapter options blend: --adapter ink.safetensors:0.8"
+    parser.add_argument("--model", default="pocket", help="pocket, a diffusers folder or a hub id (default: pocket)")
+    parser.add_argument("--adapter", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--negative-prompt", default="")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: cpu)")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument("--output", type=Path, default=Path("out.png"), help="a PNG; metadata goes inside")
+    parser.set_defaults(handler=_generate)
+
+
+def split_adapter(text: str) -> tuple[Path, float]:
+    """`ink.safetensors:0.8` -> (path, 0.8); without a strength 1. A ValueError names the option."""
+    if text.endswith(".safetensors"):
+        return Path(text), 1.0
+    path, colon, strength = text.rpartition(":")
+    try:
+        return (Path(path), float(strength)) if colon else (Path(text), 1.0)
+    except ValueError:
+        raise ValueError(f"--adapter {text}: expected FILE or FILE:STRENGTH, such as ink.safetensors:0.8") from None
+
+
+def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    adapters = [split_adapter(text) for text in arguments.adapter]
+    if missing := [str(path) for path, _ in adapters if not path.is_file()]:
+        raise ValueError(f"--adapter {missing[0]}: no such file")
+    if arguments.output.suffix.lower() != ".png":
+        raise ValueError(f"--output {arguments.output}: pictures are written as PNG; give a name that ends in .png")
+    import torch
+    from tqdm import tqdm
+
+    from dora_diffusion.adapters import AdapterManager
+    from dora_diffusion.generation import AdapterUse, GenerationSettings, generate, save_picture
+    from dora_diffusion.pipelines import load_pipeline
+
+    settings = GenerationSettings(
+        prompt=arguments.prompt,
+        negative_prompt=arguments.negative_prompt,
+        seed=arguments.seed,
+        steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+        width=arguments.width,
+        height=arguments.height,
+    )
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype]
+    pipe = load_pipeline(arguments.model, dtype=dtype, device=arguments.device)
+    manager = AdapterManager(pipe)
+    uses = []
+    for index, (path, strength) in enumerate(adapters):
+        name = path.stem if path.stem not in manager.names else f"{path.stem}-{index + 1}"
+        report = manager.load_adapter(path, name=name)
+        uses.append(AdapterUse(name, report.sha256, strength))
+        print(f"{name}: {report.kind} rank {'/'.join(map(str, report.ranks))}, {report.matched} of {report.total} layers")
+    manager.set_adapters({use.name: use.weight for use in uses})
+    with tqdm(total=settings.steps, desc="drawing") as bar:
+        picture = generate(pipe, settings, on_step=lambda report: bar.update(report.step - bar.n) and None)
+    print(f"wrote {save_picture(picture, arguments.output, settings, model=arguments.model, adapters=uses)}")
+    return 0
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Format, kind, rank, parts, size and metadata of an adapter file."
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--model", help="also say how many layers of this base it matches")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.set_defaults(handler=_inspect)
+
+
+def _inspect(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    from dora_diffusion.inspection import describe, inspect_adapter
+
+    facts = inspect_adapter(arguments.file, model=arguments.model)
+    print(json.dumps(facts, indent=1) if arguments.json else describe(facts))
+    return 0
+
+
+def _add_ui(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Start the app in the browser. Needs the `ui` extra: pip install 'dora-diffusion[ui]'"
+    parser.add_argument("--model", default="pocket")
+    parser.add_argument("--adapters", type=Path, default=Path("."), help="folder to pick adapters from")
+    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for pictures")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.set_defaults(handler=_ui)
+
+
+def _ui(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    try:
+        from ui.app import launch
+        from ui.options import UiOptions
+    except ModuleNotFoundError as error:
+        if error.name not in ("gradio", "ui"):
+            raise
+        raise ValueError("the app needs gradio: pip install 'dora-diffusion[ui]'") from None
+    launch(
+        UiOptions(
+            model=arguments.model,
+            adapters=arguments.adapters,
+            output=arguments.output,
+            host=arguments.host,
+            port=arguments.port,
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Scores of bases and adapters, and the grids of pictures that go with them."""

@@ -1,0 +1,56 @@
+"""Put the trained parts together as a plain StableDiffusionPipeline and write the folder that ships."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
+from transformers import CLIPTokenizer
+
+from dora_diffusion.pretrain.denoiser import Denoiser, build_denoiser, build_scheduler, load_parameters
+
+
+def assemble(denoiser: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+    """A pipeline of the trained parts, without safety checker (it draws emoji)."""
+    return StableDiffusionPipeline(
+        vae=vae.eval(),
+        text_encoder=denoiser.text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=denoiser.unet.eval(),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def load_checkpoint(checkpoint: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+    """The pipeline of a denoiser checkpoint's averaged weights."""
+    denoiser = build_denoiser(tokenizer)
+    load_parameters(denoiser.named_parameters(), checkpoint / "average.safetensors")
+    return assemble(denoiser, vae, tokenizer)
+
+
+def ship(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    """Write fp16 safetensors in diffusers' layout into `folder`, replacing the model's files and leaving others."""
+    pipe = pipe.to(torch.float16)
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+    pipe.save_pretrained(folder, safe_serialization=True)
+
+
+def draw_batch(
+    pipe: StableDiffusionPipeline, captions: Sequence[str], seed: int, *, steps: int = 20, guidance_scale: float = 4.0
+) -> list[Image.Image]:
+    """A picture a caption, drawn together; one seed for the batch."""
+    pipe.set_progress_bar_config(disable=True)
+    result = pipe(
+        list(captions),
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    images: list[Image.Image] = result.images
+    return images

@@ -1,0 +1,1 @@
+"""Training: configuration, pictures, data sets, the doctor, losses, checkpoints and the loop."""

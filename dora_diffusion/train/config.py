@@ -1,0 +1,321 @@
+"""The configuration of a training run: one typed YAML file, checked once, whole, before anything is loaded.
+
+    config = TrainConfig.from_yaml("subject.yaml", {"optim.steps": "400"})
+
+Every mistake in it is a ValueError of one line that names the file, its line, the key, what was got and what was
+expected. (A TrainConfig built in Python raises pydantic's ValidationError, which is a ValueError of several lines.)
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from dora_diffusion.train import yaml_config
+
+# Paths in the file are relative to the file; `output_dir` is relative to the current directory.
+_PATHS_BESIDE_FILE = ("data.instance_dir", "data.validation_dir", "prior.class_dir")
+
+
+def _to_path(value: Any) -> Any:
+    """Text -> absolute path, so that a saved configuration means the same from any directory."""
+    if isinstance(value, (str, Path)) and str(value):
+        return Path(os.path.abspath(os.path.expanduser(value)))
+    return value
+
+
+def _to_number(value: Any) -> Any:
+    """`1e-4` -> 0.0001: YAML 1.1 takes a number without a dot for text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _no_is_a_word(value: Any) -> Any:
+    """`no` -> "no": YAML 1.1 takes it for false."""
+    return "no" if value is False else value
+
+
+Location = Annotated[Path, BeforeValidator(_to_path)]
+Number = Annotated[float, BeforeValidator(_to_number)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    # Strict: `steps: true` is a mistake, not 1.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class DataConfig(_Section):
+    """The pictures that are learnt."""
+
+    instance_dir: Location
+    """Folder of the pictures to learn, with their captions."""
+    instance_prompt: Text | None = None
+    """Caption of every picture that has none of its own."""
+    resolution: int | None = Field(default=None, ge=8)
+    """Side of the training pictures in pixels; null = the model's own."""
+    flip: bool = False
+    """Mirror each picture left to right half of the time."""
+    crop: Literal["center", "random"] = "center"
+    """Which part of a picture of another shape is kept."""
+    caption_dropout: Number = Field(default=0.0, ge=0, le=1)
+    """Share of the samples that are trained with an empty caption."""
+    validation_share: Number = Field(default=0.0, ge=0, lt=1)
+    """Share of the pictures that are not trained on but measured; 0 = none."""
+    validation_dir: Location | None = None
+    """Folder of pictures to measure, instead of a share of instance_dir."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        for name, folder in (("instance_dir", self.instance_dir), ("validation_dir", self.validation_dir)):
+            if folder is not None and not os.path.isdir(folder):
+                raise ValueError(f"data.{name}: got {str(folder)!r}, expected an existing folder of pictures")
+        if self.validation_dir is not None and self.validation_share:
+            raise ValueError(
+                f"data.validation_share: got {self.validation_share} beside data.validation_dir, expected one of them"
+            )
+        return self
+
+
+class PriorConfig(_Section):
+    """Prior preservation: pictures of the class as the base draws it, trained beside the subject's own."""
+
+    class_prompt: Text | None = None
+    """Prompt of the class pictures, such as "a photo of a dog"; null, with no class_prompts = no prior preservation."""
+    class_prompts: list[Text] = []
+    """Several prompts, used in turn, instead of class_prompt."""
+    class_dir: Location | None = None
+    """Folder of class pictures; null = `class` in the output folder. The base draws those that are missing."""
+    class_images: int = Field(default=40, ge=1)
+    """How many class pictures there shall be."""
+    weight: Number = Field(default=1.0, gt=0)
+    """Weight of the class pictures' loss beside that of the subject."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Every class prompt; empty when prior preservation is off."""
+        return tuple(self.class_prompts) if self.class_prompt is None else (self.class_prompt,)
+
+    @model_validator(mode="after")
+    def _check(self) -> "PriorConfig":
+        if self.class_prompt is not None and self.class_prompts:
+            raise ValueError(
+                f"prior.class_prompts: got {self.class_prompts} beside prior.class_prompt, expected one of them"
+            )
+        if self.class_dir is not None and not self.prompts:
+            raise ValueError(
+                f"prior.class_dir: got {str(self.class_dir)!r} without prior.class_prompt, expected both or neither"
+            )
+        if self.class_dir is not None and os.path.exists(self.class_dir) and not os.path.isdir(self.class_dir):
+            raise ValueError(f"prior.class_dir: got the file {str(self.class_dir)!r}, expected a folder")
+        return self
+
+
+class AdapterConfig(_Section):
+    """What is trained."""
+
+    rank: int = Field(default=8, ge=1)
+    """Rank of each layer's low-rank pair."""
+    alpha: Number = Field(default=8.0, gt=0)
+    """The update's scale is alpha / rank."""
+    dropout: Number = Field(default=0.0, ge=0, lt=1)
+    """Dropout probability on the low-rank branch."""
+    use_dora: bool = True
+    """Train magnitudes too (DoRA); false = a plain LoRA."""
+    norm_grad: Literal["detached", "exact"] = "detached"
+    """Whether the weight norm is a constant in the backward pass ("detached", as in the paper) or not."""
+    target_modules: Text | list[Text] | None = None
+    """Layers: a preset (attention, all-linear, all), a list of path endings, or a regex; null = attention."""
+    train_unet: bool = True
+    """Adapt the denoiser."""
+    train_text_encoder: bool = False
+    """Adapt the text encoder."""
+    text_encoder_rank: int | None = Field(default=None, ge=1)
+    """Rank in the text encoder; null = rank."""
+
+
+class OptimConfig(_Section):
+    """How it is trained."""
+
+    steps: int = Field(default=1000, ge=1)
+    """Optimiser steps."""
+    batch_size: int = Field(default=1, ge=1)
+    """Pictures in one forward pass, class pictures not counted."""
+    gradient_accumulation: int = Field(default=1, ge=1)
+    """Forward passes for one optimiser step."""
+    learning_rate: Number = Field(default=1e-4, gt=0)
+    """Peak learning rate."""
+    text_encoder_learning_rate: Number | None = Field(default=None, gt=0)
+    """Peak learning rate in the text encoder; null = learning_rate."""
+    magnitude_lr_multiplier: Number = Field(default=1.0, ge=0)
+    """The magnitudes' learning rate over that of the low-rank pair."""
+    weight_decay: Number = Field(default=1e-2, ge=0)
+    """AdamW's weight decay of the low-rank pair; magnitudes never decay."""
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
+    """Course of the learning rate, by diffusers' names."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps in which the learning rate rises from 0 to its peak."""
+    max_grad_norm: Number = Field(default=1.0, ge=0)
+    """Gradients longer than this are cut to it; 0 = never."""
+    min_snr_gamma: Number | None = Field(default=5.0, gt=0)
+    """Gamma of min-SNR weighting (arXiv 2303.09556); null = every timestep weighs the same."""
+    mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_no_is_a_word)] = "no"
+    """Precision of the frozen weights and activations; what is trained stays fp32."""
+    gradient_checkpointing: bool = False
+    """Save memory by computing activations twice."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of everything random in training."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimConfig":
+        if self.warmup_steps and self.lr_scheduler == "constant":
+            raise ValueError(
+                f"optim.warmup_steps: got {self.warmup_steps} with optim.lr_scheduler 'constant', which has none; "
+                "expected 0, or 'constant_with_warmup'"
+            )
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"optim.warmup_steps: got {self.warmup_steps}, expected at most optim.steps, which is {self.steps}"
+            )
+        return self
+
+
+class PreviewConfig(_Section):
+    """Pictures drawn in training, from fixed noise."""
+
+    prompts: list[Text] = []
+    """Prompts; empty = no previews."""
+    every: int = Field(default=0, ge=0)
+    """Steps between previews; 0 = only at the end."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the noise."""
+    steps: int = Field(default=20, ge=1)
+    """Denoising steps."""
+    guidance_scale: Number = Field(default=4.0, ge=0)
+    """Classifier-free guidance."""
+
+
+class ValidationConfig(_Section):
+    """The validation loss, on fixed noise and timesteps."""
+
+    every: int = Field(default=100, ge=0)
+    """Steps between measurements; 0 = only at the end."""
+    repeats: int = Field(default=4, ge=1)
+    """Fixed pairs of noise and timestep for each picture."""
+
+
+class CheckpointConfig(_Section):
+    """What a killed run goes on from."""
+
+    every: int = Field(default=250, ge=0)
+    """Steps between checkpoints; 0 = only at the end."""
+    keep: int = Field(default=2, ge=1)
+    """How many of the newest stay."""
+
+
+class TrainConfig(_Section):
+    """A whole training run. Paths are absolute once it is built."""
+
+    model: Text = "pocket"
+    """The base: "pocket", a diffusers folder or a hub id."""
+    output_dir: Location
+    """The run's folder; relative to the current directory."""
+    data: DataConfig
+    """The pictures that are learnt."""
+    prior: PriorConfig = PriorConfig()
+    """Prior preservation."""
+    adapter: AdapterConfig = AdapterConfig()
+    """What is trained."""
+    optim: OptimConfig = OptimConfig()
+    """How it is trained."""
+    preview: PreviewConfig = PreviewConfig()
+    """Pictures drawn in training."""
+    validation: ValidationConfig = ValidationConfig()
+    """The validation loss."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if not (self.adapter.train_unet or self.adapter.train_text_encoder):
+            raise ValueError(
+                "adapter.train_unet: got false, and adapter.train_text_encoder too; expected true for one of them"
+            )
+        text_encoder_only = {
+            "optim.text_encoder_learning_rate": self.optim.text_encoder_learning_rate,
+            "adapter.text_encoder_rank": self.adapter.text_encoder_rank,
+        }
+        for key, value in text_encoder_only.items():
+            if value is not None and not self.adapter.train_text_encoder:
+                raise ValueError(f"{key}: got {value}, but adapter.train_text_encoder is false; expected null, or true")
+        if os.path.exists(self.output_dir) and not os.path.isdir(self.output_dir):
+            raise ValueError(f"output_dir: got the file {str(self.output_dir)!r}, expected a folder, new or old")
+        return self
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Mapping[str, str] | None = None) -> "TrainConfig":
+        """Read a configuration.
+
+        Relative paths in the file start at its folder; `output_dir` and paths in overrides at the current directory.
+
+        Args:
+            path: the YAML file.
+            overrides: dotted key -> a YAML scalar (or `[list]`) that replaces the file's; see `parse_overrides`.
+
+        Raises:
+            ValueError: one line that names the file or flag, the key, what was got and what was expected.
+        """
+        file = yaml_config.read(Path(path), cls)
+        _start_paths_at(file.data, file.path.parent)
+        overrides = overrides or {}
+        for key, value in overrides.items():
+            yaml_config.override(file.data, key, value, cls)
+        try:
+            return cls.model_validate(file.data)
+        except ValidationError as error:
+            raise ValueError(yaml_config.one_line(error, file, overrides, cls)) from None
+
+    def to_yaml(self) -> str:
+        """Every key with its value; `from_yaml` of it gives an equal configuration, in whatever folder it lies."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @staticmethod
+    def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
+        """`["--optim.steps", "10", "--adapter.rank=4"]` -> `{"optim.steps": "10", "adapter.rank": "4"}`.
+
+        Raises:
+            ValueError: something that is no `--key value`, a key without a value, or a key given twice.
+        """
+        overrides: dict[str, str] = {}
+        rest = iter(arguments)
+        for argument in rest:
+            name, has_value, value = argument.partition("=")
+            if not name.startswith("--") or len(name) < 3:
+                raise ValueError(f"got {argument!r}, expected --section.key value, such as --optim.steps 400")
+            if not has_value:
+                value = next(rest, "--")
+                if value.startswith("--"):
+                    raise ValueError(f"{name}: got no value, expected {name} VALUE or {name}=VALUE")
+            if name[2:] in overrides:
+                raise ValueError(f"{name}: given twice, {overrides[name[2:]]!r} and {value!r}; expected it once")
+            overrides[name[2:]] = value
+        return overrides
+
+
+def _start_paths_at(data: dict[Any, Any], folder: Path) -> None:
+    """Let the relative paths of a file's data start at `folder`."""
+    for key in _PATHS_BESIDE_FILE:
+        section, name = key.split(".")
+        fields = data.get(section)
+        if isinstance(fields, dict) and isinstance(fields.get(name), str) and fields[name]:
+            fields[name] = str(folder / os.path.expanduser(fields[name]))
+    model = data.get("model")
+    if isinstance(model, str) and model.startswith(("./", "../")):
+        data["model"] = os.path.abspath(folder / model)

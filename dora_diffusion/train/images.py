@@ -1,0 +1,148 @@
+"""Reading pictures that strangers made: right pixels, or one line that names the file."""
+
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError, features
+
+Crop = Literal["center", "random"]
+
+# Only these decoders ever see a user's file; the others that Pillow has are old, rarely fuzzed, or call programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM") + (("AVIF",) if features.check("avif") else ())
+
+_SUFFIXES_BY_FORMAT = {
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp", ".dib"),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "AVIF": (".avif",),
+}
+
+SUFFIXES = frozenset(suffix for name in FORMATS for suffix in _SUFFIXES_BY_FORMAT[name])
+
+_WHITE = (255, 255, 255, 255)
+
+
+def shown(path: Path | str) -> str:
+    """A path as it may stand in a message of one line: line breaks and terminal codes are escaped."""
+    text = str(path)
+    return text if text.isprintable() else ascii(text)
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read a picture as RGB, 8 bits a channel, upright.
+
+    EXIF orientation is applied, transparency laid on white, 16-bit grey scaled to 8 bits, and the first frame taken of
+    an animation. Colour profiles are not applied.
+
+    Raises:
+        ValueError: one line naming the file, when it is missing, empty, cut short, no picture of `FORMATS`, larger than
+            `PIL.Image.MAX_IMAGE_PIXELS`, or of 32-bit or float samples, whose range no one knows.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size == 0:
+            raise ValueError("an empty file (0 bytes)")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # odd metadata that changes no pixel
+            warnings.filterwarnings("error", "Corrupt EXIF")  # which may have held the orientation
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as picture:
+                return _to_rgb(ImageOps.exif_transpose(picture), picture.format)
+    except UnidentifiedImageError:
+        raise ValueError(f"{shown(path)}: not a picture, or damaged; expected one of {', '.join(FORMATS)}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        most = Image.MAX_IMAGE_PIXELS
+        raise ValueError(f"{shown(path)}: too large, expected at most {most} pixels; make it smaller") from None
+    except FileNotFoundError:
+        raise ValueError(f"{shown(path)}: no such file") from None
+    except Exception as error:  # decoders meet damage with anything: SyntaxError, struct.error, IndexError ...
+        reason = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+        raise ValueError(f"{shown(path)}: cannot be read as a picture ({reason}); save it anew") from None
+
+
+def _to_rgb(picture: Image.Image, file_format: str | None) -> Image.Image:
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and file_format == "PPM"):
+        return _from_grey16(picture)
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"32-bit samples (mode {picture.mode}), expected 8 or 16 bits")
+    if picture.has_transparency_data:
+        clear = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", clear.size, _WHITE), clear).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _from_grey16(picture: Image.Image) -> Image.Image:
+    """0..65535 -> 0..255; `convert` would clip everything above 255 to white."""
+    grey = np.asarray(picture).astype(np.uint32)
+    scaled = ((grey + 128) // 257).astype(np.uint8)
+    if "transparency" in picture.info:  # PNG: the one grey that is clear
+        scaled[grey == picture.info["transparency"]] = 255
+    return Image.fromarray(scaled).convert("RGB")
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """The pictures that lie in a folder itself, by suffix, in natural order (2.png before 10.png); hidden ones are not.
+
+    Raises:
+        ValueError: no such folder, or no picture in it.
+    """
+    files = list_files(folder)
+    pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
+    if not pictures:
+        found = f"{len(files)} other files, {shown(files[0].name)} first" if files else "no files"
+        raise ValueError(f"{shown(folder)}: got {found}, expected pictures ({' '.join(sorted(SUFFIXES))})")
+    return pictures
+
+
+def list_files(folder: str | Path) -> list[Path]:
+    """The files that lie in a folder itself, in natural order, hidden ones left out.
+
+    Raises:
+        ValueError: no such folder, or it may not be read.
+    """
+    if not os.path.isdir(folder):
+        raise ValueError(f"{shown(folder)}: no such folder, expected a folder of pictures")
+    try:
+        entries = list(Path(folder).iterdir())
+    except OSError as error:
+        raise ValueError(f"{shown(folder)}: cannot be read ({error.strerror})") from None
+    return sorted((path for path in entries if path.is_file() and not path.name.startswith(".")), key=natural_order)
+
+
+def natural_order(path: Path) -> tuple[list[str | int], str]:
+    """Sort key by which img2 comes before img10; names that differ in case alone keep one order."""
+    parts = re.split(r"(\d+)", str(path).casefold())  # text and digits by turns, so like meets like
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)], str(path)
+
+
+def fit(
+    picture: Image.Image, *, size: tuple[int, int], crop: Crop = "center", offset: tuple[float, float] | None = None
+) -> Image.Image:
+    """Scale a picture to cover `size` and cut off what lies over, in one Lanczos resampling.
+
+    Args:
+        picture: of any size.
+        size: (width, height) in pixels.
+        crop: which part stays; "center" takes no offset, "random" needs one.
+        offset: (x, y), each 0..1, of what is cut off how much is cut left and above.
+
+    Raises:
+        ValueError: crop and offset do not go together.
+    """
+    if (crop == "random") != (offset is not None):
+        raise ValueError(f"offset: got {offset} with crop={crop!r}, expected one with 'random' only")
+    x, y = offset or (0.5, 0.5)
+    scale = max(size[0] / picture.width, size[1] / picture.height)
+    width, height = min(picture.width, size[0] / scale), min(picture.height, size[1] / scale)
+    left, top = (picture.width - width) * x, (picture.height - height) * y
+    # The minimum guards against a last bit of rounding, which Pillow refuses.
+    box = (left, top, min(picture.width, left + width), min(picture.height, top + height))
+    return picture.resize(size, Image.Resampling.LANCZOS, box=box)

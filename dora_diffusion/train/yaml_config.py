@@ -1,0 +1,174 @@
+"""From a YAML file to data that a pydantic model can check, and from its errors to one line for people.
+
+Knows no key by name: the model (values and sections of values, two levels deep) is an argument.
+"""
+
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+Model = type[BaseModel]
+
+# Below this likeness the nearest key is no help, and the section's keys are named instead.
+_LIKENESS = 0.6
+
+# Pydantic's words for these are about Python, not YAML.
+_EXPECTED = {"is_instance_of": "a path", "model_type": "a section of `key: value` lines", "invalid_key": "a name"}
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
+
+
+@dataclass(frozen=True)
+class YamlFile:
+    """A file's mapping, and the line of each of its dotted keys."""
+
+    path: Path
+    data: dict[Any, Any]
+    lines: Mapping[str, int]
+
+
+def read(path: Path, model: Model) -> YamlFile:
+    """Read a YAML mapping; a section whose lines are all comments (null to YAML) comes back as {}.
+
+    Raises:
+        ValueError: one line; no such file, not YAML (with its line), not a mapping, or a key given twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        data = yaml.safe_load(text)
+        lines = dict(_lines_of(yaml.compose(text, Loader=yaml.SafeLoader), path))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error}); expected a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); expected a YAML file") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{path}:{mark.line + 1}" if mark else f"{path}"
+        raise ValueError(f"{where}: not valid YAML: {error.problem}; check indents, colons and quotes") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        got = "nothing" if data is None else _SHORT.repr(data)
+        raise ValueError(f"{path}: got {got}, expected `key: value` lines")
+    sections = sections_of(model)
+    return YamlFile(
+        path, {key: {} if value is None and key in sections else value for key, value in data.items()}, lines
+    )
+
+
+def _lines_of(node: yaml.Node | None, path: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Dotted key -> line, two levels deep; a key that occurs twice is an error (PyYAML takes the last in silence)."""
+    seen: dict[str, int] = {}
+    for key_node, value_node in node.value if isinstance(node, yaml.MappingNode) else ():
+        key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
+        if key in seen:
+            raise ValueError(f"{path}:{line}: {key}: given twice, first in line {seen[key]}; expected it once")
+        seen[key] = line
+        yield key, line
+        if not prefix:
+            yield from _lines_of(value_node, path, f"{key}.")
+
+
+def override(data: dict[Any, Any], key: str, text: str, model: Model) -> None:
+    """Put a flag's value into a file's data, in place.
+
+    Numbers, true, false, null, `[lists]` and quoted text are taken as in YAML, all else as text as it stands: a prompt
+    may hold `: ` or ` #`, which mean something else in YAML.
+
+    Raises:
+        ValueError: no such key.
+    """
+    if key in sections_of(model):
+        first = next(iter(sections_of(model)[key].model_fields))
+        raise ValueError(f"--{key}: a section, expected one of its keys, such as --{key}.{first}")
+    if key not in keys_of(model):
+        raise ValueError(f"--{key}: no such key; {_advice(key, model)}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if not (value is None or isinstance(value, (int, float, list)) or text.startswith(("'", '"'))):
+        value = text
+    section, _, name = key.rpartition(".")
+    fields = data.setdefault(section, {}) if section else data
+    if isinstance(fields, dict):  # otherwise the section itself is the mistake, and is reported by the model
+        fields[name] = value
+
+
+def sections_of(model: Model) -> dict[str, Model]:
+    """The fields of a model that are models themselves."""
+    kinds = {name: field.annotation for name, field in model.model_fields.items()}
+    return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
+
+
+def keys_of(model: Model) -> list[str]:
+    """The dotted key of every value."""
+    sections = sections_of(model)
+    inner = [f"{section}.{name}" for section, kind in sections.items() for name in kind.model_fields]
+    return [name for name in model.model_fields if name not in sections] + inner
+
+
+def one_line(error: ValidationError, file: YamlFile, overrides: Mapping[str, str], model: Model) -> str:
+    """The first mistake that pydantic found, where it stands, and how many more there are."""
+    # An unknown key comes first: it is often why another one is missing.
+    errors = sorted(error.errors(), key=lambda details: details["type"] != "extra_forbidden")
+    keys = [_key_of(details, model) for details in errors]
+    key, first = keys[0], [details for details, other in zip(errors, keys, strict=True) if other == keys[0]]
+    if errors[0]["type"] == "value_error":  # a check across keys: its message starts with the key
+        key, _, message = errors[0]["msg"].removeprefix("Value error, ").partition(": ")
+    else:
+        message = _describe(key, first, model)
+    if key in overrides:
+        where = f"--{key}"
+    else:
+        where = f"{file.path}:{file.lines[key]}: {key}" if key in file.lines else f"{file.path}: {key}"
+    others = len(set(keys)) - 1
+    more = f" (and {others} more)" if others else ""
+    return " ".join(f"{where}: {message}{more}".split())
+
+
+def _key_of(details: ErrorDetails, model: Model) -> str:
+    """The dotted key that an error is about, without list indices and pydantic's names for a union's branches."""
+    place = details["loc"]
+    depth = 2 if place and place[0] in sections_of(model) else 1
+    return ".".join(str(part) for part in place[:depth])
+
+
+def _describe(key: str, errors: Sequence[ErrorDetails], model: Model) -> str:
+    """What is wrong with one key, from all that pydantic has to say about it."""
+    deepest = max(len(details["loc"]) for details in errors)
+    errors = [details for details in errors if len(details["loc"]) == deepest]
+    if errors[0]["type"] == "extra_forbidden":
+        return f"no such key; {_advice(key, model)}"
+    if errors[0]["type"] == "missing":
+        section, _, name = key.rpartition(".")
+        return f"missing; expected: {sections_of(model).get(section, model).model_fields[name].description}"
+    texts = [_EXPECTED.get(details["type"], details["msg"].split(" should ", 1)[-1]) for details in errors]
+    expected = dict.fromkeys(text.removeprefix("be ").removeprefix("have ") for text in texts)
+    return f"got {_SHORT.repr(errors[0]['input'])}, expected {' or '.join(expected)}"
+
+
+def _advice(key: str, model: Model) -> str:
+    """What was probably meant by an unknown key."""
+    section, _, name = key.rpartition(".")
+
+    def likeness(known: str) -> tuple[float, float]:
+        return (
+            SequenceMatcher(None, name, known.rpartition(".")[2]).ratio(),
+            SequenceMatcher(None, key, known).ratio(),
+        )
+
+    if key in keys_of(model):
+        return f"expected {name} indented under {section}:"
+    nearest = max([*keys_of(model), *sections_of(model)], key=likeness)
+    if likeness(nearest)[0] >= _LIKENESS:
+        return f"did you mean {nearest}?"
+    return f"expected one of {', '.join(sections_of(model).get(section, model).model_fields)}"

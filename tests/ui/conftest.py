@@ -1,0 +1,45 @@
+"""A random pocket with two adapters on disk, and a session over them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from diffusers import StableDiffusionPipeline
+
+from dora_diffusion.formats import save_adapter
+from tests.pocket_random import random_adapter, random_pocket_pipeline
+from ui.session import Session
+
+
+@pytest.fixture(scope="session")
+def pipe() -> StableDiffusionPipeline:
+    """Shared: every session over it leaves it drawing as the base."""
+    return random_pocket_pipeline()
+
+
+@pytest.fixture(scope="session")
+def adapter_bytes(pipe: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """File name -> content: `ink` is a DoRA, `lego` a LoRA."""
+    folder = tmp_path_factory.mktemp("adapters")
+    save_adapter(random_adapter(pipe, 1), folder / "ink.safetensors")
+    save_adapter(random_adapter(pipe, 2, use_dora=False), folder / "lego.safetensors")
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def adapters(adapter_bytes: dict[str, bytes], tmp_path: Path) -> Path:
+    """A folder with both adapters and a broken file."""
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    for name, content in adapter_bytes.items():
+        (folder / name).write_bytes(content)
+    (folder / "broken.safetensors").write_bytes(b"not an adapter")
+    return folder
+
+
+@pytest.fixture
+def session(pipe: StableDiffusionPipeline, adapters: Path, tmp_path: Path) -> Iterator[Session]:
+    """A session that writes into `tmp_path / "out"`."""
+    session = Session(pipe, model="random", folder=adapters, output=tmp_path / "out")
+    yield session
+    session.close()

@@ -1,0 +1,233 @@
+"""The app in a real Chromium: two adapters are blended by keyboard and mouse, and Stop stops."""
+
+import json
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+import numpy as np
+import pytest
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from dora_diffusion.storage import sha256_of
+from ui.options import UiOptions
+
+pytest.importorskip("gradio", reason="gradio is not installed: pip install dora-diffusion[ui]")
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.browser,
+    # what gradio 6.31's queue asks of pandas, pandas 3 calls deprecated
+    pytest.mark.filterwarnings("ignore:'future.no_silent_downcasting' is deprecated"),
+    pytest.mark.filterwarnings("ignore:The copy keyword is deprecated"),
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: apt-get install chromium"),
+]
+
+from playwright.sync_api import Page, expect  # noqa: E402  (after the skips above)
+
+from ui.app import RunningApp, launch  # noqa: E402
+
+SWITCHES = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+PATIENCE_MS = 20_000
+PHONE = {"width": 390, "height": 844}
+
+
+@dataclass
+class Tab:
+    """A page and what it did."""
+
+    page: Page
+    hosts: set[str | None] = field(default_factory=set)
+    errors: list[str] = field(default_factory=list)
+
+    def watch(self) -> None:
+        """Note every host that is asked and every script error."""
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", lambda request: self._note(request.url))
+
+    def _note(self, url: str) -> None:
+        if urlsplit(url).scheme not in ("data", "blob"):
+            self.hosts.add(urlsplit(url).hostname)
+
+    def pick(self, slot: int, name: str) -> None:
+        """Choose an adapter and wait for its badge."""
+        self.page.locator(f"#slot-{slot}-file input").click()
+        self.page.locator(f"#slot-{slot}-file").get_by_role("option", name=name, exact=True).click()
+        expect(self.page.locator(f"#slot-{slot}-badge")).to_contain_text("68/68 keys matched", timeout=PATIENCE_MS)
+
+    def set_number(self, elem_id: str, value: str) -> None:
+        """Type into the number box of a slider."""
+        box = self.page.locator(f"#{elem_id} input[type=number]")
+        box.fill(value)
+        box.press("Tab")
+
+    def press_on_slider(self, elem_id: str, key: str, times: int) -> None:
+        """Move a slider by the keyboard."""
+        slider = self.page.locator(f"#{elem_id} input[type=range]")
+        slider.focus()
+        for _ in range(times):
+            slider.press(key)
+
+
+@pytest.fixture(scope="module")
+def base(pipe: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random pocket as a folder."""
+    folder = tmp_path_factory.mktemp("base")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def app(base: Path, adapters: Path, tmp_path: Path) -> Iterator[RunningApp]:
+    """The app on a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = UiOptions(model=str(base), adapters=adapters, output=tmp_path / "out", port=port)
+    running = launch(options, block=False)
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def tab(app: RunningApp) -> Iterator[Tab]:
+    """A tab that shows the app; at the end nothing may have left loopback or gone wrong in the page."""
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
+        tab = Tab(browser.new_page(viewport={"width": 1280, "height": 900}))
+        tab.watch()
+        tab.page.goto(app.url)
+        expect(tab.page.locator("#prompt textarea")).to_be_visible(timeout=PATIENCE_MS)
+        yield tab
+        browser.close()
+    assert tab.hosts == {"127.0.0.1"}
+    assert tab.errors == []
+
+
+def _shown(page: Page, elem_id: str) -> bytes:
+    """The bytes of the picture on show."""
+    source = page.locator(f"#{elem_id} img").get_attribute("src")
+    assert source is not None
+    return page.request.get(source).body()
+
+
+def test_blends_two_adapters(tab: Tab, adapters: Path, tmp_path: Path) -> None:
+    page = tab.page
+    expect(page.locator("#broken")).to_contain_text("broken.safetensors: not a safetensors file")
+    page.locator("#prompt textarea").fill("a cat on a red background")
+    tab.set_number("steps", "3")
+    tab.pick(1, "ink")
+    tab.pick(2, "lego")
+    tab.press_on_slider("slot-1-strength", "ArrowLeft", 4)
+    page.locator("#slot-2-components > button").click()
+    page.locator("#slot-2-apart input").check()
+    expect(page.locator("#slot-2-unet input[type=range]")).to_be_enabled()
+    tab.press_on_slider("slot-2-unet", "ArrowRight", 2)
+    tab.set_number("slot-2-text", "-0.35")
+    page.locator("#prompt textarea").press("Control+Enter")
+    expect(page.locator("#status")).to_contain_text("Done in", timeout=PATIENCE_MS)
+
+    (saved,) = (tmp_path / "out").glob("*.png")
+    (base,) = (tmp_path / "out" / "base").glob("*.png")
+    assert _shown(page, "blend") == saved.read_bytes()
+    assert _shown(page, "base") == base.read_bytes()
+    with Image.open(saved) as blend_picture, Image.open(base) as base_picture:
+        record = json.loads(blend_picture.info["dora_diffusion"])
+        parameters = blend_picture.info["parameters"]
+        assert not np.array_equal(np.asarray(blend_picture), np.asarray(base_picture))
+    assert [(use["name"], use["sha256"], use["weight"]) for use in record["adapters"]] == [
+        ("ink", sha256_of(adapters / "ink.safetensors"), 0.8),
+        ("lego", sha256_of(adapters / "lego.safetensors"), {"unet": 1.1, "text_encoder": -0.35}),
+    ]
+    assert record["settings"]["steps"] == 3
+    page.locator("#metadata-fold > button").click()
+    expect(page.locator("#metadata textarea")).to_have_value(f"{parameters}\n\n{json.dumps(record, indent=2)}")
+
+
+def test_stop_ends_a_long_run(tab: Tab, tmp_path: Path) -> None:
+    page = tab.page
+    tab.set_number("steps", "100")
+    expect(page.locator("#stop")).to_be_disabled()
+    page.locator("#generate").click()
+    expect(page.locator("#base img")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.locator("#status")).to_contain_text("of 100")
+    page.locator("#stop").click()
+    pressed = time.monotonic()
+    expect(page.locator("#status")).to_contain_text("Stopped at step", timeout=PATIENCE_MS)
+    assert time.monotonic() - pressed < 2
+    expect(page.locator("#stop")).to_be_disabled()
+    assert not (tmp_path / "out" / "base").exists()
+
+
+def test_a_closed_tab_stops_its_run(tab: Tab, app: RunningApp) -> None:
+    page = tab.page
+    tab.set_number("steps", "100")
+    page.locator("#generate").click()
+    expect(page.locator("#status")).to_contain_text("of 100", timeout=PATIENCE_MS)
+    assert app.session.busy
+    page.close()
+    deadline = time.monotonic() + 3
+    while app.session.busy and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not app.session.busy
+
+
+def test_a_mistake_is_one_line(tab: Tab) -> None:
+    page = tab.page
+    tab.pick(1, "ink")
+    tab.pick(2, "ink")
+    page.locator("#generate").click()
+    toast = page.get_by_test_id("toast-body")
+    expect(toast).to_contain_text("ink: in slots 1 and 2, expected each adapter once", timeout=PATIENCE_MS)
+    expect(toast).not_to_contain_text("Traceback")
+    expect(page.locator("#stop")).to_be_disabled()
+
+
+def test_refresh_offers_new_files(tab: Tab, adapters: Path) -> None:
+    page = tab.page
+    tab.pick(1, "lego")
+    (adapters / "newer.safetensors").write_bytes((adapters / "ink.safetensors").read_bytes())
+    (adapters / "lego.safetensors").unlink()
+    page.locator("#refresh").click()
+    expect(page.locator("#slot-1-file input")).to_have_value("none")
+    expect(page.locator("#slot-1-strength")).to_be_hidden()
+    tab.pick(1, "newer")
+    expect(page.locator("#slot-1-badge")).to_contain_text("DoRA")
+
+
+def test_fits_a_phone(tab: Tab) -> None:
+    tab.pick(1, "ink")
+    tab.page.locator("#slot-1-components > button").click()
+    tab.page.set_viewport_size(PHONE)  # type: ignore[arg-type]
+    tab.page.wait_for_timeout(300)
+    assert tab.page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+
+
+def test_serves_this_machine_only(app: RunningApp, adapters: Path) -> None:
+    def status(path: str, headers: dict[str, str]) -> int:
+        from urllib.error import HTTPError
+
+        try:
+            with urlopen(Request(app.url + path, headers=headers)) as answer:
+                return answer.status
+        except HTTPError as error:
+            error.close()
+            return error.code
+
+    assert status("config", {}) == 200
+    assert status("config", {"Host": "evil.example"}) == 403
+    assert status("config", {"Origin": "https://evil.example"}) == 403
+    assert status(f"gradio_api/file={adapters / 'ink.safetensors'}", {}) == 403

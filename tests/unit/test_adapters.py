@@ -1,0 +1,187 @@
+"""AdapterManager: exact at 0 and 1, additive, order-free, fused and unfused alike, and leaving nothing behind."""
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+
+from dora_diffusion.adapters import AdapterManager, strength_at
+from dora_diffusion.formats import save_adapter
+from dora_diffusion.injection import DoRAConfig, inject
+from dora_diffusion.state import AdapterState, ModuleState
+from tests.pocket_random import random_adapter, random_pocket_pipeline
+from tests.tolerances import assert_close, assert_identical
+
+
+@pytest.fixture
+def pipe():
+    return random_pocket_pipeline()
+
+
+def predict(pipe) -> torch.Tensor:
+    """The denoiser's answer to a fixed input through the text encoder: every adapted layer takes part."""
+    tokens = pipe.tokenizer(["a cat"], padding="max_length", max_length=32, return_tensors="pt").input_ids
+    noisy = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return pipe.unet(noisy, torch.tensor([500]), pipe.text_encoder(tokens)[0]).sample
+
+
+def modules_of(pipe) -> list[int]:
+    return [id(module) for part in (pipe.unet, pipe.text_encoder) for module in part.modules()]
+
+
+def test_zero_is_the_base_bit_for_bit_and_unload_leaves_nothing(pipe) -> None:
+    before, modules = predict(pipe), modules_of(pipe)
+    manager = AdapterManager(pipe)
+    manager.load_adapter(random_adapter(pipe), name="a")
+    assert_identical(predict(pipe), before)
+    manager.set_adapters({"a": 0.0})
+    assert_identical(predict(pipe), before)
+    manager.set_adapters({"a": 1.0})
+    assert (predict(pipe) - before).abs().max() > 1e-3
+    manager.set_adapters({"a": 0})
+    assert_identical(predict(pipe), before)
+    manager.unload()
+    assert modules_of(pipe) == modules
+    assert_identical(predict(pipe), before)
+
+
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_one_is_what_was_trained(pipe, use_dora: bool) -> None:
+    adapter = random_adapter(pipe, use_dora=use_dora)
+    injections = []
+    for part in ("unet", "text_encoder"):
+        config = DoRAConfig(rank=4, alpha=4, use_dora=use_dora)
+        injections.append(inject(getattr(pipe, part), config))
+        inner = {p.split(".", 1)[1]: m for p, m in adapter.modules.items() if p.startswith(part)}
+        injections[-1].load(AdapterState(inner))
+    trained = predict(pipe)
+    for injection in injections:
+        injection.eject()
+    manager = AdapterManager(pipe)
+    manager.load_adapter(adapter, name="a")
+    manager.set_adapters({"a": 1.0})
+    assert_close(predict(pipe), trained)
+
+
+def test_order_of_loading_and_naming_is_nothing(pipe) -> None:
+    adapters = {"a": random_adapter(pipe, 1), "b": random_adapter(pipe, 2, use_dora=False), "c": random_adapter(pipe, 3)}
+    weights = {"a": 0.7, "b": -0.4, "c": 1.2}
+    drawn = []
+    for order in permutations(adapters):
+        manager = AdapterManager(pipe)
+        for name in order:
+            manager.load_adapter(adapters[name], name=name)
+        manager.set_adapters({name: weights[name] for name in reversed(order)})
+        drawn.append(predict(pipe))
+        manager.unload()
+    for other in drawn[1:]:
+        assert_identical(other, drawn[0])
+
+
+def test_blend_is_the_sum_of_weight_changes(pipe) -> None:
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    base = pipe.unet.get_submodule(path).weight.clone()
+    adapters = {"a": random_adapter(pipe, 1), "b": random_adapter(pipe, 2)}
+    changes = {}
+    manager = AdapterManager(pipe)
+    for name, adapter in adapters.items():
+        manager.load_adapter(adapter, name=name)
+    for name in adapters:
+        manager.set_adapters({name: 1.0})
+        manager.fuse()
+        changes[name] = pipe.unet.get_submodule(path).weight.clone() - base
+        manager.unfuse()
+    manager.set_adapters({"a": 0.5, "b": -2.0})
+    manager.fuse()
+    assert_close(pipe.unet.get_submodule(path).weight, base + 0.5 * changes["a"] - 2 * changes["b"])
+
+
+def test_fused_draws_the_same_and_unfuse_restores_every_byte(pipe) -> None:
+    weights = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    manager = AdapterManager(pipe)
+    manager.load_adapter(random_adapter(pipe), name="a")
+    manager.set_adapters({"a": 0.8})
+    unfused = predict(pipe)
+    manager.fuse()
+    assert pipe.unet.state_dict().keys() == weights.keys()
+    assert_close(predict(pipe), unfused)
+    with pytest.raises(ValueError, match="while fused"):
+        manager.set_adapters({"a": 0.1})
+    manager.unfuse()
+    assert_identical(predict(pipe), unfused)
+    manager.unload()
+    assert_identical(pipe.unet.state_dict(), weights)
+
+
+def test_strength_by_component_and_block(pipe) -> None:
+    before = predict(pipe)
+    manager = AdapterManager(pipe)
+    manager.load_adapter(random_adapter(pipe), name="a")
+    manager.set_adapters({"a": {"unet": 0.0, "text_encoder": 0.0}})
+    assert_identical(predict(pipe), before)
+    manager.set_adapters({"a": {"unet": 1.0, "unet.up_blocks": 1.0, "text_encoder": 1.0}})
+    by_parts = predict(pipe)
+    manager.set_adapters({"a": 1.0})
+    assert_identical(predict(pipe), by_parts)
+
+
+def test_longest_part_decides() -> None:
+    weight = {"unet": 0.8, "unet.up_blocks": 1.2, "unet.up_blocks.1": 0.1}
+    paths = ["unet.mid.x", "unet.up_blocks.0.x", "unet.up_blocks.1.x", "unet.up_blocks.10.x", "text_encoder.x"]
+    assert [strength_at(path, weight) for path in paths] == [0.8, 1.2, 0.1, 1.2, 0.0]
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ({"b": 1.0}, "no adapter named 'b' is loaded; loaded: a"),
+        ({"a": float("nan")}, "finite number"),
+        ({"a": {"unet.nowhere": 1.0}}, "'unet.nowhere' holds none of its layers"),
+    ],
+)
+def test_bad_strengths_are_refused_and_change_nothing(pipe, weights, message: str) -> None:
+    manager = AdapterManager(pipe)
+    manager.load_adapter(random_adapter(pipe), name="a")
+    manager.set_adapters({"a": 0.5})
+    before = predict(pipe)
+    with pytest.raises(ValueError, match=message):
+        manager.set_adapters(weights)
+    assert_identical(predict(pipe), before)
+
+
+def test_adapter_of_another_base_is_refused_in_one_line(pipe, tmp_path) -> None:
+    before = modules_of(pipe)
+    wrong_layer = AdapterState({"unet.nowhere.to_q": ModuleState(torch.ones(1, 4), torch.ones(4, 1), 1.0)})
+    path = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    wrong_shape = AdapterState({path: ModuleState(torch.ones(1, 4), torch.ones(4, 1), 1.0)})
+    manager = AdapterManager(pipe)
+    for adapter in (wrong_layer, wrong_shape):
+        file = save_adapter(adapter, tmp_path / "wrong.safetensors")
+        with pytest.raises(ValueError, match="another base") as caught:
+            manager.load_adapter(file, name="wrong")
+        assert "\n" not in str(caught.value)
+        assert str(file) in str(caught.value)
+    assert manager.names == ()
+    assert modules_of(pipe) == before
+
+
+def test_plain_diffusers_draws_the_same_picture_from_our_file(pipe, tmp_path) -> None:
+    def draw() -> np.ndarray:
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a cat", num_inference_steps=3, generator=generator, output_type="np").images[0]
+
+    before = draw()
+    file = save_adapter(random_adapter(pipe), tmp_path / "a.safetensors")
+    manager = AdapterManager(pipe)
+    manager.load_adapter(file, name="a")
+    manager.set_adapters({"a": 1.0})
+    ours = draw()
+    manager.unload()
+    pipe.load_lora_weights(str(file))
+    theirs = draw()
+    found = sum("lora_magnitude_vector" in name for name, _ in pipe.text_encoder.named_parameters())
+    assert found == 12  # every q, k, v and out projection of three layers
+    assert np.abs(ours - before).max() > 0.05
+    np.testing.assert_allclose(ours, theirs, atol=1e-3)

@@ -1,0 +1,37 @@
+"""`python -m ui`: parse, then start. The heavy imports come after parsing, so `--help` is quick."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ui.options import UiOptions
+
+
+def _parser() -> argparse.ArgumentParser:
+    default = UiOptions()
+    parser = argparse.ArgumentParser(prog="python -m ui", description="Draw with a mix of adapters, in the browser.")
+    parser.add_argument("--model", default=default.model, help="base: pocket, a folder or a hub id (%(default)s)")
+    parser.add_argument("--adapters", type=Path, default=default.adapters, help="folder of *.safetensors (%(default)s)")
+    parser.add_argument("--output", type=Path, default=default.output, help="where pictures go (%(default)s)")
+    parser.add_argument("--host", default=default.host, help="address to listen on (%(default)s)")
+    parser.add_argument("--port", type=int, default=default.port, help="port to listen on (%(default)s)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the app until Ctrl+C; exit 2 with one line on bad input."""
+    given = _parser().parse_args(arguments)
+    try:
+        options = UiOptions(given.model, given.adapters, given.output, given.host, given.port)
+        from ui.app import launch
+
+        launch(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

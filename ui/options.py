@@ -1,0 +1,31 @@
+"""What the app is started with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class UiOptions:
+    """Settings of one app; they cannot be changed from the browser.
+
+    Attributes:
+        model: the base, as `dora_diffusion.load_pipeline` takes it.
+        adapters: the folder whose `*.safetensors` (and those of its direct subfolders) can be picked.
+        output: where pictures are saved; the only folder the browser may read from.
+        host: the address to listen on. Anything but loopback lets other machines use the app: it has no login.
+        port: TCP port.
+    """
+
+    model: str = "pocket"
+    adapters: Path = Path(".")
+    output: Path = Path("outputs")
+    host: str = "127.0.0.1"
+    port: int = 7860
+
+    def __post_init__(self) -> None:
+        if not self.adapters.is_dir():
+            raise ValueError(f"adapters: got {self.adapters}, expected an existing folder; name one with --adapters")
+        if self.output.exists() and not self.output.is_dir():
+            raise ValueError(f"output: got {self.output}, which is a file; name a folder with --output")
+        if not 1 <= self.port <= 65535:
+            raise ValueError(f"port: got {self.port}, expected 1 to 65535; choose one with --port")
