@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from dora_diffusion.injection import DoRAConfig, Injection, inject
     from dora_diffusion.pipelines import load_pipeline
     from dora_diffusion.state import AdapterState, ModuleState
-    from dora_diffusion.train.config import TrainConfig
-    from dora_diffusion.train.loop import train
+    from dora_diffusion.training.config import TrainConfig
+    from dora_diffusion.training.loop import train
 
 __version__ = "0.1.0"
 
@@ -37,8 +37,8 @@ _HOMES = {
     "load_pipeline": "pipelines",
     "AdapterState": "state",
     "ModuleState": "state",
-    "TrainConfig": "train.config",
-    "train": "train.loop",
+    "TrainConfig": "training.config",
+    "train": "training.loop",
 }
 
 __all__ = [

@@ -45,7 +45,7 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
-    from dora_diffusion.train.doctor import examine, format_report
+    from dora_diffusion.training.doctor import examine, format_report
 
     report = examine(arguments.dataset, instance_prompt=arguments.instance_prompt)
     print(format_report(report))
@@ -62,15 +62,15 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
-    from dora_diffusion.train.config import TrainConfig, parse_overrides
+    from dora_diffusion.training.config import TrainConfig
 
-    config = TrainConfig.from_yaml(arguments.config, parse_overrides(list(rest)))
+    config = TrainConfig.from_yaml(arguments.config, TrainConfig.parse_overrides(rest))
     if arguments.dry_run:
-        from dora_diffusion.train.plan import describe_plan
+        from dora_diffusion.training.plan import describe_plan
 
         print(describe_plan(config))
         return 0
-    from dora_diffusion.train.loop import train
+    from dora_diffusion.training.loop import train
 
     result = train(config, resume=arguments.resume)
     if result.validation:
@@ -118,7 +118,7 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from tqdm import tqdm
 
     from dora_diffusion.adapters import AdapterManager
-    from dora_diffusion.generation import AdapterUse, GenerationSettings, generate, save_picture
+    from dora_diffusion.generation import AdapterUse, GenerationSettings, StepReport, generate, save_picture
     from dora_diffusion.pipelines import load_pipeline
 
     settings = GenerationSettings(
@@ -138,10 +138,16 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         name = path.stem if path.stem not in manager.names else f"{path.stem}-{index + 1}"
         report = manager.load_adapter(path, name=name)
         uses.append(AdapterUse(name, report.sha256, strength))
-        print(f"{name}: {report.kind} rank {'/'.join(map(str, report.ranks))}, {report.matched} of {report.total} layers")
+        print(
+            f"{name}: {report.kind} rank {'/'.join(map(str, report.ranks))}, {report.matched} of {report.total} layers"
+        )
     manager.set_adapters({use.name: use.weight for use in uses})
     with tqdm(total=settings.steps, desc="drawing") as bar:
-        picture = generate(pipe, settings, on_step=lambda report: bar.update(report.step - bar.n) and None)
+
+        def advance(report: StepReport) -> None:
+            bar.update(report.step - bar.n)
+
+        picture = generate(pipe, settings, on_step=advance)
     print(f"wrote {save_picture(picture, arguments.output, settings, model=arguments.model, adapters=uses)}")
     return 0
 

@@ -36,7 +36,8 @@ def squared_row_norms(weight: Tensor) -> Tensor:
     """||W_i||^2 of every row: (out, ...) any float dtype -> (out,) fp32 (fp64 stays fp64)."""
     flat = rows(weight)
     flat = flat if flat.dtype == torch.float64 else flat.float()
-    return torch.linalg.vector_norm(flat, dim=1).square()
+    norms: Tensor = torch.linalg.vector_norm(flat, dim=1)
+    return norms.square()
 
 
 def low_rank_delta(down: Tensor, up: Tensor, scale: float) -> Tensor:
@@ -115,7 +116,7 @@ class _Compose(torch.autograd.Function):
         return base + (g - 1).to(base.dtype) * inner + low
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         inner, g = ctx.saved_tensors
         through = g.to(dy.dtype) * dy
         dg = (dy.to(g.dtype) * inner.to(g.dtype)).sum_to_size(g.shape)
@@ -134,7 +135,8 @@ def compose(base: Tensor, low: Tensor, g: Tensor, bias: Tensor | None) -> Tensor
     Returns:
         Same shape and dtype as `base`. In the backward pass dg = sum over tokens of dy * inner, in fp32.
     """
-    return _Compose.apply(base, low, g, bias)  # type: ignore[no-any-return]
+    y: Tensor = _Compose.apply(base, low, g, bias)  # type: ignore[no-untyped-call]
+    return y
 
 
 @dataclass(frozen=True)

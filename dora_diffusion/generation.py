@@ -142,8 +142,12 @@ def parameters_text(settings: GenerationSettings, *, model: str, adapters: Seque
 
 def picture_metadata(settings: GenerationSettings, *, model: str, adapters: Sequence[AdapterUse]) -> PngInfo:
     """PNG text chunks: A1111's `parameters`, and a JSON chunk `dora_diffusion` that loses nothing."""
-    record = {"version": dora_diffusion.__version__, "model": model, "settings": asdict(settings)}
-    record["adapters"] = [{**asdict(use), "weight": _plain(use.weight)} for use in adapters]
+    record = {
+        "version": dora_diffusion.__version__,
+        "model": model,
+        "settings": asdict(settings),
+        "adapters": [{**asdict(use), "weight": _plain(use.weight)} for use in adapters],
+    }
     info = PngInfo()
     info.add_itxt("parameters", parameters_text(settings, model=model, adapters=adapters))
     info.add_itxt(METADATA_CHUNK, json.dumps(record, ensure_ascii=False))

@@ -84,5 +84,7 @@ def describe(facts: dict[str, Any]) -> str:
     lines.append(f"  {'sha256':<16} {facts['sha256']}")
     if "matched" in facts:
         lines.append(f"  {'matches':<16} {facts['matched']}")
-    lines += [f"  {key.removeprefix('dora_diffusion.'):<16} {value}" for key, value in facts["metadata"].items() if value]
+    lines += [
+        f"  {key.removeprefix('dora_diffusion.'):<16} {value}" for key, value in facts["metadata"].items() if value
+    ]
     return "\n".join(lines)

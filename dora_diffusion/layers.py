@@ -59,7 +59,7 @@ class DoRALinear(nn.Module):
         self.norm_grad = norm_grad
 
     def forward(self, x: Tensor) -> Tensor:
-        base = self.base(x)
+        base: Tensor = self.base(x)
         a = self.adapter
         inner = F.linear(F.dropout(x, self.dropout, self.training), a.down.to(x.dtype))
         low = a.scale * F.linear(inner, a.up.to(inner.dtype))
@@ -90,7 +90,7 @@ class DoRAConv2d(nn.Module):
         self.norm_grad = norm_grad
 
     def forward(self, x: Tensor) -> Tensor:
-        base = self.base(x)
+        base: Tensor = self.base(x)
         a = self.adapter
         inner = _convolve_like(self.base, F.dropout(x, self.dropout, self.training), a.down.to(x.dtype))
         low = a.scale * F.conv2d(inner, a.up.to(inner.dtype))
@@ -113,7 +113,7 @@ class DoRAConv2d(nn.Module):
 
 def _convolve_like(base: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
     """Convolve with another kernel under the base's stride, padding, padding mode and dilation."""
-    padding: str | tuple[int, ...] = base.padding  # type: ignore[assignment]
+    padding: str | tuple[int, ...] = base.padding
     if base.padding_mode != "zeros":
         x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
         padding = (0, 0)
@@ -132,7 +132,7 @@ class BlendedLayer(nn.Module):
         self.form: GainForm | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        base = self.base(x)
+        base: Tensor = self.base(x)
         form = self.form
         if form is None:
             return base
@@ -178,6 +178,8 @@ def check_shapes(path: str, state: ModuleState, base: Adaptable) -> None:
     fits = state.up.shape[0] == out and state.down[0].numel() == flat and list(state.down.shape[1:]) in (rest, [flat])
     if not fits:
         got = f"A {tuple(state.down.shape)}, B {tuple(state.up.shape)}"
-        raise ValueError(f"{path}: {got} do not fit a weight of {tuple(base.weight.shape)}; is this another base model?")
+        raise ValueError(
+            f"{path}: {got} do not fit a weight of {tuple(base.weight.shape)}; is this another base model?"
+        )
     if state.magnitude is not None and state.magnitude.shape != (out,):
         raise ValueError(f"{path}: magnitude has shape {tuple(state.magnitude.shape)}, expected ({out},)")

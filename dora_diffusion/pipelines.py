@@ -32,7 +32,7 @@ def load_pipeline(source: str | Path = "pocket", *, dtype: torch.dtype = torch.f
     try:
         with _quiet_progress():
             pipe = DiffusionPipeline.from_pretrained(
-                name, torch_dtype=dtype, use_safetensors=True, local_files_only=is_folder
+                name, dtype=dtype, use_safetensors=True, local_files_only=is_folder
             )
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

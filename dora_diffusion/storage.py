@@ -76,7 +76,9 @@ def save_checkpoint(folder: Path, files: Mapping[str, Callable[[Path], None]], k
     temporary.mkdir(parents=True)
     for name, write in files.items():
         write(temporary / name)
-    sizes = {name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256_of(temporary / name)} for name in files}
+    sizes = {
+        name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256_of(temporary / name)} for name in files
+    }
     write_atomically(temporary / MANIFEST, json.dumps(sizes, indent=1).encode())
     _sync_folder(temporary)
     if folder.exists():

@@ -72,7 +72,7 @@ def build_stage() -> Stage:
 
 
 def _picture(label: str, elem_id: str, alt: str) -> gr.Image:
-    # png, because gradio's default webp loses the text chunks; a path is served as the file it is
+    # finished pictures are sent as paths and so arrive as the very PNG on disk; previews are encoded anew
     return gr.Image(
         label=label, format="png", type="filepath", interactive=False, buttons=["download", "fullscreen"],
         elem_id=elem_id, min_width=140, alt_text=alt,

@@ -69,8 +69,7 @@ def _batch_at(pictures: Tensor, step: int, recipe: AutoencoderRecipe) -> Tensor:
     chosen = torch.randint(len(pictures), (count,), generator=generator)
     corners = torch.randint(0, 128 - size + 1, (count, 2), generator=generator)
     crops = [
-        pictures[i, :, y : y + size, x : x + size]
-        for i, (y, x) in zip(chosen.tolist(), corners.tolist(), strict=True)
+        pictures[i, :, y : y + size, x : x + size] for i, (y, x) in zip(chosen.tolist(), corners.tolist(), strict=True)
     ]
     return _augment(torch.stack(crops).float() / 127.5 - 1, generator)
 
@@ -114,18 +113,20 @@ def train_autoencoder(pictures: Tensor, recipe: AutoencoderRecipe, folder: Path)
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", psnr=f"{psnr:.1f}")
         if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
-            progress_json = json.dumps({"step": step + 1, "seconds": time.monotonic() - start}).encode()
-            storage.save_checkpoint(
-                folder / f"step-{step + 1:08d}",
-                {
-                    "model.safetensors": lambda path: storage.save_tensors(vae.state_dict(), path),
-                    "optimizer.safetensors": lambda path: storage.save_tensors(
-                        storage.optimizer_tensors(optimizer), path
-                    ),
-                    "progress.json": lambda path, data=progress_json: storage.write_atomically(path, data),
-                },
-            )
+            _save(vae, optimizer, {"step": step + 1, "seconds": time.monotonic() - start}, folder)
     return vae.eval()
+
+
+def _save(vae: AutoencoderKL, optimizer: torch.optim.Optimizer, progress: dict[str, float], folder: Path) -> None:
+    state = storage.optimizer_tensors(optimizer)
+    storage.save_checkpoint(
+        folder / f"step-{progress['step']:08d}",
+        {
+            "model.safetensors": lambda path: storage.save_tensors(vae.state_dict(), path),
+            "optimizer.safetensors": lambda path: storage.save_tensors(state, path),
+            "progress.json": lambda path: storage.write_atomically(path, json.dumps(progress).encode()),
+        },
+    )
 
 
 def _loss(vae: AutoencoderKL, pictures: Tensor, step: int, recipe: AutoencoderRecipe) -> tuple[Tensor, float]:

@@ -61,11 +61,13 @@ def scene_pictures(scenes: list[Scene], icon_folder: Path) -> Tensor:
     """The scenes' pictures: uint8 (N, 3, 128, 128). Every scene must name its style."""
     words = vocabulary()
     sets = {**words.styles, **words.unseen_styles}
-    names = {style: sorted({s.object for s in scenes if s.style == style}) for style in {s.style for s in scenes}}
-    icons = {style: load_icons(sets[style], objects, icon_folder) for style, objects in names.items()}
+    names: dict[str, set[str]] = {}
+    for scene in scenes:
+        names.setdefault(str(scene.style), set()).add(scene.object)
+    icons = {style: load_icons(sets[style], sorted(objects), icon_folder) for style, objects in names.items()}
     return torch.stack(
         [
-            to_tensor(compose(icons[s.style][s.object], s.background, s.size))
+            to_tensor(compose(icons[str(s.style)][s.object], s.background, s.size))
             for s in tqdm(scenes, desc="scenes", mininterval=10)
         ]
     )

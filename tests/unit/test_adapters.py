@@ -66,7 +66,11 @@ def test_one_is_what_was_trained(pipe, use_dora: bool) -> None:
 
 
 def test_order_of_loading_and_naming_is_nothing(pipe) -> None:
-    adapters = {"a": random_adapter(pipe, 1), "b": random_adapter(pipe, 2, use_dora=False), "c": random_adapter(pipe, 3)}
+    adapters = {
+        "a": random_adapter(pipe, 1),
+        "b": random_adapter(pipe, 2, use_dora=False),
+        "c": random_adapter(pipe, 3),
+    }
     weights = {"a": 0.7, "b": -0.4, "c": 1.2}
     drawn = []
     for order in permutations(adapters):

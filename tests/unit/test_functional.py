@@ -61,9 +61,7 @@ def test_zero_row_adapts_as_plain_lora() -> None:
 
 def test_compose_passes_gradcheck() -> None:
     generator = torch.Generator().manual_seed(0)
-    base, low = (
-        torch.randn(2, 3, 5, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2)
-    )
+    base, low = (torch.randn(2, 3, 5, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
     g = torch.rand(1, 1, 5, generator=generator, dtype=torch.float64).add(0.5).requires_grad_()
     bias = torch.randn(5, generator=generator, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda b, x, y: f.compose(b, x, y, bias), (base, low, g))

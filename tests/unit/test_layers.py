@@ -78,9 +78,7 @@ def test_forward_is_that_of_the_dense_weight(make, shape, bias: bool, dtype: tor
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
     expected = by_dense_weight(model.layer, x).detach()
     scale = float(expected.abs().max())
-    torch.testing.assert_close(
-        model(x) / scale, expected / scale, rtol=0, atol=3 * TOLERANCES[dtype].absolute
-    )
+    torch.testing.assert_close(model(x) / scale, expected / scale, rtol=0, atol=3 * TOLERANCES[dtype].absolute)
 
 
 @KINDS

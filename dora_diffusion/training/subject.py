@@ -14,7 +14,7 @@ from dora_diffusion.families import Family, family_of_pipeline
 from dora_diffusion.injection import DoRAConfig, Injection, inject
 from dora_diffusion.pipelines import load_pipeline
 from dora_diffusion.state import AdapterState, join
-from dora_diffusion.train.config import TrainConfig
+from dora_diffusion.training.config import TrainConfig
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -95,12 +95,16 @@ def prepare_subject(pipe: Any, config: TrainConfig) -> Subject:
         )
     if config.optim.gradient_checkpointing:
         for name in injections:
-            model = getattr(pipe, name)
-            enable = getattr(model, "enable_gradient_checkpointing", None) or model.gradient_checkpointing_enable
-            enable()
+            _enable_checkpointing(getattr(pipe, name))
     subject = Subject(pipe, family, injections)
     subject.train()
     return subject
+
+
+def _enable_checkpointing(model: Any) -> None:
+    """Gradient checkpointing by the name that the model's library and version give it."""
+    names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
+    next(getattr(model, name) for name in names if hasattr(model, name))()
 
 
 def _targets(config: TrainConfig, is_denoiser: bool) -> str | list[str] | None:

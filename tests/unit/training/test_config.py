@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from dora_diffusion.train import config as module
-from dora_diffusion.train.config import TrainConfig
-from dora_diffusion.train.yaml_config import sections_of
+from dora_diffusion.training import config as module
+from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.yaml_config import sections_of
 
 MINIMAL = "output_dir: runs/dog\ndata:\n  instance_dir: pictures\n"
 

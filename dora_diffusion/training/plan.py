@@ -1,14 +1,14 @@
 """`train --dry-run`: what a config would do, without doing it."""
 
-from dora_diffusion.train.config import TrainConfig
+from dora_diffusion.training.config import TrainConfig
 
 
 def describe_plan(config: TrainConfig) -> str:
     """The plan of a run in a few lines; raises what the run itself would about data, base and targets."""
     import torch
 
-    from dora_diffusion.train.dataset import find_examples
-    from dora_diffusion.train.subject import load_base, prepare_subject, trainable_count
+    from dora_diffusion.training.dataset import find_examples
+    from dora_diffusion.training.subject import load_base, prepare_subject, trainable_count
 
     examples = find_examples(config.data.instance_dir, instance_prompt=config.data.instance_prompt)
     subject = prepare_subject(load_base(config, torch.device("cpu")), config)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from dora_diffusion.train import yaml_config
+from dora_diffusion.training import yaml_config
 
 # Paths in the file are relative to the file; `output_dir` is relative to the current directory.
 _PATHS_BESIDE_FILE = ("data.instance_dir", "data.validation_dir", "prior.class_dir")

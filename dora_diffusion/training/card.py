@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dora_diffusion.train.config import TrainConfig
+from dora_diffusion.training.config import TrainConfig
 
 
 def run_card(config: TrainConfig, validation: Sequence[tuple[int, float]]) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dora_diffusion import storage
-from dora_diffusion.train.config import TrainConfig
+from dora_diffusion.training.config import TrainConfig
 
 
 @dataclass(frozen=True)

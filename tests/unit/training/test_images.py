@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from dora_diffusion.train.images import FORMATS, fit, list_images, read_image
+from dora_diffusion.training.images import FORMATS, fit, list_images, read_image
 
 Transpose = Image.Transpose
 
@@ -130,9 +130,8 @@ def test_palette_with_several_alphas(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".tif", ".jpg"])
 def test_cmyk(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"print{suffix}"
-    Image.fromarray(upright()).convert("CMYK").save(
-        path, **({"quality": 100, "subsampling": 0} if suffix == ".jpg" else {})
-    )
+    options: dict[str, Any] = {"quality": 100, "subsampling": 0} if suffix == ".jpg" else {}
+    Image.fromarray(upright()).convert("CMYK").save(path, **options)
     with Image.open(path) as stored:
         assert stored.mode == "CMYK"
     assert np.abs(pixels_of(path).astype(int) - upright()).mean() < 1

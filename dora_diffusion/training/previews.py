@@ -6,8 +6,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from dora_diffusion.generation import GenerationSettings, generate
-from dora_diffusion.train.config import TrainConfig
-from dora_diffusion.train.subject import Subject
+from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.subject import Subject
 
 
 def draw_previews(subject: Subject, config: TrainConfig) -> list[Image.Image]:

@@ -7,9 +7,9 @@ from random import Random
 import torch
 from torch import Tensor
 
-from dora_diffusion.train.config import TrainConfig
-from dora_diffusion.train.dataset import Example, StepSampler, load_pixels
-from dora_diffusion.train.subject import Subject
+from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.dataset import Example, StepSampler, load_pixels
+from dora_diffusion.training.subject import Subject
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_diffusion.train.dataset import Example, StepSampler, find_examples, load_pixels, split_validation
+from dora_diffusion.training.dataset import Example, StepSampler, find_examples, load_pixels, split_validation
 
 PHOTOS = Path(__file__).parents[4] / "shared" / "data" / "dreambooth"
 

@@ -10,20 +10,21 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from tqdm import tqdm
 
 from dora_diffusion.formats import save_adapter
 from dora_diffusion.objectives import Prediction, add_noise, min_snr_weights, target, weighted_squared_error
 from dora_diffusion.storage import write_atomically
-from dora_diffusion.train import checkpoint
-from dora_diffusion.train.batches import Batch, BatchSource, step_seed
-from dora_diffusion.train.card import run_card
-from dora_diffusion.train.classes import ensure_class_examples
-from dora_diffusion.train.config import TrainConfig
-from dora_diffusion.train.dataset import Example, find_examples, split_validation
-from dora_diffusion.train.previews import draw_previews, save_previews, save_strip
-from dora_diffusion.train.subject import (
+from dora_diffusion.training import checkpoint
+from dora_diffusion.training.batches import Batch, BatchSource, step_seed
+from dora_diffusion.training.card import run_card
+from dora_diffusion.training.classes import ensure_class_examples
+from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.dataset import Example, find_examples, split_validation
+from dora_diffusion.training.previews import draw_previews, save_previews, save_strip
+from dora_diffusion.training.subject import (
     RateSchedule,
     Subject,
     adapter_metadata,
@@ -68,7 +69,10 @@ def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
         raise ValueError(f"resume={resume!r}: expected 'latest'")
     folder = config.output_dir
     if resume is None and any(folder.glob("checkpoints/step-*")):
-        raise ValueError(f"{folder}: holds checkpoints of an earlier run; resume it with --resume latest or choose another")
+        raise ValueError(
+            f"{folder}: holds checkpoints of an earlier run; resume it with --resume latest or choose another"
+        )
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     accelerator = Accelerator(
         mixed_precision=config.optim.mixed_precision, log_with="tensorboard", project_dir=str(folder / "logs")
     )
@@ -151,6 +155,7 @@ class _Run:
         total = 0.0
         for micro in range(optim.gradient_accumulation):
             index = (step * optim.gradient_accumulation + micro) * ranks + self.accelerator.process_index
+            torch.manual_seed(step_seed(optim.seed, index, 0))  # the layers' dropout draws from the global generator
             batch = self.source.batch_at(index)
             loss = self._loss(batch, seed=step_seed(optim.seed, index, 2))
             if not math.isfinite(loss.item()):
@@ -171,7 +176,6 @@ class _Run:
 
     def _loss(self, batch: Batch, *, seed: int) -> Tensor:
         """Sample a noise and a timestep for each latent, noise it, predict, compare."""
-        torch.manual_seed(seed)  # the layers' dropout draws from the global generator
         generator = torch.Generator().manual_seed(seed)
         latents = batch.latents.float()
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)

@@ -15,7 +15,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dora_diffusion.train.images import SUFFIXES, Crop, fit, list_files, list_images, natural_order, read_image, shown
+from dora_diffusion.training.images import (
+    SUFFIXES,
+    Crop,
+    fit,
+    list_files,
+    list_images,
+    natural_order,
+    read_image,
+    shown,
+)
 
 METADATA = "metadata.jsonl"
 CAPTION_COLUMNS = ("text", "caption", "prompt")

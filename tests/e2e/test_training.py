@@ -1,0 +1,117 @@
+"""Training runs on the pocket's architecture with random weights: the run folder, and resuming bit for bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dora_diffusion.pretrain.scenes import background
+from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.loop import train
+from tests.pocket_random import random_pocket_pipeline
+from tests.tolerances import assert_identical
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    random_pocket_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for name in ("red", "blue", "meadow"):
+        background(name, 64).save(folder / f"{name}.png")
+    return folder
+
+
+def config(base: Path, images: Path, output: Path, **optim) -> TrainConfig:
+    settings = {
+        "steps": 6,
+        "batch_size": 2,
+        "learning_rate": 1e-3,
+        "gradient_accumulation": 2,
+        "lr_scheduler": "cosine",
+        **optim,
+    }
+    return TrainConfig.model_validate(
+        {
+            "model": str(base),
+            "output_dir": output,
+            "data": {
+                "instance_dir": images,
+                "instance_prompt": "a zqx cat",
+                "resolution": 32,
+                "caption_dropout": 0.2,
+                "flip": True,
+            },
+            "adapter": {"rank": 2, "dropout": 0.1, "train_text_encoder": True},
+            "optim": settings,
+            "validation": {"every": 0, "repeats": 1},
+            "checkpoint": {"every": 3, "keep": 5},
+        }
+    )
+
+
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(base, images, tmp_path) -> None:
+    whole = train(config(base, images, tmp_path / "whole"))
+    stopped = config(base, images, tmp_path / "stopped")
+    train(stopped)
+    for late in (tmp_path / "stopped" / "checkpoints").glob("step-*6"):
+        (late / "parameters.safetensors").write_bytes(b"cut short")  # the newest is broken: the one before is taken
+    resumed = train(stopped, resume="latest")
+    assert_identical(load_file(resumed.adapter), load_file(whole.adapter))
+    newest = "checkpoints/step-00000006/optimizer.safetensors"
+    assert_identical(load_file(tmp_path / "stopped" / newest), load_file(tmp_path / "whole" / newest))
+
+
+def test_every_parameter_moves_and_the_run_folder_is_whole(base, images, tmp_path) -> None:
+    result = train(config(base, images, tmp_path / "run"))
+    tensors = load_file(result.adapter)
+    assert any(key.startswith("unet.") for key in tensors)
+    assert any(key.startswith("text_encoder.text_model.") for key in tensors)
+    still = [key for key, tensor in tensors.items() if "lora_B" in key and not tensor.any()]
+    assert still == []
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"config.yaml", "adapter.safetensors", "checkpoints", "logs", "README.md", "validation.json"} <= names
+    assert TrainConfig.from_yaml(tmp_path / "run" / "config.yaml") == config(base, images, tmp_path / "run")
+
+
+def test_gradient_checkpointing_trains_the_same_weights(base, images, tmp_path) -> None:
+    plain = train(config(base, images, tmp_path / "plain", steps=2))
+    saved = train(config(base, images, tmp_path / "saved", steps=2, gradient_checkpointing=True))
+    torch.testing.assert_close(load_file(saved.adapter), load_file(plain.adapter), rtol=1e-4, atol=1e-6)
+
+
+def test_bf16_base_trains_fp32_adapters(base, images, tmp_path) -> None:
+    result = train(config(base, images, tmp_path / "bf16", steps=2, mixed_precision="bf16"))
+    assert {tensor.dtype for tensor in load_file(result.adapter).values()} == {torch.float32}
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(result.adapter).values())
+
+
+def test_prior_preservation_draws_class_images_once(base, images, tmp_path) -> None:
+    settings = config(base, images, tmp_path / "prior", steps=1)
+    prior = {"class_prompts": ["a red cat", "a blue cat"], "class_images": 3}
+    preview = {"steps": 1, "prompts": ["a zqx cat on the beach"]}
+    settings = TrainConfig.model_validate({**settings.model_dump(), "prior": prior, "preview": preview})
+    train(settings)
+    drawn = sorted((tmp_path / "prior" / "class").glob("*.png"))
+    captions = [path.with_suffix(".txt").read_text() for path in drawn]
+    assert captions == ["a red cat", "a blue cat", "a red cat"]
+    assert (tmp_path / "prior" / "samples" / "strip.png").is_file()
+
+
+def test_resuming_with_other_settings_names_the_difference(base, images, tmp_path) -> None:
+    train(config(base, images, tmp_path / "run", steps=1))
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+        train(config(base, images, tmp_path / "run", steps=1))
+    with pytest.raises(ValueError, match="optim.learning_rate was 0.001 and is now 0.5"):
+        train(config(base, images, tmp_path / "run", steps=1, learning_rate=0.5), resume="latest")
+
+
+def test_diverged_loss_stops_the_run_and_names_the_images(base, images, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"step \d+: the loss is (nan|inf) on .*\.png"):
+        train(config(base, images, tmp_path / "run", steps=40, learning_rate=1e18, max_grad_norm=0))
