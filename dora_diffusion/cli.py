@@ -14,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
     handler: Handler = parsed.handler
-    if rest and handler is not _train:
+    if rest and handler not in (_train, _evaluate):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return handler(parsed, rest)
@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands.add_parser("train", help="train an adapter from a YAML config"))
     _add_generate(commands.add_parser("generate", help="draw pictures with adapters"))
     _add_inspect(commands.add_parser("inspect", help="what an adapter file holds"))
+    _add_evaluate(commands.add_parser("evaluate", help="score a trained adapter, with pictures"))
     _add_ui(commands.add_parser("ui", help="the app: load, blend, draw"))
     return parser
 
@@ -165,6 +166,39 @@ def _inspect(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
     facts = inspect_adapter(arguments.file, model=arguments.model)
     print(json.dumps(facts, indent=1) if arguments.json else describe(facts))
+    return 0
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Score the adapter that a config trained against its truth pictures; writes a report and a grid."
+    )
+    parser.add_argument("config", type=Path, help="the YAML it was trained with; needs evaluation.truth_dir")
+    parser.set_defaults(handler=_evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    from dora_diffusion.training.config import TrainConfig
+
+    config = TrainConfig.from_yaml(arguments.config, TrainConfig.parse_overrides(rest))
+    truth_dir, adapter = config.evaluation.truth_dir, config.output_dir / "adapter.safetensors"
+    if truth_dir is None:
+        raise ValueError(f"{arguments.config}: evaluation.truth_dir is not set; name a folder of true pictures")
+    if not adapter.is_file():
+        raise ValueError(f"{adapter}: no such file; train first: dora-diffusion train {arguments.config}")
+    from dora_diffusion.evaluate.adapter import Truth, evaluate_adapter
+    from dora_diffusion.training.dataset import find_examples
+    from dora_diffusion.training.images import read_image
+
+    examples = find_examples(truth_dir, instance_prompt=config.data.instance_prompt)
+    truths = [Truth(read_image(example.path), example.caption) for example in examples]
+    output = config.output_dir / "evaluation"
+    scores = evaluate_adapter(adapter, truths, output, model=config.model, seeds=config.evaluation.seeds)
+    print(
+        f"likeness to the truth: {scores.before:.2f} before, {scores.after:.2f} after "
+        f"(floor {scores.floor:.2f}, ceiling {scores.ceiling:.2f}; {scores.count} pictures each)"
+    )
+    print(f"wrote {output / 'report.json'} and {output / 'grid.png'}")
     return 0
 
 

@@ -8,7 +8,9 @@ from diffusers import StableDiffusionPipeline
 
 from dora_diffusion.injection import DoRAConfig, inject
 from dora_diffusion.pretrain.autoencoder import build_autoencoder
-from dora_diffusion.pretrain.denoiser import build_denoiser, build_scheduler
+from dora_diffusion.pretrain.denoiser import TextPart, build_unet
+from dora_diffusion.pretrain.package import assemble
+from dora_diffusion.pretrain.text import build_text_encoder
 from dora_diffusion.pretrain.tokens import train_tokenizer
 from dora_diffusion.state import AdapterState, join
 
@@ -23,17 +25,8 @@ def random_pocket_pipeline(seed: int = 0) -> StableDiffusionPipeline:
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(seed)
         tokenizer = train_tokenizer(CAPTIONS, Path(folder))
-        denoiser = build_denoiser(tokenizer)
-        pipe = StableDiffusionPipeline(
-            vae=build_autoencoder().eval(),
-            text_encoder=denoiser.text_encoder.eval(),
-            tokenizer=tokenizer,
-            unet=denoiser.unet.eval(),
-            scheduler=build_scheduler(),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        text = TextPart(tokenizer, build_text_encoder(tokenizer))
+        pipe = assemble(build_unet(), build_autoencoder(), text)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -5,20 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from transformers import CLIPTokenizer
 
-from dora_diffusion.pretrain.denoiser import Denoiser, build_denoiser, build_scheduler, load_parameters
+from dora_diffusion.pretrain.denoiser import TextPart, build_scheduler, build_unet, load_parameters
 
 
-def assemble(denoiser: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+def assemble(unet: UNet2DConditionModel, vae: AutoencoderKL, text: TextPart) -> StableDiffusionPipeline:
     """A pipeline of the trained parts, without safety checker (it draws emoji)."""
     return StableDiffusionPipeline(
         vae=vae.eval(),
-        text_encoder=denoiser.text_encoder.eval(),
-        tokenizer=tokenizer,
-        unet=denoiser.unet.eval(),
+        text_encoder=text.encoder.eval(),
+        tokenizer=text.tokenizer,
+        unet=unet.eval(),
         scheduler=build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -26,11 +25,11 @@ def assemble(denoiser: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -
     )
 
 
-def load_checkpoint(checkpoint: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+def load_checkpoint(checkpoint: Path, vae: AutoencoderKL, text: TextPart) -> StableDiffusionPipeline:
     """The pipeline of a denoiser checkpoint's averaged weights."""
-    denoiser = build_denoiser(tokenizer)
-    load_parameters(denoiser.named_parameters(), checkpoint / "average.safetensors")
-    return assemble(denoiser, vae, tokenizer)
+    unet = build_unet()
+    load_parameters(dict(unet.named_parameters()), checkpoint / "average.safetensors")
+    return assemble(unet, vae, text)
 
 
 def ship(pipe: StableDiffusionPipeline, folder: Path) -> None:

@@ -69,6 +69,11 @@ def place_words(background: str) -> str:
     return f"on {article} {background} background"
 
 
+def background_in(text: str) -> str | None:
+    """The name of the background that a caption names, or None."""
+    return next((name for name in vocabulary().backgrounds if place_words(name) in text), None)
+
+
 def caption(scene: Scene) -> str:
     """The canonical caption: `a [small] [STYLE style] OBJECT PLACE`."""
     words = ["small"] if scene.size == "small" else []

@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from dora_diffusion.training import yaml_config
 
 # Paths in the file are relative to the file; `output_dir` is relative to the current directory.
-_PATHS_BESIDE_FILE = ("data.instance_dir", "data.validation_dir", "prior.class_dir")
+_PATHS_BESIDE_FILE = ("data.instance_dir", "data.validation_dir", "prior.class_dir", "evaluation.truth_dir")
 
 
 def _to_path(value: Any) -> Any:
@@ -220,6 +220,23 @@ class CheckpointConfig(_Section):
     """How many of the newest stay."""
 
 
+class EvaluationConfig(_Section):
+    """What `dora-diffusion evaluate` measures after training."""
+
+    truth_dir: Location | None = None
+    """Folder of true pictures that were not trained on, with captions; the adapter is asked to draw those captions."""
+    seeds: int = Field(4, ge=1)
+    """How many pictures are drawn for each caption."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "EvaluationConfig":
+        if self.truth_dir is not None and not os.path.isdir(self.truth_dir):
+            raise ValueError(
+                f"evaluation.truth_dir: got {str(self.truth_dir)!r}, expected an existing folder of pictures"
+            )
+        return self
+
+
 class TrainConfig(_Section):
     """A whole training run. Paths are absolute once it is built."""
 
@@ -241,6 +258,8 @@ class TrainConfig(_Section):
     """The validation loss."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What is measured after training."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":

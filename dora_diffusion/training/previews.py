@@ -6,6 +6,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from dora_diffusion.generation import GenerationSettings, generate
+from dora_diffusion.sheets import grid
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.subject import Subject
 
@@ -23,29 +24,6 @@ def draw_previews(subject: Subject, config: TrainConfig) -> list[Image.Image]:
             )
             for prompt in preview.prompts
         ]
-
-
-def label_row(texts: Sequence[str], width: int, height: int = 18) -> Image.Image:
-    """A white strip with one short text over each column of `width` pixels."""
-    strip = Image.new("RGB", (width * len(texts), height), "white")
-    draw = ImageDraw.Draw(strip)
-    for column, text in enumerate(texts):
-        draw.text((column * width + 4, 3), text[: max(1, width // 6 - 1)], fill="black")
-    return strip
-
-
-def grid(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str] = ()) -> Image.Image:
-    """Pictures of one size side by side, a row each, with optional labels over the columns."""
-    width, height = rows[0][0].size
-    top = label_row(labels, width) if labels else None
-    offset = top.height if top else 0
-    sheet = Image.new("RGB", (width * max(map(len, rows)), height * len(rows) + offset), "white")
-    if top:
-        sheet.paste(top, (0, 0))
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            sheet.paste(picture, (x * width, offset + y * height))
-    return sheet
 
 
 def save_previews(pictures: Sequence[Image.Image], folder: Path, *, step: int) -> Path:

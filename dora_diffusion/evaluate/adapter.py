@@ -1,0 +1,116 @@
+"""Score an adapter against true pictures it was not trained on: before, after, ceiling and floor, and a grid."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from dora_diffusion.adapters import AdapterManager
+from dora_diffusion.evaluate.likeness import likeness
+from dora_diffusion.families import family_of_pipeline
+from dora_diffusion.generation import GenerationSettings, generate
+from dora_diffusion.pipelines import load_pipeline
+from dora_diffusion.pretrain.scenes import background_in, place_words
+from dora_diffusion.sheets import grid
+from dora_diffusion.storage import write_atomically
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A true picture and the caption that asks for it."""
+
+    picture: Image.Image
+    caption: str
+
+
+@dataclass(frozen=True)
+class AdapterScores:
+    """Mean likeness to the truth (see `likeness`) over `count` pictures, and its bounds.
+
+    Attributes:
+        before: drawn by the base alone.
+        after: drawn with the adapter at strength 1.
+        ceiling: the truth itself, through the base's autoencoder.
+        floor: what the base draws of other objects at the same place, under captions it knows.
+        count: pictures behind `before` and behind `after`.
+    """
+
+    before: float
+    after: float
+    ceiling: float
+    floor: float
+    count: int
+
+
+STRANGERS = ("teddy bear", "rocket", "pizza", "butterfly", "castle", "guitar")
+
+
+def evaluate_adapter(
+    adapter: Path, truths: list[Truth], output: Path, *, model: str = "pocket", seeds: int = 4
+) -> AdapterScores:
+    """Draw every truth's caption with and without the adapter; write `report.json` and `grid.png` into `output`.
+
+    The grid's rows: truth, base, adapter.
+
+    Raises:
+        ValueError: the adapter does not fit the base, or there are no truths.
+    """
+    if not truths:
+        raise ValueError("nothing to evaluate against: the truth folder holds no pictures")
+    pipe = load_pipeline(model)
+    manager = AdapterManager(pipe)
+    manager.load_adapter(adapter, name="adapter")
+    size = truths[0].picture.size
+    rows: dict[str, list[list[Image.Image]]] = {"before": [], "after": []}
+    for name, strength in (("before", 0.0), ("after", 1.0)):
+        manager.set_adapters({"adapter": strength})
+        for truth in tqdm(truths, desc=f"{name} the adapter"):
+            rows[name].append([_draw(pipe, truth.caption, seed).resize(size) for seed in range(seeds)])
+    manager.unload()
+    means = {name: _mean_likeness(drawn, truths) for name, drawn in rows.items()}
+    scores = AdapterScores(
+        **means,
+        ceiling=_mean_likeness([[_through_vae(pipe, truth.picture)] for truth in truths], truths),
+        floor=_mean_likeness([[_stranger(pipe, truth, index)] for index, truth in enumerate(truths)], truths),
+        count=len(truths) * seeds,
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    captions = [truth.caption for truth in truths]
+    report = {"scores": {k: round(v, 3) for k, v in asdict(scores).items()}, "captions": captions, "model": model}
+    write_atomically(output / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    first = {name: [pictures[0] for pictures in drawn] for name, drawn in rows.items()}
+    grid([[truth.picture for truth in truths], first["before"], first["after"]]).save(output / "grid.png")
+    return scores
+
+
+def _draw(pipe: Any, caption: str, seed: int) -> Image.Image:
+    return generate(pipe, GenerationSettings(caption, seed=seed))
+
+
+def _mean_likeness(drawn: list[list[Image.Image]], truths: list[Truth]) -> float:
+    values = [
+        likeness(picture, truth.picture, truth.caption)
+        for pictures, truth in zip(drawn, truths, strict=True)
+        for picture in pictures
+    ]
+    return sum(values) / len(values)
+
+
+@torch.no_grad()
+def _through_vae(pipe: Any, picture: Image.Image) -> Image.Image:
+    """What the base's autoencoder makes of a picture: no adapter can draw it better than that."""
+    pixels = pipe.image_processor.preprocess(picture)
+    latents = family_of_pipeline(pipe).encode_pictures(pipe, pixels, None) / pipe.vae.config.scaling_factor
+    decoded: Image.Image = pipe.image_processor.postprocess(pipe.vae.decode(latents).sample)[0]
+    return decoded
+
+
+def _stranger(pipe: Any, truth: Truth, index: int) -> Image.Image:
+    """Another object on the truth's background, drawn by the base."""
+    name = background_in(truth.caption)
+    place = f" {place_words(name)}" if name else ""
+    return _draw(pipe, f"a {STRANGERS[index % len(STRANGERS)]}{place}", index)

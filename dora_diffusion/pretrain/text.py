@@ -1,0 +1,140 @@
+"""The pocket base's text encoder, taught what captions look like before the denoiser (as CLIP is).
+
+It learns to paint a caption coarsely: of its 32 positions, the last 16 each predict one of the 4 x 4 patches of the
+picture's latents through one shared linear map. A denoiser then finds in its cross-attention a code from which the
+layout follows linearly, instead of having to memorise every object through noise. Trained denoisers without this stage
+knew backgrounds and colours after 2,500 steps and no outline.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from dora_diffusion import storage
+from dora_diffusion.pretrain.captions import SceneSampler, tokenize
+from dora_diffusion.pretrain.scenes import Scene
+
+TEXT_WIDTH = 256
+PATCHES = 16
+PATCH_VALUES = 8 * 4 * 4
+
+
+@dataclass(frozen=True)
+class TextRecipe:
+    """How the text encoder is trained."""
+
+    steps: int = 6000
+    batch: int = 32
+    learning_rate: float = 1e-3
+    warmup_steps: int = 200
+    empty_caption_share: float = 0.03
+    styleless_share: float = 0.05
+    small_share: float = 0.35
+    seed: int = 0
+    checkpoint_every: int = 1000
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Four layers of width 256, random weights."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def patches(latents: Tensor) -> Tensor:
+    """(N, 8, 16, 16) -> (N, 16, 128): the 4 x 4 patches, row by row."""
+    cut = latents.unflatten(2, (4, 4)).unflatten(4, (4, 4))  # (N, 8, row, y, column, x)
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+class _Painter(nn.Module):
+    """The text encoder and the linear map that is thrown away afterwards."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        self.text = build_text_encoder(tokenizer)
+        self.paint = nn.Linear(TEXT_WIDTH, PATCH_VALUES)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        painted: Tensor = self.paint(self.text(tokens).last_hidden_state[:, -PATCHES:])
+        return painted
+
+
+def _learning_rate(step: int, recipe: TextRecipe) -> float:
+    warm = min(1.0, (step + 1) / recipe.warmup_steps)
+    cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / recipe.steps)).item())
+    return recipe.learning_rate * warm * max(cosine, 0.01)
+
+
+def train_text_encoder(
+    latents: Tensor, scenes: list[Scene], tokenizer: CLIPTokenizer, recipe: TextRecipe, folder: Path
+) -> CLIPTextModel:
+    """Train, or go on from the newest checkpoint in `folder`.
+
+    Args:
+        latents: (N, 8, 16, 16), unit deviation; fp16 or fp32.
+        scenes: what each latent shows.
+        tokenizer: the trained one.
+        recipe: steps, rates, seed.
+        folder: where checkpoints lie.
+    """
+    torch.manual_seed(recipe.seed)
+    painter = _Painter(tokenizer)
+    parameters = dict(painter.named_parameters())
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=1e-3, fused=True
+    )
+    sampler = SceneSampler(scenes, recipe)
+    done, seconds = 0, 0.0
+    if checkpoints := storage.valid_checkpoints(folder):
+        painter.load_state_dict(storage.load_tensors(checkpoints[-1] / "model.safetensors"))
+        storage.load_optimizer_tensors(optimizer, storage.load_tensors(checkpoints[-1] / "optimizer.safetensors"))
+        progress = json.loads((checkpoints[-1] / "progress.json").read_text())
+        done, seconds = progress["step"], progress["seconds"]
+    start, running = time.monotonic() - seconds, 1.0
+    bar = tqdm(range(done, recipe.steps), initial=done, total=recipe.steps, desc="text encoder", mininterval=10)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(step, recipe)
+        indices, captions = sampler.batch_at(step)
+        with torch.autocast("cpu", torch.bfloat16):
+            painted = painter(tokenize(tokenizer, captions))
+        loss = F.mse_loss(painted.float(), patches(latents[indices].float()))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        running += 0.01 * (loss.item() - running)
+        bar.set_postfix(loss=f"{running:.4f}", refresh=False)
+        if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
+            _save(painter, optimizer, {"step": step + 1, "seconds": time.monotonic() - start, "loss": running}, folder)
+    return painter.text.eval().requires_grad_(False)
+
+
+def _save(painter: _Painter, optimizer: torch.optim.Optimizer, progress: dict[str, float], folder: Path) -> None:
+    state = storage.optimizer_tensors(optimizer)
+    storage.save_checkpoint(
+        folder / f"step-{progress['step']:08d}",
+        {
+            "model.safetensors": lambda path: storage.save_tensors(dict(painter.named_parameters()), path),
+            "optimizer.safetensors": lambda path: storage.save_tensors(state, path),
+            "progress.json": lambda path: storage.write_atomically(path, json.dumps(progress).encode()),
+        },
+    )

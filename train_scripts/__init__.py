@@ -1,0 +1,1 @@
+"""Thin entry points: parse, then one call of the library."""

@@ -1,0 +1,15 @@
+"""Train an adapter: `accelerate launch train_scripts/train_dreambooth_dora.py --config subject.yaml`.
+
+The same as `dora-diffusion train subject.yaml`, in a form that `accelerate launch` starts on several devices.
+"""
+
+import sys
+
+from dora_diffusion.cli import main
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if "--config" in arguments:
+        position = arguments.index("--config")
+        arguments = [*arguments[position + 1 : position + 2], *arguments[:position], *arguments[position + 2 :]]
+    sys.exit(main(["train", *arguments]))
