@@ -5,7 +5,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dora_diffusion import storage
@@ -112,7 +112,7 @@ def _captions(scenes: list[Scene]) -> list[str]:
     return [varied_caption(scene, rng) for scene in [*scenes, *styleless]]
 
 
-def trained_pipeline(workshop: Workshop) -> object:
+def trained_pipeline(workshop: Workshop) -> StableDiffusionPipeline:
     """A plain StableDiffusionPipeline of the newest checkpoint's averaged weights, fp32."""
     checkpoints = storage.valid_checkpoints(workshop.denoiser)
     if not checkpoints:

@@ -225,7 +225,7 @@ class EvaluationConfig(_Section):
 
     truth_dir: Location | None = None
     """Folder of true pictures that were not trained on, with captions; the adapter is asked to draw those captions."""
-    seeds: int = Field(4, ge=1)
+    seeds: int = Field(default=4, ge=1)
     """How many pictures are drawn for each caption."""
 
     @model_validator(mode="after")

@@ -39,7 +39,11 @@ def save_strip(folder: Path) -> Path | None:
     files = sorted(folder.glob("step-*.png"))
     if not files:
         return None
-    sheet = grid([[Image.open(file).convert("RGB")] for file in files])
+    rows = []
+    for file in files:
+        with Image.open(file) as picture:
+            rows.append([picture.convert("RGB")])
+    sheet = grid(rows)
     draw = ImageDraw.Draw(sheet)
     for row, file in enumerate(files):
         y = row * sheet.height // len(files)

@@ -1,0 +1,144 @@
+"""The command line as a person meets it: help is quick, errors are one line with status 2, outputs are there."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from dora_diffusion.cli import main, split_adapter
+from dora_diffusion.formats import save_adapter
+from dora_diffusion.pretrain.scenes import background
+from tests.pocket_random import random_adapter, random_pocket_pipeline
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    random_pocket_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    return save_adapter(random_adapter(random_pocket_pipeline()), tmp_path_factory.mktemp("a") / "ink.safetensors")
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["inspect"], ["doctor"], ["evaluate"], ["ui"]])
+def test_help_imports_nothing_heavy(command: list[str]) -> None:
+    code = (
+        "import sys; from dora_diffusion.cli import main\n"
+        f"try: main({[*command, '--help']!r})\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'gradio', 'numpy'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: dora-diffusion" in done.stdout
+    assert time.monotonic() - started < 20  # not a benchmark: only that nothing hangs
+
+
+def fails(capsys, *arguments: str) -> str:
+    """Run a command that must fail; returns its single line on stderr."""
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("dora-diffusion: ")
+    assert "\n" not in error
+    return error
+
+
+def test_mistakes_are_one_line(capsys, tmp_path, adapter, base) -> None:
+    assert "nowhere.yaml" in fails(capsys, "train", str(tmp_path / "nowhere.yaml"))
+    (tmp_path / "bad.yaml").write_text(f"output_dir: x\ndata:\n  instance_dir: {tmp_path}\noptim:\n  step: 3\n")
+    assert "optim.step" in fails(capsys, "train", str(tmp_path / "bad.yaml"))
+    draw = ("generate", "--prompt", "a cat", "--model", str(base), "--output", str(tmp_path / "x.png"))
+    assert "ink.safetensors:much" in fails(capsys, *draw, "--adapter", "ink.safetensors:much")
+    assert "no such file" in fails(capsys, *draw, "--adapter", str(tmp_path / "nowhere.safetensors"))
+    assert "ends in .png" in fails(capsys, *draw[:-1], "out.jpg")
+    assert "no such folder" in fails(capsys, "generate", "--prompt", "x", "--model", "./nowhere")
+    assert "steps must lie" in fails(capsys, *draw, "--steps", "0")
+    (tmp_path / "text.safetensors").write_text("hello")
+    assert "text.safetensors" in fails(capsys, "inspect", str(tmp_path / "text.safetensors"))
+    assert "nowhere" in fails(capsys, "doctor", str(tmp_path / "nowhere"))
+
+
+def test_generate_writes_a_picture_with_its_metadata(capsys, tmp_path, adapter, base) -> None:
+    output = tmp_path / "out.png"
+    arguments = ("--prompt", "a cat", "--model", str(base), "--steps", "2", "--output", str(output))
+    assert main(["generate", *arguments, "--adapter", f"{adapter}:0.5", "--adapter", f"{adapter}:-0.25"]) == 0
+    with Image.open(output) as picture:
+        picture.load()
+    record = json.loads(picture.text["dora_diffusion"])
+    assert [(use["name"], use["weight"]) for use in record["adapters"]] == [("ink", 0.5), ("ink-2", -0.25)]
+    assert all(len(use["sha256"]) == 64 for use in record["adapters"])
+    assert record["settings"]["prompt"] == "a cat"
+    assert picture.text["parameters"].startswith("a cat <lora:ink:0.5> <lora:ink-2:-0.25>\n")
+    assert picture.size == (128, 128)
+    assert "ink: DoRA rank 4" in capsys.readouterr().out
+
+
+def test_inspect_says_what_a_file_holds(capsys, adapter, base) -> None:
+    assert main(["inspect", str(adapter), "--json", "--model", str(base)]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["kind"], facts["format"], facts["ranks"], facts["magnitude_axis"]) == (
+        "DoRA",
+        "diffusers",
+        [4],
+        "out",
+    )
+    total = sum(facts["layers"].values())
+    assert facts["matched"] == f"{total} of {total} layers"
+    assert main(["inspect", str(adapter)]) == 0
+    assert f"{facts['layers']['unet']} layers" in capsys.readouterr().out
+
+
+def test_doctor_says_what_would_be_lost(capsys, tmp_path) -> None:
+    background("blue", 96).save(tmp_path / "good.png")
+    assert main(["doctor", str(tmp_path), "--instance-prompt", "a cat"]) == 0
+    assert main(["doctor", str(tmp_path)]) == 1
+    assert "good.png" in capsys.readouterr().out
+    (tmp_path / "broken.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
+    assert main(["doctor", str(tmp_path), "--instance-prompt", "a cat"]) == 1
+    assert "broken.png" in capsys.readouterr().out
+
+
+def test_train_dry_run_and_train_through_the_script(capsys, tmp_path, base) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    background("beach", 64).save(images / "one.png")
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {base}\noutput_dir: {tmp_path / 'run'}\n"
+        "data: {instance_dir: images, instance_prompt: a cat, resolution: 32}\n"
+        "adapter: {rank: 2}\noptim: {steps: 2}\nvalidation: {repeats: 1}\nevaluation: {truth_dir: images, seeds: 1}\n"
+    )
+    assert main(["train", str(config), "--dry-run", "--adapter.rank", "3"]) == 0
+    plan = capsys.readouterr().out
+    assert "unet" in plan
+    assert not (tmp_path / "run").exists()
+    script = [sys.executable, "train_scripts/train_dreambooth_dora.py", "--config", str(config)]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "adapter.safetensors").is_file()
+    assert main(["evaluate", str(config)]) == 0
+    report = json.loads((tmp_path / "run" / "evaluation" / "report.json").read_text())
+    assert set(report["scores"]) == {"before", "after", "ceiling", "floor", "count"}
+    with Image.open(tmp_path / "run" / "evaluation" / "grid.png") as grid:
+        assert grid.size == (64, 3 * 64)
+
+
+@pytest.mark.parametrize(
+    "text, path, strength",
+    [
+        ("ink.safetensors", "ink.safetensors", 1.0),
+        ("ink.safetensors:0.8", "ink.safetensors", 0.8),
+        ("a:b.safetensors:-2", "a:b.safetensors", -2.0),
+        ("c:/ink.safetensors", "c:/ink.safetensors", 1.0),
+    ],
+)
+def test_adapter_option(text: str, path: str, strength: float) -> None:
+    assert tuple(map(str, split_adapter(text))) == (path, str(strength))
