@@ -69,7 +69,7 @@ def save_checkpoint(folder: Path, files: Mapping[str, Callable[[Path], None]], k
     Args:
         folder: the checkpoint's place, `.../step-00000100`; siblings named `step-*` are its elders.
         files: file name -> function that writes that file at the path it is given.
-        keep: how many checkpoints stay, this one included.
+        keep: how many checkpoints stay, this one included; at least 1.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -85,7 +85,7 @@ def save_checkpoint(folder: Path, files: Mapping[str, Callable[[Path], None]], k
         shutil.rmtree(folder)
     os.rename(temporary, folder)
     _sync_folder(folder.parent)
-    for old in valid_checkpoints(folder.parent)[:-keep]:
+    for old in valid_checkpoints(folder.parent)[: -max(1, keep)]:
         shutil.rmtree(old)
 
 
@@ -97,7 +97,7 @@ def is_valid_checkpoint(folder: Path) -> bool:
             (folder / name).stat().st_size == entry["bytes"] and sha256_of(folder / name) == entry["sha256"]
             for name, entry in manifest.items()
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

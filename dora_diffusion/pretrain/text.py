@@ -1,7 +1,7 @@
 """The pocket base's text encoder, taught what captions look like before the denoiser (as CLIP is).
 
 It learns to paint a caption coarsely: of its 32 positions, the last 16 each predict one of the 4 x 4 patches of the
-picture's latents through one shared linear map. A denoiser then finds in its cross-attention a code from which the
+picture's latents through one shared linear map, and say plainly which patch that is. A denoiser then finds in its cross-attention a code from which the
 layout follows linearly, instead of having to memorise every object through noise. Trained denoisers without this stage
 knew backgrounds and colours after 2,500 steps and no outline.
 """
@@ -24,6 +24,9 @@ from dora_diffusion.pretrain.scenes import Scene
 TEXT_WIDTH = 256
 PATCHES = 16
 PATCH_VALUES = 8 * 4 * 4
+# The first 32 of the 256 values of each painting position say which patch it is, loud enough for keys to be found by.
+POSITION_CODE = 6.0 * torch.eye(PATCHES).repeat(1, 2)
+POSITION_WEIGHT = 0.1
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,18 @@ class _Painter(nn.Module):
         self.text = build_text_encoder(tokenizer)
         self.paint = nn.Linear(TEXT_WIDTH, PATCH_VALUES)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        painted: Tensor = self.paint(self.text(tokens).last_hidden_state[:, -PATCHES:])
-        return painted
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids (N, 32) -> painted patches (N, 16, 128) and the position codes beside them (N, 16, 32)."""
+        hidden = self.text(tokens).last_hidden_state[:, -PATCHES:]
+        return self.paint(hidden), hidden[..., : POSITION_CODE.shape[1]]
+
+
+def painting_loss(painter: _Painter, tokens: Tensor, latents: Tensor) -> Tensor:
+    """Mean squared error of the painted patches, and a tenth of that of the position codes."""
+    with torch.autocast("cpu", torch.bfloat16):
+        painted, code = painter(tokens)
+    places = F.mse_loss(code.float(), POSITION_CODE.expand(len(code), -1, -1))
+    return F.mse_loss(painted.float(), patches(latents)) + POSITION_WEIGHT * places
 
 
 def _learning_rate(step: int, recipe: TextRecipe) -> float:
@@ -114,9 +126,7 @@ def train_text_encoder(
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step, recipe)
         indices, captions = sampler.batch_at(step)
-        with torch.autocast("cpu", torch.bfloat16):
-            painted = painter(tokenize(tokenizer, captions))
-        loss = F.mse_loss(painted.float(), patches(latents[indices].float()))
+        loss = painting_loss(painter, tokenize(tokenizer, captions), latents[indices].float())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
         optimizer.step()

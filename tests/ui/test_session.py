@@ -144,7 +144,12 @@ def test_an_error_reaches_the_tab_and_frees_the_pipeline(session: Session) -> No
 
 def test_load_reports_and_refuses(session: Session, adapters: Path) -> None:
     report = session.load("ink")
-    assert (report.kind, report.ranks, report.matched, report.total) == ("DoRA", (4,), 68, 68)
+    assert (report.kind, report.ranks, report.matched, report.total) == (
+        "DoRA",
+        (4,),
+        88,
+        88,
+    )  # 8 projections of 9 UNet blocks, 4 of 4 text layers
     assert report.sha256 == sha256_of(adapters / "ink.safetensors")
     with pytest.raises(ValueError, match=r"^broken: not a safetensors file, or cut short \(14 bytes\)$"):
         session.load("broken")

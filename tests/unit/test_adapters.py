@@ -186,6 +186,6 @@ def test_plain_diffusers_draws_the_same_picture_from_our_file(pipe, tmp_path) ->
     pipe.load_lora_weights(str(file))
     theirs = draw()
     found = sum("lora_magnitude_vector" in name for name, _ in pipe.text_encoder.named_parameters())
-    assert found == 12  # every q, k, v and out projection of three layers
+    assert found == 16  # every q, k, v and out projection of four layers
     assert np.abs(ours - before).max() > 0.05
     np.testing.assert_allclose(ours, theirs, atol=1e-3)

@@ -1,0 +1,68 @@
+"""The embedded base itself: it loads plainly, draws what captions say, and an adapter trained on it learns."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+import dora_diffusion as dd
+from dora_diffusion.evaluate.recognition import nearest_background
+from dora_diffusion.pipelines import POCKET
+from dora_diffusion.pretrain.scenes import Scene, caption, vocabulary
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MEBIBYTE = 1024 * 1024
+
+
+def test_plain_diffusers_loads_the_folder_and_draws_the_same() -> None:
+    ours = dd.load_pipeline("pocket")
+    theirs = StableDiffusionPipeline.from_pretrained(POCKET, dtype=torch.float32)
+    settings = dd.GenerationSettings("a noto style rocket on the beach", steps=4)
+    assert dd.generate(ours, settings).tobytes() == dd.generate(theirs, settings).tobytes()
+
+
+def test_it_is_small_and_its_card_is_there() -> None:
+    weights = [path for path in POCKET.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in weights) < 40 * MEBIBYTE
+    assert not [path for path in weights if path.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
+    assert "Recognition" in (POCKET / "README.md").read_text()
+
+
+def test_backgrounds_are_those_that_captions_name() -> None:
+    pipe = dd.load_pipeline("pocket")
+    wanted = ["blue", "yellow", "purple", "meadow", "night", "beach"]
+    drawn = [
+        dd.generate(pipe, dd.GenerationSettings(caption(Scene("crown", "noto", place)), steps=8)) for place in wanted
+    ]
+    assert [nearest_background(picture) for picture in drawn] == wanted
+
+
+def test_unseen_words_do_not_break_it() -> None:
+    pipe = dd.load_pipeline("pocket")
+    picture = dd.generate(pipe, dd.GenerationSettings("ein Zebra, zqx! \N{ROCKET} " + "very " * 60, steps=1))
+    assert picture.size == (128, 128)
+
+
+def test_vocabulary_keeps_unseen_objects_out() -> None:
+    words = vocabulary()
+    assert not set(words.objects) & set(words.unseen_objects)
+    assert len(words.objects) == 120
+    assert len(words.backgrounds) == 18
+
+
+@pytest.mark.slow
+def test_training_on_the_pocket_lowers_the_validation_loss(tmp_path) -> None:
+    overrides = {
+        "output_dir": str(tmp_path / "run"),
+        "optim.steps": "40",
+        "optim.warmup_steps": "0",
+        "prior.class_prompts": "[]",
+        "preview.prompts": "[]",
+        "validation.every": "20",
+    }
+    result = dd.train(dd.TrainConfig.from_yaml(EXAMPLES / "subject-robot" / "subject.yaml", overrides))
+    losses = [loss for _, loss in result.validation]
+    assert [step for step, _ in result.validation] == [0, 20, 40]
+    assert losses[0] > losses[1] > losses[2]
+    assert losses[2] < 0.8 * losses[0]
