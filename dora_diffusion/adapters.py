@@ -201,7 +201,8 @@ class AdapterManager:
             module = self._adapters[name].get(path)
             strength = strength_at(path, self._weights[name])
             if module is not None and strength != 0:
-                parts = (module.down, module.up, module.scale, module.magnitude)
+                here = module.to(device=weight.device)
+                parts = (here.down, here.up, here.scale, here.magnitude)
                 forms.append(gain_form(weight, *parts, strength=strength))
         return sum_gain_forms(forms) if forms else None
 

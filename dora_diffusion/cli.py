@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ Handler = Callable[[argparse.Namespace, Sequence[str]], int]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. A ValueError is one line on stderr and status 2, never a traceback."""
+    # transformers says at every start that it does without torchvision; a user has no use for that
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
     handler: Handler = parsed.handler

@@ -90,11 +90,12 @@ def gain(weight: Tensor, magnitude: Tensor, norm: Tensor) -> Tensor:
 
 def dora_gain(weight: Tensor, down: Tensor, up: Tensor, scale: float, magnitude: Tensor, *, exact: bool) -> Tensor:
     """g for the forward pass. `exact=False` holds N(V) constant in the backward pass (paper, section 4.3)."""
-    if exact:
-        return gain(weight, magnitude, row_norms(weight, down, up, scale))
-    with torch.no_grad():
-        norm = row_norms(weight, down, up, scale)
-    return gain(weight, magnitude, norm)
+    with torch.autocast(weight.device.type, enabled=False):  # autocast would take the products in bf16
+        if exact:
+            return gain(weight, magnitude, row_norms(weight, down, up, scale))
+        with torch.no_grad():
+            norm = row_norms(weight, down, up, scale)
+        return gain(weight, magnitude, norm)
 
 
 def dora_weight(weight: Tensor, down: Tensor, up: Tensor, scale: float, magnitude: Tensor | None) -> Tensor:
@@ -150,6 +151,12 @@ class GainForm:
     gain_offset: Tensor
     left: Tensor
     right: Tensor
+
+    def to(self, device: torch.device) -> "GainForm":
+        """The same form on a device; itself when it is there already."""
+        if self.left.device == device:
+            return self
+        return GainForm(self.gain_offset.to(device), self.left.to(device), self.right.to(device))
 
 
 def gain_form(

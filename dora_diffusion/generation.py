@@ -35,6 +35,9 @@ class GenerationSettings:
             raise ValueError(f"guidance_scale must lie in 0..100, got {self.guidance_scale}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must lie in 0..2^63, got {self.seed}")
+        for name, side in (("width", self.width), ("height", self.height)):
+            if side is not None and (side % 8 or not 64 <= side <= 4096):
+                raise ValueError(f"{name} must be a multiple of 8 in 64..4096, got {side}")
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,10 @@ class DoRAConfig:
 class Injection:
     """What `inject` did to a model: its layers, their parameters, and the way back."""
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, TrainableLayer]) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, TrainableLayer], trainable: list[nn.Parameter]) -> None:
         self._model = model
         self._layers = dict(layers)
+        self._trainable = trainable
 
     @property
     def matched(self) -> dict[str, int]:
@@ -99,9 +100,11 @@ class Injection:
                 adapter.magnitude.copy_(module.magnitude)
 
     def eject(self) -> nn.Module:
-        """Put the base layers back; the model is bit for bit what it was before. Returns the model."""
+        """Put the base layers back; the model is bit for bit what it was before, and trains what it trained before."""
         for path, layer in self._layers.items():
             self._model.set_submodule(path, layer.base)
+        for parameter in self._trainable:
+            parameter.requires_grad_(True)
         self._layers.clear()
         return self._model
 
@@ -120,17 +123,20 @@ def inject(model: nn.Module, config: DoRAConfig, *, generator: torch.Generator |
         The injection, with the parameters to train and `eject()`.
 
     Raises:
-        ValueError: nothing matches, or a match is neither nn.Linear nor an ungrouped nn.Conv2d.
+        ValueError: nothing matches, a match cannot be adapted, or the model holds an adapter already.
     """
+    if any(isinstance(module, Adapter) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} holds an adapter already: eject it first")
     generator = generator or torch.Generator().manual_seed(0)
     targets = {path: check_adaptable(path, model.get_submodule(path)) for path in target_paths(model, config)}
-    for parameter in model.parameters():
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     layers = {path: _layer(base, config, generator) for path, base in targets.items()}
     for path, layer in layers.items():
         layer.train(model.training)
         model.set_submodule(path, layer)
-    return Injection(model, layers)
+    return Injection(model, layers, trainable)
 
 
 def _layer(base: Adaptable, config: DoRAConfig, generator: torch.Generator) -> TrainableLayer:
@@ -145,7 +151,7 @@ def target_paths(model: nn.Module, config: DoRAConfig) -> list[str]:
     paths = [path for path, _ in model.named_modules() if path]
     endings = _endings(model, config.target_modules)
     if endings is None:
-        pattern = re.compile(str(config.target_modules))
+        pattern = _pattern(str(config.target_modules))
         found = [path for path in paths if pattern.fullmatch(path)]
     else:
         unused = [end for end in endings if not any(_ends_with(path, end) for path in paths)]
@@ -155,6 +161,13 @@ def target_paths(model: nn.Module, config: DoRAConfig) -> list[str]:
     if not found:
         raise ValueError(f"target_modules={config.target_modules!r} matches no layer of {type(model).__name__}")
     return found
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ValueError(f"target_modules: {text!r} is no regular expression ({error})") from None
 
 
 def _ends_with(path: str, ending: str) -> bool:

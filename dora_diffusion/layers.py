@@ -29,7 +29,7 @@ class Adapter(nn.Module):
         nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
         self.down = nn.Parameter(down.to(device))
         self.up = nn.Parameter(torch.zeros(out, rank, *[1] * (len(rest) - 1), device=device))
-        self.magnitude = nn.Parameter(initial_magnitude(base.weight.detach())) if use_dora else None
+        self.magnitude = nn.Parameter(initial_magnitude(base.weight.detach().float())) if use_dora else None
         self.alpha = alpha
         self.scale = scale_of(alpha, rank)
 
@@ -133,9 +133,9 @@ class BlendedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         base: Tensor = self.base(x)
-        form = self.form
-        if form is None:
+        if self.form is None:
             return base
+        form = self.form.to(x.device)
         if isinstance(self.base, nn.Conv2d):
             offset = form.gain_offset.reshape(1, -1, 1, 1)
             bias = None if self.base.bias is None else self.base.bias.reshape(1, -1, 1, 1)
@@ -160,6 +160,8 @@ class BlendedLayer(nn.Module):
 
 def check_adaptable(path: str, module: nn.Module) -> Adaptable:
     """The module, if it can carry an adapter; else a ValueError that names it."""
+    if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.is_floating_point():
+        raise ValueError(f"{path}: a weight quantised to {module.weight.dtype} cannot be adapted yet; load it in bf16")
     if isinstance(module, nn.Linear):
         return module
     if isinstance(module, nn.Conv2d):
@@ -175,7 +177,7 @@ def check_shapes(path: str, state: ModuleState, base: Adaptable) -> None:
     """Raise a ValueError of one line when an adapter's tensors do not fit a layer."""
     out, *rest = base.weight.shape
     flat = rows(base.weight).shape[1]
-    fits = state.up.shape[0] == out and state.down[0].numel() == flat and list(state.down.shape[1:]) in (rest, [flat])
+    fits = list(state.down.shape[1:]) in (rest, [flat]) and rows(state.up).shape == (out, state.rank)
     if not fits:
         got = f"A {tuple(state.down.shape)}, B {tuple(state.up.shape)}"
         raise ValueError(

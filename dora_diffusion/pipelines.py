@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 POCKET = Path(__file__).parent / "assets" / "pocket"
 
@@ -30,11 +31,15 @@ def load_pipeline(source: str | Path = "pocket", *, dtype: torch.dtype = torch.f
         raise ValueError(f"model {str(source)!r}: no such folder; expected 'pocket', a diffusers folder or a hub id")
     name = str(folder) if is_folder else str(source)
     try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    try:
         with _quiet_progress():
             pipe = DiffusionPipeline.from_pretrained(
                 name, dtype=dtype, use_safetensors=True, local_files_only=is_folder
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = "folder" if is_folder else "hub (offline, or no such model)"
         raise ValueError(f"model {name!r} could not be loaded from the {where}: {first_line}") from None
@@ -43,11 +48,15 @@ def load_pipeline(source: str | Path = "pocket", *, dtype: torch.dtype = torch.f
 
 @contextlib.contextmanager
 def _quiet_progress() -> Any:
-    """Small local models need no progress bars for their components."""
-    from diffusers.utils import logging
+    """Components that load in a moment need no progress bars."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
+    libraries = (diffusers_logging, transformers_logging)
+    for library in libraries:
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        logging.enable_progress_bar()
+        for library in libraries:
+            library.enable_progress_bar()

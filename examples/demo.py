@@ -5,10 +5,13 @@ python examples/demo.py --quick    a shortened run for CI; its picture shows the
 """
 
 import argparse
+import os
 import shutil
 import sys
 import time
 from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it says at every start that torchvision is missing
 
 from dora_diffusion import AdapterManager, GenerationSettings, TrainConfig, generate, load_pipeline, train
 from dora_diffusion.sheets import grid
@@ -21,7 +24,13 @@ PROMPTS = {
     "in the snow": "a zqx robot in the snow",
     "(something else)": "a noto style teddy bear on the beach",
 }
-QUICK = {"optim.steps": "12", "optim.batch_size": "1", "prior.class_images": "2", "preview.prompts": "[]"}
+QUICK = {
+    "optim.steps": "12",
+    "optim.warmup_steps": "0",
+    "optim.batch_size": "1",
+    "prior.class_images": "2",
+    "preview.prompts": "[]",
+}
 
 
 def main() -> int:
@@ -31,7 +40,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("demo"))
     arguments = parser.parse_args()
     started = time.monotonic()
-    run = arguments.output / "run"
+    run = arguments.output / "robot-run"
     shutil.rmtree(run, ignore_errors=True)
     overrides = {"output_dir": str(run), "preview.every": "0", **(QUICK if arguments.quick else {})}
     result = train(TrainConfig.from_yaml(HERE / "subject-robot" / "subject.yaml", overrides))

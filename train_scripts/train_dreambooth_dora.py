@@ -8,7 +8,7 @@ import sys
 from dora_diffusion.cli import main
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
+    arguments = [part for text in sys.argv[1:] for part in (text.split("=", 1) if text[:9] == "--config=" else [text])]
     if "--config" in arguments:
         position = arguments.index("--config")
         arguments = [*arguments[position + 1 : position + 2], *arguments[:position], *arguments[position + 2 :]]

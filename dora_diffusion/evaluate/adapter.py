@@ -104,7 +104,7 @@ def _mean_likeness(drawn: list[list[Image.Image]], truths: list[Truth]) -> float
 def _through_vae(pipe: Any, picture: Image.Image) -> Image.Image:
     """What the base's autoencoder makes of a picture: no adapter can draw it better than that."""
     pixels = pipe.image_processor.preprocess(picture)
-    latents = family_of_pipeline(pipe).encode_pictures(pipe, pixels, None) / pipe.vae.config.scaling_factor
+    latents = family_of_pipeline(pipe).encode_pictures(pipe, pixels) / pipe.vae.config.scaling_factor
     decoded: Image.Image = pipe.image_processor.postprocess(pipe.vae.decode(latents).sample)[0]
     return decoded
 

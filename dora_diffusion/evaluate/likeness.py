@@ -3,7 +3,7 @@
     likeness(a, b) = Pearson correlation of (a - background) and (b - background), RGB at 32 x 32
 
 1 is the very same object in the same place, 0 is nothing in common. It stands beside two bounds, or it says nothing:
-the ceiling (the truth through the base's own autoencoder) and the floor (other objects' truths).
+the ceiling (the truth through the base's own autoencoder) and the floor (what the base draws of other objects there).
 """
 
 import numpy as np

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 Presets = Mapping[str, tuple[str, ...]]
@@ -50,7 +49,7 @@ class Family:
         text_encoders: its text encoders, in order.
         encode: captions to conditioning.
         predict: the denoiser's call.
-        encode_pictures: pixels (N, 3, H, W) in [-1, 1] -> scaled latents, with the VAE's noise from `generator`.
+        encode_pictures: pixels (N, 3, H, W) in [-1, 1] -> scaled latents, the mode of the VAE's posterior.
     """
 
     name: str
@@ -59,7 +58,7 @@ class Family:
     text_encoders: tuple[Component, ...]
     encode: Encode
     predict: Predict
-    encode_pictures: Callable[[Any, Tensor, torch.Generator | None], Tensor]
+    encode_pictures: Callable[[Any, Tensor], Tensor]
 
     @property
     def components(self) -> tuple[Component, ...]:

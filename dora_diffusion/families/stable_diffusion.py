@@ -49,11 +49,10 @@ def predict(denoiser: nn.Module, latents: Tensor, timesteps: Tensor, conditionin
 
 
 @torch.no_grad()
-def encode_pictures(pipe: Any, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Pixels (N, 3, H, W) in [-1, 1] -> latents (N, C, H/8, W/8) times the VAE's scaling factor."""
+def encode_pictures(pipe: Any, pixels: Tensor) -> Tensor:
+    """Pixels (N, 3, H, W) in [-1, 1] -> latents (N, C, H/8, W/8), the posterior's mode times the scaling factor."""
     vae = pipe.vae
-    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    latents: Tensor = posterior.mode() if generator is None else posterior.sample(generator=generator)
+    latents: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
     return latents * vae.config.scaling_factor
 
 

@@ -1,9 +1,9 @@
 """The pocket base's text encoder, taught what captions look like before the denoiser (as CLIP is).
 
 It learns to paint a caption coarsely: of its 32 positions, the last 16 each predict one of the 4 x 4 patches of the
-picture's latents through one shared linear map, and say plainly which patch that is. A denoiser then finds in its cross-attention a code from which the
-layout follows linearly, instead of having to memorise every object through noise. Trained denoisers without this stage
-knew backgrounds and colours after 2,500 steps and no outline.
+picture's latents through one shared linear map, and say plainly which patch that is. A denoiser then finds in its
+cross-attention a code from which the layout follows linearly, instead of having to memorise every object through noise.
+A denoiser trained without this stage knew backgrounds and colours after 2,500 steps, and no outline.
 """
 
 import json

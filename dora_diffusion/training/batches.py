@@ -43,7 +43,7 @@ class LatentStore:
         if key in self._kept:
             return self._kept[key]
         pixels = load_pixels(example, size=self._size, crop=self._data.crop, flip=flip, rng=rng)
-        latent = self._subject.family.encode_pictures(self._subject.pipe, pixels[None], None)
+        latent = self._subject.family.encode_pictures(self._subject.pipe, pixels[None])
         if self._data.crop == "center":
             self._kept[key] = latent
         return latent

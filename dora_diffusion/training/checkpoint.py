@@ -14,24 +14,36 @@ from dora_diffusion.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a checkpoint holds and a resumed run puts back."""
+    """What a checkpoint holds and a resumed run puts back. `validation`: (step, loss) pairs so far."""
 
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     scaler: Any  # torch.amp.GradScaler under fp16, else None
+    processes: int
+    validation: list[tuple[int, float]]
 
 
 def resumable_part(config: TrainConfig) -> dict[str, Any]:
-    """The settings that must not change between a run and its resumption (previews and paths may)."""
+    """The settings that must not change between a run and its resumption; previews, and where pictures lie, may."""
     parts = config.model_dump(mode="json", include={"model", "data", "prior", "adapter", "optim"})
-    parts["data"].pop("instance_dir", None)
+    for section, key in (("data", "instance_dir"), ("data", "validation_dir"), ("prior", "class_dir")):
+        parts[section].pop(key)
     return parts
 
 
 def save(state: TrainingState, config: TrainConfig, *, step: int, folder: Path) -> Path:
-    """Save a checkpoint after `step` optimiser steps; elders beyond `config.checkpoint.keep` go."""
+    """Save a checkpoint after `step` optimiser steps; elders beyond `config.checkpoint.keep` go.
+
+    Raises:
+        ValueError: a value is not finite; nothing is written, and the elders stay.
+    """
+    for name, parameter in state.parameters.items():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"step {step}: {name} is no longer finite; lower the learning rate and resume from before")
     progress = {
         "step": step,
+        "processes": state.processes,
+        "validation": state.validation,
         "settings": resumable_part(config),
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
     }
@@ -57,11 +69,17 @@ def resume(state: TrainingState, config: TrainConfig, *, folder: Path) -> int:
         ValueError: the checkpoint was made with other settings; the first that differs is named.
     """
     found = storage.valid_checkpoints(folder)
+    broken = sorted(path.name for path in folder.glob("step-*") if path not in found)
+    if broken and not found:
+        raise ValueError(f"{folder}: none of its {len(broken)} checkpoints is whole; remove the folder to start anew")
     if not found:
         return 0
     newest = found[-1]
     progress = json.loads((newest / "progress.json").read_text())
-    difference = _first_difference(progress["settings"], resumable_part(config))
+    difference = _first_difference(
+        {**progress["settings"], "processes": progress["processes"]},
+        {**resumable_part(config), "processes": state.processes},
+    )
     if difference:
         raise ValueError(f"{newest}: cannot resume, {difference}; use the same settings or another output_dir")
     for name, value in storage.load_tensors(newest / "parameters.safetensors").items():
@@ -69,6 +87,8 @@ def resume(state: TrainingState, config: TrainConfig, *, folder: Path) -> int:
     storage.load_optimizer_tensors(state.optimizer, storage.load_tensors(newest / "optimizer.safetensors"))
     if state.scaler is not None and progress["scaler"]:
         state.scaler.load_state_dict(progress["scaler"])
+    state.validation[:] = [(step, loss) for step, loss in progress["validation"]]
+    print(f"resuming from {newest.name}" + (f"; skipped what is not whole: {', '.join(broken)}" if broken else ""))
     step: int = progress["step"]
     return step
 

@@ -59,7 +59,7 @@ class DataConfig(_Section):
     """Folder of the pictures to learn, with their captions."""
     instance_prompt: Text | None = None
     """Caption of every picture that has none of its own."""
-    resolution: int | None = Field(default=None, ge=8)
+    resolution: int | None = Field(default=None, ge=8, multiple_of=8)
     """Side of the training pictures in pixels; null = the model's own."""
     flip: bool = False
     """Mirror each picture left to right half of the time."""
@@ -170,7 +170,7 @@ class OptimConfig(_Section):
     """Precision of the frozen weights and activations; what is trained stays fp32."""
     gradient_checkpointing: bool = False
     """Save memory by computing activations twice."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Seed of everything random in training."""
 
     @model_validator(mode="after")
@@ -194,7 +194,7 @@ class PreviewConfig(_Section):
     """Prompts; empty = no previews."""
     every: int = Field(default=0, ge=0)
     """Steps between previews; 0 = only at the end."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Seed of the noise."""
     steps: int = Field(default=20, ge=1)
     """Denoising steps."""

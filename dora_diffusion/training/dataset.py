@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.images import (
     SUFFIXES,
     Crop,
@@ -202,6 +203,23 @@ class Split(NamedTuple):
 
     train: list[Example]
     validation: list[Example]
+
+
+def checked_examples(config: TrainConfig) -> Split:
+    """The pictures to train on and to measure, every one of them opened once: better to fail now than in an hour.
+
+    Raises:
+        ValueError: a picture that cannot be read or has no caption, named.
+    """
+    data = config.data
+    examples = find_examples(data.instance_dir, instance_prompt=data.instance_prompt)
+    if data.validation_dir is None:
+        split = split_validation(examples, share=data.validation_share, seed=config.optim.seed)
+    else:
+        split = Split(examples, find_examples(data.validation_dir, instance_prompt=data.instance_prompt))
+    for example in (*split.train, *split.validation):
+        read_image(example.path)
+    return split
 
 
 def split_validation(examples: Sequence[Example], *, share: float, seed: int) -> Split:

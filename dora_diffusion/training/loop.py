@@ -22,7 +22,7 @@ from dora_diffusion.training.batches import Batch, BatchSource, step_seed
 from dora_diffusion.training.card import run_card
 from dora_diffusion.training.classes import ensure_class_examples
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.dataset import Example, find_examples, split_validation
+from dora_diffusion.training.dataset import Example, checked_examples
 from dora_diffusion.training.previews import draw_previews, save_previews, save_strip
 from dora_diffusion.training.subject import (
     RateSchedule,
@@ -76,22 +76,12 @@ def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
     accelerator = Accelerator(
         mixed_precision=config.optim.mixed_precision, log_with="tensorboard", project_dir=str(folder / "logs")
     )
-    instances, held_out = _examples(config)
+    instances, held_out = checked_examples(config)
     pipe = load_base(config, accelerator.device)
-    classes = ensure_class_examples(pipe, config)
+    with accelerator.main_process_first():  # one process draws the class images, the others find them
+        classes = ensure_class_examples(pipe, config)
     run = _Run(config, accelerator, prepare_subject(pipe, config), instances, classes, held_out)
-    write_atomically(folder / "config.yaml", config.to_yaml().encode())
     return run.go(resume is not None)
-
-
-def _examples(config: TrainConfig) -> tuple[list[Example], list[Example]]:
-    """Instance examples, and those of them held out for validation."""
-    examples = find_examples(config.data.instance_dir, instance_prompt=config.data.instance_prompt)
-    if config.data.validation_dir is not None:
-        return examples, find_examples(config.data.validation_dir, instance_prompt=config.data.instance_prompt)
-    if config.data.validation_share == 0:
-        return examples, []
-    return split_validation(examples, share=config.data.validation_share, seed=config.optim.seed)
 
 
 class _Run:
@@ -112,7 +102,10 @@ class _Run:
         self.source = BatchSource(subject, config, size, instances=instances, classes=classes)
         self.watched = list(held_out or instances)
         scheduler = subject.pipe.scheduler
-        self.schedule = Schedule(scheduler.alphas_cumprod.clone(), scheduler.config.prediction_type)
+        kind = scheduler.config.prediction_type
+        if kind not in ("epsilon", "v_prediction"):
+            raise ValueError(f"{config.model}: its scheduler predicts {kind!r}; epsilon or v_prediction can be trained")
+        self.schedule = Schedule(scheduler.alphas_cumprod.clone(), kind)
         self.optimizer = build_optimizer(subject, config)
         self.rates = RateSchedule(self.optimizer, config)
         self.prepared = accelerator.prepare_optimizer(self.optimizer)
@@ -121,13 +114,17 @@ class _Run:
             for component, injection in subject.injections.items()
             for name, parameter in injection.named_parameters().items()
         }
-        self.state = checkpoint.TrainingState(named, self.optimizer, accelerator.scaler)
         self.validation: list[tuple[int, float]] = []
+        self.state = checkpoint.TrainingState(
+            named, self.optimizer, accelerator.scaler, accelerator.num_processes, self.validation
+        )
 
     def go(self, resume: bool) -> TrainResult:
         """Train to the last step, writing previews, checkpoints and logs on the way."""
         steps = self.config.optim.steps
         done = checkpoint.resume(self.state, self.config, folder=self.folder / "checkpoints") if resume else 0
+        if self.accelerator.is_main_process:
+            write_atomically(self.folder / "config.yaml", self.config.to_yaml().encode())
         self.accelerator.init_trackers("run")
         if done == 0:
             self._watch(0)
@@ -158,21 +155,27 @@ class _Run:
             torch.manual_seed(step_seed(optim.seed, index, 0))  # the layers' dropout draws from the global generator
             batch = self.source.batch_at(index)
             loss = self._loss(batch, seed=step_seed(optim.seed, index, 2))
-            if not math.isfinite(loss.item()):
-                raise TrainingDiverged(
-                    f"step {step + 1}: the loss is {loss.item()} on {', '.join(batch.names)}; lower the learning rate. "
-                    f"Checkpoints in {self.folder / 'checkpoints'} are from before"
-                )
+            self._refuse_divergence(step, "loss", loss.detach(), batch)
             self.accelerator.backward(loss / optim.gradient_accumulation)
             total += loss.item() / optim.gradient_accumulation
         if ranks > 1:
             for parameter in self.subject.parameters():
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-        if optim.max_grad_norm:
-            self.accelerator.clip_grad_norm_(self.subject.parameters(), optim.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.subject.parameters(), optim.max_grad_norm or math.inf)
+        if self.accelerator.scaler is None:  # fp16's scaler skips such a step by itself
+            self._refuse_divergence(step, "gradient", norm, batch)
         self.prepared.step()
         self.prepared.zero_grad()
         return total
+
+    def _refuse_divergence(self, step: int, what: str, value: Tensor, batch: Batch) -> None:
+        """Stop every process before a step that would spoil the adapter."""
+        if bool(torch.isfinite(self.accelerator.gather(value.reshape(1))).all()):
+            return
+        raise TrainingDiverged(
+            f"step {step + 1}: the {what} is {value.item()} on {', '.join(batch.names)}; lower the learning rate. "
+            f"Checkpoints in {self.folder / 'checkpoints'} are from before"
+        )
 
     def _loss(self, batch: Batch, *, seed: int) -> Tensor:
         """Sample a noise and a timestep for each latent, noise it, predict, compare."""
@@ -195,7 +198,7 @@ class _Run:
     def _watch(self, step: int) -> None:
         """Validation loss and previews when they are due."""
         steps = self.config.optim.steps
-        if _due(step, self.config.validation.every, steps):
+        if step == 0 or _due(step, self.config.validation.every, steps):
             loss = self._validation_loss()
             self.validation.append((step, loss))
             self.accelerator.log({"loss/validation": loss}, step=step)
@@ -236,6 +239,6 @@ def _picture_size(subject: Subject, config: TrainConfig) -> tuple[int, int]:
     """(width, height) of training pictures: the config's resolution, or the model's own."""
     if config.data.resolution is not None:
         return config.data.resolution, config.data.resolution
-    pipe: Any = subject.pipe
-    side = int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
+    denoiser: Any = subject.denoiser
+    side = int(denoiser.config.sample_size * subject.pipe.vae_scale_factor)
     return side, side

@@ -7,10 +7,10 @@ def describe_plan(config: TrainConfig) -> str:
     """The plan of a run in a few lines; raises what the run itself would about data, base and targets."""
     import torch
 
-    from dora_diffusion.training.dataset import find_examples
+    from dora_diffusion.training.dataset import checked_examples
     from dora_diffusion.training.subject import load_base, prepare_subject, trainable_count
 
-    examples = find_examples(config.data.instance_dir, instance_prompt=config.data.instance_prompt)
+    examples = checked_examples(config).train
     subject = prepare_subject(load_base(config, torch.device("cpu")), config)
     optim = config.optim
     seen = optim.steps * optim.batch_size * optim.gradient_accumulation

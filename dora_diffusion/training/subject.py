@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class Subject:
 
     def train(self, mode: bool = True) -> None:
         """Training or drawing mode of the adapted components."""
-        for name in self.injections:
+        for name in {self.family.denoiser.name, *self.injections}:
             getattr(self.pipe, name).train(mode)
 
     def adapter(self, metadata: Mapping[str, str]) -> AdapterState:
@@ -94,7 +95,7 @@ def prepare_subject(pipe: Any, config: TrainConfig) -> Subject:
             generator=generator,
         )
     if config.optim.gradient_checkpointing:
-        for name in injections:
+        for name in {family.denoiser.name, *injections}:  # gradients of text adapters run through the denoiser too
             _enable_checkpointing(getattr(pipe, name))
     subject = Subject(pipe, family, injections)
     subject.train()
@@ -159,7 +160,8 @@ def adapter_metadata(config: TrainConfig, family: Family, *, step: int) -> dict[
     facts = {
         "version": dora_diffusion.__version__,
         "family": family.name,
-        "base_model": config.model,
+        # the name only: a path tells strangers about the user's machine
+        "base_model": Path(config.model).name if Path(config.model).is_absolute() else config.model,
         "norm_grad": config.adapter.norm_grad,
         "magnitude_axis": "out",
         "instance_prompt": config.data.instance_prompt or "",
