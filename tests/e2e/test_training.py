@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dora_diffusion.formats import save_adapter
 from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.loop import train
+from dora_diffusion.training.subject import load_base, prepare_subject
 from tests.pocket_random import random_pocket_pipeline
 from tests.tolerances import assert_identical
 
@@ -73,8 +75,10 @@ def test_every_parameter_moves_and_the_run_folder_is_whole(base, images, tmp_pat
     tensors = load_file(result.adapter)
     assert any(key.startswith("unet.") for key in tensors)
     assert any(key.startswith("text_encoder.text_model.") for key in tensors)
-    still = [key for key, tensor in tensors.items() if "lora_B" in key and not tensor.any()]
-    assert still == []
+    first = load_base(config(base, images, tmp_path / "run"), torch.device("cpu"))
+    start = prepare_subject(first, config(base, images, tmp_path / "run")).adapter({})
+    begun = load_file(save_adapter(start, tmp_path / "start.safetensors"))
+    assert [key for key, tensor in tensors.items() if torch.equal(tensor, begun[key])] == []
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"config.yaml", "adapter.safetensors", "checkpoints", "logs", "README.md", "validation.json"} <= names
     assert TrainConfig.from_yaml(tmp_path / "run" / "config.yaml") == config(base, images, tmp_path / "run")
@@ -112,6 +116,23 @@ def test_resuming_with_other_settings_names_the_difference(base, images, tmp_pat
         train(config(base, images, tmp_path / "run", steps=1, learning_rate=0.5), resume="latest")
 
 
+def test_no_whole_checkpoint_is_said_and_not_overwritten(base, images, tmp_path) -> None:
+    settings = config(base, images, tmp_path / "run", steps=1)
+    train(settings)
+    for file in (tmp_path / "run" / "checkpoints").glob("step-*/parameters.safetensors"):
+        file.write_bytes(b"cut short")
+    with pytest.raises(ValueError, match="none of its 1 checkpoints is whole"):
+        train(settings, resume="latest")
+
+
+def test_resuming_keeps_the_validation_curve(base, images, tmp_path) -> None:
+    settings = config(base, images, tmp_path / "run", steps=4)
+    whole = train(settings)
+    (tmp_path / "run" / "checkpoints" / "step-00000004" / "manifest.json").unlink()
+    assert train(settings, resume="latest").validation == whole.validation
+    assert [step for step, _ in whole.validation] == [0, 4]
+
+
 def test_diverged_loss_stops_the_run_and_names_the_images(base, images, tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"step \d+: the loss is (nan|inf) on .*\.png"):
+    with pytest.raises(ValueError, match=r"step \d+: the (loss|gradient) is (nan|inf) on .*\.png"):
         train(config(base, images, tmp_path / "run", steps=40, learning_rate=1e18, max_grad_norm=0))

@@ -127,6 +127,38 @@ def test_wrong_contents_are_named(tmp_path, change, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        '{"unet.alpha_pattern": [1]}',
+        '{"unet.lora_alpha": NaN}',
+        '{"unet.lora_alpha": true}',
+        '{"unet.lora_alpha": 1' + "0" * 400 + "}",
+        "[1]",
+        "{" * 5000,
+        '{"a":' * 20000,
+    ],
+    ids=["list", "nan", "bool", "huge", "array", "braces", "deep"],
+)
+def test_hostile_metadata_gives_one_line(tmp_path, config: str) -> None:
+    from safetensors.torch import load_file
+
+    path = save_adapter(adapter(), tmp_path / "a.safetensors")
+    save_file(load_file(path), path, metadata={METADATA_KEY: config})
+    with pytest.raises(ValueError, match="lora_adapter_metadata") as caught:
+        load_adapter(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_patterns_of_strangers_are_not_run(tmp_path) -> None:
+    from safetensors.torch import load_file
+
+    path = save_adapter(adapter(), tmp_path / "a.safetensors")
+    config = {"unet.lora_alpha": 2, "unet.alpha_pattern": {"(a+)+$": 9, "(": 9}}
+    save_file(load_file(path), path, metadata={METADATA_KEY: json.dumps(config)})
+    assert load_adapter(path).modules[UNET].alpha == 2
+
+
 def test_file_without_adapter_keys_is_refused(tmp_path) -> None:
     save_file({"weight": torch.ones(2)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="no adapter format known"):

@@ -57,6 +57,7 @@ def test_targets_by_list_and_regular_expression(pipe) -> None:
     [
         (["to_q", "nowhere"], "'nowhere' matches no layer"),
         (r"never\d", "matches no layer"),
+        ("attn[1", "no regular expression"),
         (["conv_norm_out"], "expected nn.Linear or nn.Conv2d, got GroupNorm"),
     ],
 )
@@ -66,6 +67,24 @@ def test_bad_targets_are_named_and_change_nothing(pipe, targets, message: str) -
         inject(pipe.unet, DoRAConfig(target_modules=targets))
     assert "\n" not in str(caught.value)
     assert modules_of(pipe.unet) == before
+
+
+def test_eject_gives_back_what_was_trainable_and_two_adapters_do_not_stack() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].bias.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    injection = inject(model, DoRAConfig(rank=1, target_modules=["0"]))
+    with pytest.raises(ValueError, match="holds an adapter already"):
+        inject(model, DoRAConfig(rank=1, target_modules=["1"]))
+    injection.eject()
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
+def test_quantised_weights_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="quantised to torch.int8"):
+        inject(model, DoRAConfig(rank=1, target_modules=["0"]))
 
 
 def test_grouped_convolutions_are_refused() -> None:
