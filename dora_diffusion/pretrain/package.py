@@ -1,5 +1,6 @@
 """Put the trained parts together as a plain StableDiffusionPipeline and write the folder that ships."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,11 @@ def ship(pipe: StableDiffusionPipeline, folder: Path) -> None:
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         shutil.rmtree(folder / part, ignore_errors=True)
     pipe.save_pretrained(folder, safe_serialization=True)
+    pipe.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))  # vocab.json and merges.txt, as CLIP has
+    for file in folder.glob("*/config.json"):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)  # a path of the machine that trained it
+        file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def draw_batch(

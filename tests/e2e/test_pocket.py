@@ -66,3 +66,8 @@ def test_training_on_the_pocket_lowers_the_validation_loss(tmp_path) -> None:
     assert [step for step, _ in result.validation] == [0, 20, 40]
     assert losses[0] > losses[1] > losses[2]
     assert losses[2] < 0.8 * losses[0]
+
+
+def test_no_path_of_a_machine_is_inside() -> None:
+    texts = {path.name: path.read_text() for path in POCKET.rglob("*.json")}
+    assert [name for name, text in texts.items() if "_name_or_path" in text or "/run/" in text] == []
