@@ -34,13 +34,13 @@ def ensure_class_examples(pipe: Any, config: TrainConfig) -> list[Example]:
 
 def _draw(pipe: Any, config: TrainConfig, path: Path, index: int) -> None:
     """Draw class picture `index`; its caption is written first, so that no picture is ever without."""
-    prompts = config.prior.prompts
+    prompts, guidance = config.prior.prompts, config.prior.guidance_scale
     prompt = prompts[index % len(prompts)]
     settings = GenerationSettings(
         prompt,
         seed=config.optim.seed * 100_003 + index,
         steps=config.preview.steps,
-        guidance_scale=config.preview.guidance_scale,
+        guidance_scale=config.preview.guidance_scale if guidance is None else guidance,
     )
     picture = generate(pipe, settings)
     write_atomically(path.with_suffix(".txt"), prompt.encode())

@@ -95,6 +95,9 @@ class PriorConfig(_Section):
     """Folder of class pictures; null = `class` in the output folder. The base draws those that are missing."""
     class_images: int = Field(default=40, ge=1)
     """How many class pictures there shall be."""
+    guidance_scale: Number | None = Field(default=None, ge=0, le=100)
+    """Guidance of the class pictures that the base draws; null = the previews'. Strongly guided ones teach their
+    saturation to the adapter, which the next guided drawing then doubles: 1 to 2 keeps what the base is."""
     weight: Number = Field(default=1.0, gt=0)
     """Weight of the class pictures' loss beside that of the subject."""
 
