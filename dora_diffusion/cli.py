@@ -6,6 +6,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dora_diffusion.adapters import AdapterManager
+    from dora_diffusion.generation import AdapterUse
 
 Handler = Callable[[argparse.Namespace, Sequence[str]], int]
 
@@ -122,7 +127,7 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from tqdm import tqdm
 
     from dora_diffusion.adapters import AdapterManager
-    from dora_diffusion.generation import AdapterUse, GenerationSettings, StepReport, generate, save_picture
+    from dora_diffusion.generation import GenerationSettings, StepReport, generate, save_picture
     from dora_diffusion.pipelines import load_pipeline
 
     settings = GenerationSettings(
@@ -136,7 +141,21 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype]
     pipe = load_pipeline(arguments.model, dtype=dtype, device=arguments.device)
-    manager = AdapterManager(pipe)
+    uses = _blend(AdapterManager(pipe), adapters)
+    with tqdm(total=settings.steps, desc="drawing") as bar:
+
+        def advance(report: StepReport) -> None:
+            bar.update(report.step - bar.n)
+
+        picture = generate(pipe, settings, on_step=advance)
+    print(f"wrote {save_picture(picture, arguments.output, settings, model=arguments.model, adapters=uses)}")
+    return 0
+
+
+def _blend(manager: "AdapterManager", adapters: Sequence[tuple[Path, float]]) -> "list[AdapterUse]":
+    """Load the adapters under their files' names and set their strengths."""
+    from dora_diffusion.generation import AdapterUse
+
     uses = []
     for index, (path, strength) in enumerate(adapters):
         name = path.stem if path.stem not in manager.names else f"{path.stem}-{index + 1}"
@@ -146,14 +165,7 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
             f"{name}: {report.kind} rank {'/'.join(map(str, report.ranks))}, {report.matched} of {report.total} layers"
         )
     manager.set_adapters({use.name: use.weight for use in uses})
-    with tqdm(total=settings.steps, desc="drawing") as bar:
-
-        def advance(report: StepReport) -> None:
-            bar.update(report.step - bar.n)
-
-        picture = generate(pipe, settings, on_step=advance)
-    print(f"wrote {save_picture(picture, arguments.output, settings, model=arguments.model, adapters=uses)}")
-    return 0
+    return uses
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
