@@ -57,6 +57,7 @@ def test_training_on_the_pocket_lowers_the_validation_loss(tmp_path) -> None:
         "output_dir": str(tmp_path / "run"),
         "optim.steps": "40",
         "optim.warmup_steps": "0",
+        "optim.learning_rate": "1.0e-3",  # the example's own is for 300 steps
         "prior.class_prompts": "[]",
         "preview.prompts": "[]",
         "validation.every": "20",

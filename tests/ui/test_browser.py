@@ -1,7 +1,6 @@
 """The app in a real Chromium: two adapters are blended by keyboard and mouse, and Stop stops."""
 
 import json
-import re
 import shutil
 import socket
 import time
@@ -67,9 +66,7 @@ class Tab:
         """Choose an adapter and wait for its badge."""
         self.page.locator(f"#slot-{slot}-file input").click()
         self.page.locator(f"#slot-{slot}-file").get_by_role("option", name=name, exact=True).click()
-        expect(self.page.locator(f"#slot-{slot}-badge")).to_contain_text(
-            re.compile(r"(\d+)/\1 keys matched"), timeout=PATIENCE_MS
-        )
+        expect(self.page.locator(f"#slot-{slot}-badge")).to_contain_text("88/88 keys matched", timeout=PATIENCE_MS)
 
     def set_number(self, elem_id: str, value: str) -> None:
         """Type into the number box of a slider."""
