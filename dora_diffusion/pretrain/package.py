@@ -43,6 +43,8 @@ def ship(pipe: StableDiffusionPipeline, folder: Path) -> None:
     for file in folder.glob("*/config.json"):
         config = json.loads(file.read_text())
         config.pop("_name_or_path", None)  # a path of the machine that trained it
+        if "dtype" in config:  # transformers would load the text encoder in fp16 beside diffusers' fp32 UNet
+            config["dtype"] = "float32"
         file.write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -143,8 +143,9 @@ class _Run:
             self._watch(step + 1)
             if _due(step + 1, self.config.checkpoint.every, steps) and self.accelerator.is_main_process:
                 checkpoint.save(self.state, self.config, step=step + 1, folder=self.folder / "checkpoints")
-        self.accelerator.end_training()
-        return self._finish()
+        result = self._finish()
+        self.accelerator.end_training()  # ends the process group too, so nothing may wait for another after it
+        return result
 
     def _optimise(self, step: int) -> float:
         """One optimiser step over its micro-batches; returns the mean loss."""

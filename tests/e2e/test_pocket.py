@@ -17,7 +17,8 @@ MEBIBYTE = 1024 * 1024
 
 def test_plain_diffusers_loads_the_folder_and_draws_the_same() -> None:
     ours = dd.load_pipeline("pocket")
-    theirs = StableDiffusionPipeline.from_pretrained(POCKET, dtype=torch.float32)
+    theirs = StableDiffusionPipeline.from_pretrained(POCKET)
+    assert {theirs.unet.dtype, theirs.text_encoder.dtype, theirs.vae.dtype} == {torch.float32}
     settings = dd.GenerationSettings("a noto style rocket on the beach", steps=4)
     assert dd.generate(ours, settings).tobytes() == dd.generate(theirs, settings).tobytes()
 

@@ -1,5 +1,8 @@
 """Training runs on the pocket's architecture with random weights: the run folder, and resuming bit for bit."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +85,26 @@ def test_every_parameter_moves_and_the_run_folder_is_whole(base, images, tmp_pat
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"config.yaml", "adapter.safetensors", "checkpoints", "logs", "README.md", "validation.json"} <= names
     assert TrainConfig.from_yaml(tmp_path / "run" / "config.yaml") == config(base, images, tmp_path / "run")
+
+
+def test_two_processes_equal_one_that_accumulates(base, images, tmp_path) -> None:
+    settings = config(base, images, tmp_path / "one", steps=2)
+    one = load_file(train(settings).adapter)  # accumulates 2: its micro-batches are those of the two processes
+    fields = settings.model_dump()
+    fields |= {"output_dir": tmp_path / "two", "optim": {**fields["optim"], "gradient_accumulation": 1}}
+    (tmp_path / "two.yaml").write_text(TrainConfig.model_validate(fields).to_yaml())
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = ["train_scripts/train_dreambooth_dora.py", "--config", str(tmp_path / "two.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*launch, *script], capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("wrote ") == 2  # both ran, and to the end
+    two = load_file(tmp_path / "two" / "adapter.safetensors")
+    subject = prepare_subject(load_base(settings, torch.device("cpu")), settings)
+    begun = load_file(save_adapter(subject.adapter({}), tmp_path / "start.safetensors"))
+    moved = sum(float((one[key] - begun[key]).square().sum()) for key in one)
+    apart = sum(float((one[key] - two[key]).square().sum()) for key in one)
+    assert apart < 1e-4 * moved  # 1 % of the way; Adam makes signs of rounding errors where a gradient is nearly 0
 
 
 def test_gradient_checkpointing_trains_the_same_weights(base, images, tmp_path) -> None:
