@@ -1,6 +1,5 @@
 """The pocket base's AutoencoderKL: 128 x 128 RGB -> 16 x 16 x 8 latents of unit deviation, trained on drawings."""
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from tqdm import tqdm
 
-from dora_diffusion import storage
+from dora_diffusion.pretrain import checkpoints
+from dora_diffusion.pretrain.checkpoints import Progress
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,12 @@ def train_autoencoder(pictures: Tensor, recipe: AutoencoderRecipe, folder: Path)
     torch.manual_seed(recipe.seed)
     vae = build_autoencoder().train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    done, seconds = 0, 0.0
-    if checkpoints := storage.valid_checkpoints(folder):
-        vae.load_state_dict(storage.load_tensors(checkpoints[-1] / "model.safetensors"))
-        storage.load_optimizer_tensors(optimizer, storage.load_tensors(checkpoints[-1] / "optimizer.safetensors"))
-        progress = json.loads((checkpoints[-1] / "progress.json").read_text())
-        done, seconds = progress["step"], progress["seconds"]
-    start = time.monotonic() - seconds
-    bar = tqdm(range(done, recipe.steps), initial=done, total=recipe.steps, desc="autoencoder", mininterval=10)
+    parts = {"model": vae.state_dict()}  # views: they follow the training
+    done = checkpoints.resume(folder, parts, optimizer)
+    start = time.monotonic() - done.seconds
+    bar = tqdm(
+        range(done.step, recipe.steps), initial=done.step, total=recipe.steps, desc="autoencoder", mininterval=10
+    )
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step, recipe)
@@ -113,20 +111,8 @@ def train_autoencoder(pictures: Tensor, recipe: AutoencoderRecipe, folder: Path)
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", psnr=f"{psnr:.1f}")
         if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
-            _save(vae, optimizer, {"step": step + 1, "seconds": time.monotonic() - start}, folder)
+            checkpoints.save(folder, parts, optimizer, Progress(step + 1, time.monotonic() - start, loss.item()))
     return vae.eval()
-
-
-def _save(vae: AutoencoderKL, optimizer: torch.optim.Optimizer, progress: dict[str, float], folder: Path) -> None:
-    state = storage.optimizer_tensors(optimizer)
-    storage.save_checkpoint(
-        folder / f"step-{progress['step']:08d}",
-        {
-            "model.safetensors": lambda path: storage.save_tensors(vae.state_dict(), path),
-            "optimizer.safetensors": lambda path: storage.save_tensors(state, path),
-            "progress.json": lambda path: storage.write_atomically(path, json.dumps(progress).encode()),
-        },
-    )
 
 
 def _loss(vae: AutoencoderKL, pictures: Tensor, step: int, recipe: AutoencoderRecipe) -> tuple[Tensor, float]:

@@ -5,7 +5,6 @@ block is told what to draw, which a small model learns several times faster than
 """
 
 import copy
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dora_diffusion import storage
 from dora_diffusion.objectives import add_noise, target
+from dora_diffusion.pretrain import checkpoints
 from dora_diffusion.pretrain.captions import SceneSampler, tokenize
+from dora_diffusion.pretrain.checkpoints import Progress
 from dora_diffusion.pretrain.scenes import Scene
 from dora_diffusion.pretrain.text import TEXT_WIDTH
 
@@ -39,7 +39,7 @@ class TextPart:
 class DenoiserRecipe:
     """How the UNet is trained."""
 
-    steps: int = 14000
+    steps: int = 11500
     batch: int = 12
     learning_rate: float = 1e-3
     warmup_steps: int = 200
@@ -131,9 +131,10 @@ def train_denoiser(
         parameters.values(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=1e-3, fused=True
     )
     sampler, alphas_cumprod = SceneSampler(scenes, recipe), build_scheduler().alphas_cumprod
-    done, seconds = _resume(parameters, averaged, optimizer, folder)
-    start, running = time.monotonic() - seconds, 1.0
-    bar = tqdm(range(done, recipe.steps), initial=done, total=recipe.steps, desc="denoiser", mininterval=10)
+    parts = {"model": parameters, "average": averaged}
+    done = checkpoints.resume(folder, parts, optimizer)
+    start, running = time.monotonic() - done.seconds, done.loss
+    bar = tqdm(range(done.step, recipe.steps), initial=done.step, total=recipe.steps, desc="denoiser", mininterval=10)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step, recipe)
@@ -150,57 +151,10 @@ def train_denoiser(
         running += 0.01 * (loss.item() - running)
         bar.set_postfix(loss=f"{running:.4f}", refresh=False)
         if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
-            progress = {"step": step + 1, "seconds": time.monotonic() - start, "loss": running}
-            _save(parameters, averaged, optimizer, progress, folder)
+            checkpoints.save(folder, parts, optimizer, Progress(step + 1, time.monotonic() - start, running))
     return average
 
 
 @torch.no_grad()
 def _update_average(averaged: dict[str, nn.Parameter], parameters: dict[str, nn.Parameter], decay: float) -> None:
     torch._foreach_lerp_(list(averaged.values()), list(parameters.values()), 1 - decay)
-
-
-def _save(
-    parameters: dict[str, nn.Parameter],
-    averaged: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    progress: dict[str, float],
-    folder: Path,
-) -> None:
-    state = storage.optimizer_tensors(optimizer)
-    storage.save_checkpoint(
-        folder / f"step-{progress['step']:08d}",
-        {
-            "model.safetensors": lambda path: storage.save_tensors(parameters, path),
-            "average.safetensors": lambda path: storage.save_tensors(averaged, path),
-            "optimizer.safetensors": lambda path: storage.save_tensors(state, path),
-            "progress.json": lambda path: storage.write_atomically(path, json.dumps(progress).encode()),
-        },
-    )
-    with open(folder / "curve.jsonl", "a") as file:
-        file.write(json.dumps(progress) + "\n")
-
-
-@torch.no_grad()
-def _resume(
-    parameters: dict[str, nn.Parameter],
-    averaged: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    folder: Path,
-) -> tuple[int, float]:
-    checkpoints = storage.valid_checkpoints(folder)
-    if not checkpoints:
-        return 0, 0.0
-    newest = checkpoints[-1]
-    load_parameters(parameters, newest / "model.safetensors")
-    load_parameters(averaged, newest / "average.safetensors")
-    storage.load_optimizer_tensors(optimizer, storage.load_tensors(newest / "optimizer.safetensors"))
-    progress = json.loads((newest / "progress.json").read_text())
-    return progress["step"], progress["seconds"]
-
-
-@torch.no_grad()
-def load_parameters(parameters: dict[str, nn.Parameter], file: Path) -> None:
-    """Copy a safetensors file's values into parameters of the same names."""
-    for name, value in storage.load_tensors(file).items():
-        parameters[name].copy_(value)

@@ -9,7 +9,8 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
-from dora_diffusion.pretrain.denoiser import TextPart, build_scheduler, build_unet, load_parameters
+from dora_diffusion.pretrain.checkpoints import load_into
+from dora_diffusion.pretrain.denoiser import TextPart, build_scheduler, build_unet
 
 
 def assemble(unet: UNet2DConditionModel, vae: AutoencoderKL, text: TextPart) -> StableDiffusionPipeline:
@@ -29,7 +30,7 @@ def assemble(unet: UNet2DConditionModel, vae: AutoencoderKL, text: TextPart) -> 
 def load_checkpoint(checkpoint: Path, vae: AutoencoderKL, text: TextPart) -> StableDiffusionPipeline:
     """The pipeline of a denoiser checkpoint's averaged weights."""
     unet = build_unet()
-    load_parameters(dict(unet.named_parameters()), checkpoint / "average.safetensors")
+    load_into(dict(unet.named_parameters()), checkpoint / "average.safetensors")
     return assemble(unet, vae, text)
 
 

@@ -1,5 +1,6 @@
 """How the pocket base is made, stage by stage: autoencoder, latents, tokenizer, denoiser, the folder that ships."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -73,8 +74,17 @@ def pretrain(workshop: Workshop, autoencoder: AutoencoderRecipe, text: TextRecip
         train_tokenizer(_captions(scenes), workshop.tokenizer)
     if not (workshop.text / "final").exists():
         encoder = train_text_encoder(latents, scenes, _tokenizer(workshop), text, workshop.text)
-        encoder.save_pretrained(workshop.text / "final")
+        _save_whole(encoder, workshop.text / "final")
     train_denoiser(latents, scenes, _text_part(workshop), denoiser, workshop.denoiser)
+
+
+def _save_whole(model: AutoencoderKL | CLIPTextModel, folder: Path) -> None:
+    """Save a finished stage under its name only once it is whole, since the name is what later runs look for."""
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
 
 
 def _tokenizer(workshop: Workshop) -> CLIPTokenizer:
@@ -96,7 +106,7 @@ def _make_latents(workshop: Workshop, scenes: list[Scene], recipe: AutoencoderRe
     vae = build_autoencoder().eval()
     vae.load_state_dict(trained.state_dict())
     latents = whiten(vae, encode_pictures(vae, scene_pictures(scenes, workshop.icons)))
-    vae.save_pretrained(workshop.vae)
+    _save_whole(vae, workshop.vae)
     storage.save_tensors({"latents": latents.half()}, workshop.latents)
 
 

@@ -6,7 +6,6 @@ cross-attention a code from which the layout follows linearly, instead of having
 A denoiser trained without this stage knew backgrounds and colours after 2,500 steps, and no outline.
 """
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from dora_diffusion import storage
+from dora_diffusion.pretrain import checkpoints
 from dora_diffusion.pretrain.captions import SceneSampler, tokenize
+from dora_diffusion.pretrain.checkpoints import Progress
 from dora_diffusion.pretrain.scenes import Scene
 
 TEXT_WIDTH = 256
@@ -114,14 +114,12 @@ def train_text_encoder(
         parameters.values(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=1e-3, fused=True
     )
     sampler = SceneSampler(scenes, recipe)
-    done, seconds = 0, 0.0
-    if checkpoints := storage.valid_checkpoints(folder):
-        painter.load_state_dict(storage.load_tensors(checkpoints[-1] / "model.safetensors"))
-        storage.load_optimizer_tensors(optimizer, storage.load_tensors(checkpoints[-1] / "optimizer.safetensors"))
-        progress = json.loads((checkpoints[-1] / "progress.json").read_text())
-        done, seconds = progress["step"], progress["seconds"]
-    start, running = time.monotonic() - seconds, 1.0
-    bar = tqdm(range(done, recipe.steps), initial=done, total=recipe.steps, desc="text encoder", mininterval=10)
+    parts = {"model": parameters}
+    done = checkpoints.resume(folder, parts, optimizer)
+    start, running = time.monotonic() - done.seconds, done.loss
+    bar = tqdm(
+        range(done.step, recipe.steps), initial=done.step, total=recipe.steps, desc="text encoder", mininterval=10
+    )
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step, recipe)
@@ -134,17 +132,5 @@ def train_text_encoder(
         running += 0.01 * (loss.item() - running)
         bar.set_postfix(loss=f"{running:.4f}", refresh=False)
         if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
-            _save(painter, optimizer, {"step": step + 1, "seconds": time.monotonic() - start, "loss": running}, folder)
+            checkpoints.save(folder, parts, optimizer, Progress(step + 1, time.monotonic() - start, running))
     return painter.text.eval().requires_grad_(False)
-
-
-def _save(painter: _Painter, optimizer: torch.optim.Optimizer, progress: dict[str, float], folder: Path) -> None:
-    state = storage.optimizer_tensors(optimizer)
-    storage.save_checkpoint(
-        folder / f"step-{progress['step']:08d}",
-        {
-            "model.safetensors": lambda path: storage.save_tensors(dict(painter.named_parameters()), path),
-            "optimizer.safetensors": lambda path: storage.save_tensors(state, path),
-            "progress.json": lambda path: storage.write_atomically(path, json.dumps(progress).encode()),
-        },
-    )
