@@ -107,9 +107,10 @@ def test_blended_equals_folded_and_unfolds_bit_for_bit(make, shape, strength, bi
     assert_identical(base.weight, before)
 
 
-def test_detached_gradients_are_those_of_a_constant_norm() -> None:
+@pytest.mark.parametrize("norm_grad", ["detached", "exact"])
+def test_gradients_are_those_of_the_dense_weight_with_the_norm_held_or_not(norm_grad: str) -> None:
     model = holder(lambda bias: nn.Linear(6, 5, bias=bias), True, torch.float64)
-    inject(model, DoRAConfig(rank=2, target_modules=["layer"], norm_grad="detached"))
+    inject(model, DoRAConfig(rank=2, target_modules=["layer"], norm_grad=norm_grad))
     model.double()
     disturb(model)
     layer, a = model.layer, model.layer.adapter
@@ -118,7 +119,8 @@ def test_detached_gradients_are_those_of_a_constant_norm() -> None:
     parameters = [a.down, a.up, a.magnitude]
     got = torch.autograd.grad((model(x) * goal).sum(), parameters)
     dense = layer.base.weight + a.scale * a.up @ a.down
-    norm = dense.norm(dim=1).detach()
+    norm = dense.norm(dim=1)
+    norm = norm.detach() if norm_grad == "detached" else norm
     g = torch.where(layer.base.weight.norm(dim=1) > 0, a.magnitude / norm, torch.ones_like(norm))
     expected = torch.autograd.grad((F.linear(x, g[:, None] * dense, layer.base.bias) * goal).sum(), parameters)
     assert_close(list(got), list(expected), computed_in=torch.float64)
