@@ -9,6 +9,7 @@ import torch
 from dora_diffusion.adapters import AdapterManager, strength_at
 from dora_diffusion.formats import save_adapter
 from dora_diffusion.injection import DoRAConfig, inject
+from dora_diffusion.layers import BlendedLayer
 from dora_diffusion.state import AdapterState, ModuleState
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 from tests.tolerances import assert_close, assert_identical
@@ -42,6 +43,9 @@ def test_zero_is_the_base_bit_for_bit_and_unload_leaves_nothing(pipe) -> None:
     assert (predict(pipe) - before).abs().max() > 1e-3
     manager.set_adapters({"a": 0})
     assert_identical(predict(pipe), before)
+    blended = [module for module in pipe.unet.modules() if isinstance(module, BlendedLayer)]
+    assert blended
+    assert all(layer.form is None for layer in blended)  # at 0 it costs nothing either
     manager.unload()
     assert modules_of(pipe) == modules
     assert_identical(predict(pipe), before)
