@@ -5,35 +5,36 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from dora_diffusion.bases import Base, dense_weight
 from dora_diffusion.functional import GainForm, apply_gain_form
-from dora_diffusion.layers import Adaptable
+from dora_diffusion.quantised import is_quantised
 
 
 class Fold:
-    """Weights that now hold an adapter mix; `undo()` restores the bytes that were there."""
+    """Layers that now hold an adapter mix; `undo()` gives each parameter back the very memory it had."""
 
-    def __init__(self, kept: Mapping[str, tuple[Adaptable, Tensor]]) -> None:
+    def __init__(self, kept: Mapping[str, tuple[Base, Tensor]]) -> None:
         self._kept = dict(kept)
 
-    @torch.no_grad()
     def undo(self) -> None:
-        """Put the kept weights back."""
+        """Put the kept weights back: nothing is computed or copied."""
         for layer, weight in self._kept.values():
-            layer.weight.copy_(weight)
+            layer.weight.data = weight
         self._kept.clear()
 
 
 @torch.no_grad()
-def fold(layers: Mapping[str, tuple[Adaptable, GainForm]]) -> Fold:
+def fold(layers: Mapping[str, tuple[Base, GainForm]]) -> Fold:
     """Replace each layer's weight by its gain form's, computed in fp32 and rounded once.
 
     Raises:
         ValueError: a weight is not a plain floating-point tensor (quantised layers cannot be folded).
     """
     for path, (layer, _) in layers.items():
-        if type(layer) not in (nn.Linear, nn.Conv2d) or not layer.weight.is_floating_point():
-            raise ValueError(f"{path}: {type(layer).__name__} cannot be folded; leave the adapter unfused")
-    kept = {path: (layer, layer.weight.detach().clone()) for path, (layer, _) in layers.items()}
+        if is_quantised(layer):
+            raise ValueError(f"{path}: a quantised {type(layer).__name__} cannot be folded; leave the adapter unfused")
+    kept = {path: (layer, layer.weight.data) for path, (layer, _) in layers.items()}
     for layer, form in layers.values():
-        layer.weight.copy_(apply_gain_form(layer.weight, form))
+        folded = apply_gain_form(dense_weight(layer), form)
+        layer.weight.data = folded.T.contiguous() if isinstance(layer, nn.Embedding) else folded
     return Fold(kept)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from dora_diffusion.functional import scale_of
+from dora_diffusion.functional import Axis, scale_of
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,9 @@ class ModuleState:
         down: A, (r, in) or (r, in, kh, kw).
         up: B, (out, r) or (out, r, 1, 1).
         alpha: the scale is alpha / r (alpha / sqrt(r) when `rank_stabilised`).
-        magnitude: m, (out,), or None for plain LoRA.
+        magnitude: m, (out,), or None for plain LoRA; (in,) on the in axis.
         rank_stabilised: see alpha.
+        axis: what m scales: "out" rows of the weight (the paper, PEFT), "in" columns (older files; drawing only).
     """
 
     down: Tensor
@@ -26,6 +27,7 @@ class ModuleState:
     alpha: float
     magnitude: Tensor | None = None
     rank_stabilised: bool = False
+    axis: Axis = "out"
 
     @property
     def rank(self) -> int:

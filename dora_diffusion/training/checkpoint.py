@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from dora_diffusion import storage
 from dora_diffusion.training.config import TrainConfig
@@ -14,11 +14,19 @@ from dora_diffusion.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a checkpoint holds and a resumed run puts back. `validation`: (step, loss) pairs so far."""
+    """What a checkpoint holds and a resumed run puts back.
 
-    parameters: dict[str, nn.Parameter]
+    Attributes:
+        parameters: name -> tensor, all that the injections need; filled in place.
+        optimizer: with its moments.
+        scaler: torch.amp.GradScaler under fp16, else None.
+        processes: how many train together.
+        validation: (step, loss) pairs so far.
+    """
+
+    parameters: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
-    scaler: Any  # torch.amp.GradScaler under fp16, else None
+    scaler: Any
     processes: int
     validation: list[tuple[int, float]]
 

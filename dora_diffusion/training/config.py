@@ -136,6 +136,16 @@ class AdapterConfig(_Section):
     """Whether the weight norm is a constant in the backward pass ("detached", as in the paper) or not."""
     target_modules: Text | list[Text] | None = None
     """Layers: a preset (attention, all-linear, all), a list of path endings, or a regex; null = attention."""
+    use_rslora: bool = False
+    """Rank-stabilised: the update's scale is alpha / sqrt(rank)."""
+    rank_pattern: dict[Text, Annotated[int, Field(ge=1)]] = {}
+    """Ranks of some of the denoiser's layers: a regex for the end of their path -> rank; the first that fits."""
+    alpha_pattern: dict[Text, Annotated[Number, Field(gt=0)]] = {}
+    """Alphas of some of the denoiser's layers, likewise."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa"] = "default"
+    """What the low-rank pair starts from; with pissa (the weight's principal part) the file has twice the rank."""
+    train_magnitude: bool = True
+    """False freezes the magnitudes at the base's, so that only directions are learnt."""
     train_unet: bool = True
     """Adapt the denoiser."""
     train_text_encoder: bool = False
@@ -157,8 +167,10 @@ class OptimConfig(_Section):
     """Peak learning rate."""
     text_encoder_learning_rate: Number | None = Field(default=None, gt=0)
     """Peak learning rate in the text encoder; null = learning_rate."""
+    loraplus_lr_ratio: Number = Field(default=1.0, gt=0)
+    """LoRA+: the learning rate of B over that of A (arXiv 2402.12354 advises about 16, with a lower learning_rate)."""
     magnitude_lr_multiplier: Number = Field(default=1.0, ge=0)
-    """The magnitudes' learning rate over that of the low-rank pair."""
+    """The magnitudes' learning rate over learning_rate."""
     weight_decay: Number = Field(default=1e-2, ge=0)
     """AdamW's weight decay of the low-rank pair; magnitudes never decay."""
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"

@@ -80,8 +80,11 @@ def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
     pipe = load_base(config, accelerator.device)
     with accelerator.main_process_first():  # one process draws the class images, the others find them
         classes = ensure_class_examples(pipe, config)
-    run = _Run(config, accelerator, prepare_subject(pipe, config), instances, classes, held_out)
-    return run.go(resume is not None)
+    subject = prepare_subject(pipe, config)
+    try:
+        return _Run(config, accelerator, subject, instances, classes, held_out).go(resume is not None)
+    finally:
+        subject.eject()
 
 
 class _Run:
@@ -108,11 +111,13 @@ class _Run:
         self.schedule = Schedule(scheduler.alphas_cumprod.clone(), kind)
         self.optimizer = build_optimizer(subject, config)
         self.rates = RateSchedule(self.optimizer, config)
+        for injection in subject.injections.values():
+            injection.keep_norms()
         self.prepared = accelerator.prepare_optimizer(self.optimizer)
         named = {
-            f"{component}.{name}": parameter
+            f"{component}.{name}": tensor
             for component, injection in subject.injections.items()
-            for name, parameter in injection.named_parameters().items()
+            for name, tensor in injection.named_tensors().items()
         }
         self.validation: list[tuple[int, float]] = []
         self.state = checkpoint.TrainingState(

@@ -12,6 +12,7 @@ from torch import nn
 
 import dora_diffusion
 from dora_diffusion.families import Family, family_of_pipeline
+from dora_diffusion.functional import scale_of
 from dora_diffusion.injection import DoRAConfig, Injection, inject
 from dora_diffusion.pipelines import load_pipeline
 from dora_diffusion.state import AdapterState, join
@@ -51,6 +52,11 @@ class Subject:
         """The adapter as it stands."""
         return join([injection.state().under(name) for name, injection in self.injections.items()], metadata)
 
+    def eject(self) -> None:
+        """Leave the pipeline as it was before `prepare_subject`."""
+        for injection in self.injections.values():
+            injection.eject()
+
     @contextmanager
     def drawing(self) -> Any:
         """Inference mode for previews and validation; training mode again afterwards."""
@@ -79,27 +85,39 @@ def prepare_subject(pipe: Any, config: TrainConfig) -> Subject:
         rank = config.adapter.text_encoder_rank or config.adapter.rank
         wanted.update({part.name: rank for part in family.text_encoders if getattr(pipe, part.name, None) is not None})
     generator = torch.Generator().manual_seed(config.optim.seed)
-    injections = {}
-    for name, rank in wanted.items():
-        is_denoiser = name == family.denoiser.name
-        injections[name] = inject(
+    injections = {
+        name: inject(
             getattr(pipe, name),
-            DoRAConfig(
-                rank=rank,
-                alpha=config.adapter.alpha * rank / config.adapter.rank,
-                target_modules=_targets(config, is_denoiser),
-                dropout=config.adapter.dropout,
-                use_dora=config.adapter.use_dora,
-                norm_grad=config.adapter.norm_grad,
-            ),
+            _layer_config(config, rank, is_denoiser=name == family.denoiser.name),
             generator=generator,
         )
+        for name, rank in wanted.items()
+    }
     if config.optim.gradient_checkpointing:
         for name in {family.denoiser.name, *injections}:  # gradients of text adapters run through the denoiser too
             _enable_checkpointing(getattr(pipe, name))
     subject = Subject(pipe, family, injections)
     subject.train()
     return subject
+
+
+def _layer_config(config: TrainConfig, rank: int, *, is_denoiser: bool) -> DoRAConfig:
+    """How one component is adapted; what names layers is the denoiser's."""
+    adapter = config.adapter
+    scale = scale_of(adapter.alpha, adapter.rank, rank_stabilised=adapter.use_rslora)
+    return DoRAConfig(
+        rank=rank,
+        alpha=scale / scale_of(1, rank, rank_stabilised=adapter.use_rslora),  # another rank keeps the scale
+        target_modules=_targets(config, is_denoiser),
+        dropout=adapter.dropout,
+        use_dora=adapter.use_dora,
+        norm_grad=adapter.norm_grad,
+        use_rslora=adapter.use_rslora,
+        rank_pattern=adapter.rank_pattern if is_denoiser else {},
+        alpha_pattern=adapter.alpha_pattern if is_denoiser else {},
+        init=adapter.init,
+        train_magnitude=adapter.train_magnitude,
+    )
 
 
 def _enable_checkpointing(model: Any) -> None:
@@ -116,20 +134,18 @@ def _targets(config: TrainConfig, is_denoiser: bool) -> str | list[str] | None:
 
 
 def build_optimizer(subject: Subject, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with each component's own rate; magnitudes have a multiplier and no weight decay."""
+    """AdamW with each component's own rate; B has LoRA+'s ratio, magnitudes a multiplier and no weight decay."""
     optim = config.optim
     groups = []
     for name, injection in subject.injections.items():
         is_text = name != subject.family.denoiser.name
         rate = optim.text_encoder_learning_rate if is_text else None
         rate = optim.learning_rate if rate is None else rate
-        magnitudes = injection.magnitudes()
-        known = {id(parameter) for parameter in magnitudes}
-        pairs = [parameter for parameter in injection.parameters() if id(parameter) not in known]
-        groups.append({"params": pairs, "lr": rate, "weight_decay": optim.weight_decay})
-        if magnitudes:
-            rate *= optim.magnitude_lr_multiplier
-            groups.append({"params": magnitudes, "lr": rate, "weight_decay": 0.0})
+        decay = optim.weight_decay
+        groups.append({"params": injection.downs(), "lr": rate, "weight_decay": decay})
+        groups.append({"params": injection.ups(), "lr": rate * optim.loraplus_lr_ratio, "weight_decay": decay})
+        if magnitudes := injection.magnitudes():
+            groups.append({"params": magnitudes, "lr": rate * optim.magnitude_lr_multiplier, "weight_decay": 0.0})
     return torch.optim.AdamW(groups)
 
 

@@ -80,8 +80,8 @@ def _lines_of(node: yaml.Node | None, path: Path, prefix: str = "") -> Iterator[
 def override(data: dict[Any, Any], key: str, text: str, model: Model) -> None:
     """Put a flag's value into a file's data, in place.
 
-    Numbers, true, false, null, `[lists]` and quoted text are taken as in YAML, all else as text as it stands: a prompt
-    may hold `: ` or ` #`, which mean something else in YAML.
+    Numbers, true, false, null, `[lists]`, `{key: value}` and quoted text are taken as in YAML, all else as text as it
+    stands: a prompt may hold `: ` or ` #`, which mean something else in YAML.
 
     Raises:
         ValueError: no such key.
@@ -95,7 +95,7 @@ def override(data: dict[Any, Any], key: str, text: str, model: Model) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
-    if not (value is None or isinstance(value, (int, float, list)) or text.startswith(("'", '"'))):
+    if not (value is None or isinstance(value, (int, float, list)) or text.startswith(("'", '"', "{"))):
         value = text
     section, _, name = key.rpartition(".")
     fields = data.setdefault(section, {}) if section else data

@@ -45,7 +45,7 @@ def test_zero_is_the_base_bit_for_bit_and_unload_leaves_nothing(pipe) -> None:
     assert_identical(predict(pipe), before)
     blended = [module for module in pipe.unet.modules() if isinstance(module, BlendedLayer)]
     assert blended
-    assert all(layer.form is None for layer in blended)  # at 0 it costs nothing either
+    assert all(layer.left is None for layer in blended)  # at 0 it costs nothing either
     manager.unload()
     assert modules_of(pipe) == modules
     assert_identical(predict(pipe), before)

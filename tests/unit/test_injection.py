@@ -58,7 +58,7 @@ def test_targets_by_list_and_regular_expression(pipe) -> None:
         (["to_q", "nowhere"], "'nowhere' matches no layer"),
         (r"never\d", "matches no layer"),
         ("attn[1", "no regular expression"),
-        (["conv_norm_out"], "expected nn.Linear or nn.Conv2d, got GroupNorm"),
+        (["conv_norm_out"], "expected nn.Linear, .*, got GroupNorm"),
     ],
 )
 def test_bad_targets_are_named_and_change_nothing(pipe, targets, message: str) -> None:
@@ -85,12 +85,6 @@ def test_quantised_weights_are_refused() -> None:
     model[0].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="quantised to torch.int8"):
         inject(model, DoRAConfig(rank=1, target_modules=["0"]))
-
-
-def test_grouped_convolutions_are_refused() -> None:
-    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
-    with pytest.raises(ValueError, match="2 groups"):
-        inject(model, DoRAConfig(target_modules=["0"]))
 
 
 def test_model_of_no_family_needs_names() -> None:

@@ -23,6 +23,7 @@ def make_config(folder, **sections) -> TrainConfig:
             "batch_size": 2,
             "learning_rate": 1e-3,
             "text_encoder_learning_rate": 2e-4,
+            "loraplus_lr_ratio": 10.0,
             "magnitude_lr_multiplier": 3.0,
             "weight_decay": 0.1,
             "lr_scheduler": "linear",
@@ -44,10 +45,14 @@ def test_groups_have_their_own_rates_and_magnitudes_no_decay(tmp_path) -> None:
     groups = build_optimizer(subject, config).param_groups
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [
         (1e-3, 0.1),
+        (1e-2, 0.1),
         (pytest.approx(3e-3), 0.0),
         (2e-4, 0.1),
+        (2e-3, 0.1),
         (pytest.approx(6e-4), 0.0),
     ]
+    ups = {id(up) for injection in subject.injections.values() for up in injection.ups()}
+    assert {id(p) for index in (1, 4) for p in groups[index]["params"]} == ups
     magnitudes = {id(m) for injection in subject.injections.values() for m in injection.magnitudes()}
     assert {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]} == magnitudes
     assert sum(len(group["params"]) for group in groups) == len(subject.parameters())
@@ -63,7 +68,7 @@ def test_rates_are_a_function_of_the_step(tmp_path) -> None:
     schedule = RateSchedule(optimizer, config)
     assert [schedule.set(step) for step in (0, 5, 0, 10)] == pytest.approx([1e-3, 5e-4, 1e-3, 0.0])
     schedule.set(5)
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([5e-4, 1.5e-3, 1e-4, 3e-4])
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([5e-4, 5e-3, 1.5e-3, 1e-4, 1e-3, 3e-4])
 
 
 def test_batches_pair_latents_with_their_captions_and_weigh_the_prior(tmp_path, examples) -> None:
