@@ -10,6 +10,7 @@ from dora_diffusion import functional as f
 from tests.tolerances import assert_close, assert_identical
 
 SHAPES = {"linear": ((7, 5), (3, 5), (7, 3)), "conv": ((6, 4, 3, 3), (2, 4, 3, 3), (6, 2, 1, 1))}
+AXES = ("out", "in")
 
 
 def triple(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,14 +78,78 @@ def test_exact_gain_passes_gradcheck() -> None:
     )
 
 
+def magnitude_on(axis: f.Axis, weight: Tensor) -> Tensor:
+    return f.initial_magnitude(weight if axis == "out" else weight.transpose(0, 1)) * 1.3
+
+
 @pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("strength", [-1.0, 0.5, 1.0, 2.0])
-def test_gain_form_interpolates_the_weight(kind: str, strength: float) -> None:
+def test_gain_form_interpolates_the_weight(kind: str, axis: f.Axis, strength: float) -> None:
     weight, down, up = triple(kind)
-    magnitude = f.initial_magnitude(weight) * 1.3
-    tuned = f.dora_weight(weight, down, up, 0.5, magnitude)
-    form = f.gain_form(weight, down, up, 0.5, magnitude, strength=strength)
-    assert_close(f.apply_gain_form(weight, form), weight + strength * (tuned - weight), computed_in=torch.float64)
+    magnitude = magnitude_on(axis, weight)
+    tuned = f.dora_weight(weight, down, up, 0.5, magnitude, axis=axis)
+    expected = weight + strength * (tuned - weight)
+    form = f.gain_form(weight, down, up, 0.5, magnitude, strength=strength, axis=axis)
+    assert_close(f.apply_gain_form(weight, form), expected, computed_in=torch.float64)
+    at_one = f.gain_form(weight, down, up, 0.5, magnitude, axis=axis)
+    scaled = f.apply_gain_form(weight, f.scale_gain_form(at_one, strength))
+    assert_close(scaled, expected, computed_in=torch.float64)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@given(seed=st.integers(0, 10_000), scale=st.floats(-4, 4))
+@settings(max_examples=25, deadline=None)
+def test_column_norms_equal_dense(kind: str, seed: int, scale: float) -> None:
+    weight, down, up = triple(kind, seed)
+    dense = weight + f.low_rank_delta(down, up, scale)
+    expected = dense.transpose(0, 1).flatten(1).norm(dim=1)
+    assert_close(f.column_norms(weight, down, up, scale), expected, computed_in=torch.float64)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("axis", AXES)
+def test_a_blend_of_both_axes_and_lora_is_the_sum_of_their_changes(kind: str, axis: f.Axis) -> None:
+    weight, _, _ = triple(kind)
+    expected, forms = weight.clone(), []
+    for seed, (kept, here) in enumerate([(True, axis), (True, "in"), (False, "out")], start=1):
+        _, down, up = triple(kind, seed)
+        magnitude = magnitude_on(here, weight) if kept else None
+        expected += 0.4 * seed * (f.dora_weight(weight, down, up, 0.5, magnitude, axis=here) - weight)
+        forms.append(f.gain_form(weight, down, up, 0.5, magnitude, strength=0.4 * seed, axis=here))
+    assert_close(f.apply_gain_form(weight, f.sum_gain_forms(forms)), expected, computed_in=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [1, 40, 10_000])
+def test_norms_of_a_half_weight_are_those_of_its_fp32_copy_whatever_the_blocks(dtype, block, monkeypatch) -> None:
+    weight, down, up = triple("conv", dtype=torch.float32)
+    half = weight.to(dtype)
+    monkeypatch.setattr(f, "BLOCK", block)
+    assert_close(f.row_norms(half, down, up, 0.7), f.row_norms(half.float(), down, up, 0.7))
+    down.requires_grad_()
+    (got,) = torch.autograd.grad(f.row_norms(half, down, up, 0.7).sum(), down)
+    (expected,) = torch.autograd.grad(dense_norm(half.float(), down, up, 0.7).sum(), down)
+    assert_close(got, expected)
+    form = f.gain_form(half, down.detach(), up, 0.7, f.initial_magnitude(half) * 1.1)
+    assert_identical(f.apply_gain_form(half, form), f.apply_gain_form(half.float(), form).to(dtype))
+
+
+def test_a_channels_last_convolution_is_read_as_any_other() -> None:
+    weight, down, up = triple("conv", dtype=torch.float32)
+    last = weight.contiguous(memory_format=torch.channels_last)
+    assert_close(f.row_norms(last, down, up, 0.7), f.row_norms(weight, down, up, 0.7))
+
+
+def test_a_frozen_magnitude_saves_no_activation() -> None:
+    base, low = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape), lambda t: t):
+        f.compose(base, low, torch.rand(5), None)
+    assert saved == [(5,)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape), lambda t: t):
+        f.compose(base, low, torch.rand(5, requires_grad=True), None)
+    assert saved[1:] == [(3, 5), (5,)]
 
 
 def test_tuned_rows_have_the_magnitude_as_norm() -> None:
