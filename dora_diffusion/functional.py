@@ -23,8 +23,8 @@ Axis = Literal["out", "in"]
 
 # A row of W counts as zero up to this norm: it has no direction, so its gain is 1 (it still moves through D).
 TINY_NORM = 1e-8
-# Below this share of ||W||^2 + ||D||^2 the factored norm has lost its digits to cancellation and is taken densely.
-CANCELLATION = 1e-3
+# Below this share of ||W||^2 the factored norm has lost its digits to cancellation and is taken densely.
+CANCELLATION = 2e-3
 # A weight of another dtype is cast to fp32 this many numbers at a time, so that no fp32 copy of it is ever whole.
 BLOCK = 2**20
 
@@ -109,25 +109,44 @@ class _Products(torch.autograd.Function):
         return d_a, None, None
 
 
-def norms_from(sums: RowSums, weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """N(W + D) of every row, from what is known of W (DORA.md's factored form of the paper's ||W + D||).
+@dataclass(frozen=True)
+class RowNorms:
+    """N(V) of every row.
 
-        N(V)^2 = ||W||^2 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B (A A^T)) * B)
+    Attributes:
+        values: (out,), never 0; differentiable in A and B when they were.
+        dead: (out,) bool, the rows that have no direction to scale; None when all have one.
+    """
 
-    Rows in which the terms cancel are taken densely. Differentiable in `down` and `up`; (out,), never 0.
+    values: Tensor
+    dead: Tensor | None
+
+
+def norms_from(sums: RowSums, weight: Tensor, down: Tensor, up: Tensor, scale: float) -> RowNorms:
+    """N(W + D) of every row, from what is known of W; ||W + D|| of the paper's eq. 5, multiplied out.
+
+        N(V)^2 = ||W||^2 + rowsum(B * (2 s W A^T + s^2 B (A A^T)))
+
+    Rows in which the terms cancel are taken densely.
     """
     with torch.autocast(weight.device.type, enabled=False):
         a, b = rows(down), rows(up)
-        products: Tensor = _Products.apply(a, weight, sums.products)  # type: ignore[no-untyped-call]
-        cross = 2 * scale * (products * b).sum(1)
-        d_squared = scale**2 * ((b @ (a @ a.T)) * b).sum(1)
-        squared = sums.squares + cross + d_squared
-        lost = (squared < CANCELLATION * (sums.squares + d_squared)).detach()
-        if bool(lost.any()):
+        products = sums.products
+        if torch.is_grad_enabled() and a.requires_grad:
+            products = _Products.apply(a, weight, sums.products)  # type: ignore[no-untyped-call]
+        mixed = torch.addmm(products, b, a @ a.T, beta=2 * scale, alpha=scale**2)
+        squared = sums.squares + (b * mixed).sum(1)
+        # N(V) can only be far below ||W|| where D is about -W
+        lost = squared.detach() < CANCELLATION * sums.squares
+        dead = sums.squares <= TINY_NORM**2
+        some_lost, some_dead = torch.stack([lost.any(), dead.any()]).tolist()  # the one wait for the device
+        if some_lost:
             dense = (rows(weight[lost]).to(a.dtype) + scale * (b[lost] @ a)).square().sum(1)
             squared = squared.masked_scatter(lost, dense)
+            vanished = squared.detach() <= TINY_NORM**2
+            dead, some_dead = dead | vanished, True
         # sqrt has no gradient at 0; such a row's gain is fixed at 1 anyway.
-        return squared.clamp(min=TINY_NORM**2).sqrt()
+        return RowNorms(squared.clamp(min=TINY_NORM**2).sqrt(), dead if some_dead else None)
 
 
 def row_norms(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
@@ -142,7 +161,7 @@ def row_norms(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     Returns:
         (out,) fp32 (fp64 when the adapter is fp64), differentiable in `down` and `up`.
     """
-    return norms_from(row_sums(weight, down), weight, down, up, scale)
+    return norms_from(row_sums(weight, down), weight, down, up, scale).values
 
 
 def column_norms(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
@@ -166,12 +185,13 @@ def count_zero_rows(initial: Tensor) -> int:
     return int((initial < 1.5 * TINY_NORM).sum())
 
 
-def gain(magnitude: Tensor, norm: Tensor, squares: Tensor) -> Tensor:
-    """g = m / N(V), (out,), from m, N(V) and ||W||^2.
+def gain(magnitude: Tensor, norms: RowNorms) -> Tensor:
+    """g = m / N(V), (out,).
 
     A row of W that is zero has no magnitude to keep: its gain is 1, and it adapts as LoRA.
     """
-    return torch.where((squares > TINY_NORM**2) & (norm > TINY_NORM), magnitude / norm, torch.ones_like(norm))
+    g = magnitude / norms.values
+    return g if norms.dead is None else g.masked_fill(norms.dead, 1.0)
 
 
 def dora_weight(
@@ -188,9 +208,9 @@ def dora_weight(
 def static_gain(weight: Tensor, down: Tensor, up: Tensor, scale: float, magnitude: Tensor, *, axis: Axis) -> Tensor:
     """g of an adapter that is not being trained, one per output or one per input."""
     if axis == "in":
-        return gain(magnitude, column_norms(weight, down, up, scale), squared_row_norms(weight.transpose(0, 1)))
-    sums = row_sums(weight, down)
-    return gain(magnitude, norms_from(sums, weight, down, up, scale), sums.squares)
+        dead = squared_row_norms(weight.transpose(0, 1)) <= TINY_NORM**2
+        return gain(magnitude, RowNorms(column_norms(weight, down, up, scale), dead))
+    return gain(magnitude, norms_from(row_sums(weight, down), weight, down, up, scale))
 
 
 class _Compose(torch.autograd.Function):

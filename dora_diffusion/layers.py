@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_diffusion.bases import Base, dense_weight, kind_of, logical_shape
-from dora_diffusion.functional import GainForm, RowSums, compose, gain, norms_from, row_sums, rows
+from dora_diffusion.functional import GainForm, RowNorms, RowSums, compose, gain, norms_from, row_sums, rows
 from dora_diffusion.initialisation import Pair
 from dora_diffusion.state import ModuleState
 from dora_diffusion.step_clock import CLOCK, stamp
@@ -69,11 +69,11 @@ class Adapter(nn.Module):
 
 @dataclass(frozen=True)
 class _KeptNorm:
-    """A norm, and the facts under which it still holds."""
+    """Norms, detached, and the facts under which they still hold."""
 
     facts: tuple[object, ...]
     sums: RowSums
-    norm: Tensor
+    norms: RowNorms
 
 
 def _dtype_of(x: Tensor, base: Tensor) -> torch.dtype:
@@ -85,7 +85,7 @@ class DoRALayer(nn.Module):
     """y = g (x W^T + s B(A x)) + b,  g = m / N(W + s B A); plain LoRA when the adapter has no magnitude.
 
     Any kind of base that `bases` knows. Dropout acts on the low-rank branch only. The output has the base's shape and
-    dtype. The norm is taken anew at every forward, unless `keeps_norm`: then once an optimiser step (see `_norm`).
+    dtype. The norm is taken anew at every forward, unless `keeps_norm`: then once an optimiser step (see `_norms`).
     """
 
     def __init__(self, base: Base, adapter: Adapter, *, dropout: float, norm_grad: NormGrad) -> None:
@@ -114,12 +114,11 @@ class DoRALayer(nn.Module):
         magnitude = self.adapter.magnitude
         if magnitude is None:
             return None
-        sums, norm = self._norm()
-        return gain(magnitude, norm, sums.squares)
+        return gain(magnitude, self._norms())
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _norm(self) -> tuple[RowSums, Tensor]:
-        """||W||^2 and N(V), a constant in the backward pass when `norm_grad` is "detached" (paper, section 4.3).
+    def _norms(self) -> RowNorms:
+        """N(V), a constant in the backward pass when `norm_grad` is "detached" (paper, section 4.3).
 
         g depends on the parameters, not on x: one norm serves every micro-batch and the recomputation under gradient
         checkpointing. It is kept only under gradients and while the clock runs, and is old after any optimiser's step
@@ -131,13 +130,13 @@ class DoRALayer(nn.Module):
         kept = self._kept if self._kept is not None and self._kept.facts == facts else None
         is_exact = self.norm_grad == "exact"
         if kept is not None and not is_exact:
-            return kept.sums, kept.norm
+            return kept.norms
         with torch.set_grad_enabled(is_exact and torch.is_grad_enabled()):
             weight = dense_weight(self.base)
             sums = kept.sums if kept is not None else row_sums(weight, down)
-            norm = norms_from(sums, weight, down, up, self.adapter.scale)
-        self._kept = _KeptNorm(facts, sums, norm.detach()) if facts else None
-        return sums, norm
+            norms = norms_from(sums, weight, down, up, self.adapter.scale)
+        self._kept = _KeptNorm(facts, sums, RowNorms(norms.values.detach(), norms.dead)) if facts else None
+        return norms
 
     def _facts(self) -> tuple[object, ...]:
         """What a kept norm depends on; empty when none may be kept."""

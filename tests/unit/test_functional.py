@@ -49,8 +49,8 @@ def test_gain_is_exactly_one_at_initialisation(kind: str, dtype: torch.dtype) ->
     weight, down, up = triple(kind, dtype=torch.float32)
     weight[1] = 0
     weight = weight.to(dtype)
-    norm = f.row_norms(weight, down, torch.zeros_like(up), 2.0)
-    g = f.gain(f.initial_magnitude(weight), norm, f.squared_row_norms(weight))
+    norms = f.norms_from(f.row_sums(weight, down), weight, down, torch.zeros_like(up), 2.0)
+    g = f.gain(f.initial_magnitude(weight), norms)
     assert_identical(g, torch.ones(weight.shape[0]))
 
 
@@ -73,7 +73,7 @@ def test_exact_gain_passes_gradcheck() -> None:
     weight, down, up = triple("linear")
     magnitude = f.initial_magnitude(weight).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda a, b, m: f.gain(m, f.row_norms(weight, a, b, 0.7), f.squared_row_norms(weight)),
+        lambda a, b, m: f.gain(m, f.norms_from(f.row_sums(weight, a), weight, a, b, 0.7)),
         (down.requires_grad_(), up.requires_grad_(), magnitude),
     )
 

@@ -1,0 +1,155 @@
+"""The same adapter as each library builds it, beside the same base layers, and ways to put one of them into a model."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dora_diffusion import DoRAConfig, inject
+
+RANK = 16
+# Not 0 and not large: a trained adapter's size.
+UP_STD = 0.01
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One library's layers for a model, by path, and the parameters that train."""
+
+    layers: Mapping[str, nn.Module]
+    parameters: tuple[nn.Parameter, ...]
+
+
+Build = Callable[[nn.Module, list[str], int], Variant]
+
+
+def put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Set a variant's layers into the model."""
+    for path, layer in layers.items():
+        model.set_submodule(path, layer)
+
+
+@contextlib.contextmanager
+def standing(model: nn.Module, variant: Variant, bases: Mapping[str, nn.Module]) -> Iterator[None]:
+    """A variant's layers for a while."""
+    put(model, variant.layers)
+    try:
+        yield
+    finally:
+        put(model, bases)
+
+
+def _gather(model: nn.Module, paths: list[str]) -> Variant:
+    layers = {path: model.get_submodule(path) for path in paths}
+    found = dict.fromkeys(p for layer in layers.values() for p in layer.parameters() if p.requires_grad)
+    return Variant(layers, tuple(found))
+
+
+def _peft(use_dora: bool) -> Build:
+    def build(model: nn.Module, paths: list[str], rank: int) -> Variant:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=paths, use_dora=use_dora)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that an earlier variant left its config on the model
+            inject_adapter_in_model(config, model)
+        return _gather(model, paths)
+
+    return build
+
+
+def _lycoris(model: nn.Module, paths: list[str], rank: int) -> Variant:
+    from lycoris.modules.locon import LoConModule
+
+    layers = {}
+    for path in paths:
+        base = model.get_submodule(path)
+        layers[path] = LoConModule(path, base, 1.0, rank, rank, weight_decompose=True, wd_on_out=True)
+        layers[path].to(base.weight.device)
+    put(model, layers)
+    return _gather(model, paths)
+
+
+def _ours(*, use_dora: bool = True, norm_grad: str = "detached", keeps_norms: bool = True) -> Build:
+    def build(model: nn.Module, paths: list[str], rank: int) -> Variant:
+        config = DoRAConfig(
+            rank=rank,
+            alpha=rank,
+            target_modules=paths,
+            use_dora=use_dora,
+            norm_grad="exact" if norm_grad == "exact" else "detached",
+        )
+        injection = inject(model, config)
+        if keeps_norms:
+            injection.keep_norms()
+        return _gather(model, paths)
+
+    return build
+
+
+BUILDS: dict[str, Build] = {
+    "PEFT LoRA": _peft(False),
+    "PEFT DoRA": _peft(True),
+    "LyCORIS DoRA": _lycoris,
+    "our LoRA": _ours(use_dora=False),
+    "our DoRA": _ours(),
+    "our DoRA, norms not kept": _ours(keeps_norms=False),
+    "our DoRA, exact": _ours(norm_grad="exact"),
+}
+
+
+def build(model: nn.Module, paths: list[str], names: list[str], rank: int = RANK) -> dict[str, Variant]:
+    """Variants by name, all with the same A, B and m; the model stands as it did."""
+    model.requires_grad_(False)
+    bases = {path: model.get_submodule(path) for path in paths}
+    variants = {}
+    for name in names:
+        variants[name] = BUILDS[name](model, paths, rank)
+        put(model, bases)
+    for path, base in bases.items():
+        generator = torch.Generator().manual_seed(len(path))
+        out, *rest = base.weight.shape
+        down = torch.randn(rank, *rest, generator=generator) / rank
+        up = UP_STD * torch.randn(out, rank, *[1] * (len(rest) - 1), generator=generator)
+        for variant in variants.values():
+            _fill(variant.layers[path], down, up)
+    return variants
+
+
+@torch.no_grad()
+def _fill(layer: nn.Module, down: Tensor, up: Tensor) -> None:
+    """Copy A and B in, under each library's names (m starts as the norm of the base's rows in all of them)."""
+    if hasattr(layer, "adapter"):
+        pair = layer.adapter.down, layer.adapter.up
+    elif hasattr(layer, "lora_A"):
+        pair = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    else:
+        pair = layer.lora_down.weight, layer.lora_up.weight
+    pair[0].copy_(down)
+    pair[1].copy_(up)
+
+
+@torch.no_grad()
+def check_agreement(call: Callable[[], Tensor], model: nn.Module, variants: Mapping[str, Variant]) -> None:
+    """Raise when the DoRAs do not compute the same thing: there would be nothing to compare."""
+    bases = {path: _base(layer) for path, layer in next(iter(variants.values())).layers.items()}
+    answers = {}
+    for name, variant in variants.items():
+        with standing(model, variant, bases):
+            answers[name] = call().float()
+    for kind in ("DoRA", "LoRA"):
+        same = {name: answer for name, answer in answers.items() if kind in name}
+        for name, answer in same.items():
+            first = next(iter(same.values()))
+            error = float((answer - first).abs().max() / first.abs().max())
+            if error > 2e-2:  # bf16's share; fp32 stays far below
+                raise AssertionError(f"{name} differs from {next(iter(same))} by {error:.1e}")
+
+
+def _base(layer: nn.Module) -> nn.Module:
+    if hasattr(layer, "base_layer"):
+        return layer.base_layer
+    return layer.base if hasattr(layer, "base") else layer.org_module[0]
