@@ -14,7 +14,7 @@ from dora_diffusion.bases import Base, check_adaptable, check_shapes, dense_weig
 from dora_diffusion.families import component_of_model
 from dora_diffusion.functional import count_zero_rows, initial_magnitude, scale_of
 from dora_diffusion.initialisation import INITS, Init, embedding_pair, initial_pair, principal_pair
-from dora_diffusion.layers import NORM_GRADS, Adapter, DoRALayer, NormGrad
+from dora_diffusion.layers import NORM_GRADS, Adapter, BlendedLayer, DoRALayer, NormGrad
 from dora_diffusion.state import AdapterState, ModuleState
 from dora_diffusion.step_clock import CLOCK
 
@@ -208,8 +208,8 @@ def inject(model: nn.Module, config: DoRAConfig, *, generator: torch.Generator |
     Raises:
         ValueError: nothing matches, a match cannot be adapted, or the model holds an adapter already.
     """
-    if any(isinstance(module, Adapter) for module in model.modules()):
-        raise ValueError(f"{type(model).__name__} holds an adapter already: eject it first")
+    if any(isinstance(module, Adapter | BlendedLayer) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} holds an adapter already: eject it, or unload its manager, first")
     generator = generator or torch.Generator().manual_seed(0)
     targets = {path: check_adaptable(path, model.get_submodule(path)) for path in target_paths(model, config)}
     ranks = _by_pattern("rank_pattern", config.rank_pattern, list(targets), config.rank)

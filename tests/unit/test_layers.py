@@ -1,154 +1,135 @@
-"""DoRALayer and BlendedLayer against the dense weight."""
+"""What a DoRALayer does beside its mathematics: zero rows, precision, dropout, frozen magnitudes, masters."""
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from dora_diffusion import functional as f
 from dora_diffusion.injection import DoRAConfig, inject
-from dora_diffusion.layers import BlendedLayer
-from dora_diffusion.merge import fold
-from tests.tolerances import TOLERANCES, assert_close, assert_identical
+from tests.kinds import KINDS, disturb, make_input, make_model, reference
+from tests.tolerances import assert_close, assert_identical
 
-LINEAR = pytest.param(lambda bias: nn.Linear(6, 5, bias=bias), (2, 3, 6), id="linear")
-CONV = pytest.param(
-    lambda bias: nn.Conv2d(4, 5, 3, stride=2, padding=2, dilation=2, bias=bias), (2, 4, 9, 9), id="conv"
-)
-CIRCULAR = pytest.param(
-    lambda bias: nn.Conv2d(4, 5, 3, padding=1, padding_mode="circular", bias=bias), (2, 4, 6, 6), id="circular"
-)
-# Every model here has a zero row on purpose; that inject says so is tested in test_training_equivalences.
-pytestmark = pytest.mark.filterwarnings("ignore:.* rows of .* are zero in the base:UserWarning")
-
-KINDS = pytest.mark.parametrize("make, shape", [LINEAR, CONV, CIRCULAR])
+CONFIG = {"rank": 2, "alpha": 3, "target_modules": ["layer"]}
 
 
-class Holder(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
-def holder(make, bias: bool, dtype: torch.dtype = torch.float32) -> Holder:
-    torch.manual_seed(0)
-    model = Holder(make(bias)).to(dtype)
-    with torch.no_grad():
-        model.layer.weight[1] = 0  # a zero row, as real models have
-    return model
-
-
-def disturb(model: Holder, *, seed: int = 1) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    adapter = model.layer.adapter
-    with torch.no_grad():
-        adapter.up.copy_(torch.randn(adapter.up.shape, generator=generator))
-        if adapter.magnitude is not None:
-            adapter.magnitude.mul_(1 + 0.3 * torch.rand(adapter.magnitude.shape, generator=generator))
-
-
-def by_dense_weight(layer: nn.Module, x: Tensor) -> Tensor:
-    a, base = layer.adapter, layer.base
-    weight = f.dora_weight(base.weight, a.down, a.up, a.scale, a.magnitude).to(x.dtype)
-    if isinstance(base, nn.Linear):
-        return F.linear(x, weight, base.bias)
-    return base._conv_forward(x, weight, base.bias)
-
-
-@KINDS
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("use_dora", [True, False])
-def test_first_forward_is_the_base_bit_for_bit(make, shape, bias: bool, dtype: torch.dtype, use_dora: bool) -> None:
-    model = holder(make, bias, dtype)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
-    expected = model(x)
-    inject(model, DoRAConfig(rank=2, target_modules=["layer"], use_dora=use_dora))
-    assert_identical(model(x), expected)
-
-
-@KINDS
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("use_dora", [True, False])
-def test_forward_is_that_of_the_dense_weight(make, shape, bias: bool, dtype: torch.dtype, use_dora: bool) -> None:
-    model = holder(make, bias, dtype)
-    inject(model, DoRAConfig(rank=2, alpha=3, target_modules=["layer"], use_dora=use_dora))
-    disturb(model)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
-    expected = by_dense_weight(model.layer, x).detach()
-    scale = float(expected.abs().max())
-    torch.testing.assert_close(model(x) / scale, expected / scale, rtol=0, atol=3 * TOLERANCES[dtype].absolute)
-
-
-@KINDS
-@pytest.mark.parametrize("strength", [-0.5, 0.5, 1.0])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("use_dora", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_blended_equals_folded_and_unfolds_bit_for_bit(make, shape, strength, bias, use_dora, dtype) -> None:
-    model = holder(make, bias, dtype)
-    injection = inject(model, DoRAConfig(rank=2, target_modules=["layer"], use_dora=use_dora))
-    disturb(model)
-    state = injection.state().modules["layer"]
-    base = injection.eject().layer
-    before = base.weight.clone()
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
-    plain = base(x)
-    blended = BlendedLayer(base)
-    assert_identical(blended(x), plain)
-    form = f.gain_form(base.weight, state.down, state.up, state.scale, state.magnitude, strength=strength)
-    blended.hold([f.gain_form(base.weight, state.down, state.up, state.scale, state.magnitude)])
-    blended.weigh(torch.tensor([strength]))
-    folded = fold({"layer": (base, form)})
-    drawn = base(x).detach()
-    folded.undo()
-    scale = float(drawn.abs().max())
-    torch.testing.assert_close(blended(x) / scale, drawn / scale, rtol=0, atol=3 * TOLERANCES[dtype].absolute)
-    assert_identical(base.weight, before)
-
-
+@pytest.mark.parametrize("kind", ["linear", "conv", "grouped", "embedding"])
 @pytest.mark.parametrize("norm_grad", ["detached", "exact"])
-def test_gradients_are_those_of_the_dense_weight_with_the_norm_held_or_not(norm_grad: str) -> None:
-    model = holder(lambda bias: nn.Linear(6, 5, bias=bias), True, torch.float64)
-    inject(model, DoRAConfig(rank=2, target_modules=["layer"], norm_grad=norm_grad))
-    model.double()
-    disturb(model)
-    layer, a = model.layer, model.layer.adapter
-    x = torch.randn(4, 6, dtype=torch.float64)
-    goal = torch.randn(4, 5, dtype=torch.float64)
-    parameters = [a.down, a.up, a.magnitude]
-    got = torch.autograd.grad((model(x) * goal).sum(), parameters)
-    dense = layer.base.weight + a.scale * a.up @ a.down
-    norm = dense.norm(dim=1)
-    norm = norm.detach() if norm_grad == "detached" else norm
-    g = torch.where(layer.base.weight.norm(dim=1) > 0, a.magnitude / norm, torch.ones_like(norm))
-    expected = torch.autograd.grad((F.linear(x, g[:, None] * dense, layer.base.bias) * goal).sum(), parameters)
-    assert_close(list(got), list(expected), computed_in=torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_zero_rows_are_told_once_and_adapt_as_lora(kind: str, norm_grad: str, dtype: torch.dtype) -> None:
+    model, x = make_model(kind, dtype=dtype), make_input(kind, dtype)
+    weight = model.layer.weight.detach()
+    (weight.T if kind == "embedding" else weight)[1] = 0
+    plain = model(x)
+    with pytest.warns(UserWarning, match="^1 rows of 1 layers .layer first. are zero") as told:
+        injection = inject(model, DoRAConfig(**CONFIG, norm_grad=norm_grad))
+    assert len(told) == 1
+    assert_identical(model(x), plain)
+    disturb(model.layer)
+    gain = model.layer.gain()
+    assert gain[1] == 1
+    assert bool((gain[torch.arange(len(gain)) != 1] != 1).all())
+    model(x).float().square().sum().backward()
+    assert all(bool(torch.isfinite(parameter.grad).all()) for parameter in injection.parameters())
+    assert model.layer.adapter.magnitude.grad[1] == 0
+    assert model.layer.adapter.up.grad[1].abs().max() > 0
+
+
+def test_a_row_that_the_adapter_cancels_exactly_is_finite() -> None:
+    model = make_model("linear")
+    injection = inject(model, DoRAConfig(rank=1, alpha=1, target_modules=["layer"], norm_grad="exact"))
+    with torch.no_grad():
+        model.layer.adapter.down.copy_(-model.layer.base.weight[2:3])
+        model.layer.adapter.up[2] = 1
+    out = model(make_input("linear"))
+    out.square().sum().backward()
+    assert bool(torch.isfinite(out).all())
+    assert all(bool(torch.isfinite(parameter.grad).all()) for parameter in injection.parameters())
 
 
 @pytest.mark.parametrize("norm_grad", ["detached", "exact"])
 def test_gain_is_fp32_under_autocast(norm_grad: str) -> None:
-    model = holder(lambda bias: nn.Linear(64, 48, bias=bias), True)
-    inject(model, DoRAConfig(rank=4, target_modules=["layer"], norm_grad=norm_grad))
-    disturb(model)
-    expected = model.layer.gain()
+    model = nn.Sequential(nn.Linear(64, 48))
+    inject(model, DoRAConfig(rank=4, target_modules=["0"], norm_grad=norm_grad))
+    disturb(model[0])
+    expected = model[0].gain()
     with torch.autocast("cpu", torch.bfloat16):
-        got = model.layer.gain()
+        got = model[0].gain()
+        assert model(torch.randn(2, 64)).dtype == torch.bfloat16
     assert got.dtype == torch.float32
     assert_identical(got, expected)
 
 
-def test_dropout_acts_on_the_low_rank_branch_only() -> None:
-    model = holder(lambda bias: nn.Linear(6, 5, bias=bias), True)
-    inject(model, DoRAConfig(rank=2, target_modules=["layer"], dropout=0.5))
-    x = torch.randn(4, 6)
+@KINDS
+def test_dropout_acts_on_the_low_rank_branch_only(kind: str) -> None:
+    model, x = make_model(kind), make_input(kind)
+    inject(model, DoRAConfig(**CONFIG, dropout=0.5))
+    plain = model.layer.base(x)
     model.train()
-    assert_identical(model(x), model.layer.base(x))  # B = 0: whatever is dropped, the base stays whole
-    disturb(model)
+    assert_identical(model(x), plain)  # nothing to drop yet: whatever is dropped, the base stays whole
+    disturb(model.layer)
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert_identical(model(x), model(x))
+    assert_close(model(x), reference(model.layer, x))
+
+
+@KINDS
+def test_dropout_near_0_trains_as_none(kind: str) -> None:
+    answers = []
+    for dropout in (0.0, 1e-9):
+        model, x = make_model(kind), make_input(kind)
+        injection = inject(model, DoRAConfig(**CONFIG, dropout=dropout))
+        disturb(model.layer)
+        out = model.train()(x)
+        answers.append([out, *torch.autograd.grad(out.square().sum(), injection.parameters())])
+    assert_close(*answers)
+
+
+@KINDS
+def test_a_frozen_magnitude_does_not_train_and_keeps_no_activation(kind: str) -> None:
+    kept = {}
+    for train_magnitude in (True, False):
+        model, x = make_model(kind), make_input(kind)
+        injection = inject(model, DoRAConfig(**CONFIG, train_magnitude=train_magnitude))
+        disturb(model.layer)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, into=saved: into.append(t.numel()), lambda t: t):
+            out = model(x)
+        kept[train_magnitude] = sum(saved)
+        count = 3 if train_magnitude else 2
+        assert len(injection.parameters()) == count
+        assert len(injection.named_parameters()) == 3
+        assert len(injection.magnitudes()) == count - 2
+    assert kept[True] - kept[False] >= out.numel()
+    assert_close(out, reference(model.layer, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masters_stay_fp32_when_the_model_is_cast(dtype: torch.dtype) -> None:
+    model = make_model("linear")
+    injection = inject(model, DoRAConfig(**CONFIG, init="pissa"))
+    disturb(model.layer)
+    before = {name: tensor.clone() for name, tensor in injection.named_tensors().items()}
+    model.to(dtype)
+    assert model.layer.base.weight.dtype == dtype
+    assert_identical(injection.named_tensors(), before)
+    model.double()
+    assert {tensor.dtype for tensor in injection.named_tensors().values()} == {torch.float64}
+
+
+def test_a_model_on_the_meta_device_can_be_injected() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 32), nn.Conv2d(4, 4, 3))
+    injection = inject(model, DoRAConfig(rank=4, target_modules=["0", "1"]))
+    assert sum(parameter.numel() for parameter in injection.parameters()) == 4 * 96 + 32 + 4 * 40 + 4
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own ways
+def test_a_compiled_layer_trains_as_an_eager_one() -> None:
+    answers = []
+    for is_compiled in (False, True):
+        model, x = make_model("linear"), make_input("linear")
+        injection = inject(model, DoRAConfig(**CONFIG, norm_grad="exact"))
+        disturb(model.layer)
+        call = torch.compile(model, backend="aot_eager") if is_compiled else model
+        answers.append(list(torch.autograd.grad(call(x).square().sum(), injection.parameters())))
+    assert_close(*answers)
