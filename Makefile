@@ -1,13 +1,14 @@
 # `make demo` and `make test` are the only two commands needed; each sets up .venv first.
-# Overridable: PYTHON (makes the environment), VENV, DEMO_FLAGS, PYTEST_FLAGS.
+# Overridable: PYTHON (makes the environment), VENV, DEMO_FLAGS, PYTEST_FLAGS, BENCH_FLAGS.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
+BENCH_FLAGS ?=
 
-.PHONY: setup demo test check format browser
+.PHONY: setup demo test test-quantised bench check format browser
 
 setup: $(READY)
 
@@ -24,6 +25,15 @@ demo: setup
 
 test: setup browser
 	$(PY) -m pytest $(PYTEST_FLAGS)
+
+# The quantisation libraries are no part of setup: they are large, and diffusers imports them once they are there.
+test-quantised: setup
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[quantised]'
+	$(PY) -m pytest tests/unit/test_quantised.py $(PYTEST_FLAGS)
+
+# Beside PEFT and LyCORIS; about twenty minutes on two cores. Leave the machine alone meanwhile.
+bench: setup
+	$(PY) -m benchmarks $(BENCH_FLAGS)
 
 check: setup
 	$(PY) -m ruff check .

@@ -249,7 +249,7 @@ def _layer(base: Base, config: DoRAConfig, *, rank: int, alpha: float, generator
         pair = initial_pair(tuple(weight.shape), rank, config.init, generator)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     magnitude = initial_magnitude(weight) if config.use_dora else None
-    adapter = Adapter(pair.to(weight.device, dtype), magnitude, alpha=alpha, scale=scale)
+    adapter = Adapter(pair.to(weight.device, dtype), magnitude, scale=scale)
     if adapter.magnitude is not None:
         adapter.magnitude.requires_grad_(config.train_magnitude)
     return DoRALayer(base, adapter, dropout=config.dropout, norm_grad=config.norm_grad)

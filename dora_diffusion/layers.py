@@ -28,7 +28,7 @@ class Adapter(nn.Module):
     With an anchor (A0, B0), which is frozen, D = s (B A - B0 A0).
     """
 
-    def __init__(self, pair: Pair, magnitude: Tensor | None, *, alpha: float, scale: float) -> None:
+    def __init__(self, pair: Pair, magnitude: Tensor | None, *, scale: float) -> None:
         super().__init__()
         self.down = nn.Parameter(pair.down)
         self.up = nn.Parameter(pair.up)
@@ -37,7 +37,6 @@ class Adapter(nn.Module):
         self.register_buffer("anchor_up", None if pair.anchor is None else pair.anchor.up)
         self.anchor_down: Tensor | None
         self.anchor_up: Tensor | None
-        self.alpha = alpha
         self.scale = scale
 
     def pair(self) -> tuple[Tensor, Tensor]:
@@ -50,10 +49,7 @@ class Adapter(nn.Module):
         """A copy of the parameters; an anchor doubles the rank."""
         down, up = (part.detach().clone() for part in self.pair())
         magnitude = None if self.magnitude is None else self.magnitude.detach().clone()
-        rank, own = down.shape[0], self.down.shape[0]
-        if rank != own:
-            return ModuleState(down, up, self.scale * rank, magnitude)
-        return ModuleState(down, up, self.alpha, magnitude, rank_stabilised=self.scale != self.alpha / own)
+        return ModuleState(down, up, self.scale * down.shape[0], magnitude)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
         """Moves go through; a cast below fp32 does not: in bf16 a step of 1e-4 on an m near 1 rounds away."""
@@ -101,8 +97,8 @@ class DoRALayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         base: Tensor = self.base(x)
         kind, (down, up) = self._kind, self.adapter.pair()
-        h = kind.shrink(self.base, x, down.to(_dtype_of(x, base)), self._drop)
-        low = kind.expand(self.base, h, (self.adapter.scale * up).to(h.dtype), None)
+        h = self.adapter.scale * kind.shrink(self.base, x, down.to(_dtype_of(x, base)), self._drop)
+        low = kind.expand(self.base, h, up.to(h.dtype), None)
         g = self.gain()
         if g is None:
             return base + low
@@ -125,14 +121,13 @@ class DoRALayer(nn.Module):
         and when A, B, W or s are replaced, moved or edited in place. An edit through `.data` outside an optimiser
         leaves no trace: `forget_norm` is for that.
         """
-        down, up = self.adapter.pair()
         facts = self._facts()
         kept = self._kept if self._kept is not None and self._kept.facts == facts else None
         is_exact = self.norm_grad == "exact"
         if kept is not None and not is_exact:
             return kept.norms
         with torch.set_grad_enabled(is_exact and torch.is_grad_enabled()):
-            weight = dense_weight(self.base)
+            weight, (down, up) = dense_weight(self.base), self.adapter.pair()
             sums = kept.sums if kept is not None else row_sums(weight, down)
             norms = norms_from(sums, weight, down, up, self.adapter.scale)
         self._kept = _KeptNorm(facts, sums, RowNorms(norms.values.detach(), norms.dead)) if facts else None

@@ -50,7 +50,8 @@ def _is_8bit(module: Any) -> bool:
 def _from_8bit(module: Any) -> Tensor:
     """W = CB * SCB / 127 by rows; the first forward moves both from the weight to the layer's state."""
     scales: Tensor = module.weight.SCB if getattr(module.weight, "SCB", None) is not None else module.state.SCB
-    return module.weight.data.to(torch.float32) * (scales.to(torch.float32) / 127)[:, None]
+    dense: Tensor = module.weight.data.to(torch.float32) * (scales.to(torch.float32) / 127)[:, None]
+    return dense
 
 
 def _is_tensor_subclass(module: Any) -> bool:

@@ -82,9 +82,11 @@ class _Scales:
 
 
 def write(adapter: AdapterState) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """AdapterState -> tensors and metadata of a file."""
+    """AdapterState -> tensors and metadata of a file; a ValueError when the format cannot hold it."""
     tensors: dict[str, Tensor] = {}
     for path, module in adapter.modules.items():
+        if module.magnitude is not None and module.axis != "out":
+            raise ValueError(f"{path}: diffusers' format has magnitudes of the out axis only, got the in axis")
         key = _file_path(path)
         tensors[f"{key}.lora_A.weight"] = module.down
         tensors[f"{key}.lora_B.weight"] = module.up if module.scale == 1 else module.up * module.scale

@@ -167,3 +167,10 @@ def test_file_without_adapter_keys_is_refused(tmp_path) -> None:
         load_adapter(tmp_path / "nowhere.safetensors")
     with pytest.raises(ValueError, match="format 'ckpt' is unknown"):
         save_adapter(adapter(), tmp_path / "x.safetensors", format="ckpt")
+
+
+def test_magnitudes_of_the_in_axis_are_not_written_as_if_they_were_of_the_out_axis(tmp_path) -> None:
+    module = ModuleState(torch.ones(2, 4), torch.ones(4, 2), 2.0, torch.ones(4), axis="in")
+    with pytest.raises(ValueError, match="unet.to_q: .* got the in axis"):
+        save_adapter(AdapterState({"unet.to_q": module}), tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
