@@ -50,13 +50,14 @@ def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]
         yield block, rows(weight[block]).to(dtype)
 
 
-def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def master_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What norms and trained parameters are kept in beside a weight of `dtype`: fp32, or fp64 beside fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def squared_row_norms(weight: Tensor) -> Tensor:
     """||W_i||^2 of every row: (out, ...) any float dtype -> (out,) fp32 (fp64 stays fp64)."""
-    dtype = _at_least_fp32(weight.dtype)
+    dtype = master_dtype(weight.dtype)
     squares = torch.empty(weight.shape[0], dtype=dtype, device=weight.device)
     for block, w in _blocks(weight, dtype):
         squares[block] = torch.linalg.vector_norm(w, dim=1).square()

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.functional import rows
+from dora_diffusion.functional import master_dtype, rows
 
 Init = Literal["default", "gaussian", "orthogonal", "pissa"]
 INITS: tuple[Init, ...] = ("default", "gaussian", "orthogonal", "pissa")
@@ -70,7 +70,7 @@ def principal_pair(weight: Tensor, rank: int, scale: float, generator: torch.Gen
     PiSSA takes that part out of the base. Here the base stays as it is and the same pair, frozen, is subtracted: the
     same gradients at the first step, no change to the base's bytes, and a file of rank 2 r that fits anyone's base.
     """
-    dense = rows(weight).to(torch.promote_types(weight.dtype, torch.float32))
+    dense = rows(weight).to(master_dtype(weight.dtype))
     seed = int(torch.randint(0, 2**31, (1,), generator=generator))
     count = min(rank, *dense.shape)
     with torch.random.fork_rng(devices=[dense.device] if dense.is_cuda else []):

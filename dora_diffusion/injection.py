@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from dora_diffusion.bases import Base, check_adaptable, check_shapes, dense_weight
 from dora_diffusion.families import component_of_model
-from dora_diffusion.functional import count_zero_rows, initial_magnitude, scale_of
+from dora_diffusion.functional import count_zero_rows, initial_magnitude, master_dtype, scale_of
 from dora_diffusion.initialisation import INITS, Init, embedding_pair, initial_pair, principal_pair
 from dora_diffusion.layers import NORM_GRADS, Adapter, BlendedLayer, DoRALayer, NormGrad
 from dora_diffusion.state import AdapterState, ModuleState
@@ -37,7 +38,8 @@ class DoRAConfig:
         rank_pattern: pattern -> rank of the layers whose path ends in it; a regular expression, the first that fits, as
             in PEFT: `{"mid_block.*to_k": 32, "to_out.0": 4}`.
         alpha_pattern: pattern -> alpha, likewise.
-        init: what A and B start from: "default" (B = 0), "gaussian", "orthogonal" or "pissa"; see `initialisation`.
+        init: what A and B start from: "default" (B = 0), "gaussian", "orthogonal" or "pissa"; see `initialisation`. An
+            embedding knows "pissa" and one other start, A = 0.
         train_magnitude: False freezes m at the norm of the base's rows, so that only directions are learnt.
     """
 
@@ -74,7 +76,7 @@ class Injection:
         self._model = model
         self._layers = dict(layers)
         self._trainable = trainable
-        self._keeps_norms = False
+        self._listening: weakref.finalize[..., DoRALayer] | None = None
 
     @property
     def matched(self) -> dict[str, int]:
@@ -123,10 +125,10 @@ class Injection:
         Forwards without gradients always take the norm anew. The one thing that leaves no trace is an edit through
         `.data` by something that is no torch optimiser, between two forwards that both train: call `forget_norms`.
         """
-        if self._keeps_norms:
+        if self._listening is not None or not self._layers:
             return
-        self._keeps_norms = True
         CLOCK.listen()
+        self._listening = weakref.finalize(next(iter(self._layers.values())), CLOCK.leave)
         for layer in self._layers.values():
             layer.keeps_norm = True
 
@@ -161,9 +163,9 @@ class Injection:
         for parameter in self._trainable:
             parameter.requires_grad_(True)
         self._layers.clear()
-        if self._keeps_norms:
-            CLOCK.leave()
-            self._keeps_norms = False
+        if self._listening is not None:
+            self._listening()
+            self._listening = None
         return self._model
 
 
@@ -247,9 +249,8 @@ def _layer(base: Base, config: DoRAConfig, *, rank: int, alpha: float, generator
         pair = embedding_pair(tuple(weight.shape), rank, generator)
     else:
         pair = initial_pair(tuple(weight.shape), rank, config.init, generator)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
     magnitude = initial_magnitude(weight) if config.use_dora else None
-    adapter = Adapter(pair.to(weight.device, dtype), magnitude, scale=scale)
+    adapter = Adapter(pair.to(weight.device, master_dtype(weight.dtype)), magnitude, scale=scale)
     if adapter.magnitude is not None:
         adapter.magnitude.requires_grad_(config.train_magnitude)
     return DoRALayer(base, adapter, dropout=config.dropout, norm_grad=config.norm_grad)

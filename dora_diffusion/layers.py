@@ -246,7 +246,8 @@ class BlendedLayer(nn.Module):
         """Buffers in the dtype that the base computes in."""
         (out, *rest), weight = logical_shape(self.base), self.base.weight
         total = room if room is not None else sum(term.right.shape[0] for term in terms)
-        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        computes = weight.is_floating_point() and weight.dtype.itemsize > 1  # fp8 only stores
+        dtype = weight.dtype if computes else torch.float32
         flat = [1] * (len(rest) - 1)
 
         def zeros(*shape: int) -> Tensor:

@@ -31,7 +31,7 @@ def fold(layers: Mapping[str, tuple[Base, GainForm]]) -> Fold:
         ValueError: a weight is not a plain floating-point tensor (quantised layers cannot be folded).
     """
     for path, (layer, _) in layers.items():
-        if is_quantised(layer):
+        if is_quantised(layer) or layer.weight.dtype.itemsize == 1:
             raise ValueError(f"{path}: a quantised {type(layer).__name__} cannot be folded; leave the adapter unfused")
     kept = {path: (layer, layer.weight.data) for path, (layer, _) in layers.items()}
     for layer, form in layers.values():

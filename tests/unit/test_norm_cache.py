@@ -1,6 +1,7 @@
 """`keep_norms`: one norm a layer and optimiser step, and never an old one, whatever changed the parameters."""
 
 import copy
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 from torch.utils.checkpoint import checkpoint
 
+from dora_diffusion import injection as injection_module
 from dora_diffusion import layers
 from dora_diffusion.injection import DoRAConfig, Injection, inject
+from dora_diffusion.step_clock import StepClock
 from tests.tolerances import assert_identical
 
 NORM_GRADS = pytest.mark.parametrize("norm_grad", ["detached", "exact"])
@@ -191,7 +194,16 @@ def test_without_keep_norms_every_forward_takes_its_own(counted) -> None:
     assert len(counted) == 3 * 2
 
 
-def test_the_hook_goes_with_the_last_injection() -> None:
+@pytest.fixture
+def own_clock(monkeypatch) -> StepClock:
+    """A clock that no other test listens to."""
+    clock = StepClock()
+    monkeypatch.setattr(layers, "CLOCK", clock)
+    monkeypatch.setattr(injection_module, "CLOCK", clock)
+    return clock
+
+
+def test_the_hook_goes_with_the_last_injection(own_clock: StepClock) -> None:
     hooks = torch_optimizer._global_optimizer_post_hooks
     before = len(hooks)
     first, second = make()[1], make()[1]
@@ -200,6 +212,12 @@ def test_the_hook_goes_with_the_last_injection() -> None:
     first.eject()
     assert len(hooks) == before + 1
     second.eject()
+    assert len(hooks) == before
+    model, injection = make()
+    assert own_clock.now is not None
+    del model, injection  # a model that is forgotten without eject takes its listener along
+    gc.collect()
+    assert own_clock.now is None
     assert len(hooks) == before
 
 

@@ -176,3 +176,33 @@ def test_a_weight_nobody_can_read_is_refused_in_one_line() -> None:
         with pytest.raises(ValueError, match="^some.path: a weight quantised to .* load the model in bf16$") as caught:
             check_adaptable("some.path", module)
         assert "\n" not in str(caught.value)
+
+
+class Float8Linear(nn.Linear):
+    """Keeps fp8 and computes in its input's dtype, as diffusers' layerwise casting does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+def test_a_weight_kept_in_fp8_is_read_and_blended_but_not_folded() -> None:
+    torch.manual_seed(0)
+    base = Float8Linear(IN, OUT)
+    base.weight.requires_grad_(False)
+    base.weight.data = base.weight.data.to(torch.float8_e4m3fn)
+    model, x = nn.Sequential(base), torch.randn(5, IN)
+    plain, weight = model(x), base.weight.data.float()
+    injection = inject(model, DoRAConfig(**CONFIG))
+    assert_identical(model(x), plain)
+    assert {parameter.dtype for parameter in injection.parameters()} == {torch.float32}
+    with torch.no_grad():
+        injection.ups()[0].normal_(std=0.1)
+    trained, state = model(x), injection.state().modules["0"]
+    injection.eject()
+    term = f.gain_form(weight, state.down, state.up, state.scale, state.magnitude)
+    blended = BlendedLayer(base)
+    blended.hold([term])
+    blended.weigh(torch.ones(1))
+    assert_close(blended(x), trained)
+    with pytest.raises(ValueError, match="cannot be folded"):
+        fold({"0": (base, term)})
