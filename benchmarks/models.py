@@ -115,6 +115,7 @@ def _training(case: Case, setting: Setting) -> dict[str, object]:
     known = [*model.parameters(), *(p for variant in variants.values() for p in variant.parameters)]
     return {
         "layers": len(paths),
+        "weight_bytes": sum(weight.numel() * weight.element_size() for weight in model.parameters()),
         "step": {k: asdict(v) for k, v in _timed_steps(steps, setting).items()},
         "kept_bytes": {name: _kept(case, variant, bases, known) for name, variant in variants.items()},
         "peak_bytes": {name: peak_of(step, setting.device) for name, step in steps.items()},

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 Axis = Literal["out", "in"]
+AXES: tuple[Axis, ...] = ("out", "in")  # in the order of a weight's dimensions
 
 # A row of W counts as zero up to this norm: it has no direction, so its gain is 1 (it still moves through D).
 TINY_NORM = 1e-8
@@ -202,8 +203,9 @@ def dora_weight(
     dense = weight.to(down.dtype) + low_rank_delta(down, up, scale)
     if magnitude is None:
         return dense
-    g = static_gain(weight, down, up, scale, magnitude, axis=axis)
-    return dense * g.reshape(*([1] if axis == "in" else []), -1, *[1] * (weight.dim() - (2 if axis == "in" else 1)))
+    shape = [1] * weight.dim()
+    shape[AXES.index(axis)] = -1
+    return dense * static_gain(weight, down, up, scale, magnitude, axis=axis).reshape(shape)
 
 
 def static_gain(weight: Tensor, down: Tensor, up: Tensor, scale: float, magnitude: Tensor, *, axis: Axis) -> Tensor:

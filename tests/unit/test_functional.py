@@ -98,6 +98,20 @@ def test_gain_form_interpolates_the_weight(kind: str, axis: f.Axis, strength: fl
 
 
 @pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("axis", AXES)
+@given(strength=st.floats(-1e-3, 1e-3))
+@settings(max_examples=25, deadline=None)
+def test_the_weight_goes_to_the_base_as_the_strength_goes_to_0(kind: str, axis: f.Axis, strength: float) -> None:
+    weight, down, up = triple(kind)
+    magnitude = magnitude_on(axis, weight)
+    change = f.dora_weight(weight, down, up, 0.5, magnitude, axis=axis) - weight
+    got = f.apply_gain_form(weight, f.gain_form(weight, down, up, 0.5, magnitude, strength=strength, axis=axis))
+    assert float((got - weight).norm()) <= abs(strength) * float(change.norm()) * (1 + 1e-6) + 1e-14
+    if strength == 0:
+        assert_identical(got, weight)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
 @given(seed=st.integers(0, 10_000), scale=st.floats(-4, 4))
 @settings(max_examples=25, deadline=None)
 def test_column_norms_equal_dense(kind: str, seed: int, scale: float) -> None:

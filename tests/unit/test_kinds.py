@@ -63,7 +63,7 @@ def test_exact_gradients_pass_gradcheck(kind: str) -> None:
 
 @KINDS
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("strength", [-0.5, 0.5, 1.0])
 @pytest.mark.parametrize("use_dora", [True, False])
 def test_blended_equals_folded_and_unfolds_bit_for_bit(kind, bias, dtype, strength, use_dora) -> None:

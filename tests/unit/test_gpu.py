@@ -1,0 +1,74 @@
+"""What only a GPU can tell: the same numbers as on the CPU, half-precision training, and no wait beyond one a norm."""
+
+import pytest
+import torch
+from torch import nn
+
+from dora_diffusion.adapters import AdapterManager
+from dora_diffusion.injection import DoRAConfig, inject
+from tests.kinds import KINDS, disturb, make_input, make_model
+from tests.pocket_random import random_adapter, random_pocket_pipeline
+
+pytestmark = pytest.mark.gpu
+CONFIG = {"rank": 2, "alpha": 3, "target_modules": ["layer"]}
+
+
+@KINDS
+@pytest.mark.parametrize("norm_grad", ["detached", "exact"])
+def test_forward_and_gradients_are_the_cpus(kind: str, norm_grad: str) -> None:
+    answers = []
+    for device in ("cpu", "cuda"):
+        model, x = make_model(kind), make_input(kind).to(device)
+        injection = inject(model, DoRAConfig(**CONFIG, norm_grad=norm_grad))
+        disturb(model.layer)
+        model.to(device)
+        out = model(x)
+        grads = torch.autograd.grad(out.square().sum(), injection.parameters())
+        answers.append([part.detach().cpu() for part in (out, *grads)])
+    torch.testing.assert_close(*answers, rtol=1e-3, atol=1e-3)  # TF32 convolutions
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_trains_fp32_masters_with_fused_adamw_and_a_scaler(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 64)).to("cuda", dtype)
+    injection = inject(model, DoRAConfig(rank=4, target_modules=["0", "2"]))
+    injection.keep_norms()
+    optimizer = torch.optim.AdamW(injection.parameters(), lr=1e-2, fused=True)
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+    x, goal = torch.randn(32, 64, device="cuda", dtype=dtype), torch.randn(32, 64, device="cuda")
+    losses = []
+    for _ in range(30):
+        loss = (model(x).float() - goal).square().mean()
+        losses.append(loss.item())
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.8 * losses[0]
+    assert {parameter.dtype for parameter in injection.parameters()} == {torch.float32}
+    injection.eject()
+
+
+def test_a_pipeline_blends_fuses_and_moves_on_the_gpu() -> None:
+    pipe = random_pocket_pipeline()
+    adapters = [random_adapter(pipe, seed) for seed in range(2)]
+    answers = []
+    for device in ("cpu", "cuda"):
+        pipe.to(device)
+        manager = AdapterManager(pipe)
+        for index, adapter in enumerate(adapters):
+            manager.load_adapter(adapter, name=str(index))
+        manager.set_adapters({"0": 0.8, "1": -0.3})
+        generator = torch.Generator().manual_seed(5)
+        noisy = torch.randn(1, 8, 16, 16, generator=generator).to(device)
+        text = torch.randn(1, 32, 256, generator=generator).to(device)
+        with torch.no_grad():
+            blended = pipe.unet(noisy, 500, text).sample
+            manager.fuse()
+            fused = pipe.unet(noisy, 500, text).sample
+            manager.unfuse()
+        manager.unload()
+        answers += [blended.cpu(), fused.cpu()]
+    for other in answers[1:]:
+        torch.testing.assert_close(other, answers[0], rtol=1e-2, atol=1e-2)
