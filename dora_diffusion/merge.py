@@ -28,13 +28,17 @@ def fold(layers: Mapping[str, tuple[Base, GainForm]]) -> Fold:
     """Replace each layer's weight by its gain form's, computed in fp32 and rounded once.
 
     Raises:
-        ValueError: a weight is not a plain floating-point tensor (quantised layers cannot be folded).
+        ValueError: a layer is quantised. Whatever is raised, no weight has changed then.
     """
     for path, (layer, _) in layers.items():
         if is_quantised(layer) or layer.weight.dtype.itemsize == 1:
             raise ValueError(f"{path}: a quantised {type(layer).__name__} cannot be folded; leave the adapter unfused")
-    kept = {path: (layer, layer.weight.data) for path, (layer, _) in layers.items()}
-    for layer, form in layers.values():
-        folded = apply_gain_form(dense_weight(layer), form)
-        layer.weight.data = folded.T.contiguous() if isinstance(layer, nn.Embedding) else folded
-    return Fold(kept)
+    undoable = Fold({path: (layer, layer.weight.data) for path, (layer, _) in layers.items()})
+    try:
+        for layer, form in layers.values():
+            folded = apply_gain_form(dense_weight(layer), form)
+            layer.weight.data = folded.T.contiguous() if isinstance(layer, nn.Embedding) else folded
+    except BaseException:  # out of memory, or stopped: all of it or nothing
+        undoable.undo()
+        raise
+    return undoable

@@ -92,6 +92,16 @@ def test_blended_equals_folded_and_unfolds_bit_for_bit(kind, bias, dtype, streng
     assert_identical(blended(x), plain)
 
 
+def test_a_fold_that_fails_half_way_changes_nothing() -> None:
+    layers = [nn.Linear(6, 5), nn.Linear(6, 5)]
+    before = [layer.weight.clone() for layer in layers]
+    good = f.GainForm(torch.ones(5), torch.ones(5, 1), torch.ones(1, 6))
+    bad = f.GainForm(torch.ones(5), torch.ones(5, 1), torch.ones(1, 7))
+    with pytest.raises(RuntimeError):
+        fold({"0": (layers[0], good), "1": (layers[1], bad)})
+    assert_identical([layer.weight for layer in layers], before)
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv", "circular", "grouped", "depthwise", "conv1d", "conv3d"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("mix", ["in", "in and lora", "in and out"])
