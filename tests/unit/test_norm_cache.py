@@ -236,3 +236,13 @@ def test_a_deep_copy_trains_as_the_original_would(original_goes: bool) -> None:
     assert_identical(got, [part for _ in range(3) for part in step(plain, optimizer)])
     injection.eject()
     other.eject()
+
+
+def test_moving_or_casting_a_model_forgets_its_norms() -> None:
+    """A base that goes to bf16 and back may come to lie where it lay, with other values: addresses cannot tell."""
+    model, injection = make()
+    model(X)
+    assert all(layer._kept is not None for layer in injection._layers.values())
+    model.bfloat16().float()
+    assert all(layer._kept is None for layer in injection._layers.values())
+    injection.eject()
