@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,23 +36,26 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--output", type=Path, default=Path("docs/results"))
+    parser.add_argument("--output", type=Path, help="docs/results; with --quick a new temporary folder")
     arguments = parser.parse_args()
+    output = arguments.output or Path(tempfile.mkdtemp() if arguments.quick else "docs/results")
     keep_freed_memory()
     logging.disable(logging.WARNING)  # what other libraries say at import
     wanted = arguments.only.split(",")
     if unknown := [part for part in wanted if part not in PARTS]:
         parser.error(f"--only {unknown[0]}: expected some of {','.join(PARTS)}")
     setting = Setting(arguments.device, DTYPES[arguments.dtype], arguments.rounds, arguments.quick)
-    file = arguments.output / "bench.json"
+    file = output / "bench.json"
     results = json.loads(file.read_text()) if file.is_file() else {}
+    if results and results["machine"].get("quick", False) != arguments.quick:
+        parser.error(f"{file}: figures of tiny and of full shapes do not mix; name another --output")
     for part in wanted:
         print(f"part {part}", flush=True)
         results[part] = PARTS[part](setting)
         results["machine"] = machine(setting)
-        arguments.output.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"wrote {report.write(results, arguments.output)}")
+    print(f"wrote {report.write(results, output)}")
     return 0
 
 
@@ -79,6 +83,7 @@ def machine(setting: Setting) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "dtype": str(setting.dtype).removeprefix("torch."),
         "rounds": setting.rounds,
+        "quick": setting.is_quick,
         "python": platform.python_version(),
         **{name: version(name) for name in names},
     }

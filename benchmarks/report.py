@@ -36,6 +36,7 @@ def _head(machine: Results) -> str:
 `make bench` writes this page, bench.json and the plots. All variants of a comparison stand on the same base weights in
 one process, hold the same A, B and m (that they compute the same is checked first), and are timed in turns. A ratio is
 a median over a median; in brackets the quartiles of the ratios round by round. Shared machine: read the brackets.
+On Linux glibc's allocator is told to keep freed memory, which spares whoever makes large temporaries the page faults.
 
 Measured on: {facts}."""
 
@@ -72,19 +73,31 @@ def _targets(results: Results) -> str:
         ("norm of 3072x3072, rank 16: dense over ours", ">= 15", _over(norm, "dense", "factored"), False),
         ("the same: as PEFT does it over ours", ">= 15", _over(norm, "as PEFT", "factored"), False),
         ("guided step, three DoRAs unfused, over the bare UNet", "<= 1.12", inference["ours x3"]["ratio"], True),
-        ("guided step, three DoRAs fused, over the bare UNet", "1.00", inference["ours x3, fused"]["ratio"], True),
+        (
+            "guided step, three DoRAs fused, over the bare UNet",
+            "1.00 (taken as <= 1.02)",
+            inference["ours x3, fused"]["ratio"],
+            True,
+        ),
         ("re-weighting three, ms", "<= 50", 1e3 * ops["operations"]["re-weight three"]["seconds"], True),
-        ("fuse of three over reading and writing once", "near 1", ops["operations"]["fuse three"]["ratio"], True),
+        (
+            "fuse of three over reading and writing once",
+            "near 1 (taken as <= 1.5)",
+            ops["operations"]["fuse three"]["ratio"],
+            True,
+        ),
     ]
     for layer in text:
-        ratio = _over(layer["forward_backward"], "PEFT DoRA", "our DoRA")
-        rows.append((f"{layer['shape']['name']}: PEFT DoRA's step over ours", ">= 2", ratio, False))
+        kinds = {"norm taken": "our DoRA, norms not kept", "norm kept (a step's later micro-batches)": "our DoRA"}
+        for kind, name in kinds.items():
+            ratio = _over(layer["forward_backward"], "PEFT DoRA", name)
+            rows.append((f"{layer['shape']['name']}: PEFT DoRA over ours, {kind}", ">= 2", ratio, False))
     cells = [[what, target, f"{got:.2f}", _verdict(target, got, at_most)] for what, target, got, at_most in rows]
     return "## Targets\n\n" + _table(["", "target", "measured", "met"], cells)
 
 
 def _verdict(target: str, got: float, at_most: bool) -> str:
-    bound = {"near 1": 1.5, "1.00": 1.02}.get(target) or float(target.split()[-1])
+    bound = float(target.split()[-1].rstrip(")"))
     return "yes" if (got <= bound if at_most else got >= bound) else "no"
 
 

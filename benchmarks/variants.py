@@ -13,6 +13,10 @@ from dora_diffusion import DoRAConfig, inject
 RANK = 16
 # Not 0 and not large: a trained adapter's size.
 UP_STD = 0.01
+# How far m lies from N(W), at most: enough that a library which left m out would be seen.
+MAGNITUDE_SHIFT = 0.2
+# Largest difference of two libraries over the largest output. Less than what m changes, so that the check can fail.
+AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
@@ -121,32 +125,50 @@ def build(model: nn.Module, paths: list[str], names: list[str], rank: int = RANK
 
 @torch.no_grad()
 def _fill(layer: nn.Module, down: Tensor, up: Tensor) -> None:
-    """Copy A and B in, under each library's names (m starts as the norm of the base's rows in all of them)."""
+    """Copy A and B in, under each library's names, and move m off the norm of the base's rows that all start from."""
     if hasattr(layer, "adapter"):
-        pair = layer.adapter.down, layer.adapter.up
+        pair, magnitude = (layer.adapter.down, layer.adapter.up), layer.adapter.magnitude
     elif hasattr(layer, "lora_A"):
         pair = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        vectors = layer.lora_magnitude_vector
+        magnitude = vectors["default"].weight if "default" in vectors else None
     else:
-        pair = layer.lora_down.weight, layer.lora_up.weight
+        pair, magnitude = (layer.lora_down.weight, layer.lora_up.weight), layer.dora_scale
     pair[0].copy_(down)
     pair[1].copy_(up)
+    if magnitude is not None:
+        factors = torch.linspace(1 - MAGNITUDE_SHIFT, 1 + MAGNITUDE_SHIFT, magnitude.numel(), device=magnitude.device)
+        magnitude.mul_(factors.reshape(magnitude.shape))
 
 
 @torch.no_grad()
 def check_agreement(call: Callable[[], Tensor], model: nn.Module, variants: Mapping[str, Variant]) -> None:
-    """Raise when the DoRAs do not compute the same thing: there would be nothing to compare."""
+    """Raise when the DoRAs, or the LoRAs, do not compute the same thing: there would be nothing to compare.
+
+    Raise in fp32, too, when a LoRA agrees with a DoRA: then the check could not have told them apart. In bf16 it often
+    cannot.
+    """
     bases = {path: _base(layer) for path, layer in next(iter(variants.values())).layers.items()}
     answers = {}
     for name, variant in variants.items():
         with standing(model, variant, bases):
-            answers[name] = call().float()
+            answer = call()
+            answers[name] = answer.float()
+    limit = AGREEMENT[answer.dtype]
+    firsts = []
     for kind in ("DoRA", "LoRA"):
         same = {name: answer for name, answer in answers.items() if kind in name}
+        firsts += list(same.values())[:1]
         for name, answer in same.items():
-            first = next(iter(same.values()))
-            error = float((answer - first).abs().max() / first.abs().max())
-            if error > 2e-2:  # bf16's share; fp32 stays far below
+            error = _difference(answer, firsts[-1])
+            if error > limit:
                 raise AssertionError(f"{name} differs from {next(iter(same))} by {error:.1e}")
+    if answer.dtype == torch.float32 and len(firsts) == 2 and _difference(*firsts) < 2 * limit:
+        raise AssertionError(f"LoRA and DoRA differ by {_difference(*firsts):.1e} only: the check tells nothing")
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max() / other.abs().max())
 
 
 def _base(layer: nn.Module) -> nn.Module:

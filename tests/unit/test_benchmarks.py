@@ -37,6 +37,29 @@ def test_variants_that_compute_something_else_are_not_compared() -> None:
         check_agreement(lambda: model(x), model, variants)
 
 
+def test_a_library_that_forgets_the_magnitude_is_not_compared() -> None:
+    model, x = nn.Sequential(nn.Linear(768, 320)), torch.randn(64, 768)
+    variants = build(model, ["0"], ["PEFT DoRA", "our LoRA"])
+    check_agreement(lambda: model(x), model, variants)
+    with pytest.raises(AssertionError, match="DoRA without m differs from PEFT DoRA"):
+        check_agreement(
+            lambda: model(x), model, {"PEFT DoRA": variants["PEFT DoRA"], "DoRA without m": variants["our LoRA"]}
+        )
+
+
+def test_tiny_figures_do_not_replace_full_ones(tmp_path, monkeypatch, capsys) -> None:
+    full = json.dumps({"machine": {"rounds": 7}, "n": {}})
+    (tmp_path / "bench.json").write_text(full)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--quick", "--only", "n", "--output", str(tmp_path)])
+    try:
+        with pytest.raises(SystemExit):
+            benchmarks.main()
+    finally:
+        benchmarks.logging.disable(benchmarks.logging.NOTSET)
+    assert "do not mix" in capsys.readouterr().err
+    assert (tmp_path / "bench.json").read_text() == full
+
+
 def test_ratios_are_medians_over_medians() -> None:
     found = compare({"a": [1.0, 2.0, 9.0], "b": [2.0, 4.0, 6.0]}, "a")
     assert (found["b"].seconds, found["b"].ratio) == (4.0, 2.0)
