@@ -8,7 +8,7 @@ DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
 
-.PHONY: setup demo test test-quantised bench check format browser
+.PHONY: setup demo test test-quantised families bench check format browser
 
 setup: $(READY)
 
@@ -30,6 +30,10 @@ test: setup browser
 test-quantised: setup
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[quantised]'
 	$(PY) -m pytest tests/unit/test_quantised.py $(PYTEST_FLAGS)
+
+# What each model family can do, from its tests' outcomes -> docs/families.md
+families: setup
+	FAMILIES_TABLE=docs/families.md $(PY) -m pytest tests/families $(PYTEST_FLAGS)
 
 # Beside PEFT and LyCORIS; about twenty minutes on two cores. Leave the machine alone meanwhile.
 bench: setup

@@ -93,7 +93,7 @@ class AdapterManager:
         self._slots: dict[str, _Slot] = {}
         self._fold: Fold | None = None
         self._room: int | None = None
-        self._steering = Steering(pipe, self._family.denoiser.name, self._weigh_denoiser)
+        self._steering = Steering(pipe, self._family, self._weigh_denoiser)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -225,7 +225,7 @@ class AdapterManager:
         if self._steering.is_needed:
             raise ValueError("cannot fuse while a schedule or mask is set: strengths change as the picture is drawn")
         held = {path: slot for path, slot in self._slots.items() if slot.names}
-        self._fold = fold({path: (slot.layer.base, self._form(path, slot)) for path, slot in held.items()})
+        self._fold = fold({path: (self._base(path), self._form(path, slot)) for path, slot in held.items()})
         for path, slot in self._slots.items():
             self._put(path, slot.layer.base)
 
@@ -301,12 +301,13 @@ class AdapterManager:
         raise ValueError(f"{label}: layer {path} is not in this pipeline; is the adapter for another base model?")
 
     def _base(self, path: str) -> Base:
+        """The layer that adapters change at a path; a ValueError when its weight cannot be read."""
         if path in self._slots:
-            return self._slots[path].layer.base
+            return _at_hand(path, self._slots[path].layer.base)
         component, inner = path.split(".", 1)
         model = self._model(component)
         assert model is not None
-        return check_adaptable(path, model.get_submodule(inner))
+        return _at_hand(path, check_adaptable(path, model.get_submodule(inner)))
 
     def _put(self, path: str, module: nn.Module) -> None:
         component, inner = path.split(".", 1)
@@ -338,7 +339,7 @@ class AdapterManager:
     @torch.no_grad()
     def _fill(self, path: str, slot: _Slot) -> None:
         """Let a slot hold the adapters that now have a strength on it, at its base's present weight."""
-        base, active = slot.layer.base, self._active(path, self._weights)
+        base, active = self._base(path), self._active(path, self._weights)
         names, now = tuple(name for name, _ in active), stamp(base.weight)
         if now != slot.stamp:
             for loaded in self._adapters.values():
@@ -367,6 +368,12 @@ class AdapterManager:
     def _weigh_denoiser(self, factors: Mapping[str, float]) -> None:
         prefix = self._family.denoiser.name + "."
         self._weigh({path: slot for path, slot in self._slots.items() if path.startswith(prefix)}, factors)
+
+
+def _at_hand(path: str, base: Base) -> Base:
+    if base.weight.is_meta:
+        raise ValueError(f"{path}: its weight is away (sequential CPU offload); adapters need offload='model' or none")
+    return base
 
 
 def _term(module: ModuleState, base: Base) -> GainForm:

@@ -85,14 +85,18 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     if result.validation:
         (_, before), (_, after) = result.validation[0], result.validation[-1]
         print(f"loss on fixed noise: {before:.4f} before, {after:.4f} after {result.steps} steps")
-    print(f"wrote {result.adapter}")
+    for path in (result.adapter, *result.words):
+        if path is not None:
+            print(f"wrote {path}")
     return 0
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.description = "Draw a picture. Several --adapter options blend: --adapter ink.safetensors:0.8"
-    parser.add_argument("--model", default="pocket", help="pocket, a diffusers folder or a hub id (default: pocket)")
+    parser.add_argument("--model", default="pocket", help="pocket, a diffusers folder, a .safetensors file or a hub id")
+    parser.add_argument("--model-config", metavar="FOLDER", help="configs for a .safetensors file: a diffusers folder")
     parser.add_argument("--adapter", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated")
+    parser.add_argument("--words", action="append", default=[], metavar="FILE", help="a new word's file; may be repeated")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--negative-prompt", default="")
     parser.add_argument("--seed", type=int, default=0)
@@ -102,6 +106,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: cpu)")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument("--offload", choices=["model", "sequential"], help="keep weights in main memory until needed")
     parser.add_argument("--output", type=Path, default=Path("out.png"), help="a PNG; metadata goes inside")
     parser.set_defaults(handler=_generate)
 
@@ -121,6 +126,8 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     adapters = [split_adapter(text) for text in arguments.adapter]
     if missing := [str(path) for path, _ in adapters if not path.is_file()]:
         raise ValueError(f"--adapter {missing[0]}: no such file")
+    if missing := [path for path in arguments.words if not Path(path).is_file()]:
+        raise ValueError(f"--words {missing[0]}: no such file")
     if arguments.output.suffix.lower() != ".png":
         raise ValueError(f"--output {arguments.output}: pictures are written as PNG; give a name that ends in .png")
     import torch
@@ -129,6 +136,7 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from dora_diffusion.adapters import AdapterManager
     from dora_diffusion.generation import GenerationSettings, StepReport, generate, save_picture
     from dora_diffusion.pipelines import load_pipeline
+    from dora_diffusion.tokens import install_words, load_word
 
     settings = GenerationSettings(
         prompt=arguments.prompt,
@@ -140,7 +148,15 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         height=arguments.height,
     )
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[arguments.dtype]
-    pipe = load_pipeline(arguments.model, dtype=dtype, device=arguments.device)
+    pipe = load_pipeline(
+        arguments.model,
+        dtype=dtype,
+        device=arguments.device,
+        config=arguments.model_config,
+        offload=arguments.offload,
+    )
+    if arguments.words:
+        install_words(pipe, [load_word(path) for path in arguments.words])
     uses = _blend(AdapterManager(pipe), adapters)
     with tqdm(total=settings.steps, desc="drawing") as bar:
 
@@ -197,9 +213,10 @@ def _evaluate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
     config = TrainConfig.from_yaml(arguments.config, TrainConfig.parse_overrides(rest))
     truth_dir, adapter = config.evaluation.truth_dir, config.output_dir / "adapter.safetensors"
+    words = sorted((config.output_dir / "words").glob("*.safetensors")) if config.words.starts else []
     if truth_dir is None:
         raise ValueError(f"{arguments.config}: evaluation.truth_dir is not set; name a folder of true pictures")
-    if not adapter.is_file():
+    if not adapter.is_file() and not words:
         raise ValueError(f"{adapter}: no such file; train first: dora-diffusion train {arguments.config}")
     from dora_diffusion.evaluate.adapter import Truth, evaluate_adapter
     from dora_diffusion.training.dataset import find_examples
@@ -208,7 +225,14 @@ def _evaluate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     examples = find_examples(truth_dir, instance_prompt=config.data.instance_prompt)
     truths = [Truth(read_image(example.path), example.caption) for example in examples]
     output = config.output_dir / "evaluation"
-    scores = evaluate_adapter(adapter, truths, output, model=config.model, seeds=config.evaluation.seeds)
+    scores = evaluate_adapter(
+        adapter if adapter.is_file() else None,
+        truths,
+        output,
+        model=config.model,
+        seeds=config.evaluation.seeds,
+        words=words,
+    )
     print(
         f"likeness to the truth: {scores.before:.2f} before, {scores.after:.2f} after "
         f"(floor {scores.floor:.2f}, ceiling {scores.ceiling:.2f}; {scores.count} pictures each)"

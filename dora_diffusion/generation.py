@@ -1,5 +1,6 @@
 """Draw a picture with a pipeline, watched and stoppable, and keep how it was made inside the PNG."""
 
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,8 +10,10 @@ from typing import Any
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 import dora_diffusion
+from dora_diffusion.families import Family, family_of_pipeline, pixel_multiple
 from dora_diffusion.storage import write_atomically
 
 METADATA_CHUNK = "dora_diffusion"
@@ -86,33 +89,62 @@ def generate(
         GenerationStopped: within a step of `should_stop` answering yes.
     """
 
-    def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    family = family_of_pipeline(pipe)
+    height, width = _sides(pipe, family, settings)
+
+    def report(index: int, latents: Tensor) -> None:
         if should_stop is not None and should_stop():
             raise GenerationStopped
         if on_step is not None:
             wanted = preview_every > 0 and (index + 1) % preview_every == 0 and index + 1 < settings.steps
-            on_step(StepReport(index + 1, settings.steps, _preview(pipe, tensors["latents"]) if wanted else None))
-        return tensors
+            preview = _preview(pipe, family, latents[:1], (height, width)) if wanted else None
+            on_step(StepReport(index + 1, settings.steps, preview))
 
     pipe.set_progress_bar_config(disable=True)
     result = pipe(
-        prompt=settings.prompt,
-        negative_prompt=settings.negative_prompt,
+        **family.arguments(pipe, settings),
         num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        width=settings.width,
-        height=settings.height,
+        width=width,
+        height=height,
         generator=torch.Generator().manual_seed(settings.seed),
-        callback_on_step_end=after_step,
+        **_callback(pipe, report),
     )
     picture: Image.Image = result.images[0]
     return picture
 
 
+def _sides(pipe: Any, family: Family, settings: GenerationSettings) -> tuple[int, int]:
+    """(height, width) to draw; a ValueError when the model has no such size."""
+    native, multiple = family.native_side(pipe), pixel_multiple(pipe, family)
+    for name, side in (("width", settings.width), ("height", settings.height)):
+        if side is not None and side % multiple:
+            raise ValueError(f"{name}: got {side}, expected a multiple of {multiple} for {family.name}")
+    return settings.height or native, settings.width or native
+
+
+def _callback(pipe: Any, report: Callable[[int, Tensor], None]) -> dict[str, Any]:
+    """`report` as the pipeline calls back after a step: by today's name, or by the older one that PixArt still has."""
+    if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+
+        def today(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            report(index, tensors["latents"])
+            return tensors
+
+        return {"callback_on_step_end": today}
+
+    def older(index: int, timestep: Any, latents: Tensor) -> None:
+        report(index, latents)
+
+    return {"callback": older}
+
+
 @torch.no_grad()
-def _preview(pipe: Any, latents: torch.Tensor) -> Image.Image:
-    scaled = latents[:1].to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
-    picture: Image.Image = pipe.image_processor.postprocess(pipe.vae.decode(scaled).sample)[0]
+def _preview(pipe: Any, family: Family, latents: Tensor, sides: tuple[int, int]) -> Image.Image:
+    """Decode the latents of a running pipeline as they stand."""
+    height, width = (side // pipe.vae_scale_factor for side in sides)
+    picture: Image.Image = pipe.image_processor.postprocess(
+        family.codec.decode(pipe, family.unpack(latents, height, width))
+    )[0]
     return picture
 
 

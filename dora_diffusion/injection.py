@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.bases import Base, check_adaptable, check_shapes, dense_weight
-from dora_diffusion.families import component_of_model
+from dora_diffusion.families import component_of_model, ends_with
 from dora_diffusion.functional import count_zero_rows, initial_magnitude, master_dtype, scale_of
 from dora_diffusion.initialisation import INITS, Init, embedding_pair, initial_pair, principal_pair
 from dora_diffusion.layers import NORM_GRADS, Adapter, BlendedLayer, DoRALayer, NormGrad
@@ -281,10 +281,10 @@ def target_paths(model: nn.Module, config: DoRAConfig) -> list[str]:
         pattern = _pattern("target_modules", str(config.target_modules))
         found = [path for path in paths if pattern.fullmatch(path)]
     else:
-        unused = [end for end in endings if not any(_ends_with(path, end) for path in paths)]
+        unused = [end for end in endings if not any(ends_with(path, end) for path in paths)]
         if isinstance(config.target_modules, list) and unused:
             raise ValueError(f"target_modules: {unused[0]!r} matches no layer of {type(model).__name__}")
-        found = [path for path in paths if any(_ends_with(path, end) for end in endings)]
+        found = [path for path in paths if any(ends_with(path, end) for end in endings)]
     if not found:
         raise ValueError(f"target_modules={config.target_modules!r} matches no layer of {type(model).__name__}")
     return found
@@ -295,10 +295,6 @@ def _pattern(name: str, text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise ValueError(f"{name}: {text!r} is no regular expression ({error})") from None
-
-
-def _ends_with(path: str, ending: str) -> bool:
-    return path == ending or path.endswith("." + ending)
 
 
 def _endings(model: nn.Module, targets: str | list[str] | None) -> tuple[str, ...] | None:

@@ -265,7 +265,7 @@ class BlendedLayer(nn.Module):
         """Set the strengths (n,) fp32 of the adapters that `hold` took up, in its order."""
         if self.mix is None:
             return
-        held = self._held
+        held = self._held = self._held.on(strengths.device)  # the layer may have moved: CPU offload does at every call
         per_rank = torch.cat([strengths, strengths.new_zeros(1)])[held.owners]
         self.mix.copy_(per_rank.repeat(len(self.mix) // len(per_rank)))
         if self.offset is not None:
@@ -301,6 +301,12 @@ class _Held:
     owners: Tensor
     offsets: Tensor
     in_offsets: Tensor
+
+    def on(self, device: torch.device) -> "_Held":
+        """The same on a device; itself when it is there already."""
+        if self.offsets.device == device:
+            return self
+        return _Held(self.owners.to(device), self.offsets.to(device), self.in_offsets.to(device))
 
 
 def _held(terms: Sequence[GainForm], left: Tensor) -> _Held:

@@ -90,24 +90,39 @@ def mask_of(mask: Image.Image | Tensor) -> Tensor:
 
 
 def prediction_of(output: Any) -> Tensor:
-    """The tensor in a denoiser's answer: the first of a tuple, or `.sample`."""
-    prediction: Tensor = output[0] if isinstance(output, tuple) else output.sample
-    if prediction.dim() != 4:
-        raise ValueError(f"masks need latents of (N, C, h, w); this model predicts {tuple(prediction.shape)}")
+    """The tensor in a denoiser's answer: the first of a tuple, or `.sample`; a list of pictures becomes a batch."""
+    answer = output[0] if isinstance(output, tuple) else output.sample
+    prediction: Tensor = torch.stack(list(answer)) if isinstance(answer, list) else answer
     return prediction
 
 
 def with_prediction(output: Any, prediction: Tensor) -> Any:
     """The same answer with another prediction in it."""
+    was_list = isinstance(output[0] if isinstance(output, tuple) else output.sample, list)
+    answer = list(prediction.unbind()) if was_list else prediction
     if isinstance(output, tuple):
-        return (prediction, *output[1:])
-    return replace(output, sample=prediction)
+        return (answer, *output[1:])
+    return replace(output, sample=answer)
+
+
+def mask_on(mask: Tensor, prediction: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    """A mask (1, 1, H, W), resized so that it multiplies a prediction.
+
+    Args:
+        mask: in 0..1.
+        prediction: maps (N, C, h, w) or (N, C, 1, h, w), or tokens (N, rows * columns, C).
+        grid: rows and columns of the tokens; None for maps.
+    """
+    size = prediction.shape[-2:] if grid is None else torch.Size(grid)
+    resized = F.interpolate(mask, size=size, mode="bilinear", antialias=True, align_corners=False).to(prediction)
+    if grid is not None:
+        return resized.reshape(1, -1, 1)
+    return resized.reshape(1, *[1] * (prediction.dim() - 3), *size)
 
 
 def added_inside(outside: Tensor, without: Tensor, inside: Tensor, mask: Tensor) -> Tensor:
-    """outside + mask * (inside - without), the mask resized to the latents: predictions (N, C, h, w).
+    """outside + mask * (inside - without): predictions of one shape, and a mask from `mask_on`.
 
     Where the mask is 1 the whole change that the adapter makes counts, where it is 0 none.
     """
-    resized = F.interpolate(mask, size=outside.shape[-2:], mode="bilinear", antialias=True, align_corners=False)
-    return outside + resized.to(outside) * (inside - without)
+    return outside + mask * (inside - without)

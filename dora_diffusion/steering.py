@@ -3,12 +3,15 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dora_diffusion.families import Family
 from dora_diffusion.schedules import (
     Schedule,
     added_inside,
+    mask_on,
     prediction_of,
     progress_of,
     timestep_of,
@@ -21,10 +24,10 @@ Weigh = Callable[[Mapping[str, float]], None]
 class Steering:
     """The schedules and masks of a pipeline's adapters. Hooks stand on its denoiser exactly while one needs them."""
 
-    def __init__(self, pipe: Any, denoiser: str, weigh: Weigh) -> None:
+    def __init__(self, pipe: Any, family: Family, weigh: Weigh) -> None:
         """`weigh` gives the denoiser's layers their strengths, times a factor for each adapter that it names."""
         self._pipe = pipe
-        self._denoiser = denoiser
+        self._family = family
         self._weigh = weigh
         self._schedules: dict[str, Schedule] = {}
         self._masks: dict[str, Tensor] = {}
@@ -62,7 +65,7 @@ class Steering:
         self._hooks = []
         self._weigh({})
         if self.is_needed:
-            denoiser = getattr(self._pipe, self._denoiser)
+            denoiser = getattr(self._pipe, self._family.denoiser.name)
             before = denoiser.register_forward_pre_hook(self._before, with_kwargs=True)
             after = denoiser.register_forward_hook(self._after, with_kwargs=True)
             self._hooks = [before, after]
@@ -71,7 +74,8 @@ class Steering:
         """Each adapter's factor at a call of the denoiser: its schedule's, and 0 for masked ones but `masked`."""
         factors: dict[str, float] = {}
         if self._schedules:
-            progress = progress_of(timestep_of(arguments, keywords), self._pipe.scheduler.timesteps)
+            time = self._family.scheduler_time(torch.as_tensor(timestep_of(arguments, keywords)))
+            progress = progress_of(time, self._pipe.scheduler.timesteps)
             factors = {name: schedule.at(progress) for name, schedule in self._schedules.items()}
         return {**factors, **dict.fromkeys((name for name in self._masks if name != masked), 0.0)}
 
@@ -82,8 +86,9 @@ class Steering:
         if not self._masks:
             return output
         without = mixed = prediction_of(output)
+        grid = self._family.grid(arguments, keywords)
         for name, mask in self._masks.items():
             self._weigh(self._factors(arguments, keywords, name))
             inside = prediction_of(module.forward(*arguments, **keywords))
-            mixed = added_inside(mixed, without, inside, mask)
+            mixed = added_inside(mixed, without, inside, mask_on(mask, without, grid))
         return with_prediction(output, mixed)

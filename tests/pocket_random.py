@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 
 from dora_diffusion.injection import DoRAConfig, inject
 from dora_diffusion.pretrain.autoencoder import build_autoencoder
-from dora_diffusion.pretrain.denoiser import TextPart, build_unet
+from dora_diffusion.pretrain.unet import TextPart, build_unet
 from dora_diffusion.pretrain.package import assemble
 from dora_diffusion.pretrain.text import build_text_encoder
 from dora_diffusion.pretrain.tokens import train_tokenizer

@@ -1,6 +1,7 @@
 """Score an adapter against true pictures it was not trained on: before, after, ceiling and floor, and a grid."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dora_diffusion.pipelines import load_pipeline
 from dora_diffusion.pretrain.scenes import background_in, place_words
 from dora_diffusion.sheets import grid
 from dora_diffusion.storage import write_atomically
+from dora_diffusion.tokens import install_words, load_word
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,17 @@ STRANGERS = ("teddy bear", "rocket", "pizza", "butterfly", "castle", "guitar")
 
 
 def evaluate_adapter(
-    adapter: Path, truths: list[Truth], output: Path, *, model: str = "pocket", seeds: int = 4
+    adapter: Path | None,
+    truths: list[Truth],
+    output: Path,
+    *,
+    model: str = "pocket",
+    seeds: int = 4,
+    words: Sequence[Path] = (),
 ) -> AdapterScores:
     """Draw every truth's caption with and without the adapter; write `report.json` and `grid.png` into `output`.
+
+    `words` are files of new words, which belong to the adapter, or stand alone.
 
     The grid's rows: truth, base, adapter.
 
@@ -63,13 +73,15 @@ def evaluate_adapter(
         raise ValueError("nothing to evaluate against: the truth folder holds no pictures")
     pipe = load_pipeline(model)
     manager = AdapterManager(pipe)
-    manager.load_adapter(adapter, name="adapter")
+    if adapter is not None:
+        manager.load_adapter(adapter, name="adapter")
     size = truths[0].picture.size
-    rows: dict[str, list[list[Image.Image]]] = {"before": [], "after": []}
-    for name, strength in (("before", 0.0), ("after", 1.0)):
-        manager.set_adapters({"adapter": strength})
-        for truth in tqdm(truths, desc=f"{name} the adapter"):
-            rows[name].append([_draw(pipe, truth.caption, seed).resize(size) for seed in range(seeds)])
+    rows = {"before": _draw_all(pipe, truths, size, seeds, title="before the adapter")}
+    manager.set_adapters(dict.fromkeys(manager.names, 1.0))
+    learnt = install_words(pipe, [load_word(path) for path in words]) if words else None
+    rows["after"] = _draw_all(pipe, truths, size, seeds, title="with the adapter")
+    if learnt is not None:
+        learnt.remove()
     manager.unload()
     means = {name: _mean_likeness(drawn, truths) for name, drawn in rows.items()}
     scores = AdapterScores(
@@ -85,6 +97,15 @@ def evaluate_adapter(
     first = {name: [pictures[0] for pictures in drawn] for name, drawn in rows.items()}
     grid([[truth.picture for truth in truths], first["before"], first["after"]]).save(output / "grid.png")
     return scores
+
+
+def _draw_all(
+    pipe: Any, truths: list[Truth], size: tuple[int, int], seeds: int, *, title: str
+) -> list[list[Image.Image]]:
+    """Every truth's caption from every seed."""
+    return [
+        [_draw(pipe, truth.caption, seed).resize(size) for seed in range(seeds)] for truth in tqdm(truths, desc=title)
+    ]
 
 
 def _draw(pipe: Any, caption: str, seed: int) -> Image.Image:
@@ -104,8 +125,8 @@ def _mean_likeness(drawn: list[list[Image.Image]], truths: list[Truth]) -> float
 def _through_vae(pipe: Any, picture: Image.Image) -> Image.Image:
     """What the base's autoencoder makes of a picture: no adapter can draw it better than that."""
     pixels = pipe.image_processor.preprocess(picture)
-    latents = family_of_pipeline(pipe).encode_pictures(pipe, pixels) / pipe.vae.config.scaling_factor
-    decoded: Image.Image = pipe.image_processor.postprocess(pipe.vae.decode(latents).sample)[0]
+    codec = family_of_pipeline(pipe).codec
+    decoded: Image.Image = pipe.image_processor.postprocess(codec.decode(pipe, codec.encode(pipe, pixels)))[0]
     return decoded
 
 

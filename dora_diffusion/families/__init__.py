@@ -4,22 +4,65 @@ from typing import Any
 
 from torch import nn
 
-from dora_diffusion.families.record import Component, Family
-from dora_diffusion.families.stable_diffusion import STABLE_DIFFUSION
+from dora_diffusion.families.aura_flow import AURA_FLOW
+from dora_diffusion.families.coverage import Coverage, coverage, ends_with
+from dora_diffusion.families.flux import FLUX
+from dora_diffusion.families.flux2 import FLUX_2, FLUX_2_KLEIN
+from dora_diffusion.families.hunyuan_dit import HUNYUAN_DIT
+from dora_diffusion.families.lumina2 import LUMINA_2
+from dora_diffusion.families.pixart import PIXART_ALPHA, PIXART_SIGMA
+from dora_diffusion.families.qwen_image import QWEN_IMAGE
+from dora_diffusion.families.record import Component, Drawing, Family
+from dora_diffusion.families.sana import SANA
+from dora_diffusion.families.stable_diffusion import STABLE_DIFFUSION_1, STABLE_DIFFUSION_2, STABLE_DIFFUSION_XL
+from dora_diffusion.families.stable_diffusion_3 import STABLE_DIFFUSION_3
+from dora_diffusion.families.z_image import Z_IMAGE
 
-__all__ = ["FAMILIES", "Component", "Family", "component_of_model", "family_of_pipeline"]
+__all__ = [
+    "FAMILIES",
+    "Component",
+    "Coverage",
+    "Drawing",
+    "Family",
+    "component_of_model",
+    "coverage",
+    "ends_with",
+    "family_of_pipeline",
+    "pixel_multiple",
+]
 
-FAMILIES: tuple[Family, ...] = (STABLE_DIFFUSION,)
+FAMILIES: tuple[Family, ...] = (
+    STABLE_DIFFUSION_1,
+    STABLE_DIFFUSION_2,
+    STABLE_DIFFUSION_XL,
+    STABLE_DIFFUSION_3,
+    AURA_FLOW,
+    FLUX,
+    FLUX_2,
+    FLUX_2_KLEIN,
+    SANA,
+    PIXART_ALPHA,
+    PIXART_SIGMA,
+    HUNYUAN_DIT,
+    QWEN_IMAGE,
+    LUMINA_2,
+    Z_IMAGE,
+)
 
 
 def family_of_pipeline(pipe: Any) -> Family:
-    """The family of a diffusers pipeline, by its class; a ValueError names what is known."""
+    """The family of a diffusers pipeline, by its class and its denoiser's config; a ValueError names what is known."""
     name = type(pipe).__name__
     for family in FAMILIES:
-        if name in family.pipeline_classes:
+        if name in family.pipeline_classes and family.is_mine(getattr(pipe, family.denoiser.name).config):
             return family
-    known = ", ".join(name for family in FAMILIES for name in family.pipeline_classes)
+    known = ", ".join(dict.fromkeys(name for family in FAMILIES for name in family.pipeline_classes))
     raise ValueError(f"{name} belongs to no family known here; expected one of {known}")
+
+
+def pixel_multiple(pipe: Any, family: Family) -> int:
+    """Sides of pictures are multiples of this many pixels: the VAE's factor times the side of a token."""
+    return int(pipe.vae_scale_factor * family.patch)
 
 
 def component_of_model(model: nn.Module) -> Component | None:

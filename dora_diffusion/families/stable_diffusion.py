@@ -1,4 +1,8 @@
-"""Stable Diffusion 1.x: UNet2DConditionModel, one CLIP text encoder, AutoencoderKL. The pocket base is one of them."""
+"""Stable Diffusion 1.x, 2.x and XL: UNet2DConditionModel, CLIP text encoders, AutoencoderKL. The pocket base is a 1.x.
+
+1.x and 2.x share their pipeline class; only 2.x projects into attention with linear layers. Whether epsilon or v is
+predicted is the scheduler's to say.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,66 +10,118 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dora_diffusion.families.codecs import SCALED
 from dora_diffusion.families.record import Component, Family
+from dora_diffusion.families.text import clip
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 LINEAR = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv")
-CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 UNET = Component(
     name="unet",
     model_classes=("UNet2DConditionModel",),
     presets={"attention": ATTENTION, "all-linear": LINEAR, "all": (*LINEAR, *CONVOLUTIONS)},
-)
-CLIP = Component(
-    name="text_encoder",
-    model_classes=("CLIPTextModel", "CLIPTextModelWithProjection"),
-    presets={
-        "attention": CLIP_ATTENTION,
-        "all-linear": (*CLIP_ATTENTION, "fc1", "fc2"),
-        "all": (*CLIP_ATTENTION, "fc1", "fc2"),
-    },
+    outside=(
+        *("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2", "time_emb_proj"),
+        *("add_embedding.linear_1", "add_embedding.linear_2", "add_embedding.proj"),
+        *("add_embedding.pool.q_proj", "add_embedding.pool.k_proj", "add_embedding.pool.v_proj"),
+    ),
 )
 
 
 def encode(pipe: Any, captions: list[str]) -> Mapping[str, Tensor]:
     """Captions -> {"encoder_hidden_states": (N, tokens, width)}, as the pipeline itself encodes them."""
-    tokens = pipe.tokenizer(
-        captions,
-        padding="max_length",
-        max_length=pipe.tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
-    hidden = pipe.text_encoder(tokens.to(pipe.text_encoder.device))[0]
+    hidden, _ = pipe.encode_prompt(captions, pipe.text_encoder.device, 1, do_classifier_free_guidance=False)
     return {"encoder_hidden_states": hidden}
 
 
-def predict(denoiser: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+def predict(
+    denoiser: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], frames: Tensor
+) -> Tensor:
     """The UNet's prediction, epsilon or v as the scheduler says."""
     prediction: Tensor = denoiser(latents, timesteps, conditioning["encoder_hidden_states"]).sample
     return prediction
 
 
-@torch.no_grad()
-def encode_pictures(pipe: Any, pixels: Tensor) -> Tensor:
-    """Pixels (N, 3, H, W) in [-1, 1] -> latents (N, C, H/8, W/8), the posterior's mode times the scaling factor."""
-    vae = pipe.vae
-    latents: Tensor = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
-    return latents * vae.config.scaling_factor
+def blank(config: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """77 tokens as wide as the cross-attention."""
+    return {"encoder_hidden_states": torch.empty(1, 77, config["cross_attention_dim"], device="meta")}
 
 
-STABLE_DIFFUSION = Family(
+def encode_xl(pipe: Any, captions: list[str]) -> Mapping[str, Tensor]:
+    """Captions -> both encoders' last but one layers side by side, and the second's pooled projection."""
+    hidden, _, pooled, _ = pipe.encode_prompt(
+        captions, device=pipe.text_encoder_2.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    return {"encoder_hidden_states": hidden, "text_embeds": pooled}
+
+
+def predict_xl(
+    denoiser: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], frames: Tensor
+) -> Tensor:
+    """As `predict`, told each picture's original size, crop and target size (SDXL's micro-conditioning)."""
+    pooled = conditioning["text_embeds"]
+    added = {"text_embeds": pooled, "time_ids": frames.to(pooled)}
+    prediction: Tensor = denoiser(
+        latents, timesteps, conditioning["encoder_hidden_states"], added_cond_kwargs=added
+    ).sample
+    return prediction
+
+
+def blank_xl(config: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """77 tokens, and a pooled text as wide as the added embedding leaves room for beside six numbers."""
+    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    return {**blank(config), "text_embeds": torch.empty(1, pooled, device="meta")}
+
+
+def projects_by_convolution(config: Mapping[str, Any]) -> bool:
+    """Whether a UNet is a 1.x."""
+    return not config["use_linear_projection"]
+
+
+def projects_by_linear_layers(config: Mapping[str, Any]) -> bool:
+    """Whether a UNet is a 2.x."""
+    return bool(config["use_linear_projection"])
+
+
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+
+STABLE_DIFFUSION_1 = Family(
     name="sd1",
-    pipeline_classes=(
-        "StableDiffusionPipeline",
-        "StableDiffusionImg2ImgPipeline",
-        "StableDiffusionInpaintPipeline",
-    ),
+    pipeline_classes=_PIPELINES,
     denoiser=UNET,
-    text_encoders=(CLIP,),
+    text_encoders=(clip("text_encoder"),),
     encode=encode,
     predict=predict,
-    encode_pictures=encode_pictures,
+    codec=SCALED,
+    blank=blank,
+    is_mine=projects_by_convolution,
+)
+
+STABLE_DIFFUSION_2 = Family(
+    name="sd2",
+    pipeline_classes=_PIPELINES,
+    denoiser=UNET,
+    text_encoders=(clip("text_encoder"),),
+    encode=encode,
+    predict=predict,
+    codec=SCALED,
+    blank=blank,
+    is_mine=projects_by_linear_layers,
+)
+
+STABLE_DIFFUSION_XL = Family(
+    name="sdxl",
+    pipeline_classes=(
+        "StableDiffusionXLPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+    ),
+    denoiser=UNET,
+    text_encoders=(clip("text_encoder"), clip("text_encoder_2")),
+    encode=encode_xl,
+    predict=predict_xl,
+    codec=SCALED,
+    blank=blank_xl,
 )

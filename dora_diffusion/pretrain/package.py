@@ -1,16 +1,18 @@
-"""Put the trained parts together as a plain StableDiffusionPipeline and write the folder that ships."""
+"""Put the trained parts together as plain diffusers pipelines and write the folders that ship."""
 
 import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
+from dora_diffusion.pretrain import dit
 from dora_diffusion.pretrain.checkpoints import load_into
-from dora_diffusion.pretrain.denoiser import TextPart, build_scheduler, build_unet
+from dora_diffusion.pretrain.unet import TextPart, build_scheduler, build_unet
 
 
 def assemble(unet: UNet2DConditionModel, vae: AutoencoderKL, text: TextPart) -> StableDiffusionPipeline:
@@ -27,6 +29,22 @@ def assemble(unet: UNet2DConditionModel, vae: AutoencoderKL, text: TextPart) -> 
     )
 
 
+def assemble_dit(learnt: dit.Learning, vae: AutoencoderKL, text: dit.DiTText) -> StableDiffusion3Pipeline:
+    """A Stable Diffusion 3 of the trained parts, without T5."""
+    vae.register_to_config(shift_factor=0.0)  # this pipeline class asks every autoencoder for one
+    return StableDiffusion3Pipeline(
+        transformer=learnt.transformer.eval(),
+        scheduler=dit.build_scheduler(),
+        vae=vae.eval(),
+        text_encoder=text.encoder.eval(),
+        tokenizer=text.tokenizer,
+        text_encoder_2=learnt.text_encoder_2.eval(),
+        tokenizer_2=text.tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
 def load_checkpoint(checkpoint: Path, vae: AutoencoderKL, text: TextPart) -> StableDiffusionPipeline:
     """The pipeline of a denoiser checkpoint's averaged weights."""
     unet = build_unet()
@@ -34,23 +52,32 @@ def load_checkpoint(checkpoint: Path, vae: AutoencoderKL, text: TextPart) -> Sta
     return assemble(unet, vae, text)
 
 
-def ship(pipe: StableDiffusionPipeline, folder: Path) -> None:
+def load_dit_checkpoint(checkpoint: Path, vae: AutoencoderKL, text: dit.DiTText) -> StableDiffusion3Pipeline:
+    """The pipeline of a DiT checkpoint's averaged weights."""
+    learnt = dit.Learning(text.tokenizer)
+    load_into(dict(learnt.named_parameters()), checkpoint / "average.safetensors")
+    return assemble_dit(learnt, vae, text)
+
+
+def ship(pipe: Any, folder: Path) -> None:
     """Write fp16 safetensors in diffusers' layout into `folder`, replacing the model's files and leaving others."""
     pipe = pipe.to(torch.float16)
-    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+    for part in pipe.components:
         shutil.rmtree(folder / part, ignore_errors=True)
     pipe.save_pretrained(folder, safe_serialization=True)
-    pipe.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))  # vocab.json and merges.txt, as CLIP has
+    for part, component in pipe.components.items():
+        if part.startswith("tokenizer") and component is not None:
+            component.backend_tokenizer.model.save(str(folder / part))  # vocab.json and merges.txt, as CLIP has
     for file in folder.glob("*/config.json"):
         config = json.loads(file.read_text())
         config.pop("_name_or_path", None)  # a path of the machine that trained it
-        if "dtype" in config:  # transformers would load the text encoder in fp16 beside diffusers' fp32 UNet
+        if "dtype" in config:  # transformers would load the text encoder in fp16 beside diffusers' fp32 denoiser
             config["dtype"] = "float32"
         file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def draw_batch(
-    pipe: StableDiffusionPipeline, captions: Sequence[str], seed: int, *, steps: int = 20, guidance_scale: float = 4.0
+    pipe: Any, captions: Sequence[str], seed: int, *, steps: int = 20, guidance_scale: float = 4.0
 ) -> list[Image.Image]:
     """A picture a caption, drawn together; one seed for the batch."""
     pipe.set_progress_bar_config(disable=True)

@@ -1,13 +1,14 @@
-"""How the pocket base is made, stage by stage: autoencoder, latents, tokenizer, denoiser, the folder that ships."""
+"""How the pocket bases are made, stage by stage: autoencoder, latents, tokenizer, denoiser, the folder that ships."""
 
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
-from transformers import CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 from dora_diffusion import storage
 from dora_diffusion.pretrain.autoencoder import (
@@ -17,12 +18,14 @@ from dora_diffusion.pretrain.autoencoder import (
     train_autoencoder,
     whiten,
 )
-from dora_diffusion.pretrain.denoiser import DenoiserRecipe, TextPart, train_denoiser
-from dora_diffusion.pretrain.package import load_checkpoint, ship
+from dora_diffusion.pretrain import dit
+from dora_diffusion.pretrain.denoiser import DenoiserRecipe, train_denoiser
+from dora_diffusion.pretrain.package import load_checkpoint, load_dit_checkpoint, ship
 from dora_diffusion.pretrain.pictures import all_scenes, autoencoder_pictures, scene_pictures
 from dora_diffusion.pretrain.scenes import OBJECT_PIXELS, Scene, varied_caption, vocabulary
-from dora_diffusion.pretrain.text import TextRecipe, train_text_encoder
+from dora_diffusion.pretrain.text import Painter, TextRecipe, train_painter
 from dora_diffusion.pretrain.tokens import MAX_TOKENS, train_tokenizer
+from dora_diffusion.pretrain.unet import TextPart, build_unet, velocity_loss
 
 AUTOENCODER_PICTURES = 6000
 
@@ -63,6 +66,16 @@ class Workshop:
         """Checkpoints of the UNet."""
         return self.folder / "unet"
 
+    @property
+    def dit_text(self) -> Path:
+        """Checkpoints of the DiT's first text encoder, and the finished one in `final`."""
+        return self.folder / "dit_text"
+
+    @property
+    def dit(self) -> Path:
+        """Checkpoints of the DiT and its second text encoder."""
+        return self.folder / "dit"
+
 
 def pretrain(workshop: Workshop, autoencoder: AutoencoderRecipe, text: TextRecipe, denoiser: DenoiserRecipe) -> None:
     """Run every stage that is not done yet. Each is resumable; hours on two cores."""
@@ -73,12 +86,48 @@ def pretrain(workshop: Workshop, autoencoder: AutoencoderRecipe, text: TextRecip
     if not (workshop.tokenizer / "merges.txt").exists():
         train_tokenizer(_captions(scenes), workshop.tokenizer)
     if not (workshop.text / "final").exists():
-        encoder = train_text_encoder(latents, scenes, _tokenizer(workshop), text, workshop.text)
-        _save_whole(encoder, workshop.text / "final")
-    train_denoiser(latents, scenes, _text_part(workshop), denoiser, workshop.denoiser)
+        torch.manual_seed(text.seed)
+        painter = Painter(_tokenizer(workshop))
+        train_painter(painter, latents, scenes, _tokenizer(workshop), text, workshop.text)
+        _save_whole(painter.text, workshop.text / "final")
+    torch.manual_seed(denoiser.seed)
+    loss = partial(velocity_loss, _text_part(workshop))
+    train_denoiser(build_unet(), loss, latents, scenes, denoiser, workshop.denoiser)
 
 
-def _save_whole(model: AutoencoderKL | CLIPTextModel, folder: Path) -> None:
+def pretrain_dit(workshop: Workshop, base: Path, text: TextRecipe, denoiser: DenoiserRecipe) -> None:
+    """Run every stage of the pocket DiT that is not done yet, with the autoencoder and the words of a finished pocket.
+
+    Args:
+        workshop: its folder of work.
+        base: the pocket's folder, whose `vae` and `tokenizer` are taken as they are.
+        text: of the text encoder.
+        denoiser: of the transformer.
+    """
+    scenes, tokenizer = all_scenes(), CLIPTokenizer.from_pretrained(base / "tokenizer")
+    if not workshop.latents.exists():
+        vae = AutoencoderKL.from_pretrained(base / "vae").eval()
+        latents = encode_pictures(vae, scene_pictures(scenes, workshop.icons))
+        storage.save_tensors({"latents": latents.half()}, workshop.latents)
+    latents = storage.load_tensors(workshop.latents)["latents"]
+    if not (workshop.dit_text / "final").exists():
+        torch.manual_seed(text.seed)
+        painter = dit.PooledPainter(tokenizer)
+        train_painter(painter, latents, scenes, tokenizer, text, workshop.dit_text)
+        _save_whole(painter.text, workshop.dit_text / "final")
+    torch.manual_seed(denoiser.seed)
+    learning = dit.Learning(tokenizer)
+    learning.transformer.set_attn_processor(dit.CountedZeroTokens(dit.ZERO_TOKENS))
+    loss = partial(dit.flow_loss, _dit_text(workshop, tokenizer))
+    train_denoiser(learning, loss, latents, scenes, denoiser, workshop.dit)
+
+
+def _dit_text(workshop: Workshop, tokenizer: CLIPTokenizer) -> dit.DiTText:
+    encoder = CLIPTextModelWithProjection.from_pretrained(workshop.dit_text / "final")
+    return dit.DiTText(tokenizer, encoder.eval().requires_grad_(False))
+
+
+def _save_whole(model: PreTrainedModel | AutoencoderKL, folder: Path) -> None:
     """Save a finished stage under its name only once it is whole, since the name is what later runs look for."""
     unfinished = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -124,13 +173,30 @@ def _captions(scenes: list[Scene]) -> list[str]:
 
 def trained_pipeline(workshop: Workshop) -> StableDiffusionPipeline:
     """A plain StableDiffusionPipeline of the newest checkpoint's averaged weights, fp32."""
-    checkpoints = storage.valid_checkpoints(workshop.denoiser)
+    vae = AutoencoderKL.from_pretrained(workshop.vae)
+    return load_checkpoint(_newest(workshop.denoiser), vae, _text_part(workshop))
+
+
+def trained_dit_pipeline(workshop: Workshop, base: Path) -> StableDiffusion3Pipeline:
+    """A plain StableDiffusion3Pipeline of the newest checkpoint's averaged weights, fp32; `base` as in training."""
+    vae, tokenizer = AutoencoderKL.from_pretrained(base / "vae"), CLIPTokenizer.from_pretrained(base / "tokenizer")
+    return load_dit_checkpoint(_newest(workshop.dit), vae, _dit_text(workshop, tokenizer))
+
+
+def _newest(folder: Path) -> Path:
+    checkpoints = storage.valid_checkpoints(folder)
     if not checkpoints:
-        raise ValueError(f"{workshop.denoiser}: no checkpoint there yet; run pretraining first")
-    return load_checkpoint(checkpoints[-1], AutoencoderKL.from_pretrained(workshop.vae), _text_part(workshop))
+        raise ValueError(f"{folder}: no checkpoint there yet; run pretraining first")
+    return checkpoints[-1]
 
 
 def ship_newest(workshop: Workshop, folder: Path) -> None:
     """Write the newest checkpoint as the embedded base."""
     with torch.no_grad():
         ship(trained_pipeline(workshop), folder)
+
+
+def ship_newest_dit(workshop: Workshop, base: Path, folder: Path) -> None:
+    """Write the newest checkpoint as the embedded DiT."""
+    with torch.no_grad():
+        ship(trained_dit_pipeline(workshop, base), folder)

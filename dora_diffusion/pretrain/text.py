@@ -7,8 +7,10 @@ A denoiser trained without this stage knew backgrounds and colours after 2,500 s
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -67,25 +69,39 @@ def patches(latents: Tensor) -> Tensor:
     return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-class _Painter(nn.Module):
-    """The text encoder and the linear map that is thrown away afterwards."""
+class Paints(Protocol):
+    """What is trained here: parameters, and how far the paintings of captions are off."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def loss(self, tokens: Tensor, latents: Tensor) -> Tensor: ...
+
+
+class Painter(nn.Module):
+    """A text encoder and the linear map that is thrown away afterwards; `loss` says how far its paintings are off."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
         self.text = build_text_encoder(tokenizer)
         self.paint = nn.Linear(TEXT_WIDTH, PATCH_VALUES)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids (N, 32) -> painted patches (N, 16, 128) and the position codes beside them (N, 16, 32)."""
-        hidden = self.text(tokens).last_hidden_state[:, -PATCHES:]
-        return self.paint(hidden), hidden[..., : POSITION_CODE.shape[1]]
+    def loss(self, tokens: Tensor, latents: Tensor) -> Tensor:
+        """Token ids (N, 32), latents (N, 8, 16, 16) -> the painting's loss, ()."""
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = self.text(tokens).last_hidden_state
+            painted = self.paint(hidden[:, -PATCHES:])
+        return painting_loss(painted, hidden, latents)
 
 
-def painting_loss(painter: _Painter, tokens: Tensor, latents: Tensor) -> Tensor:
-    """Mean squared error of the painted patches, and a tenth of that of the position codes."""
-    with torch.autocast("cpu", torch.bfloat16):
-        painted, code = painter(tokens)
-    places = F.mse_loss(code.float(), POSITION_CODE.expand(len(code), -1, -1))
+def painting_loss(painted: Tensor, hidden: Tensor, latents: Tensor) -> Tensor:
+    """Mean squared error of the painted patches, and a tenth of that of the position codes.
+
+    Args:
+        painted: (N, 16, 128), what the last 16 positions paint.
+        hidden: (N, 32, width), the hidden states they paint from.
+        latents: (N, 8, 16, 16), what they should paint.
+    """
+    code = hidden[:, -PATCHES:, : POSITION_CODE.shape[1]].float()
+    places = F.mse_loss(code, POSITION_CODE.expand(len(code), -1, -1))
     return F.mse_loss(painted.float(), patches(latents)) + POSITION_WEIGHT * places
 
 
@@ -95,20 +111,19 @@ def _learning_rate(step: int, recipe: TextRecipe) -> float:
     return recipe.learning_rate * warm * max(cosine, 0.01)
 
 
-def train_text_encoder(
-    latents: Tensor, scenes: list[Scene], tokenizer: CLIPTokenizer, recipe: TextRecipe, folder: Path
-) -> CLIPTextModel:
-    """Train, or go on from the newest checkpoint in `folder`.
+def train_painter(
+    painter: Paints, latents: Tensor, scenes: list[Scene], tokenizer: CLIPTokenizer, recipe: TextRecipe, folder: Path
+) -> None:
+    """Train a text encoder by painting, or go on from the newest checkpoint in `folder`.
 
     Args:
+        painter: the module to train, in place; its weights are drawn by the caller.
         latents: (N, 8, 16, 16), unit deviation; fp16 or fp32.
         scenes: what each latent shows.
         tokenizer: the trained one.
         recipe: steps, rates, seed.
         folder: where checkpoints lie.
     """
-    torch.manual_seed(recipe.seed)
-    painter = _Painter(tokenizer)
     parameters = dict(painter.named_parameters())
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=1e-3, fused=True
@@ -124,7 +139,7 @@ def train_text_encoder(
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step, recipe)
         indices, captions = sampler.batch_at(step)
-        loss = painting_loss(painter, tokenize(tokenizer, captions), latents[indices].float())
+        loss = painter.loss(tokenize(tokenizer, captions), latents[indices].float())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
         optimizer.step()
@@ -133,4 +148,3 @@ def train_text_encoder(
         bar.set_postfix(loss=f"{running:.4f}", refresh=False)
         if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
             checkpoints.save(folder, parts, optimizer, Progress(step + 1, time.monotonic() - start, running))
-    return painter.text.eval().requires_grad_(False)

@@ -3,21 +3,24 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.dataset import Example, StepSampler, load_pixels
+from dora_diffusion.training.dataset import Example, StepSampler, load_sample
 from dora_diffusion.training.subject import Subject
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: clean latents (N, C, h, w), conditioning, and each example's weight in the loss (N,)."""
+    """One micro-batch: clean latents (N, C, h, w), conditioning, frames (N, 6), and weights in the loss (N,)."""
 
     latents: Tensor
     conditioning: Mapping[str, Tensor]
+    frames: Tensor
     weights: Tensor
     names: tuple[str, ...]
 
@@ -27,6 +30,13 @@ def step_seed(seed: int, step: int, purpose: int) -> int:
     return (seed * 1_000_003 + step) * 16 + purpose
 
 
+class Latent(NamedTuple):
+    """A picture's latents (1, C, h, w) and its frame (1, 6)."""
+
+    values: Tensor
+    frame: Tensor
+
+
 class LatentStore:
     """Latents of examples, encoded once when nothing random is done to the pixels, else at every use."""
 
@@ -34,16 +44,17 @@ class LatentStore:
         self._subject = subject
         self._data = config.data
         self._size = size
-        self._kept: dict[tuple[str, bool], Tensor] = {}
+        self._kept: dict[tuple[str, bool], Latent] = {}
 
-    def latent(self, example: Example, rng: Random) -> Tensor:
-        """(1, C, h, w), the mode of the VAE's posterior, scaled."""
+    def latent(self, example: Example, rng: Random) -> "Latent":
+        """The mode of the VAE's posterior, scaled, and where the picture comes from."""
         flip = self._data.flip and rng.random() < 0.5
         key = (str(example.path), flip)
         if key in self._kept:
             return self._kept[key]
-        pixels = load_pixels(example, size=self._size, crop=self._data.crop, flip=flip, rng=rng)
-        latent = self._subject.family.encode_pictures(self._subject.pipe, pixels[None])
+        sample = load_sample(example, size=self._size, crop=self._data.crop, flip=flip, rng=rng)
+        encoded = self._subject.family.codec.encode(self._subject.pipe, sample.pixels[None])
+        latent = Latent(encoded, sample.frame[None].to(encoded.device))
         if self._data.crop == "center":
             self._kept[key] = latent
         return latent
@@ -65,7 +76,16 @@ class CaptionStore:
             for caption in set(captions) - self._kept.keys():
                 self._kept[caption] = subject.family.encode(subject.pipe, [caption])
         names = self._kept[captions[0]].keys()
-        return {name: torch.cat([self._kept[caption][name] for caption in captions]) for name in names}
+        return {name: _together([self._kept[caption][name] for caption in captions]) for name in names}
+
+
+def _together(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors (1, ...) as one batch; where dimension 1 differs the shorter are padded with zeros at their end."""
+    if tensors[0].dim() < 2:
+        return torch.cat(list(tensors))
+    longest = max(tensor.shape[1] for tensor in tensors)
+    padding = [[0, 0] * (tensor.dim() - 2) + [0, longest - tensor.shape[1]] for tensor in tensors]
+    return torch.cat([F.pad(tensor, pad) for tensor, pad in zip(tensors, padding, strict=True)])
 
 
 class BatchSource:
@@ -107,7 +127,8 @@ class BatchSource:
         self, examples: Sequence[Example], captions: Sequence[str], rng: Random, *, weights: Sequence[float]
     ) -> Batch:
         """A batch of chosen examples under given captions and loss weights."""
-        latents = torch.cat([self._latents.latent(example, rng) for example in examples])
+        encoded = [self._latents.latent(example, rng) for example in examples]
+        latents, frames = (torch.cat(part) for part in zip(*encoded, strict=True))
         conditioning = self._captions.encode(captions)
         names = tuple(example.path.name for example in examples)
-        return Batch(latents, conditioning, torch.tensor(weights, device=latents.device), names)
+        return Batch(latents, conditioning, frames, torch.tensor(weights, device=latents.device), names)

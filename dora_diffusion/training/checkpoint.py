@@ -33,7 +33,7 @@ class TrainingState:
 
 def resumable_part(config: TrainConfig) -> dict[str, Any]:
     """The settings that must not change between a run and its resumption; previews, and where pictures lie, may."""
-    parts = config.model_dump(mode="json", include={"model", "data", "prior", "adapter", "optim"})
+    parts = config.model_dump(mode="json", include={"model", "data", "prior", "adapter", "words", "optim", "flow"})
     for section, key in (("data", "instance_dir"), ("data", "validation_dir"), ("prior", "class_dir")):
         parts[section].pop(key)
     return parts

@@ -43,6 +43,8 @@ def _no_is_a_word(value: Any) -> Any:
 Location = Annotated[Path, BeforeValidator(_to_path)]
 Number = Annotated[float, BeforeValidator(_to_number)]
 Text = Annotated[str, Field(min_length=1)]
+Rank = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, BeforeValidator(_to_number), Field(gt=0)]
 
 
 class _Section(BaseModel):
@@ -138,7 +140,7 @@ class AdapterConfig(_Section):
     """Layers: a preset (attention, all-linear, all), a list of path endings, or a regex; null = attention."""
     use_rslora: bool = False
     """Rank-stabilised: the update's scale is alpha / sqrt(rank)."""
-    rank_pattern: dict[Text, Annotated[int, Field(ge=1)]] = {}
+    rank_pattern: dict[Text, Rank] = {}
     """Ranks of some of the denoiser's layers: a regex for the end of their path -> rank; the first that fits."""
     alpha_pattern: dict[Text, Annotated[Number, Field(gt=0)]] = {}
     """Alphas of some of the denoiser's layers, likewise."""
@@ -148,10 +150,21 @@ class AdapterConfig(_Section):
     """False freezes the magnitudes at the base's, so that only directions are learnt."""
     train_unet: bool = True
     """Adapt the denoiser."""
-    train_text_encoder: bool = False
-    """Adapt the text encoder."""
-    text_encoder_rank: int | None = Field(default=None, ge=1)
-    """Rank in the text encoder; null = rank."""
+    train_text_encoder: bool | list[Text] = False
+    """Adapt the text encoders: true = every one that the base has, or a list of them (text_encoder, text_encoder_2)."""
+    text_encoder_rank: Rank | dict[Text, Rank] | None = None
+    """Rank in the text encoders, one for all or by name, {text_encoder_2: 4}; null = rank."""
+
+
+class WordsConfig(_Section):
+    """Textual inversion: new words for the base's CLIP text encoders, learnt alone or together with the adapter."""
+
+    starts: dict[Text, Text] = {}
+    """New word -> text that it starts from, {"<zqx>": robot}; captions must hold the word. Empty = none."""
+    vectors: int = Field(default=1, ge=1, le=32)
+    """Vectors, and so tokens, of each word."""
+    share: Number = Field(default=1.0, gt=0, le=1)
+    """Share of the steps after which the vectors stay as they are; 0.5 is usual beside an adapter (pivotal tuning)."""
 
 
 class OptimConfig(_Section):
@@ -165,8 +178,10 @@ class OptimConfig(_Section):
     """Forward passes for one optimiser step."""
     learning_rate: Number = Field(default=1e-4, gt=0)
     """Peak learning rate."""
-    text_encoder_learning_rate: Number | None = Field(default=None, gt=0)
-    """Peak learning rate in the text encoder; null = learning_rate."""
+    text_encoder_learning_rate: Rate | dict[Text, Rate] | None = None
+    """Peak learning rate in the text encoders, one for all or by name; null = learning_rate."""
+    words_learning_rate: Number = Field(default=5e-4, gt=0)
+    """Peak learning rate of new words' vectors."""
     loraplus_lr_ratio: Number = Field(default=1.0, gt=0)
     """LoRA+: the learning rate of B over that of A (arXiv 2402.12354 advises about 16, with a lower learning_rate)."""
     magnitude_lr_multiplier: Number = Field(default=1.0, ge=0)
@@ -200,6 +215,23 @@ class OptimConfig(_Section):
                 f"optim.warmup_steps: got {self.warmup_steps}, expected at most optim.steps, which is {self.steps}"
             )
         return self
+
+
+class FlowConfig(_Section):
+    """Noise of bases that are trained by flow matching (Stable Diffusion 3, FLUX ...); others leave it unused."""
+
+    shift: Number | None = Field(default=None, gt=0, le=100)
+    """Shift of the timesteps towards noise; null = what the base's scheduler draws with."""
+    density: Literal["uniform", "logit_normal", "mode"] = "logit_normal"
+    """Density of the timesteps before the shift (arXiv 2403.03206)."""
+    logit_mean: Number = 0.0
+    """Mean of logit_normal; above 0 leans to noise."""
+    logit_std: Number = Field(default=1.0, gt=0)
+    """Deviation of logit_normal."""
+    mode_scale: Number = Field(default=1.29, ge=-1, le=1.75)
+    """How far "mode" is from uniform; 0 = not at all."""
+    weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
+    """Weight of each timestep's loss."""
 
 
 class PreviewConfig(_Section):
@@ -265,8 +297,12 @@ class TrainConfig(_Section):
     """Prior preservation."""
     adapter: AdapterConfig = AdapterConfig()
     """What is trained."""
+    words: WordsConfig = WordsConfig()
+    """New words."""
     optim: OptimConfig = OptimConfig()
     """How it is trained."""
+    flow: FlowConfig = FlowConfig()
+    """Noise of bases that are trained by flow matching."""
     preview: PreviewConfig = PreviewConfig()
     """Pictures drawn in training."""
     validation: ValidationConfig = ValidationConfig()
@@ -278,9 +314,10 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
-        if not (self.adapter.train_unet or self.adapter.train_text_encoder):
+        if not (self.adapter.train_unet or self.adapter.train_text_encoder or self.words.starts):
             raise ValueError(
-                "adapter.train_unet: got false, and adapter.train_text_encoder too; expected true for one of them"
+                "adapter.train_unet: got false, and adapter.train_text_encoder too; expected true for one of them, or "
+                "words.starts to learn new words alone"
             )
         text_encoder_only = {
             "optim.text_encoder_learning_rate": self.optim.text_encoder_learning_rate,

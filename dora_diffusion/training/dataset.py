@@ -20,6 +20,7 @@ from dora_diffusion.training.images import (
     SUFFIXES,
     Crop,
     fit,
+    frame_of,
     list_files,
     list_images,
     natural_order,
@@ -141,8 +142,15 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"{shown(path)}: cannot be read ({error.strerror})") from None
 
 
-def load_pixels(example: Example, *, size: tuple[int, int], crop: Crop, flip: bool, rng: Random) -> Tensor:
-    """A picture's pixels for training.
+class Sample(NamedTuple):
+    """A picture's pixels for training, fp32 (3, height, width) in [-1, 1], and its frame, fp32 (6,); see `frame_of`."""
+
+    pixels: Tensor
+    frame: Tensor
+
+
+def load_sample(example: Example, *, size: tuple[int, int], crop: Crop, flip: bool, rng: Random) -> Sample:
+    """A picture as it is trained.
 
     Args:
         example: its picture is read anew.
@@ -151,18 +159,17 @@ def load_pixels(example: Example, *, size: tuple[int, int], crop: Crop, flip: bo
         flip: mirror it left to right.
         rng: not touched when crop is "center".
 
-    Returns:
-        fp32 (3, height, width) in [-1, 1].
-
     Raises:
         ValueError: the picture cannot be read; see `read_image`.
     """
     offset = (rng.random(), rng.random()) if crop == "random" else None
-    picture = fit(read_image(example.path), size=size, crop=crop, offset=offset)
+    original = read_image(example.path)
+    picture = fit(original, size=size, crop=crop, offset=offset)
     if flip:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+    pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+    return Sample(pixels, torch.tensor(frame_of(original.size, size=size, offset=offset), dtype=torch.float32))
 
 
 class StepSampler:
@@ -220,6 +227,16 @@ def checked_examples(config: TrainConfig) -> Split:
     for example in (*split.train, *split.validation):
         read_image(example.path)
     return split
+
+
+def check_words(config: TrainConfig, examples: Sequence[Example]) -> None:
+    """A ValueError when no caption holds a new word: it would never be trained."""
+    for word in config.words.starts:
+        if not any(word in example.caption for example in examples):
+            raise ValueError(
+                f"words.starts: {word!r} stands in none of the {len(examples)} captions, {examples[0].caption!r} first; "
+                "expected captions (or data.instance_prompt) that hold it"
+            )
 
 
 def split_validation(examples: Sequence[Example], *, share: float, seed: int) -> Split:

@@ -139,10 +139,33 @@ def fit(
     """
     if (crop == "random") != (offset is not None):
         raise ValueError(f"offset: got {offset} with crop={crop!r}, expected one with 'random' only")
-    x, y = offset or (0.5, 0.5)
-    scale = max(size[0] / picture.width, size[1] / picture.height)
+    scale = _cover(picture.size, size)
     width, height = min(picture.width, size[0] / scale), min(picture.height, size[1] / scale)
+    x, y = offset or (0.5, 0.5)
     left, top = (picture.width - width) * x, (picture.height - height) * y
     # The minimum guards against a last bit of rounding, which Pillow refuses.
     box = (left, top, min(picture.width, left + width), min(picture.height, top + height))
     return picture.resize(size, Image.Resampling.LANCZOS, box=box)
+
+
+def _cover(original: tuple[int, int], size: tuple[int, int]) -> float:
+    """How much a picture is scaled so that it covers `size`."""
+    return max(size[0] / original[0], size[1] / original[1])
+
+
+def frame_of(
+    original: tuple[int, int], *, size: tuple[int, int], offset: tuple[float, float] | None
+) -> tuple[float, ...]:
+    """Where a fitted picture comes from, as SDXL is told it (micro-conditioning, arXiv 2307.01952, 2.2).
+
+    Args:
+        original: (width, height) of the picture.
+        size: (width, height) it was fitted to.
+        offset: as `fit` was given.
+
+    Returns:
+        Original height and width, top and left of the crop in pixels of the scaled picture, height and width.
+    """
+    scale, (x, y) = _cover(original, size), offset or (0.5, 0.5)
+    left, top = (round((side * scale - target) * at) for side, target, at in zip(original, size, (x, y), strict=True))
+    return (original[1], original[0], max(0, top), max(0, left), size[1], size[0])

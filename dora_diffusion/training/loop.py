@@ -14,22 +14,27 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 from tqdm import tqdm
 
+from dora_diffusion.families import pixel_multiple
 from dora_diffusion.formats import save_adapter
-from dora_diffusion.objectives import Prediction, add_noise, min_snr_weights, target, weighted_squared_error
+from dora_diffusion.objectives import weighted_squared_error
 from dora_diffusion.storage import write_atomically
+from dora_diffusion.tokens import save_words
 from dora_diffusion.training import checkpoint
 from dora_diffusion.training.batches import Batch, BatchSource, step_seed
 from dora_diffusion.training.card import run_card
 from dora_diffusion.training.classes import ensure_class_examples
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.dataset import Example, checked_examples
+from dora_diffusion.training.dataset import Example, check_words, checked_examples
+from dora_diffusion.training.noising import objective_of
 from dora_diffusion.training.previews import draw_previews, save_previews, save_strip
 from dora_diffusion.training.subject import (
+    PRECISIONS,
     RateSchedule,
     Subject,
     adapter_metadata,
     build_optimizer,
     load_base,
+    picture_size,
     prepare_subject,
 )
 
@@ -40,19 +45,19 @@ class TrainingDiverged(ValueError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run leaves: the adapter's file, steps done, and (step, validation loss) pairs."""
+    """What a run leaves.
 
-    adapter: Path
+    Attributes:
+        adapter: its file; None when new words were learnt alone.
+        words: a file for each new word.
+        steps: done.
+        validation: (step, loss) pairs.
+    """
+
+    adapter: Path | None
+    words: tuple[Path, ...]
     steps: int
     validation: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The base's noise schedule: alphas_cumprod (T,) and what its denoiser predicts."""
-
-    alphas_cumprod: Tensor
-    prediction: Prediction
 
 
 def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
@@ -77,6 +82,7 @@ def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
         mixed_precision=config.optim.mixed_precision, log_with="tensorboard", project_dir=str(folder / "logs")
     )
     instances, held_out = checked_examples(config)
+    check_words(config, instances)
     pipe = load_base(config, accelerator.device)
     with accelerator.main_process_first():  # one process draws the class images, the others find them
         classes = ensure_class_examples(pipe, config)
@@ -101,27 +107,18 @@ class _Run:
     ) -> None:
         self.config, self.accelerator, self.subject = config, accelerator, subject
         self.folder = config.output_dir
-        size = _picture_size(subject, config)
+        size = picture_size(subject, config)
         self.source = BatchSource(subject, config, size, instances=instances, classes=classes)
         self.watched = list(held_out or instances)
-        scheduler = subject.pipe.scheduler
-        kind = scheduler.config.prediction_type
-        if kind not in ("epsilon", "v_prediction"):
-            raise ValueError(f"{config.model}: its scheduler predicts {kind!r}; epsilon or v_prediction can be trained")
-        self.schedule = Schedule(scheduler.alphas_cumprod.clone(), kind)
+        self.objective = objective_of(subject.pipe.scheduler, config, tokens=_tokens(subject, size))
         self.optimizer = build_optimizer(subject, config)
         self.rates = RateSchedule(self.optimizer, config)
         for injection in subject.injections.values():
             injection.keep_norms()
         self.prepared = accelerator.prepare_optimizer(self.optimizer)
-        named = {
-            f"{component}.{name}": tensor
-            for component, injection in subject.injections.items()
-            for name, tensor in injection.named_tensors().items()
-        }
         self.validation: list[tuple[int, float]] = []
         self.state = checkpoint.TrainingState(
-            named, self.optimizer, accelerator.scaler, accelerator.num_processes, self.validation
+            subject.named_tensors(), self.optimizer, accelerator.scaler, accelerator.num_processes, self.validation
         )
 
     def go(self, resume: bool) -> TrainResult:
@@ -166,7 +163,8 @@ class _Run:
             total += loss.item() / optim.gradient_accumulation
         if ranks > 1:
             for parameter in self.subject.parameters():
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+                if parameter.grad is not None:  # a text encoder's last layer, where the pipeline reads an earlier one
+                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         norm = self.accelerator.clip_grad_norm_(self.subject.parameters(), optim.max_grad_norm or math.inf)
         if self.accelerator.scaler is None:  # fp16's scaler skips such a step by itself
             self._refuse_divergence(step, "gradient", norm, batch)
@@ -188,18 +186,15 @@ class _Run:
         generator = torch.Generator().manual_seed(seed)
         latents = batch.latents.float()
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        timesteps = torch.randint(0, len(self.schedule.alphas_cumprod), (len(latents),), generator=generator)
-        timesteps = timesteps.to(latents.device)
-        noisy = add_noise(latents, noise, timesteps, self.schedule.alphas_cumprod)
-        dtype = next(self.subject.denoiser.parameters()).dtype
+        timesteps = self.objective.timesteps(len(latents), generator).to(latents.device)
+        noisy = self.objective.add_noise(latents, noise, timesteps)
+        dtype = PRECISIONS[self.config.optim.mixed_precision]
         with self.accelerator.autocast():
             predicted = self.subject.family.predict(
-                self.subject.denoiser, noisy.to(dtype), timesteps, batch.conditioning
+                self.subject.denoiser, noisy.to(dtype), timesteps, batch.conditioning, batch.frames
             )
-        alphas, kind = self.schedule.alphas_cumprod, self.schedule.prediction
-        goal = target(latents, noise, timesteps, alphas, prediction=kind)
-        snr = min_snr_weights(timesteps, alphas, gamma=self.config.optim.min_snr_gamma, prediction=kind)
-        return weighted_squared_error(predicted, goal, batch.weights * snr)
+        goal = self.objective.target(latents, noise, timesteps)
+        return weighted_squared_error(predicted, goal, batch.weights * self.objective.weights(timesteps))
 
     def _watch(self, step: int) -> None:
         """Validation loss and previews when they are due."""
@@ -225,15 +220,19 @@ class _Run:
         return sum(losses) / len(losses)
 
     def _finish(self) -> TrainResult:
-        path = self.folder / "adapter.safetensors"
+        adapter = self.folder / "adapter.safetensors" if self.subject.injections else None
+        words: list[Path] = []
         if self.accelerator.is_main_process:
-            metadata = adapter_metadata(self.config, self.subject.family, step=self.config.optim.steps)
-            save_adapter(self.subject.adapter(metadata), path)
+            if adapter is not None:
+                metadata = adapter_metadata(self.config, self.subject.family, step=self.config.optim.steps)
+                save_adapter(self.subject.adapter(metadata), adapter)
+            if self.subject.words is not None:
+                words = save_words(self.subject.words.state(), self.folder / "words")
             save_strip(self.folder / "samples")
             write_atomically(self.folder / "validation.json", json.dumps(self.validation).encode())
             write_atomically(self.folder / "README.md", run_card(self.config, self.validation).encode())
         self.accelerator.wait_for_everyone()
-        return TrainResult(path, self.config.optim.steps, tuple(self.validation))
+        return TrainResult(adapter, tuple(words), self.config.optim.steps, tuple(self.validation))
 
 
 def _due(step: int, every: int, last: int) -> bool:
@@ -241,10 +240,7 @@ def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _picture_size(subject: Subject, config: TrainConfig) -> tuple[int, int]:
-    """(width, height) of training pictures: the config's resolution, or the model's own."""
-    if config.data.resolution is not None:
-        return config.data.resolution, config.data.resolution
-    denoiser: Any = subject.denoiser
-    side = int(denoiser.config.sample_size * subject.pipe.vae_scale_factor)
-    return side, side
+def _tokens(subject: Subject, size: tuple[int, int]) -> int:
+    """How many tokens a picture is in the denoiser."""
+    multiple = pixel_multiple(subject.pipe, subject.family)
+    return (size[0] // multiple) * (size[1] // multiple)

@@ -1,33 +1,37 @@
 """What is trained: the base pipeline with adapters injected, and the optimiser over their parameters."""
 
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.optimization import get_scheduler
-from torch import nn
+from torch import Tensor, nn
 
 import dora_diffusion
-from dora_diffusion.families import Family, family_of_pipeline
+from dora_diffusion.families import Family, family_of_pipeline, pixel_multiple
 from dora_diffusion.functional import scale_of
 from dora_diffusion.injection import DoRAConfig, Injection, inject
 from dora_diffusion.pipelines import load_pipeline
 from dora_diffusion.state import AdapterState, join
+from dora_diffusion.tokens import Words, add_words
 from dora_diffusion.training.config import TrainConfig
 
+Own = TypeVar("Own", int, float)
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A pipeline under training. `injections`: component name -> its adapter."""
+    """A pipeline under training. `injections`: component name -> its adapter; `words`: new ones, or None."""
 
     pipe: Any
     family: Family
     injections: Mapping[str, Injection]
+    words: Words | None = None
 
     @property
     def denoiser(self) -> nn.Module:
@@ -37,11 +41,18 @@ class Subject:
 
     def trains_text(self) -> bool:
         """Whether captions must be encoded anew at every step."""
-        return any(name != self.family.denoiser.name for name in self.injections)
+        return self.words is not None or any(name != self.family.denoiser.name for name in self.injections)
 
     def parameters(self) -> list[nn.Parameter]:
         """Every trained parameter, in a fixed order."""
-        return [parameter for injection in self.injections.values() for parameter in injection.parameters()]
+        adapted = [parameter for injection in self.injections.values() for parameter in injection.parameters()]
+        return adapted + ([] if self.words is None else self.words.parameters())
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint must hold."""
+        parts = {name: injection.named_tensors() for name, injection in self.injections.items()}
+        words = {} if self.words is None else {"words": self.words.named_parameters()}
+        return {f"{part}.{name}": tensor for part, named in (parts | words).items() for name, tensor in named.items()}
 
     def train(self, mode: bool = True) -> None:
         """Training or drawing mode of the adapted components."""
@@ -56,6 +67,8 @@ class Subject:
         """Leave the pipeline as it was before `prepare_subject`."""
         for injection in self.injections.values():
             injection.eject()
+        if self.words is not None:
+            self.words.remove()
 
     @contextmanager
     def drawing(self) -> Any:
@@ -78,12 +91,11 @@ def load_base(config: TrainConfig, device: torch.device) -> Any:
 
 
 def prepare_subject(pipe: Any, config: TrainConfig) -> Subject:
-    """Inject the adapters that the config asks for into a base pipeline."""
+    """Put the adapters and new words that the config asks for into a base pipeline."""
     family = family_of_pipeline(pipe)
     wanted = {family.denoiser.name: config.adapter.rank} if config.adapter.train_unet else {}
-    if config.adapter.train_text_encoder:
-        rank = config.adapter.text_encoder_rank or config.adapter.rank
-        wanted.update({part.name: rank for part in family.text_encoders if getattr(pipe, part.name, None) is not None})
+    for name in text_encoders_of(pipe, family, config):
+        wanted[name] = _own(config.adapter.text_encoder_rank, name, config.adapter.rank)
     generator = torch.Generator().manual_seed(config.optim.seed)
     injections = {
         name: inject(
@@ -93,12 +105,37 @@ def prepare_subject(pipe: Any, config: TrainConfig) -> Subject:
         )
         for name, rank in wanted.items()
     }
+    starts = config.words.starts
+    words = add_words(pipe, starts, vectors=config.words.vectors) if starts else None
     if config.optim.gradient_checkpointing:
         for name in {family.denoiser.name, *injections}:  # gradients of text adapters run through the denoiser too
             _enable_checkpointing(getattr(pipe, name))
-    subject = Subject(pipe, family, injections)
+    subject = Subject(pipe, family, injections, words)
     subject.train()
     return subject
+
+
+def text_encoders_of(pipe: Any, family: Family, config: TrainConfig) -> list[str]:
+    """The text encoders to adapt; a ValueError when the config names one that the base lacks or does not adapt."""
+    present = [part.name for part in family.text_encoders if getattr(pipe, part.name, None) is not None]
+    wanted = config.adapter.train_text_encoder
+    chosen = [name for name in present if wanted is True or (wanted and name in wanted)]
+    named = {
+        "adapter.train_text_encoder": (wanted if isinstance(wanted, list) else [], present),
+        "adapter.text_encoder_rank": (config.adapter.text_encoder_rank, chosen),
+        "optim.text_encoder_learning_rate": (config.optim.text_encoder_learning_rate, chosen),
+    }
+    for key, (names, known) in named.items():
+        unknown = [name for name in names if name not in known] if isinstance(names, list | dict) else []
+        if unknown:
+            raise ValueError(f"{key}: got {unknown[0]!r}, expected one of {', '.join(known) or '(none)'}")
+    return chosen
+
+
+def _own(value: Own | Mapping[str, Own] | None, component: str, default: Own) -> Own:
+    """A setting for all text encoders or by name, for one of them."""
+    found = value.get(component) if isinstance(value, Mapping) else value
+    return default if found is None else found
 
 
 def _layer_config(config: TrainConfig, rank: int, *, is_denoiser: bool) -> DoRAConfig:
@@ -133,19 +170,31 @@ def _targets(config: TrainConfig, is_denoiser: bool) -> str | list[str] | None:
     return targets if is_denoiser or targets in presets else None
 
 
+def picture_size(subject: Subject, config: TrainConfig) -> tuple[int, int]:
+    """(width, height) of training pictures: the config's resolution, or the model's own; a ValueError when not whole."""
+    side = config.data.resolution or subject.family.native_side(subject.pipe)
+    multiple = pixel_multiple(subject.pipe, subject.family)
+    if side % multiple:
+        raise ValueError(f"data.resolution: got {side}, expected a multiple of {multiple} for {subject.family.name}")
+    return side, side
+
+
 def build_optimizer(subject: Subject, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with each component's own rate; B has LoRA+'s ratio, magnitudes a multiplier and no weight decay."""
     optim = config.optim
-    groups = []
+    groups: list[dict[str, Any]] = []
     for name, injection in subject.injections.items():
         is_text = name != subject.family.denoiser.name
-        rate = optim.text_encoder_learning_rate if is_text else None
-        rate = optim.learning_rate if rate is None else rate
+        rate = _own(optim.text_encoder_learning_rate if is_text else None, name, optim.learning_rate)
         decay = optim.weight_decay
         groups.append({"params": injection.downs(), "lr": rate, "weight_decay": decay})
         groups.append({"params": injection.ups(), "lr": rate * optim.loraplus_lr_ratio, "weight_decay": decay})
         if magnitudes := injection.magnitudes():
             groups.append({"params": magnitudes, "lr": rate * optim.magnitude_lr_multiplier, "weight_decay": 0.0})
+    if subject.words is not None:
+        until = round(config.words.share * optim.steps)
+        rate = optim.words_learning_rate
+        groups.append({"params": subject.words.parameters(), "lr": rate, "weight_decay": 0.0, "until": until})
     return torch.optim.AdamW(groups)
 
 
@@ -164,10 +213,10 @@ class RateSchedule:
         self._rates = [group["lr"] for group in optimizer.param_groups]
 
     def set(self, step: int) -> float:
-        """Set the rates of a step; return the first group's."""
+        """Set the rates of a step; return the first group's. A group that ends at a step stands still from it on."""
         factor = self._factor(step)
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * factor
+            group["lr"] = rate * factor if step < group.get("until", math.inf) else 0.0
         return self._rates[0] * factor
 
 
@@ -181,6 +230,7 @@ def adapter_metadata(config: TrainConfig, family: Family, *, step: int) -> dict[
         "norm_grad": config.adapter.norm_grad,
         "magnitude_axis": "out",
         "instance_prompt": config.data.instance_prompt or "",
+        "words": " ".join(config.words.starts),
         "steps": str(step),
     }
     return {f"dora_diffusion.{name}": value for name, value in facts.items()}

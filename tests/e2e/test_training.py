@@ -5,12 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from dora_diffusion.formats import save_adapter
+from dora_diffusion.generation import GenerationSettings, generate
+from dora_diffusion.pipelines import load_pipeline
 from dora_diffusion.pretrain.scenes import background
+from dora_diffusion.tokens import add_words, install_words, load_word
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.subject import load_base, prepare_subject
@@ -159,3 +163,54 @@ def test_resuming_keeps_the_validation_curve(base, images, tmp_path) -> None:
 def test_diverged_loss_stops_the_run_and_names_the_images(base, images, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"step \d+: the (loss|gradient) is (nan|inf) on .*\.png"):
         train(config(base, images, tmp_path / "run", steps=40, learning_rate=1e18, max_grad_norm=0))
+
+
+def with_words(base: Path, images: Path, output: Path, **sections) -> TrainConfig:
+    settings = config(base, images, output).model_dump()
+    settings["words"] = {"starts": {"zqx": "cat"}, "vectors": 2, "share": 0.5}
+    return TrainConfig.model_validate(settings | sections)
+
+
+def test_words_beside_an_adapter_resume_bit_for_bit_and_stand_still_after_their_share(base, images, tmp_path) -> None:
+    whole = train(with_words(base, images, tmp_path / "whole"))
+    stopped = with_words(base, images, tmp_path / "stopped")
+    train(stopped)
+    for late in (tmp_path / "stopped" / "checkpoints").glob("step-*6"):
+        (late / "parameters.safetensors").write_bytes(b"cut short")
+    resumed = train(stopped, resume="latest")
+    assert [path.name for path in whole.words] == ["zqx.safetensors"]
+    assert_identical(load_file(resumed.words[0]), load_file(whole.words[0]))
+    assert_identical(load_file(resumed.adapter), load_file(whole.adapter))
+    files = [
+        tmp_path / "whole" / "checkpoints" / f"step-{step:08d}" / "parameters.safetensors" for step in (3, 6)
+    ]
+    half, end = (load_file(file)["words.text_encoder.vectors"] for file in files)
+    assert_identical(end, half)  # of six steps the first three move them
+    (saved,) = load_file(whole.words[0]).values()
+    assert_identical(saved, end)
+    start = add_words(random_pocket_pipeline(), {"zqx": "cat"}, vectors=2).state()[0].vectors[0]
+    assert not torch.equal(start, half)
+
+
+def test_words_alone_leave_no_adapter_and_draw(base, images, tmp_path) -> None:
+    alone = config(base, images, tmp_path / "run").adapter.model_copy(
+        update={"train_unet": False, "train_text_encoder": False}
+    )
+    result = train(with_words(base, images, tmp_path / "run", adapter=alone.model_dump()))
+    assert result.adapter is None and not (tmp_path / "run" / "adapter.safetensors").exists()
+    pipe = load_pipeline(base)
+    before = draw(pipe, "a zqx cat")
+    learnt = install_words(pipe, [load_word(path) for path in result.words])
+    assert not np.array_equal(draw(pipe, "a zqx cat"), before)
+    learnt.remove()
+    assert np.array_equal(draw(pipe, "a zqx cat"), before)
+
+
+def draw(pipe, prompt: str) -> np.ndarray:
+    return np.asarray(generate(pipe, GenerationSettings(prompt, steps=2, width=64, height=64)))
+
+
+def test_a_word_that_no_caption_holds_is_refused_before_anything_is_loaded(base, images, tmp_path) -> None:
+    settings = with_words(base, images, tmp_path / "run", words={"starts": {"<other>": "cat"}})
+    with pytest.raises(ValueError, match="words.starts: '<other>' stands in none of the 3 captions"):
+        train(settings)

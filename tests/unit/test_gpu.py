@@ -1,11 +1,14 @@
 """What only a GPU can tell: the same numbers as on the CPU, half-precision training, and no wait beyond one a norm."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from dora_diffusion.adapters import AdapterManager
 from dora_diffusion.injection import DoRAConfig, inject
+from dora_diffusion.pipelines import load_pipeline
 from tests.kinds import KINDS, disturb, make_input, make_model
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 
@@ -72,3 +75,39 @@ def test_a_pipeline_blends_fuses_and_moves_on_the_gpu() -> None:
         answers += [blended.cpu(), fused.cpu()]
     for other in answers[1:]:
         torch.testing.assert_close(other, answers[0], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("moves", ["offload", "to"])
+def test_adapters_and_their_schedules_follow_a_pipeline_that_moves(moves: str, tmp_path: Path) -> None:
+    random_pocket_pipeline().save_pretrained(tmp_path)
+    pictures = []
+    for device in ("cpu", "cuda"):
+        offload = "model" if moves == "offload" and device == "cuda" else None
+        pipe = load_pipeline(tmp_path, device=device if offload else "cpu", offload=offload)
+        pipe.set_progress_bar_config(disable=True)
+        manager = AdapterManager(pipe)
+        manager.load_adapter(random_adapter(random_pocket_pipeline()), name="ink")
+        manager.set_adapters({"ink": 0.8})
+        manager.set_schedule("ink", [(0.0, 0.2), (1.0, 1.0)])
+        if offload is None:
+            pipe.to(device)
+        for strength in (0.8, -0.3):  # the second after everything has gone over and back
+            manager.set_adapters({"ink": strength})
+            generator = torch.Generator().manual_seed(5)
+            latents = pipe("a cat", num_inference_steps=3, generator=generator, output_type="latent").images
+            pictures.append(latents.cpu())
+    torch.testing.assert_close(pictures[2:], pictures[:2], rtol=2e-2, atol=2e-2)
+
+
+def test_sequential_offload_draws_what_the_cpu_draws(tmp_path: Path) -> None:
+    random_pocket_pipeline().save_pretrained(tmp_path)
+    pictures = []
+    for device, offload in (("cpu", None), ("cuda", "sequential")):
+        pipe = load_pipeline(tmp_path, device=device, offload=offload)
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(5)
+        latents = pipe("a cat", num_inference_steps=3, generator=generator, output_type="latent").images
+        pictures.append(latents.cpu())
+    torch.testing.assert_close(*pictures, rtol=2e-2, atol=2e-2)
+    with pytest.raises(ValueError, match="sequential CPU offload"):
+        AdapterManager(pipe).load_adapter(random_adapter(random_pocket_pipeline()), name="ink")

@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
+from transformers import CLIPTokenizer
 
-from dora_diffusion.pretrain import run
+from dora_diffusion.families.stable_diffusion_3 import STABLE_DIFFUSION_3
+from dora_diffusion.pipelines import POCKET, load_pipeline
+from dora_diffusion.pretrain import dit, run
 from dora_diffusion.pretrain.autoencoder import AutoencoderRecipe, build_autoencoder, encode_pictures, whiten
 from dora_diffusion.pretrain.denoiser import DenoiserRecipe
+from dora_diffusion.pretrain.package import assemble_dit
 from dora_diffusion.pretrain.scenes import Scene, vocabulary
 from dora_diffusion.pretrain.text import TextRecipe, patches
 from dora_diffusion.storage import valid_checkpoints
@@ -57,6 +62,45 @@ def test_every_stage_runs_resumes_bit_for_bit_and_ships(workshop, tmp_path) -> N
     assert {"vocab.json", "merges.txt"} <= names
     shipped = load_file(tmp_path / "shipped" / "unet" / "diffusion_pytorch_model.safetensors")
     assert_identical(shipped, {name: tensor.half() for name, tensor in whole["average"].items()})
+
+
+def test_the_dit_runs_resumes_bit_for_bit_and_ships(workshop, tmp_path) -> None:
+    run.pretrain_dit(workshop, POCKET, TEXT, DENOISER)
+    newest = valid_checkpoints(workshop.dit)[-1]
+    whole = {name: load_file(newest / f"{name}.safetensors") for name in ("average", "model", "optimizer")}
+    (newest / "manifest.json").unlink()
+    run.pretrain_dit(workshop, POCKET, TEXT, DENOISER)
+    for name, tensors in whole.items():
+        assert_identical(load_file(newest / f"{name}.safetensors"), tensors)
+    run.ship_newest_dit(workshop, POCKET, tmp_path / "shipped")
+    shipped = load_file(tmp_path / "shipped" / "transformer" / "diffusion_pytorch_model.safetensors")
+    prefix = "transformer."
+    trained = {name.removeprefix(prefix): t.half() for name, t in whole["average"].items() if name.startswith(prefix)}
+    assert_identical({name: shipped[name] for name in trained}, trained)
+    assert shipped.keys() - trained.keys() == {"pos_embed.pos_embed"}
+    pipe = load_pipeline(tmp_path / "shipped")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a noto style rocket on the beach", num_inference_steps=1).images[0].size == (128, 128)
+
+
+def test_one_zero_token_counted_256_times_is_the_pipelines_256() -> None:
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(POCKET / "tokenizer")
+    painter, learning = dit.PooledPainter(tokenizer), dit.Learning(tokenizer)
+    for parameter in learning.transformer.parameters():  # zero at the start, its modulation would hide the attention
+        torch.nn.init.normal_(parameter, std=0.1)
+    text = dit.DiTText(tokenizer, painter.text.eval())
+    pipe = assemble_dit(learning, AutoencoderKL.from_pretrained(POCKET / "vae"), text)
+    captions = ["a noto style rocket on the beach", ""]
+    latents, timesteps = torch.randn(2, 8, 16, 16), torch.tensor([300.0, 900.0])
+    with torch.no_grad():
+        conditioning = STABLE_DIFFUSION_3.encode(pipe, captions)
+        expected = STABLE_DIFFUSION_3.predict(pipe.transformer, latents, timesteps, conditioning, torch.empty(2, 6))
+        learning.transformer.set_attn_processor(dit.CountedZeroTokens(dit.ZERO_TOKENS))
+        context, pooled = dit.context_of(text, learning.text_encoder_2, captions)
+        counted = learning.transformer(latents, context, pooled, timesteps).sample
+    assert context.shape[1] == 33 and conditioning["encoder_hidden_states"].shape[1] == 32 + 256
+    assert_close(counted, expected)
 
 
 def test_autoencoder_resumes_bit_for_bit(tmp_path) -> None:

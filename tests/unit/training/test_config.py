@@ -170,7 +170,7 @@ def test_bad_arguments(arguments: list[str], message: str) -> None:
         (
             "adapter:\n  train_unet: false\n",
             "run.yaml:5: adapter.train_unet: got false, and adapter.train_text_encoder too; "
-            "expected true for one of them",
+            "expected true for one of them, or words.starts to learn new words alone",
         ),
         (
             "optim:\n  text_encoder_learning_rate: 1e-5\n",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_diffusion.training.dataset import Example, StepSampler, find_examples, load_pixels, split_validation
+from dora_diffusion.training.dataset import Example, StepSampler, find_examples, load_sample, split_validation
 
 PHOTOS = Path(__file__).parents[4] / "shared" / "data" / "dreambooth"
 
@@ -127,17 +127,18 @@ def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 def test_pixels_lie_in_minus_one_to_one(tmp_path: Path) -> None:
     path = tmp_path / "1.png"
     Image.fromarray(np.array([[[0, 51, 255], [255, 102, 0]]], np.uint8)).save(path)
-    pixels = load_pixels(Example(path, "a"), size=(2, 1), crop="center", flip=False, rng=Random(0))
+    pixels = load_sample(Example(path, "a"), size=(2, 1), crop="center", flip=False, rng=Random(0)).pixels
     expected = torch.tensor([[[-1.0, 1.0]], [[-0.6, -0.2]], [[1.0, -1.0]]])
     torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-6)
     assert pixels.dtype == torch.float32 and pixels.is_contiguous()
-    flipped = load_pixels(Example(path, "a"), size=(2, 1), crop="center", flip=True, rng=Random(0))
+    flipped = load_sample(Example(path, "a"), size=(2, 1), crop="center", flip=True, rng=Random(0)).pixels
     assert torch.equal(flipped, pixels.flip(-1))
 
 
 def test_size_is_width_and_height(tmp_path: Path) -> None:
     path = picture(tmp_path / "1.png")
-    assert load_pixels(Example(path, "a"), size=(4, 6), crop="center", flip=False, rng=Random(0)).shape == (3, 6, 4)
+    sample = load_sample(Example(path, "a"), size=(4, 6), crop="center", flip=False, rng=Random(0))
+    assert sample.pixels.shape == (3, 6, 4)
 
 
 def test_only_a_random_crop_draws_and_the_same_seed_crops_the_same(tmp_path: Path) -> None:
@@ -145,18 +146,21 @@ def test_only_a_random_crop_draws_and_the_same_seed_crops_the_same(tmp_path: Pat
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 60, 3), dtype=np.uint8)).save(path)
     example = Example(path, "a")
     rng = Random(7)
-    load_pixels(example, size=(8, 8), crop="center", flip=True, rng=rng)
+    load_sample(example, size=(8, 8), crop="center", flip=True, rng=rng)
     assert rng.getstate() == Random(7).getstate()
-    crops = [load_pixels(example, size=(8, 8), crop="random", flip=False, rng=Random(seed)) for seed in (7, 7, 8)]
-    assert torch.equal(crops[0], crops[1])
-    assert not torch.equal(crops[0], crops[2])
+    crops = [load_sample(example, size=(8, 8), crop="random", flip=False, rng=Random(seed)) for seed in (7, 7, 8)]
+    assert torch.equal(crops[0].pixels, crops[1].pixels)
+    assert not torch.equal(crops[0].pixels, crops[2].pixels)
+    frames = [crop.frame.tolist() for crop in crops]
+    assert frames[0] == frames[1] != frames[2]
+    assert all(frame[:2] == [20, 60] and frame[2] == 0 and 0 <= frame[3] <= 16 for frame in frames)
 
 
 def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
     path = tmp_path / "1.png"
     path.write_text("no")
     with pytest.raises(ValueError, match="1.png: not a picture"):
-        load_pixels(Example(path, "a"), size=(8, 8), crop="center", flip=False, rng=Random(0))
+        load_sample(Example(path, "a"), size=(8, 8), crop="center", flip=False, rng=Random(0))
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(5, 1), (5, 2), (5, 3), (4, 4), (3, 8), (1, 2)])
@@ -232,6 +236,6 @@ def test_one_picture_cannot_be_parted() -> None:
 def test_real_photos(subject: str, count: int) -> None:
     found = find_examples(PHOTOS / subject, instance_prompt=f"a {subject}")
     assert [example.path.name for example in found] == [f"0{index}.jpg" for index in range(count)]
-    pixels = load_pixels(found[0], size=(128, 96), crop="random", flip=True, rng=Random(0))
+    pixels = load_sample(found[0], size=(128, 96), crop="random", flip=True, rng=Random(0)).pixels
     assert pixels.shape == (3, 96, 128)
     assert -1 <= pixels.min() < -0.2 and 0.2 < pixels.max() <= 1

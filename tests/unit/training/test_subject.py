@@ -86,7 +86,7 @@ def test_batches_pair_latents_with_their_captions_and_weigh_the_prior(tmp_path, 
         for latent, name in zip(batch.latents, batch.names, strict=True):
             pixels = torch.tensor(list(read_image(by_name[name].path).get_flattened_data()), dtype=torch.float32)
             pixels = pixels.reshape(32, 32, 3).permute(2, 0, 1) / 127.5 - 1
-            assert_close(latent, family.encode_pictures(pipe, pixels[None])[0])
+            assert_close(latent, family.codec.encode(pipe, pixels[None])[0])
 
 
 def test_metadata_tells_no_path_of_the_machine(tmp_path) -> None:

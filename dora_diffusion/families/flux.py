@@ -1,0 +1,126 @@
+"""FLUX.1: FluxTransformer2DModel, a CLIP encoder read for its pooled text, a T5 for its tokens.
+
+dev and schnell differ in their configs alone: dev was distilled from guidance and is told its strength.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dora_diffusion.families.codecs import SCALED
+from dora_diffusion.families.packing import grid_ids, pack, thousandth, unpack
+from dora_diffusion.families.record import Component, Drawing, Family, no_negative_prompt
+from dora_diffusion.families.text import clip, t5
+
+ATTENTION = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+)
+LINEAR = (
+    *ATTENTION,
+    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    *("proj_mlp", "single_transformer_blocks.*.proj_out"),
+)
+
+TRANSFORMER = Component(
+    name="transformer",
+    model_classes=("FluxTransformer2DModel",),
+    presets={
+        "attention": ATTENTION,
+        "all-linear": LINEAR,
+        "all": (
+            *LINEAR,
+            *("norm1.linear", "norm1_context.linear", "norm.linear"),
+            *("x_embedder", "context_embedder", "norm_out.linear", "proj_out"),
+        ),
+    },
+    outside=(
+        *("timestep_embedder.linear_1", "timestep_embedder.linear_2"),
+        *("guidance_embedder.linear_1", "guidance_embedder.linear_2"),
+        *("text_embedder.linear_1", "text_embedder.linear_2"),
+    ),
+)
+
+# At 1 a model distilled from guidance says what it would without any, so that an adapter learns the pictures as they
+# are; at 3.5 it would learn pictures that become them under guidance. Drawing may use any strength afterwards.
+TRAINING_GUIDANCE = 1.0
+
+NATIVE_SIDE = 1024
+
+
+def training_guidance(denoiser: nn.Module, latents: Tensor) -> Tensor | None:
+    """(N,) fp32 for a transformer that is told its guidance, None for one that is not."""
+    config: Any = denoiser.config
+    if not config.guidance_embeds:
+        return None
+    return torch.full((len(latents),), TRAINING_GUIDANCE, device=latents.device)
+
+
+def encode(pipe: Any, captions: list[str]) -> Mapping[str, Tensor]:
+    """Captions -> T5's tokens and CLIP's pooled text."""
+    hidden, pooled, _ = pipe.encode_prompt(captions, device=pipe.text_encoder.device)
+    return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
+
+
+def predict(
+    denoiser: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], frames: Tensor
+) -> Tensor:
+    """The flow's velocity."""
+    height, width = latents.shape[-2:]
+    hidden, device = conditioning["encoder_hidden_states"], latents.device
+    tokens: Tensor = denoiser(
+        pack(latents),
+        encoder_hidden_states=hidden,
+        pooled_projections=conditioning["pooled_projections"],
+        timestep=timesteps / 1000,
+        guidance=training_guidance(denoiser, latents),
+        txt_ids=torch.zeros(hidden.shape[1], 3, dtype=torch.long, device=device),
+        img_ids=F.pad(grid_ids(height // 2, width // 2, device), (1, 0)),
+    ).sample
+    return unpack(tokens, height, width)
+
+
+def blank(config: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """512 tokens of T5 and the pooled text."""
+    return {
+        "encoder_hidden_states": torch.empty(1, 512, config["joint_attention_dim"], device="meta"),
+        "pooled_projections": torch.empty(1, config["pooled_projection_dim"], device="meta"),
+    }
+
+
+def arguments(pipe: Any, drawing: Drawing) -> dict[str, Any]:
+    """Prompt and guidance; a ValueError for a negative prompt, which the distilled models do not know."""
+    no_negative_prompt("FLUX.1", drawing)
+    return {"prompt": drawing.prompt, "guidance_scale": drawing.guidance_scale}
+
+
+def native_side(pipe: Any) -> int:
+    """1024 pixels: FLUX's config knows no size."""
+    return NATIVE_SIDE
+
+
+def grid(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of the picture's tokens, from the last one's place."""
+    _, row, column = keywords["img_ids"][-1].tolist()
+    return int(row) + 1, int(column) + 1
+
+
+FLUX = Family(
+    name="flux",
+    pipeline_classes=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
+    denoiser=TRANSFORMER,
+    text_encoders=(clip("text_encoder"), t5("text_encoder_2")),
+    encode=encode,
+    predict=predict,
+    codec=SCALED,
+    blank=blank,
+    arguments=arguments,
+    native_side=native_side,
+    patch=2,
+    unpack=unpack,
+    grid=grid,
+    scheduler_time=thousandth,
+)

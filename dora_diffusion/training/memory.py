@@ -1,0 +1,277 @@
+"""How much memory a training run will need, found without weights: one step is taken on tensors that have shapes only.
+
+Rules of thumb know neither attention that keeps no scores, nor a layer's own casts, nor what checkpointing spares. Here
+the models' own code runs, forward and backward, on torch's fake tensors: tensors on the meta device that say they are on
+the CPU, so that autocast and the choice of kernels are real. Every storage made on the way is counted while it lives.
+
+Not seen: memory inside one operation, an allocator's rounding and gaps, libraries and the process itself.
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from dora_diffusion.objectives import weighted_squared_error
+from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.subject import PRECISIONS, Subject, picture_size
+
+Device = Literal["cpu", "cuda"]
+ENCODING, STEP, DECODING = "encoding a picture", "a training step", "decoding a preview"
+
+# Operations of the models here that CUDA's autocast computes in fp32 and the CPU's does not (torch.amp's documentation).
+_CUDA_FP32 = frozenset({"layer_norm", "group_norm", "softmax", "pow", "rsqrt", "exp", "norm", "cumsum", "sum", "prod"})
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that training holds at its worst moment.
+
+    Attributes:
+        weights: component -> its frozen weights and buffers; all stay in memory.
+        adapters: A, B, m and frozen anchors, fp32.
+        gradients: of what is trained, fp32.
+        optimiser: AdamW's two moments, fp32.
+        moments: what is done -> the most that it holds beside weights, adapters and optimiser.
+    """
+
+    weights: Mapping[str, int]
+    adapters: int
+    gradients: int
+    optimiser: int
+    moments: Mapping[str, int]
+
+    @property
+    def worst_moment(self) -> str:
+        """What is being done when the most is held."""
+        return max(self.moments, key=lambda name: self.moments[name])
+
+    @property
+    def activations(self) -> int:
+        """What the worst moment holds beside all the rest."""
+        return max(0, self.moments[self.worst_moment] - self.gradients)
+
+    @property
+    def total(self) -> int:
+        """The sum of all."""
+        return sum(self.weights.values()) + self.adapters + self.gradients + self.optimiser + self.activations
+
+
+class Watch(TorchDispatchMode):
+    """Counts the bytes of storages that are made under it, while they live; views count once.
+
+    Attributes:
+        live: bytes now.
+        peak: the most at once since the last `peak_of` began.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        """`known`: tensors whose storages do not count."""
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: dict[int, tuple[weakref.ref[Any], int]] = {}
+        for tensor in known:
+            self._note(tensor.untyped_storage(), 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and note what it made."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                self._note(storage, storage.nbytes())
+        return result
+
+    def _note(self, storage: Any, size: int) -> None:
+        key = id(storage)
+        if key in self._seen:
+            return
+
+        def freed(_: Any) -> None:
+            self.live -= self._seen.pop(key)[1]
+
+        self._seen[key] = weakref.ref(storage, freed), size
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def peak_of(self, call: Callable[[], object]) -> int:
+        """The most bytes alive at once during a call, what was made before it too."""
+        self.peak = self.live
+        call()
+        return self.peak
+
+
+class _Answers(TorchDispatchMode):
+    """Where code asks a tensor without numbers for one (are there rows without a norm?), it is told 0."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            dtype = args[0].dtype
+            return False if dtype == torch.bool else 0.0 if dtype.is_floating_point else 0
+        return func(*args, **(kwargs or {}))
+
+
+class _CastsOfCuda(TorchFunctionMode):
+    """Under autocast, what CUDA computes in fp32 is computed in fp32 on the CPU too."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _CUDA_FP32 and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map_only(Tensor, _to_fp32, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _to_fp32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+@contextmanager
+def _shapes_only(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Models on the meta device become ones whose tensors say they are on the CPU, and so do all made in here."""
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # a layer asks for its tensors' addresses to know whether they were replaced; it compares them, no more
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(_Answers())
+        twins: dict[int, Tensor] = {}
+        for model in models:
+            for module in model.modules():
+                _move(module, twins)
+        yield
+
+
+def _move(module: nn.Module, twins: dict[int, Tensor]) -> None:
+    """Give a module fake tensors; one that is shared stays shared (`twins`: id of a tensor -> its fake)."""
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in twins:
+            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            twins[id(tensor)] = nn.Parameter(made, requires_grad=tensor.requires_grad) if is_parameter else made
+        return twins[id(tensor)]
+
+    for name, value in vars(module).items():
+        if name in ("_parameters", "_buffers") or isinstance(value, Tensor | list | tuple):
+            vars(module)[name] = tree_map_only(Tensor, fake, value)
+
+
+def estimate_memory(subject: Subject, config: TrainConfig, *, device: Device) -> MemoryEstimate:
+    """What one training step of `subject` holds at its worst.
+
+    A subject on the meta device is used up by it. With a true subject on the CPU a true step is taken, which tests
+    compare with.
+
+    Args:
+        subject: injected, as `prepare_subject` leaves it.
+        config: batch, resolution, precision, prior preservation (which doubles the batch).
+        device: where training will run; "cuda" computes norms and softmax in fp32 under autocast.
+
+    Raises:
+        ValueError: the resolution does not fit the model.
+    """
+    models = _modules(subject.pipe)
+    with ExitStack() as stack:
+        if subject.denoiser.device.type == "meta":
+            stack.enter_context(_shapes_only(models.values()))
+        for injection in subject.injections.values():
+            injection.keep_norms()
+        if device == "cuda":
+            stack.enter_context(_CastsOfCuda())
+        watch = stack.enter_context(Watch(tensor for model in models.values() for tensor in _tensors(model)))
+        moments = _moments(subject, config, watch)
+    own = [tensor for injection in subject.injections.values() for tensor in injection.named_tensors().values()]
+    trained = tensor_bytes(subject.parameters())
+    return MemoryEstimate(
+        weights={name: tensor_bytes(_without(own, _tensors(model))) for name, model in models.items()},
+        adapters=tensor_bytes(own),
+        gradients=trained,
+        optimiser=2 * trained,
+        moments=moments,
+    )
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages of some tensors."""
+    storages = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _modules(pipe: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _without(some: Iterable[Tensor], tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The others of `tensors`."""
+    known = {id(tensor) for tensor in some}
+    return (tensor for tensor in tensors if id(tensor) not in known)
+
+
+def _moments(subject: Subject, config: TrainConfig, watch: Watch) -> dict[str, int]:
+    """Encode a picture, take a step, and decode a picture if the run draws any; the peak of each."""
+    family, pipe = subject.family, subject.pipe
+    side, _ = picture_size(subject, config)
+    latents: list[Tensor] = []
+    if config.optim.gradient_accumulation > 1:  # then a forward pass meets the gradients of the one before
+        for parameter in subject.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    def encode() -> None:
+        latents.append(family.codec.encode(pipe, torch.zeros(1, 3, side, side)))
+
+    moments = {ENCODING: watch.peak_of(encode)}
+    moments[STEP] = watch.peak_of(lambda: _step(subject, config, latents[0]))
+    if config.preview.prompts:
+        moments[DECODING] = watch.peak_of(lambda: family.codec.decode(pipe, latents[0]))
+    return moments
+
+
+def _step(subject: Subject, config: TrainConfig, latent: Tensor) -> None:
+    """Noise, predict, compare, backward: `loop._Run._loss`, whatever the noise. `latent`: (1, C, h, w)."""
+    count = config.optim.batch_size * (2 if config.prior.prompts else 1)
+    dtype = PRECISIONS[config.optim.mixed_precision]
+    conditioning = _conditioning(subject, count, dtype)
+    latents = torch.cat([latent] * count).float()
+    noise = torch.zeros_like(latents)
+    noisy = latents + noise
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        predicted = subject.family.predict(
+            subject.denoiser, noisy.to(dtype), torch.full((count,), 500.0), conditioning, torch.zeros(count, 6)
+        )
+    weighted_squared_error(predicted, noise - latents, torch.ones(count)).backward()
+
+
+def _conditioning(subject: Subject, count: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Conditioning of `count` captions of full length, behind the text encoders that are trained."""
+    blank = subject.family.blank(subject.denoiser.config)
+    trained = [name for name in subject.injections if name != subject.family.denoiser.name]
+    longest = max(tensor.shape[1] for tensor in blank.values() if tensor.dim() > 2)
+    read = sum((_read(getattr(subject.pipe, name), count, longest) for name in trained), torch.zeros(()))
+    return {
+        name: torch.zeros(count, *shape.shape[1:], dtype=dtype) + read.to(dtype)
+        if shape.is_floating_point()
+        else torch.zeros(count, *shape.shape[1:], dtype=shape.dtype)
+        for name, shape in blank.items()
+    }
+
+
+def _read(encoder: Any, count: int, longest: int) -> Tensor:
+    """A number that stands for all that a text encoder says of `count` captions: what it keeps for backward counts."""
+    places = getattr(encoder.config, "max_position_embeddings", None) or longest
+    ids = torch.zeros(count, min(places, longest), dtype=torch.int64)
+    said = encoder(input_ids=ids, output_hidden_states=True)
+    hidden: Tensor = said.hidden_states[-1]
+    return hidden.mean()

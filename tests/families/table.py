@@ -1,0 +1,54 @@
+"""docs/families.md from the outcomes of the family tests."""
+
+from collections.abc import Mapping, Sequence
+
+from tests.families.pipelines import PIPELINES
+
+COLUMNS = ("coverage", "predicts as its pipeline", "train", "text encoders", "save, load, draw", "plain diffusers")
+
+HEAD = """# Model families
+
+Written by `make families` from the outcomes of `tests/families`, which run on a tiny random pipeline of every family
+and variant. "yes" means that every test of that column passed; a number refers to the reason below the table.
+
+- **coverage**: the preset `all` and the layers left alone by name are every linear, convolution and embedding layer.
+- **predicts as its pipeline**: prompt encoding, the denoiser's call and the autoencoder equal what the diffusers pipeline
+  itself does, on whole tensors.
+- **train**: ten steps on one batch with the preset `all` lower the loss, move every A, B and m that reaches the
+  prediction, and leave the base as it was, bit for bit.
+- **text encoders**: the same for all of its text encoders.
+- **save, load, draw**: the saved file draws what was trained, folded and unfolded, and comes out without a trace.
+- **plain diffusers**: `load_lora_weights` of the same file draws the same picture (denoiser, and the text encoders that
+  diffusers loads adapters into).
+- **kohya file**: reading and writing kohya's files is not built for any family yet.
+"""
+
+
+def table(outcomes: Mapping[tuple[str, str], Sequence[str]]) -> str:
+    """Markdown: a row a pipeline, a column a question, reasons below.
+
+    Args:
+        outcomes: (pipeline, column) -> "yes", "no: REASON" or "FAILS", one for each test.
+    """
+    reasons: dict[str, int] = {}
+    lines = [
+        "| family | pipeline | " + " | ".join(COLUMNS) + " | kohya file |",
+        "| --- | --- |" + " --- |" * (len(COLUMNS) + 1),
+    ]
+    for name, tiny in PIPELINES.items():
+        cells = [_cell(outcomes.get((name, column), ()), reasons) for column in COLUMNS]
+        lines.append(f"| {tiny.family} | {name} | " + " | ".join(cells) + " | not yet |")
+    notes = [f"{number}. {reason}" for reason, number in reasons.items()]
+    return "\n".join([HEAD, *lines, "", *notes]).rstrip() + "\n"
+
+
+def _cell(outcomes: Sequence[str], reasons: dict[str, int]) -> str:
+    failed = [outcome for outcome in outcomes if outcome != "yes"]
+    if not outcomes:
+        return "not run"
+    if not failed:
+        return "yes"
+    if not failed[0].startswith("no: "):
+        return failed[0]
+    reason = failed[0].removeprefix("no: ")
+    return f"no ({reasons.setdefault(reason, len(reasons) + 1)})"
