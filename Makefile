@@ -1,9 +1,10 @@
 # `make demo` and `make test` are the only two commands needed; each sets up .venv first.
-# Overridable: PYTHON (makes the environment), VENV, DEMO_FLAGS, PYTEST_FLAGS, BENCH_FLAGS.
+# Overridable: PYTHON (makes the environment), VENV, MODEL (pocket or pocket-dit), DEMO_FLAGS, PYTEST_FLAGS, BENCH_FLAGS.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+MODEL ?= pocket
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
@@ -21,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(PY) examples/demo.py $(DEMO_FLAGS)
+	$(PY) examples/demo.py --model $(MODEL) $(DEMO_FLAGS)
 
 test: setup browser
 	$(PY) -m pytest $(PYTEST_FLAGS)

@@ -229,6 +229,7 @@ MISTRAL_3 = Part(
             "num_key_value_heads": 8,
             "head_dim": 128,
             "vocab_size": 131072,
+            "tie_word_embeddings": False,
         },
         "vision_config": {
             "model_type": "pixtral",
@@ -241,6 +242,7 @@ MISTRAL_3 = Part(
             "patch_size": 14,
         },
         "spatial_merge_size": 2,
+        "tie_word_embeddings": False,
     },
     24011.4,
 )

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dora_diffusion.adapters import AdapterManager
     from dora_diffusion.generation import AdapterUse
 
+_BASES = "pocket, pocket-dit, a diffusers folder, a .safetensors file or a hub id (default: pocket)"
 Handler = Callable[[argparse.Namespace, Sequence[str]], int]
 
 
@@ -93,10 +94,10 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.description = "Draw a picture. Several --adapter options blend: --adapter ink.safetensors:0.8"
-    parser.add_argument("--model", default="pocket", help="pocket, a diffusers folder, a .safetensors file or a hub id")
+    parser.add_argument("--model", default="pocket", help=_BASES)
     parser.add_argument("--model-config", metavar="FOLDER", help="configs for a .safetensors file: a diffusers folder")
     parser.add_argument("--adapter", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated")
-    parser.add_argument("--words", action="append", default=[], metavar="FILE", help="a new word's file; may be repeated")
+    parser.add_argument("--words", action="append", default=[], metavar="FILE", help="a new word; may be repeated")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--negative-prompt", default="")
     parser.add_argument("--seed", type=int, default=0)
@@ -243,7 +244,7 @@ def _evaluate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _add_ui(parser: argparse.ArgumentParser) -> None:
     parser.description = "Start the app in the browser. Needs the `ui` extra: pip install 'dora-diffusion[ui]'"
-    parser.add_argument("--model", default="pocket")
+    parser.add_argument("--model", default="pocket", help=_BASES)
     parser.add_argument("--adapters", type=Path, default=Path("."), help="folder to pick adapters from")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for pictures")
     parser.add_argument("--host", default="127.0.0.1")

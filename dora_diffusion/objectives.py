@@ -51,9 +51,7 @@ class DiffusionObjective:
 
     def timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         """Uniform integers."""
-        return torch.randint(
-            0, len(self.alphas_cumprod), (count,), generator=generator, device=generator.device
-        )
+        return torch.randint(0, len(self.alphas_cumprod), (count,), generator=generator, device=generator.device)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """See `add_noise`."""

@@ -131,10 +131,22 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Any:
     read_index(folder)
     try:
         return DiffusionPipeline.from_pretrained(
-            str(folder), dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
+            str(folder),
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            **dict.fromkeys(_left_out(folder)),
         )
     except _LOAD_ERRORS as error:
         raise ValueError(f"model {str(folder)!r} could not be loaded from the folder: {_first_line(error)}") from None
+
+
+def _left_out(folder: Path) -> list[str]:
+    """Components that a folder says it has not, such as Stable Diffusion 3's T5; diffusers wants to be told again."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    empty = [part for part, entry in index.items() if entry == [None, None]]
+    return [part for part in empty if part.startswith(("text_encoder", "tokenizer"))]
 
 
 def read_index(folder: Path) -> Mapping[str, tuple[str, str]]:
@@ -183,7 +195,7 @@ def _refuse_own_code(path: Path, part: str, library: str, class_name: str) -> No
 
 def _names_code(folder: Path) -> bool:
     for file in folder.glob("*.json"):
-        with contextlib.suppress(OSError, ValueError, RecursionError):  # what cannot be read cannot name code either
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # unreadable: names nothing
             if "auto_map" in json.loads(file.read_text(encoding="utf-8")):
                 return True
     return False
@@ -234,7 +246,7 @@ def _from_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Any
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     header = _checked_header(path)
-    origin = str(config) if config is not None else _origin(path, header)
+    origin = str(EMBEDDED.get(str(config), config)) if config is not None else _origin(path, header)
     folder = _config_folder(path, origin, is_given=config is not None)
     index = dict(read_index(folder))
     pipeline = getattr(diffusers, index.pop("_class_name")[1])
@@ -246,10 +258,8 @@ def _from_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Any
             pipe = pipeline.from_single_file(
                 str(path), config=str(folder), dtype=dtype, local_files_only=True, **others
             )
-    except _LOAD_ERRORS as error:
-        raise ValueError(
-            f"{path} could not be loaded as the {pipeline.__name__} of {origin}: {_first_line(error)}"
-        ) from None
+    except (*_LOAD_ERRORS, SingleFileComponentError) as error:
+        raise ValueError(f"{path} is no {pipeline.__name__} like {origin}: {_misfit(error)}") from None
     models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     _check_filled(path, models, origin)
     for model in models.values():

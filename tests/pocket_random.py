@@ -8,10 +8,10 @@ from diffusers import StableDiffusionPipeline
 
 from dora_diffusion.injection import DoRAConfig, inject
 from dora_diffusion.pretrain.autoencoder import build_autoencoder
-from dora_diffusion.pretrain.unet import TextPart, build_unet
 from dora_diffusion.pretrain.package import assemble
 from dora_diffusion.pretrain.text import build_text_encoder
 from dora_diffusion.pretrain.tokens import train_tokenizer
+from dora_diffusion.pretrain.unet import TextPart, build_unet
 from dora_diffusion.state import AdapterState, join
 
 CAPTIONS = ("a noto style cat on a red background", "a small flat style castle in a forest") * 2

@@ -1,4 +1,4 @@
-"""Score the embedded base: `python train_scripts/score_pocket.py --folder pocket-work --output docs/results`.
+"""Score an embedded base: `python train_scripts/score_pocket.py --folder pocket-work [--base pocket-dit]`.
 
 Recognition over 100 captions, and over the held-out (object, style) pairs; a grid of 40 captions; the autoencoder's
 PSNR on objects it never saw. Needs the `pretrain` extra (the drawings are the judge).
@@ -11,30 +11,32 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from dora_diffusion.evaluate.recognition import as_dict, draw_scenes, random_scenes, score
-from dora_diffusion.pipelines import load_pipeline
+from dora_diffusion.pipelines import EMBEDDED, POCKET, load_pipeline
 from dora_diffusion.pretrain.autoencoder import reconstruction_psnr
 from dora_diffusion.pretrain.icons import load_icons
 from dora_diffusion.pretrain.package import draw_batch
 from dora_diffusion.pretrain.pictures import held_out_pairs, scene_pictures
-from dora_diffusion.pretrain.run import Workshop, trained_pipeline
+from dora_diffusion.pretrain.run import Workshop, trained_dit_pipeline, trained_pipeline
 from dora_diffusion.pretrain.scenes import Scene, compose, vocabulary
 from dora_diffusion.sheets import grid
 
 
 def main() -> None:
-    """Draw, judge, write `pocket.json` and `pocket-grid.png`."""
+    """Draw, judge, write `BASE.json` and `BASE-grid.png`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="working folder of pretraining: its icons judge")
+    parser.add_argument("--base", choices=EMBEDDED, default="pocket")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--newest", action="store_true", help="score the newest checkpoint, not the shipped base")
     parser.add_argument("--count", type=int, default=100)
     arguments = parser.parse_args()
     workshop, words = Workshop(arguments.folder), vocabulary()
-    pipe = trained_pipeline(workshop) if arguments.newest else load_pipeline("pocket")
+    pipe = newest(workshop, arguments.base) if arguments.newest else load_pipeline(arguments.base)
     icons = {style: load_icons(name, list(words.objects), workshop.icons) for style, name in words.styles.items()}
 
     @cache
@@ -58,11 +60,16 @@ def main() -> None:
         "seconds_a_picture_in_batches_of_10": round(seconds, 2),
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "pocket.json").write_text(json.dumps(report, indent=1) + "\n")
+    (arguments.output / f"{arguments.base}.json").write_text(json.dumps(report, indent=1) + "\n")
     grid([pictures[start : start + 10] for start in range(0, min(40, len(pictures)), 10)]).save(
-        arguments.output / "pocket-grid.png"
+        arguments.output / f"{arguments.base}-grid.png"
     )
     print(json.dumps(report, indent=1))
+
+
+def newest(workshop: Workshop, base: str) -> Any:
+    """The pipeline of the newest checkpoint of a base."""
+    return trained_pipeline(workshop) if base == "pocket" else trained_dit_pipeline(workshop, POCKET)
 
 
 if __name__ == "__main__":

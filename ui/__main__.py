@@ -11,7 +11,9 @@ from ui.options import UiOptions
 def _parser() -> argparse.ArgumentParser:
     default = UiOptions()
     parser = argparse.ArgumentParser(prog="python -m ui", description="Draw with a mix of adapters, in the browser.")
-    parser.add_argument("--model", default=default.model, help="base: pocket, a folder or a hub id (%(default)s)")
+    parser.add_argument(
+        "--model", default=default.model, help="base: pocket, pocket-dit, a folder, a file, a hub id (%(default)s)"
+    )
     parser.add_argument("--adapters", type=Path, default=default.adapters, help="folder of *.safetensors (%(default)s)")
     parser.add_argument("--output", type=Path, default=default.output, help="where pictures go (%(default)s)")
     parser.add_argument("--host", default=default.host, help="address to listen on (%(default)s)")

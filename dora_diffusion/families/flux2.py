@@ -15,6 +15,7 @@ from dora_diffusion.families.codecs import PATCHED
 from dora_diffusion.families.flux import native_side, training_guidance
 from dora_diffusion.families.packing import flatten, grid_ids, thousandth, unflatten
 from dora_diffusion.families.record import Component, Drawing, Family, no_negative_prompt
+from dora_diffusion.families.shifts import flux_2_shift
 from dora_diffusion.families.text import decoder
 
 # Most blocks are of the single kind, which fuses its attention with its feed-forward into two layers: without these the
@@ -114,6 +115,7 @@ FLUX_2 = Family(
     unpack=unpack,
     grid=grid,
     scheduler_time=thousandth,
+    shift=flux_2_shift,
 )
 
 FLUX_2_KLEIN = Family(
@@ -131,4 +133,5 @@ FLUX_2_KLEIN = Family(
     unpack=unpack,
     grid=grid,
     scheduler_time=thousandth,
+    shift=flux_2_shift,
 )

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from dora_diffusion.families.shifts import scheduler_shift
+
 Presets = Mapping[str, tuple[str, ...]]
 
 
@@ -44,7 +46,7 @@ class Predict(Protocol):
 
     Args:
         denoiser: the UNet or transformer.
-        latents: (N, C, h, w), as `encode_pictures` gives them.
+        latents: (N, C, h, w), as the codec encodes pictures.
         timesteps: (N,), in the scheduler's unit, 0 to 1000, more is noisier.
         conditioning: from `Encode`.
         frames: (N, 6), where each picture comes from, in pixels: original height and width, top and left of the crop,
@@ -134,8 +136,8 @@ class Family:
         encode: captions to conditioning.
         predict: the denoiser's call.
         codec: pictures to latents and back.
-        blank: the denoiser's config -> conditioning of one caption as `encode` gives it at full length: tensors (1, ...)
-            on the meta device, for estimates of memory. A mask may be left out.
+        blank: the denoiser's config -> conditioning of one caption as `encode` gives it at full length: tensors
+            (1, ...) on the meta device, for estimates of memory. A mask may be left out.
         is_mine: tells families apart that share a pipeline class, by the denoiser's config.
         arguments: a drawing as the pipeline's arguments; a ValueError for what the model does not have.
         native_side: pixels of a picture as the model knows it.
@@ -144,6 +146,7 @@ class Family:
         grid: arguments and keywords of a call of the denoiser -> rows and columns of the picture's tokens, when it
             predicts tokens (N, rows * columns, C), row by row; None when it predicts (N, C, h, w).
         scheduler_time: the timestep given to the denoiser -> the scheduler's.
+        shift: a flow's scheduler, and a picture's tokens -> the shift of timesteps towards noise that it draws with.
     """
 
     name: str
@@ -161,6 +164,7 @@ class Family:
     unpack: Callable[[Tensor, int, int], Tensor] = unpacked
     grid: Callable[[Sequence[Any], Mapping[str, Any]], tuple[int, int] | None] = maps
     scheduler_time: Callable[[Tensor], Tensor] = same_time
+    shift: Callable[[Any, int], float] = scheduler_shift
 
     @property
     def components(self) -> tuple[Component, ...]:

@@ -50,10 +50,16 @@ def blank(config: Mapping[str, Any]) -> Mapping[str, Tensor]:
 
 
 def encode_xl(pipe: Any, captions: list[str]) -> Mapping[str, Tensor]:
-    """Captions -> both encoders' last but one layers side by side, and the second's pooled projection."""
+    """Captions -> both encoders' last but one layers side by side, and the second's pooled projection.
+
+    An empty caption is zeros where the pipeline's own unconditional prediction is asked with zeros.
+    """
     hidden, _, pooled, _ = pipe.encode_prompt(
         captions, device=pipe.text_encoder_2.device, num_images_per_prompt=1, do_classifier_free_guidance=False
     )
+    if pipe.config.get("force_zeros_for_empty_prompt"):
+        said = torch.tensor([bool(caption) for caption in captions], device=hidden.device)
+        hidden, pooled = hidden * said[:, None, None], pooled * said[:, None]
     return {"encoder_hidden_states": hidden, "text_embeds": pooled}
 
 

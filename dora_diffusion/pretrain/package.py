@@ -68,6 +68,7 @@ def ship(pipe: Any, folder: Path) -> None:
     for part, component in pipe.components.items():
         if part.startswith("tokenizer") and component is not None:
             component.backend_tokenizer.model.save(str(folder / part))  # vocab.json and merges.txt, as CLIP has
+            (folder / part / "tokenizer.json").unlink()  # says the same at four times the size
     for file in folder.glob("*/config.json"):
         config = json.loads(file.read_text())
         config.pop("_name_or_path", None)  # a path of the machine that trained it

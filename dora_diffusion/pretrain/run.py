@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPi
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 from dora_diffusion import storage
+from dora_diffusion.pretrain import dit
 from dora_diffusion.pretrain.autoencoder import (
     AutoencoderRecipe,
     build_autoencoder,
@@ -18,7 +19,6 @@ from dora_diffusion.pretrain.autoencoder import (
     train_autoencoder,
     whiten,
 )
-from dora_diffusion.pretrain import dit
 from dora_diffusion.pretrain.denoiser import DenoiserRecipe, train_denoiser
 from dora_diffusion.pretrain.package import load_checkpoint, load_dit_checkpoint, ship
 from dora_diffusion.pretrain.pictures import all_scenes, autoencoder_pictures, scene_pictures

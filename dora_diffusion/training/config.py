@@ -288,7 +288,7 @@ class TrainConfig(_Section):
     """A whole training run. Paths are absolute once it is built."""
 
     model: Text = "pocket"
-    """The base: "pocket", a diffusers folder or a hub id."""
+    """The base: "pocket", "pocket-dit", a diffusers folder, a .safetensors checkpoint or a hub id."""
     output_dir: Location
     """The run's folder; relative to the current directory."""
     data: DataConfig

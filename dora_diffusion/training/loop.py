@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -110,7 +109,7 @@ class _Run:
         size = picture_size(subject, config)
         self.source = BatchSource(subject, config, size, instances=instances, classes=classes)
         self.watched = list(held_out or instances)
-        self.objective = objective_of(subject.pipe.scheduler, config, tokens=_tokens(subject, size))
+        self.objective = objective_of(subject.pipe, config, tokens=_tokens(subject, size))
         self.optimizer = build_optimizer(subject, config)
         self.rates = RateSchedule(self.optimizer, config)
         for injection in subject.injections.values():

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -26,7 +27,6 @@ from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.subject import PRECISIONS, Subject, picture_size
 
 Device = Literal["cpu", "cuda"]
-ENCODING, STEP, DECODING = "encoding a picture", "a training step", "decoding a preview"
 
 # Operations of the models here that CUDA's autocast computes in fp32 and the CPU's does not (torch.amp's documentation).
 _CUDA_FP32 = frozenset({"layer_norm", "group_norm", "softmax", "pow", "rsqrt", "exp", "norm", "cumsum", "sum", "prod"})
@@ -42,6 +42,7 @@ class MemoryEstimate:
         gradients: of what is trained, fp32.
         optimiser: AdamW's two moments, fp32.
         moments: what is done -> the most that it holds beside weights, adapters and optimiser.
+        side: of a picture, in pixels.
     """
 
     weights: Mapping[str, int]
@@ -49,6 +50,7 @@ class MemoryEstimate:
     gradients: int
     optimiser: int
     moments: Mapping[str, int]
+    side: int
 
     @property
     def worst_moment(self) -> str:
@@ -197,6 +199,7 @@ def estimate_memory(subject: Subject, config: TrainConfig, *, device: Device) ->
         gradients=trained,
         optimiser=2 * trained,
         moments=moments,
+        side=picture_size(subject, config)[0],
     )
 
 
@@ -232,16 +235,16 @@ def _moments(subject: Subject, config: TrainConfig, watch: Watch) -> dict[str, i
     def encode() -> None:
         latents.append(family.codec.encode(pipe, torch.zeros(1, 3, side, side)))
 
-    moments = {ENCODING: watch.peak_of(encode)}
-    moments[STEP] = watch.peak_of(lambda: _step(subject, config, latents[0]))
+    count = config.optim.batch_size * (2 if config.prior.prompts else 1)
+    moments = {"encoding a picture": watch.peak_of(encode)}
+    moments[f"a step of {count}"] = watch.peak_of(lambda: _step(subject, config, latents[0], count))
     if config.preview.prompts:
-        moments[DECODING] = watch.peak_of(lambda: family.codec.decode(pipe, latents[0]))
+        moments["decoding a preview"] = watch.peak_of(lambda: family.codec.decode(pipe, latents[0]))
     return moments
 
 
-def _step(subject: Subject, config: TrainConfig, latent: Tensor) -> None:
-    """Noise, predict, compare, backward: `loop._Run._loss`, whatever the noise. `latent`: (1, C, h, w)."""
-    count = config.optim.batch_size * (2 if config.prior.prompts else 1)
+def _step(subject: Subject, config: TrainConfig, latent: Tensor, count: int) -> None:
+    """Noise, predict, compare, backward, as `loop` does it, whatever the noise. `latent`: (1, C, h, w)."""
     dtype = PRECISIONS[config.optim.mixed_precision]
     conditioning = _conditioning(subject, count, dtype)
     latents = torch.cat([latent] * count).float()
@@ -251,7 +254,11 @@ def _step(subject: Subject, config: TrainConfig, latent: Tensor) -> None:
         predicted = subject.family.predict(
             subject.denoiser, noisy.to(dtype), torch.full((count,), 500.0), conditioning, torch.zeros(count, 6)
         )
-    weighted_squared_error(predicted, noise - latents, torch.ones(count)).backward()
+    loss = weighted_squared_error(predicted, noise - latents, torch.ones(count))
+    # as `loss.backward()`, which would hide what checkpointing computes again from a TorchFunctionMode
+    _engine_run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 def _conditioning(subject: Subject, count: int, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,27 +1,29 @@
 """Which objective a base is trained by: its scheduler says the kind, the config the details."""
 
-import math
 from typing import Any
 
+from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.objectives import DiffusionObjective, FlowObjective, Objective
 from dora_diffusion.training.config import TrainConfig
 
 
-def objective_of(scheduler: Any, config: TrainConfig, *, tokens: int) -> Objective:
+def objective_of(pipe: Any, config: TrainConfig, *, tokens: int) -> Objective:
     """The objective of a base.
 
     Args:
-        scheduler: the pipeline's.
+        pipe: the base; its scheduler says what is predicted, its family how a flow's timesteps are shifted.
         config: its `optim.min_snr_gamma` and `flow` section.
         tokens: the picture's tokens in the denoiser, on which some schedulers' shift depends.
 
     Raises:
         ValueError: the scheduler predicts something that cannot be trained.
     """
+    scheduler = pipe.scheduler
     if is_flow(scheduler):
         flow = config.flow
+        shift = family_of_pipeline(pipe).shift(scheduler, tokens) if flow.shift is None else flow.shift
         return FlowObjective(
-            shift=scheduler_shift(scheduler, tokens) if flow.shift is None else flow.shift,
+            shift=shift,
             density=flow.density,
             logit_mean=flow.logit_mean,
             logit_std=flow.logit_std,
@@ -40,18 +42,3 @@ def is_flow(scheduler: Any) -> bool:
     """Whether a scheduler draws by flow matching."""
     predicted = scheduler.config.get("prediction_type")
     return "FlowMatch" in type(scheduler).__name__ or predicted == "flow_prediction"
-
-
-def scheduler_shift(scheduler: Any, tokens: int) -> float:
-    """The shift of its timesteps towards noise for a picture of so many tokens, 1 for none.
-
-    With dynamic shifting mu is linear in the number of tokens and shift = e^mu, or mu itself when it is "linear"
-    (diffusers' `FlowMatchEulerDiscreteScheduler.time_shift`).
-    """
-    config = scheduler.config
-    if not config.get("use_dynamic_shifting"):
-        return float(config.get("shift") or config.get("flow_shift") or 1.0)
-    least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    mu = low + (high - low) * (tokens - least) / (most - least)
-    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_diffusion.pipelines import configs_of, load_pipeline, read_index
+from dora_diffusion.pipelines import EMBEDDED, configs_of, load_pipeline, read_index
 
 
 def load_skeleton(source: str | Path, *, dtype: torch.dtype) -> Any:
@@ -24,12 +24,15 @@ def load_skeleton(source: str | Path, *, dtype: torch.dtype) -> Any:
     folder = configs_of(source)
     if folder is None:
         return load_pipeline(source, dtype=dtype).to("meta")
+    is_local = str(source) in EMBEDDED or folder == Path(source)
     import diffusers
 
     index = dict(read_index(folder))
     kind = getattr(diffusers, index.pop("_class_name")[1])
     try:
-        components = {name: _component(folder / name, *entry, dtype=dtype) for name, entry in index.items()}
+        components = {
+            name: _component(folder / name, *entry, dtype=dtype, has_weights=is_local) for name, entry in index.items()
+        }
         settings = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         return pipeline_on_meta(kind, components, settings)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
@@ -37,12 +40,14 @@ def load_skeleton(source: str | Path, *, dtype: torch.dtype) -> Any:
         raise ValueError(f"model {str(source)!r}: a base could not be built from its configs: {first_line}") from None
 
 
-def _component(folder: Path, library: str, class_name: str, *, dtype: torch.dtype) -> Any:
+def _component(folder: Path, library: str, class_name: str, *, dtype: torch.dtype, has_weights: bool) -> Any:
     from diffusers import pipelines
 
     kind = getattr(getattr(pipelines, library, None) or importlib.import_module(library), class_name)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         return kind.from_pretrained(folder, local_files_only=True)
+    if has_weights and not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} holds no .safetensors")
     return model_on_meta(kind, json.loads((folder / "config.json").read_text(encoding="utf-8")), dtype)
 
 

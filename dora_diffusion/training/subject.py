@@ -159,6 +159,8 @@ def _layer_config(config: TrainConfig, rank: int, *, is_denoiser: bool) -> DoRAC
 
 def _enable_checkpointing(model: Any) -> None:
     """Gradient checkpointing by the name that the model's library and version give it."""
+    if not getattr(model, "_supports_gradient_checkpointing", True):
+        raise ValueError(f"optim.gradient_checkpointing: {type(model).__name__} has none in diffusers; expected false")
     names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
     next(getattr(model, name) for name in names if hasattr(model, name))()
 
@@ -171,7 +173,7 @@ def _targets(config: TrainConfig, is_denoiser: bool) -> str | list[str] | None:
 
 
 def picture_size(subject: Subject, config: TrainConfig) -> tuple[int, int]:
-    """(width, height) of training pictures: the config's resolution, or the model's own; a ValueError when not whole."""
+    """(width, height) of training pictures: the config's or the model's own; a ValueError when it cannot be drawn."""
     side = config.data.resolution or subject.family.native_side(subject.pipe)
     multiple = pixel_multiple(subject.pipe, subject.family)
     if side % multiple:

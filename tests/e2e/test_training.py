@@ -181,9 +181,7 @@ def test_words_beside_an_adapter_resume_bit_for_bit_and_stand_still_after_their_
     assert [path.name for path in whole.words] == ["zqx.safetensors"]
     assert_identical(load_file(resumed.words[0]), load_file(whole.words[0]))
     assert_identical(load_file(resumed.adapter), load_file(whole.adapter))
-    files = [
-        tmp_path / "whole" / "checkpoints" / f"step-{step:08d}" / "parameters.safetensors" for step in (3, 6)
-    ]
+    files = [tmp_path / "whole" / "checkpoints" / f"step-{step:08d}" / "parameters.safetensors" for step in (3, 6)]
     half, end = (load_file(file)["words.text_encoder.vectors"] for file in files)
     assert_identical(end, half)  # of six steps the first three move them
     (saved,) = load_file(whole.words[0]).values()

@@ -12,8 +12,8 @@ Written by `make families` from the outcomes of `tests/families`, which run on a
 and variant. "yes" means that every test of that column passed; a number refers to the reason below the table.
 
 - **coverage**: the preset `all` and the layers left alone by name are every linear, convolution and embedding layer.
-- **predicts as its pipeline**: prompt encoding, the denoiser's call and the autoencoder equal what the diffusers pipeline
-  itself does, on whole tensors.
+- **predicts as its pipeline**: prompt encoding, the denoiser's call and the autoencoder equal what the diffusers
+  pipeline itself does, on whole tensors.
 - **train**: ten steps on one batch with the preset `all` lower the loss, move every A, B and m that reaches the
   prediction, and leave the base as it was, bit for bit.
 - **text encoders**: the same for all of its text encoders.

@@ -5,7 +5,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -166,7 +165,12 @@ def test_latents_are_decoded_as_the_pipeline_does_and_encoded_the_other_way(tiny
     pixels = family.codec.decode(pipe, latents)
     assert_close(torch.as_tensor(picture), (pixels[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0))
     given: dict[str, Tensor] = {}
-    monkeypatch.setattr(pipe.vae, "decode", lambda z, **_: given.setdefault("z", z) is None or SimpleNamespace(sample=z))
+
+    def keep(z: Tensor, **_: Any) -> Any:
+        given["z"] = z
+        return SimpleNamespace(sample=z)
+
+    monkeypatch.setattr(pipe.vae, "decode", keep)
     family.codec.decode(pipe, latents)
     answer = SimpleNamespace(latent=given["z"], latent_dist=SimpleNamespace(mode=lambda: given["z"]))
     monkeypatch.setattr(pipe.vae, "encode", lambda pixels: answer)
@@ -193,12 +197,12 @@ def train_ten_steps(tiny: Tiny, parts: tuple[str, ...], *, preset: str = "all-li
     family = family_of_pipeline(pipe)
     base = weights_of(pipe)
     injections = {name: inject(getattr(pipe, name), DoRAConfig(rank=2, target_modules=preset)) for name in parts}
-    named = {f"{n}.{path}": p for n, injection in injections.items() for path, p in injection.named_parameters().items()}
+    named = {f"{n}.{path}": p for n, part in injections.items() for path, p in part.named_parameters().items()}
     starts = {name: parameter.detach().clone() for name, parameter in named.items()}
     latents, _, frames = some_latents(pipe, tiny, 2)
     config = TrainConfig.model_validate({"output_dir": "unused", "data": {"instance_dir": "."}})
     multiple = pixel_multiple(pipe, family)
-    objective = objective_of(pipe.scheduler, config, tokens=(tiny.side // multiple) ** 2)
+    objective = objective_of(pipe, config, tokens=(tiny.side // multiple) ** 2)
     generator = torch.Generator().manual_seed(2)
     noise = torch.randn(latents.shape, generator=generator)
     timesteps = objective.timesteps(2, generator)

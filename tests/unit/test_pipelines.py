@@ -132,6 +132,12 @@ def test_a_file_of_the_denoiser_alone_takes_the_rest_from_its_config(
     assert "the file holds no" in refusal(path, config=bare)
 
 
+def test_an_embedded_base_can_lend_its_configs(tmp_path: Path) -> None:
+    pipe = load_pipeline("pocket")
+    path = original_layouts.save(pipe.unet.state_dict(), tmp_path / "tuned.safetensors")
+    assert_same_weights(load_pipeline(path, config="pocket"), pipe)
+
+
 def test_a_single_file_that_does_not_fit_its_config_is_refused(folders: Callable[[str], Path], tmp_path: Path) -> None:
     tensors = original_layouts.stable_diffusion(PIPELINES["sd1"].build())
     for part, words in (
