@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dora_diffusion.injection import DoRAConfig, Injection, inject
     from dora_diffusion.pipelines import load_pipeline
     from dora_diffusion.state import AdapterState, ModuleState
+    from dora_diffusion.tokens import Words, WordState, add_words, install_words, load_word, save_words
     from dora_diffusion.training.config import TrainConfig
     from dora_diffusion.training.loop import train
 
@@ -37,6 +38,12 @@ _HOMES = {
     "load_pipeline": "pipelines",
     "AdapterState": "state",
     "ModuleState": "state",
+    "WordState": "tokens",
+    "Words": "tokens",
+    "add_words": "tokens",
+    "install_words": "tokens",
+    "load_word": "tokens",
+    "save_words": "tokens",
     "TrainConfig": "training.config",
     "train": "training.loop",
 }
@@ -50,11 +57,17 @@ __all__ = [
     "LoadReport",
     "ModuleState",
     "TrainConfig",
+    "WordState",
+    "Words",
+    "add_words",
     "generate",
     "inject",
+    "install_words",
     "load_adapter",
     "load_pipeline",
+    "load_word",
     "save_adapter",
+    "save_words",
     "train",
 ]
 

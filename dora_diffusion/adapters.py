@@ -26,10 +26,9 @@ from dora_diffusion.merge import Fold, fold
 from dora_diffusion.schedules import mask_of, schedule_of
 from dora_diffusion.state import AdapterState, ModuleState
 from dora_diffusion.steering import Steering
+from dora_diffusion.strengths import Weight, check_strength, strength_at
 from dora_diffusion.step_clock import stamp
 from dora_diffusion.storage import sha256_of
-
-Weight = float | Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ class AdapterManager:
         """
         self._refuse_while_fused("change strengths")
         for name, weight in weights.items():
-            _check_weight(name, weight, self._loaded(name).modules)
+            check_strength(name, weight, self._loaded(name).modules)
         if self._room is not None:
             self._check_room(weights)
         self._weights = {name: dict(w) if isinstance(w, Mapping) else float(w) for name, w in weights.items()}
@@ -388,27 +387,3 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
         return model.get_submodule(path)
     except AttributeError:
         return None
-
-
-def _under(path: str, part: str) -> bool:
-    return path == part or path.startswith(part + ".")
-
-
-def strength_at(path: str, weight: Weight) -> float:
-    """The strength of a layer: the number, or that of the longest part that its path lies under, or 0."""
-    if not isinstance(weight, Mapping):
-        return float(weight)
-    parts = [part for part in weight if _under(path, part)]
-    return float(weight[max(parts, key=len)]) if parts else 0.0
-
-
-def _check_weight(name: str, weight: Weight, modules: Mapping[str, ModuleState]) -> None:
-    values = weight.values() if isinstance(weight, Mapping) else [weight]
-    for value in values:
-        if not isinstance(value, int | float) or not torch.isfinite(torch.tensor(float(value))):
-            raise ValueError(f"strength of {name!r} must be a finite number, got {value!r}")
-    for part in weight if isinstance(weight, Mapping) else ():
-        component = part.split(".")[0]
-        elsewhere = part == component and component.startswith(("unet", "transformer", "text_encoder"))
-        if not elsewhere and not any(_under(path, part) for path in modules):
-            raise ValueError(f"strength of {name!r}: {part!r} holds none of its layers")

@@ -17,9 +17,9 @@ class Fold:
         self._kept = dict(kept)
 
     def undo(self) -> None:
-        """Put the kept weights back: nothing is computed or copied."""
+        """Put the kept weights back: nothing is computed, or copied but for a model that has since moved."""
         for layer, weight in self._kept.values():
-            layer.weight.data = weight
+            layer.weight.data = weight.to(layer.weight.device)
         self._kept.clear()
 
 

@@ -234,8 +234,8 @@ def check_words(config: TrainConfig, examples: Sequence[Example]) -> None:
     for word in config.words.starts:
         if not any(word in example.caption for example in examples):
             raise ValueError(
-                f"words.starts: {word!r} stands in none of the {len(examples)} captions, {examples[0].caption!r} first; "
-                "expected captions (or data.instance_prompt) that hold it"
+                f"words.starts: {word!r} stands in none of the {len(examples)} captions, "
+                f"{examples[0].caption!r} first; expected captions (or data.instance_prompt) that hold it"
             )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dora_diffusion.adapters import AdapterManager, strength_at
+from dora_diffusion.adapters import AdapterManager
 from dora_diffusion.formats import save_adapter
 from dora_diffusion.injection import DoRAConfig, inject
 from dora_diffusion.layers import BlendedLayer
@@ -133,12 +133,6 @@ def test_strength_by_component_and_block(pipe) -> None:
     by_parts = predict(pipe)
     manager.set_adapters({"a": 1.0})
     assert_identical(predict(pipe), by_parts)
-
-
-def test_longest_part_decides() -> None:
-    weight = {"unet": 0.8, "unet.up_blocks": 1.2, "unet.up_blocks.1": 0.1}
-    paths = ["unet.mid.x", "unet.up_blocks.0.x", "unet.up_blocks.1.x", "unet.up_blocks.10.x", "text_encoder.x"]
-    assert [strength_at(path, weight) for path in paths] == [0.8, 1.2, 0.1, 1.2, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from dora_diffusion.training.images import FORMATS, fit, list_images, read_image
+from dora_diffusion.training.images import FORMATS, fit, frame_of, list_images, read_image
 
 Transpose = Image.Transpose
 
@@ -266,3 +266,16 @@ def test_fit_refuses_an_offset_that_would_not_be_used() -> None:
         fit(halves(), size=(8, 8), crop="center", offset=(0, 0))
     with pytest.raises(ValueError, match="offset: got None with crop='random'"):
         fit(halves(), size=(8, 8), crop="random")
+
+
+@pytest.mark.parametrize(
+    ("original", "size", "offset", "expected"),
+    [
+        ((64, 48), (64, 48), None, (48, 64, 0, 0, 48, 64)),
+        ((200, 100), (50, 50), None, (100, 200, 0, 25, 50, 50)),
+        ((200, 100), (50, 50), (1.0, 0.0), (100, 200, 0, 50, 50, 50)),
+        ((100, 200), (50, 50), (0.3, 0.5), (200, 100, 25, 0, 50, 50)),
+    ],
+)
+def test_a_frame_is_original_size_crop_and_size(original, size, offset, expected) -> None:
+    assert frame_of(original, size=size, offset=offset) == expected

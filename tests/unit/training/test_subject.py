@@ -9,6 +9,7 @@ from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.dataset import Example
 from dora_diffusion.training.images import read_image
 from dora_diffusion.training.subject import RateSchedule, adapter_metadata, build_optimizer, prepare_subject
+from tests.families.pipelines import PIPELINES
 from tests.pocket_random import random_pocket_pipeline
 from tests.tolerances import assert_close
 
@@ -94,3 +95,53 @@ def test_metadata_tells_no_path_of_the_machine(tmp_path) -> None:
     metadata = adapter_metadata(config, prepare_subject(random_pocket_pipeline(), config).family, step=3)
     assert metadata["dora_diffusion.base_model"] == "my-base"
     assert str(tmp_path) not in "".join(metadata.values())
+
+
+def xl_config(folder, *, train: object, rank: object = None, rate: object = None) -> TrainConfig:
+    adapter = {"rank": 8, "train_text_encoder": train, "text_encoder_rank": rank}
+    return make_config(folder, adapter=adapter, optim={"text_encoder_learning_rate": rate})
+
+
+def test_each_text_encoder_has_its_own_rank_and_rate(tmp_path) -> None:
+    config = xl_config(tmp_path, train=True, rank={"text_encoder_2": 2}, rate={"text_encoder": 3e-5})
+    subject = prepare_subject(PIPELINES["sdxl"].build(), config)
+    ranks = {name: set(injection.matched.values()) for name, injection in subject.injections.items()}
+    assert ranks == {"unet": {8}, "text_encoder": {8}, "text_encoder_2": {2}}
+    rates = [group["lr"] for group in build_optimizer(subject, config).param_groups[::3]]
+    assert rates == [1e-4, 3e-5, 1e-4]
+    assert set(prepare_subject(PIPELINES["sdxl"].build(), xl_config(tmp_path, train=["text_encoder_2"])).injections) == {
+        "unet",
+        "text_encoder_2",
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"train": ["text_encoder_3"]}, "adapter.train_text_encoder: got 'text_encoder_3', expected one of text_encoder, "),
+        ({"train": True, "rank": {"unet": 4}}, "adapter.text_encoder_rank: got 'unet', expected one of text_encoder, "),
+        (
+            {"train": ["text_encoder"], "rate": {"text_encoder_2": 1e-5}},
+            "optim.text_encoder_learning_rate: got 'text_encoder_2', expected one of text_encoder",
+        ),
+    ],
+)
+def test_a_text_encoder_that_is_not_there_or_not_trained_is_named(tmp_path, settings, complaint) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        prepare_subject(PIPELINES["sdxl"].build(), xl_config(tmp_path, **settings))
+
+
+def test_micro_conditioning_says_where_each_picture_comes_from(tmp_path) -> None:
+    config = xl_config(tmp_path, train=False)
+    subject = prepare_subject(PIPELINES["sdxl"].build(), config)
+    background("red", 64).resize((96, 48)).save(tmp_path / "wide.png")
+    examples = [Example(tmp_path / "wide.png", "a cat")]
+    source = BatchSource(subject, config, (32, 32), instances=examples, classes=[])
+    batch = source.batch_at(0)
+    assert batch.frames.tolist() == [[48, 96, 0, 16, 32, 32]]
+    seen = {}
+    unet = subject.denoiser
+    unet.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs["added_cond_kwargs"]), with_kwargs=True)
+    with torch.no_grad():
+        subject.family.predict(unet, batch.latents, torch.tensor([10]), batch.conditioning, batch.frames)
+    assert seen["time_ids"].tolist() == batch.frames.tolist()
