@@ -67,14 +67,19 @@ class CaptionStore:
         self._subject = subject
         self._kept: dict[str, Mapping[str, Tensor]] = {}
 
+    def keep(self, captions: Sequence[str]) -> None:
+        """Encode what is new among captions, once and for all."""
+        subject = self._subject
+        if new := dict.fromkeys(caption for caption in captions if caption not in self._kept):
+            with torch.no_grad(), subject.awake():
+                self._kept.update({caption: subject.family.encode(subject.pipe, [caption]) for caption in new})
+
     def encode(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
         """Captions -> batched conditioning, with gradients when a text encoder is trained."""
         subject = self._subject
         if subject.trains_text():
             return subject.family.encode(subject.pipe, list(captions))
-        with torch.no_grad():
-            for caption in set(captions) - self._kept.keys():
-                self._kept[caption] = subject.family.encode(subject.pipe, [caption])
+        self.keep(captions)
         names = self._kept[captions[0]].keys()
         return {name: _together([self._kept[caption][name] for caption in captions]) for name in names}
 
@@ -105,6 +110,8 @@ class BatchSource:
         self._captions = CaptionStore(subject)
         self._instances, self._classes = instances, classes
         batch, seed = config.optim.batch_size, config.optim.seed
+        if not subject.trains_text():
+            self._captions.keep(["", *(example.caption for example in (*instances, *classes))])
         self._instance_order = StepSampler(len(instances), batch_size=batch, seed=seed)
         self._class_order = StepSampler(len(classes), batch_size=batch, seed=seed + 1) if classes else None
 

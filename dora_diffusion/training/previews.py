@@ -14,7 +14,7 @@ from dora_diffusion.training.subject import Subject
 def draw_previews(subject: Subject, config: TrainConfig) -> list[Image.Image]:
     """One picture a preview prompt, with the adapter as it stands."""
     preview = config.preview
-    with subject.drawing():
+    with subject.drawing(), subject.awake():
         return [
             generate(
                 subject.pipe,

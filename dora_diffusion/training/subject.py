@@ -43,6 +43,26 @@ class Subject:
         """Whether captions must be encoded anew at every step."""
         return self.words is not None or any(name != self.family.denoiser.name for name in self.injections)
 
+    def rest(self) -> None:
+        """Move the text encoders to main memory, when none is trained: captions are encoded once, and kept."""
+        for encoder in self._resting():
+            encoder.to("cpu")
+
+    @contextmanager
+    def awake(self) -> Any:
+        """Text encoders beside the denoiser, to encode new captions or to draw; they rest again afterwards."""
+        device = next(self.denoiser.parameters()).device
+        for encoder in self._resting():
+            encoder.to(device)
+        try:
+            yield
+        finally:
+            self.rest()
+
+    def _resting(self) -> list[nn.Module]:
+        names = [] if self.trains_text() else [part.name for part in self.family.text_encoders]
+        return [model for name in names if (model := getattr(self.pipe, name, None)) is not None]
+
     def parameters(self) -> list[nn.Parameter]:
         """Every trained parameter, in a fixed order."""
         adapted = [parameter for injection in self.injections.values() for parameter in injection.parameters()]
@@ -112,6 +132,7 @@ def prepare_subject(pipe: Any, config: TrainConfig) -> Subject:
             _enable_checkpointing(getattr(pipe, name))
     subject = Subject(pipe, family, injections, words)
     subject.train()
+    subject.rest()
     return subject
 
 

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -108,7 +109,7 @@ def test_captions_of_several_lengths_are_predicted_as_each_alone(tiny) -> None:
 
     pipe = tiny.build()
     family = family_of_pipeline(pipe)
-    subject: Any = SimpleNamespace(pipe=pipe, family=family, trains_text=lambda: False)
+    subject: Any = SimpleNamespace(pipe=pipe, family=family, trains_text=lambda: False, awake=nullcontext)
     captions = [PROMPT, "a cat", ""]
     denoiser = getattr(pipe, family.denoiser.name)
     latents, timesteps, frames = some_latents(pipe, tiny, len(captions))

@@ -145,3 +145,26 @@ def test_micro_conditioning_says_where_each_picture_comes_from(tmp_path) -> None
     with torch.no_grad():
         subject.family.predict(unet, batch.latents, torch.tensor([10]), batch.conditioning, batch.frames)
     assert seen["time_ids"].tolist() == batch.frames.tolist()
+
+
+def test_untrained_text_encoders_rest_and_captions_are_encoded_once(tmp_path, examples, monkeypatch) -> None:
+    config = make_config(tmp_path, adapter={"rank": 2}, optim={"steps": 4, "batch_size": 2})
+    subject = prepare_subject(random_pocket_pipeline(), config)
+    moves: list[object] = []
+    calls: list[int] = []
+    encoder = subject.pipe.text_encoder
+    encoder.register_forward_pre_hook(lambda *_: calls.append(len(moves)))
+    monkeypatch.setattr(encoder, "to", lambda device: moves.append(str(device)))
+    source = BatchSource(subject, config, (32, 32), instances=examples, classes=[])
+    assert moves == ["cpu", "cpu"] and set(calls) == {1}  # to the denoiser's device, and back to main memory
+    count = len(calls)
+    for index in range(4):
+        source.batch_at(index)
+    assert len(calls) == count and len(moves) == 2
+
+
+def test_trained_text_encoders_stay_where_they_are(tmp_path, monkeypatch) -> None:
+    subject = prepare_subject(random_pocket_pipeline(), make_config(tmp_path))
+    monkeypatch.setattr(subject.pipe.text_encoder, "to", lambda device: pytest.fail("moved"))
+    with subject.awake():
+        subject.rest()
