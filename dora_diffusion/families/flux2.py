@@ -5,6 +5,7 @@ Klein's base and its distilled form share config and call; the pipeline alone kn
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -118,20 +119,9 @@ FLUX_2 = Family(
     shift=flux_2_shift,
 )
 
-FLUX_2_KLEIN = Family(
+FLUX_2_KLEIN = replace(
+    FLUX_2,
     name="flux2-klein",
     pipeline_classes=("Flux2KleinPipeline", "Flux2KleinInpaintPipeline"),
-    denoiser=TRANSFORMER,
     text_encoders=(QWEN,),
-    encode=encode,
-    predict=predict,
-    codec=PATCHED,
-    blank=blank,
-    arguments=arguments,
-    native_side=native_side,
-    patch=2,
-    unpack=unpack,
-    grid=grid,
-    scheduler_time=thousandth,
-    shift=flux_2_shift,
 )

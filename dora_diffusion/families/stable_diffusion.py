@@ -5,6 +5,7 @@ predicted is the scheduler's to say.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -105,17 +106,7 @@ STABLE_DIFFUSION_1 = Family(
     is_mine=projects_by_convolution,
 )
 
-STABLE_DIFFUSION_2 = Family(
-    name="sd2",
-    pipeline_classes=_PIPELINES,
-    denoiser=UNET,
-    text_encoders=(clip("text_encoder"),),
-    encode=encode,
-    predict=predict,
-    codec=SCALED,
-    blank=blank,
-    is_mine=projects_by_linear_layers,
-)
+STABLE_DIFFUSION_2 = replace(STABLE_DIFFUSION_1, name="sd2", is_mine=projects_by_linear_layers)
 
 STABLE_DIFFUSION_XL = Family(
     name="sdxl",

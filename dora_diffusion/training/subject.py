@@ -60,8 +60,10 @@ class Subject:
             self.rest()
 
     def _resting(self) -> list[nn.Module]:
+        """The untrained encoders that have weights to move: none of a skeleton on the meta device."""
         names = [] if self.trains_text() else [part.name for part in self.family.text_encoders]
-        return [model for name in names if (model := getattr(self.pipe, name, None)) is not None]
+        encoders = (getattr(self.pipe, name, None) for name in names)
+        return [encoder for encoder in encoders if encoder is not None and encoder.device.type != "meta"]
 
     def parameters(self) -> list[nn.Parameter]:
         """Every trained parameter, in a fixed order."""

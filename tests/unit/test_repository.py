@@ -10,6 +10,7 @@ from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.dataset import checked_examples
 
 ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted(str(path.relative_to(ROOT / "examples")) for path in (ROOT / "examples").glob("*/*.yaml"))
 DOCUMENTS = sorted(path for path in ROOT.rglob("*.md") if not {".venv", "build"} & set(path.parts))
 
 
@@ -20,20 +21,23 @@ def test_local_links_lead_somewhere(document: Path) -> None:
     assert [link for link in local if not (document.parent / link).exists()] == []
 
 
-def test_model_card_is_filled_in() -> None:
-    assert not re.search(r"@[A-Z]+@", (ROOT / "dora_diffusion/assets/pocket/README.md").read_text())
+@pytest.mark.parametrize("base", ["pocket", "pocket-dit"])
+def test_model_card_is_filled_in(base: str) -> None:
+    assert not re.search(r"@[A-Z]+@", (ROOT / "dora_diffusion/assets" / base / "README.md").read_text())
 
 
-@pytest.mark.parametrize("name", ["subject-robot/subject.yaml", "style-ink/style.yaml"])
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_are_ready_to_train(name: str) -> None:
     config = TrainConfig.from_yaml(ROOT / "examples" / name)
     assert len(checked_examples(config).train) >= 6
     assert config.evaluation.truth_dir is not None
 
 
-def test_the_demos_short_form_is_a_valid_config() -> None:
+@pytest.mark.parametrize("model", ["pocket", "pocket-dit"])
+def test_the_demos_short_form_is_a_valid_config(model: str) -> None:
     spec = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "demo.py")
     demo = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(demo)
-    config = TrainConfig.from_yaml(ROOT / "examples/subject-robot/subject.yaml", demo.QUICK)
+    config = TrainConfig.from_yaml(ROOT / "examples/subject-robot" / demo.CONFIGS[model], demo.QUICK)
+    assert config.model == model
     assert config.optim.steps == 12
