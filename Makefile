@@ -1,5 +1,5 @@
 # `make demo` and `make test` are the only two commands needed; each sets up .venv first.
-# Overridable: PYTHON (makes the environment), VENV, MODEL (pocket or pocket-dit), DEMO_FLAGS, PYTEST_FLAGS, BENCH_FLAGS.
+# Overridable: PYTHON (makes the environment), VENV, MODEL (pocket or pocket-dit), DEMO_FLAGS, PYTEST_FLAGS, BENCH_FLAGS, FULL_SIZE_FLAGS.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -8,8 +8,9 @@ MODEL ?= pocket
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
+FULL_SIZE_FLAGS ?=
 
-.PHONY: setup demo test test-quantised families bench check format browser
+.PHONY: setup demo test test-quantised families bench full-size check format browser
 
 setup: $(READY)
 
@@ -39,6 +40,10 @@ families: setup
 # Beside PEFT and LyCORIS; about twenty minutes on two cores. Leave the machine alone meanwhile.
 bench: setup
 	$(PY) -m benchmarks $(BENCH_FLAGS)
+
+# The published models at their real size, without weights; some twenty minutes on one core.
+full-size: setup
+	$(PY) -m benchmarks.full_size $(FULL_SIZE_FLAGS)
 
 check: setup
 	$(PY) -m ruff check .

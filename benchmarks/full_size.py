@@ -76,10 +76,9 @@ def describe(model: Published) -> dict[str, Any]:
     pipe = pipeline_of(model)
     family = family_of_pipeline(pipe)
     trained = [part.name for part in family.components if getattr(pipe, part.name, None) is not None]
-    memory = {
-        name: estimate(model, config_of(optim={"gradient_checkpointing": checkpointing}))
-        for name, checkpointing in (("plain", False), ("checkpointing", True))
-    }
+    memory = {"plain": estimate(model, config_of())}
+    if getattr(pipe, family.denoiser.name)._supports_gradient_checkpointing:  # diffusers has none for Hunyuan-DiT
+        memory["checkpointing"] = estimate(model, config_of(optim={"gradient_checkpointing": True}))
     return {
         "family": family.name,
         "side": model.side,

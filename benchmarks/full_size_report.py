@@ -70,13 +70,13 @@ def _sizes(models: Results) -> str:
 def _memory(models: Results) -> str:
     rows = []
     for name, model in models.items():
-        plain, spared = model["memory"]["plain"], model["memory"]["checkpointing"]
-        weights = plain["weights"]
+        plain, spared = model["memory"]["plain"], model["memory"].get("checkpointing")
         trained = plain["adapters"] + plain["gradients"] + plain["optimiser"]
-        texts = sum(size for part, size in weights.items() if part.startswith("text_encoder"))
-        numbers = [sum(weights.values()), texts, trained, _activations(plain), plain["total"]]
-        numbers += [_activations(spared), spared["total"]]
-        rows.append([name, str(plain["side"]), *(f"{number / _GIB:.2f}" for number in numbers)])
+        texts = sum(size for part, size in plain["weights"].items() if part.startswith("text_encoder"))
+        numbers = [sum(plain["weights"].values()), texts, trained, _activations(plain), plain["total"]]
+        numbers += [_activations(spared), spared["total"]] if spared else []
+        cells = [f"{number / _GIB:.2f}" for number in numbers]
+        rows.append([name, str(plain["side"]), *cells, *["diffusers has none"] * (7 - len(cells))])
     header = [
         "model",
         "px",

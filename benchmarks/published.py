@@ -1,9 +1,9 @@
 """The published models at their real size, as plain configs: what is in the `config.json` of each part.
 
-Sources: defaults of the classes in diffusers 0.42 and transformers 5 (marked D) are the published values where the class
-was written for one model; [S] is a conversion script in diffusers' `scripts/`, which writes the config out; [C] the
-config of the text encoder's own repository. Parameters were published by their makers (model cards, papers, or the size
-of the published files) and are given here in millions, rounded as published; `full_size` puts the counted ones beside.
+Sources: [D] the defaults of the class in diffusers 0.42 or transformers 5, which are the published values where it was
+written for one model; [S] a conversion script in diffusers' `scripts/`, which writes the config out; [C] the
+config.json of the model's own repository, as other public code repeats it. Numbers of parameters are those of model
+cards, papers or published files, in millions, as round as they were given; `full_size` puts the counted ones beside.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,81 +51,48 @@ class Published:
     side: int = 1024
 
 
-# openai/clip-vit-large-patch14, [C]
-_CLIP_L_CONFIG = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-    "vocab_size": 49408,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-}
-CLIP_L = Part("transformers", "CLIPTextModel", _CLIP_L_CONFIG, 123.1)
-CLIP_L_PROJECTED = Part("transformers", "CLIPTextModelWithProjection", _CLIP_L_CONFIG, 123.7)
-# laion/CLIP-ViT-H-14, cut to 23 layers as Stable Diffusion 2 does, [S] convert_original_stable_diffusion
-CLIP_H = Part(
-    "transformers",
-    "CLIPTextModel",
-    {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 23,
-        "num_attention_heads": 16,
-        "projection_dim": 512,
+def _clip(kind: str, hidden: int, layers: int, projection: int, millions: float, *, act: str = "gelu") -> Part:
+    """A CLIP text encoder, heads of 64."""
+    config = {
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 64,
+        "projection_dim": projection,
         "vocab_size": 49408,
-        "hidden_act": "gelu",
-    },
-    340.4,
-)
-# laion/CLIP-ViT-bigG-14, [C]
-CLIP_G = Part(
-    "transformers",
-    "CLIPTextModelWithProjection",
-    {
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 20,
-        "projection_dim": 1280,
-        "vocab_size": 49408,
-        "hidden_act": "gelu",
-    },
-    694.7,
-)
-# google/t5-v1_1-xxl's encoder, [C]
-T5_XXL = Part(
-    "transformers",
-    "T5EncoderModel",
-    {
-        "d_model": 4096,
-        "d_ff": 10240,
+        "max_position_embeddings": 77,
+        "hidden_act": act,
+    }
+    return Part("transformers", kind, config, millions)
+
+
+def _t5(kind: str, hidden: int, intermediate: int, vocabulary: int, millions: float | None) -> Part:
+    """A gated T5 encoder of 24 layers, heads of 64."""
+    config = {
+        "d_model": hidden,
+        "d_ff": intermediate,
         "d_kv": 64,
-        "num_heads": 64,
+        "num_heads": hidden // 64,
         "num_layers": 24,
-        "vocab_size": 32128,
+        "vocab_size": vocabulary,
         "feed_forward_proj": "gated-gelu",
-        "dropout_rate": 0.1,
-    },
-    4762.3,
-)
-# google/mt5-xl's encoder, [C]
-MT5_XL = Part(
-    "transformers",
-    "T5EncoderModel",
-    {
-        "d_model": 2048,
-        "d_ff": 5120,
-        "d_kv": 64,
-        "num_heads": 32,
-        "num_layers": 24,
-        "vocab_size": 250112,
-        "feed_forward_proj": "gated-gelu",
-    },
-    1670.0,
-)
-# hfl/chinese-roberta-wwm-ext-large with a vocabulary of its own, [C]
+    }
+    return Part("transformers", kind, config, millions)
+
+
+# Text encoders by their repositories, all [C].
+# openai/clip-vit-large-patch14:
+CLIP_L = _clip("CLIPTextModel", 768, 12, 768, 123.1, act="quick_gelu")
+CLIP_L_PROJECTED = _clip("CLIPTextModelWithProjection", 768, 12, 768, 123.7, act="quick_gelu")
+# laion/CLIP-ViT-H-14 less its last layer, as Stable Diffusion 2 has it:
+CLIP_H = _clip("CLIPTextModel", 1024, 23, 512, 340.4)
+# laion/CLIP-ViT-bigG-14:
+CLIP_G = _clip("CLIPTextModelWithProjection", 1280, 32, 1280, 694.7)
+# google/t5-v1_1-xxl, google/mt5-xl and EleutherAI/pile-t5-xl:
+T5_XXL = _t5("T5EncoderModel", 4096, 10240, 32128, 4762.3)
+MT5_XL = _t5("T5EncoderModel", 2048, 5120, 250112, 1670.0)
+PILE_T5_XL = _t5("UMT5EncoderModel", 2048, 5120, 32128, None)
+# hfl/chinese-roberta-wwm-ext-large with Hunyuan-DiT's vocabulary:
 BERT = Part(
     "transformers",
     "BertModel",
@@ -138,21 +105,7 @@ BERT = Part(
     },
     352.0,
 )
-# EleutherAI/pile-t5-xl's encoder, [C]
-PILE_T5_XL = Part(
-    "transformers",
-    "UMT5EncoderModel",
-    {
-        "d_model": 2048,
-        "d_ff": 5120,
-        "d_kv": 64,
-        "num_heads": 32,
-        "num_layers": 24,
-        "vocab_size": 32128,
-        "feed_forward_proj": "gated-gelu",
-    },
-)
-# google/gemma-2-2b, [C]
+# google/gemma-2-2b:
 GEMMA_2 = Part(
     "transformers",
     "Gemma2Model",
@@ -183,11 +136,11 @@ def _qwen3(kind: str, hidden: int, intermediate: int, *, tied: bool, millions: f
     return Part("transformers", kind, config, millions)
 
 
-# Qwen/Qwen3-4B and Qwen/Qwen3-8B, [C]
+# Qwen/Qwen3-4B and Qwen/Qwen3-8B:
 QWEN3_4B = _qwen3("Qwen3Model", 2560, 9728, tied=True, millions=4022.5)
 QWEN3_4B_LM = _qwen3("Qwen3ForCausalLM", 2560, 9728, tied=True, millions=4022.5)
 QWEN3_8B_LM = _qwen3("Qwen3ForCausalLM", 4096, 12288, tied=False, millions=8190.7)
-# Qwen/Qwen2.5-VL-7B-Instruct, [C]
+# Qwen/Qwen2.5-VL-7B-Instruct:
 QWEN25_VL = Part(
     "transformers",
     "Qwen2_5_VLForConditionalGeneration",
@@ -215,7 +168,7 @@ QWEN25_VL = Part(
     },
     8292.2,
 )
-# mistralai/Mistral-Small-3.2-24B-Instruct-2506, [C]
+# mistralai/Mistral-Small-3.2-24B-Instruct-2506:
 MISTRAL_3 = Part(
     "transformers",
     "Mistral3ForConditionalGeneration",
@@ -270,8 +223,8 @@ VAE_SD = _vae(4, 0.18215, side=512)
 VAE_SDXL = _vae(4, 0.13025)
 VAE_SD3 = _vae(16, 1.5305, shift=0.0609)
 VAE_FLUX = _vae(16, 0.3611, shift=0.1159)
-VAE_FLUX2 = Part("diffusers", "AutoencoderKLFlux2", {}, 84.0)  # D
-VAE_QWEN = Part("diffusers", "AutoencoderKLQwenImage", {}, 127.0)  # D
+VAE_FLUX2 = Part("diffusers", "AutoencoderKLFlux2", {}, 84.0)  # [D]
+VAE_QWEN = Part("diffusers", "AutoencoderKLQwenImage", {}, 127.0)  # [D]
 # [S] convert_dcae_to_diffusers
 VAE_SANA = Part(
     "diffusers",
@@ -287,7 +240,7 @@ VAE_SANA = Part(
 )
 
 
-# Stable Diffusion: [S] convert_original_stable_diffusion_to_diffusers; D for the rest
+# Stable Diffusion: [S] convert_original_stable_diffusion_to_diffusers, and [D]
 _UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 _UNET_2 = {
     "sample_size": 96,
@@ -338,7 +291,7 @@ def _sd3(name: str, blocks: int, positions: int, millions: float, **config: Any)
 
 
 def _flux(name: str, guided: bool, millions: float) -> Published:
-    part = Part("diffusers", "FluxTransformer2DModel", {"guidance_embeds": guided}, millions)  # D
+    part = Part("diffusers", "FluxTransformer2DModel", {"guidance_embeds": guided}, millions)  # [D]
     return _transformer(name, "flux", "FluxPipeline", part, (CLIP_L, T5_XXL), VAE_FLUX)
 
 
@@ -386,11 +339,11 @@ _SANA_600M = {
     "cross_attention_dim": 1152,
     "num_layers": 28,
 }
-_FLUX_2 = Part("diffusers", "Flux2Transformer2DModel", {}, 32000.0)  # D; [S] convert_flux2_to_diffusers
-_AURA = Part("diffusers", "AuraFlowTransformer2DModel", {"sample_size": 128}, 6800.0)  # D; [S] convert_aura_flow
-_LUMINA = Part("diffusers", "Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, 2600.0)  # D; as wide as Gemma
-_Z_IMAGE = Part("diffusers", "ZImageTransformer2DModel", {}, 6150.0)  # D
-_QWEN = Part("diffusers", "QwenImageTransformer2DModel", {}, 20430.0)  # D
+_FLUX_2 = Part("diffusers", "Flux2Transformer2DModel", {}, 32000.0)  # [D] [S] convert_flux2_to_diffusers
+_AURA = Part("diffusers", "AuraFlowTransformer2DModel", {"pos_embed_max_size": 9216}, 6800.0)  # [D] [S] and [C], v0.3
+_LUMINA = Part("diffusers", "Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, 2600.0)  # [D]; as wide as Gemma
+_Z_IMAGE = Part("diffusers", "ZImageTransformer2DModel", {}, 6150.0)  # [D]
+_QWEN = Part("diffusers", "QwenImageTransformer2DModel", {}, 20430.0)  # [D]
 
 PUBLISHED: tuple[Published, ...] = (
     _sd("SD 1.5", "sd1", _UNET, 859.5, text=CLIP_L, side=512),

@@ -1,8 +1,8 @@
 """How much memory a training run will need, found without weights: one step is taken on tensors that have shapes only.
 
 Rules of thumb know neither attention that keeps no scores, nor a layer's own casts, nor what checkpointing spares. Here
-the models' own code runs, forward and backward, on torch's fake tensors: tensors on the meta device that say they are on
-the CPU, so that autocast and the choice of kernels are real. Every storage made on the way is counted while it lives.
+the models' own code runs, forward and backward, on torch's fake tensors: tensors of the meta device that say they are
+on the CPU, so that autocast and the choice of kernels are real. Every storage made there is counted while it lives.
 
 Not seen: memory inside one operation, an allocator's rounding and gaps, libraries and the process itself.
 """
@@ -28,8 +28,13 @@ from dora_diffusion.training.subject import PRECISIONS, Subject, picture_size
 
 Device = Literal["cpu", "cuda"]
 
-# Operations of the models here that CUDA's autocast computes in fp32 and the CPU's does not (torch.amp's documentation).
-_CUDA_FP32 = frozenset({"layer_norm", "group_norm", "softmax", "pow", "rsqrt", "exp", "norm", "cumsum", "sum", "prod"})
+# What CUDA's autocast computes in fp32 and the CPU's does not, of the models here (torch.amp's documentation).
+_CUDA_FP32 = frozenset(
+    {
+        *("layer_norm", "group_norm", "softmax", "normalize", "norm", "sum", "prod", "cumsum"),
+        *("pow", "__pow__", "rsqrt", "reciprocal", "exp", "log", "softplus"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,7 @@ def estimate_memory(subject: Subject, config: TrainConfig, *, device: Device) ->
     """
     models = _modules(subject.pipe)
     with ExitStack() as stack:
-        if subject.denoiser.device.type == "meta":
+        if next(subject.denoiser.parameters()).is_meta:
             stack.enter_context(_shapes_only(models.values()))
         for injection in subject.injections.values():
             injection.keep_norms()
@@ -263,7 +268,8 @@ def _step(subject: Subject, config: TrainConfig, latent: Tensor, count: int) -> 
 
 def _conditioning(subject: Subject, count: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Conditioning of `count` captions of full length, behind the text encoders that are trained."""
-    blank = subject.family.blank(subject.denoiser.config)
+    denoiser: Any = subject.denoiser
+    blank = subject.family.blank(denoiser.config)
     trained = [name for name in subject.injections if name != subject.family.denoiser.name]
     longest = max(tensor.shape[1] for tensor in blank.values() if tensor.dim() > 2)
     read = sum((_read(getattr(subject.pipe, name), count, longest) for name in trained), torch.zeros(()))

@@ -74,7 +74,7 @@ def _header_bytes(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) 
     """A safetensors file's beginning: the length of a JSON text in eight bytes, and the text, filled up to eights."""
     header: dict[str, object] = {"__metadata__": metadata}
     start = 0
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):  # as the library orders those of one dtype
         header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, start + tensor.nbytes]}
         start += tensor.nbytes
     return 8 + 8 * math.ceil(len(json.dumps(header, separators=(",", ":"), ensure_ascii=False)) / 8)

@@ -23,7 +23,7 @@ def load_skeleton(source: str | Path, *, dtype: torch.dtype) -> Any:
     """
     folder = configs_of(source)
     if folder is None:
-        return load_pipeline(source, dtype=dtype).to("meta")
+        return without_numbers(load_pipeline(source, dtype=dtype))
     is_local = str(source) in EMBEDDED or folder == Path(source)
     import diffusers
 
@@ -38,6 +38,15 @@ def load_skeleton(source: str | Path, *, dtype: torch.dtype) -> Any:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"model {str(source)!r}: a base could not be built from its configs: {first_line}") from None
+
+
+def without_numbers(pipe: Any) -> Any:
+    """Let a pipeline's weights go; those that two layers share stay shared."""
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, device="meta")
+            getattr(part, "tie_weights", lambda: None)()
+    return pipe
 
 
 def _component(folder: Path, library: str, class_name: str, *, dtype: torch.dtype, has_weights: bool) -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from dora_diffusion.families import FAMILIES
 from tests.families.pipelines import PIPELINES
 
 COLUMNS = ("coverage", "predicts as its pipeline", "train", "text encoders", "save, load, draw", "plain diffusers")
@@ -35,7 +36,8 @@ def table(outcomes: Mapping[tuple[str, str], Sequence[str]]) -> str:
         "| family | pipeline | " + " | ".join(COLUMNS) + " | kohya file |",
         "| --- | --- |" + " --- |" * (len(COLUMNS) + 1),
     ]
-    for name, tiny in PIPELINES.items():
+    order = [family.name for family in FAMILIES]
+    for name, tiny in sorted(PIPELINES.items(), key=lambda item: order.index(item[1].family)):
         cells = [_cell(outcomes.get((name, column), ()), reasons) for column in COLUMNS]
         lines.append(f"| {tiny.family} | {name} | " + " | ".join(cells) + " | not yet |")
     notes = [f"{number}. {reason}" for reason, number in reasons.items()]

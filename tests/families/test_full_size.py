@@ -1,0 +1,73 @@
+"""The published models at their real size, on the meta device: found, matched whole, and a step runs on shapes."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from benchmarks.full_size import adapter_numbers, config_of, estimate, pipeline_of
+from benchmarks.published import PUBLISHED, Published
+from dora_diffusion.families import FAMILIES, component_of_model, coverage, family_of_pipeline
+from dora_diffusion.training.subject import prepare_subject
+
+NAMES = [model.name for model in PUBLISHED]
+# Layers of the denoiser that each preset adapts: attention, all-linear, all.
+LAYERS: dict[str, tuple[int, int, int]] = {}
+QUICK = ("SD 1.5", "FLUX.2 Klein 4B")
+
+
+@cache
+def pipeline(name: str) -> Any:
+    return pipeline_of(published(name))
+
+
+def published(name: str) -> Published:
+    return next(model for model in PUBLISHED if model.name == name)
+
+
+def test_every_family_has_a_published_model_and_every_model_a_family() -> None:
+    assert {model.family for model in PUBLISHED} == {family.name for family in FAMILIES}
+    assert sorted(NAMES) == sorted(LAYERS) == sorted(set(NAMES))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_published_model_is_found_and_matched_whole(name) -> None:
+    pipe = pipeline(name)
+    family = family_of_pipeline(pipe)
+    assert family.name == published(name).family
+    assert family.native_side(pipe) == published(name).side
+    for part in family.components:
+        if (model := getattr(pipe, part.name, None)) is not None:
+            found = coverage(part, model)
+            assert component_of_model(model) is not None and found.unmatched == (), part.name
+            assert 0 < found.matched["attention"] <= found.matched["all-linear"] <= found.matched["all"]
+    found = coverage(family.denoiser, getattr(pipe, family.denoiser.name))
+    assert tuple(found.matched[preset] for preset in ("attention", "all-linear", "all")) == LAYERS[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_are_the_published_number(name) -> None:
+    for part, facts in published(name).parts.items():
+        if facts.millions is not None:
+            counted = sum(parameter.numel() for parameter in getattr(pipeline(name), part).parameters())
+            assert counted / 1e6 == pytest.approx(facts.millions, rel=0.035), part
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_size_of_an_adapter_is_that_of_its_parameters(name) -> None:
+    pipe = pipeline(name)
+    denoiser = getattr(pipe, published(name).denoiser)
+    subject = prepare_subject(pipe, config_of(adapter={"target_modules": "all-linear", "rank": 4}))
+    trained = sum(parameter.numel() for parameter in subject.parameters())
+    assert all(parameter.is_meta for parameter in subject.parameters())
+    subject.eject()
+    assert trained == adapter_numbers(denoiser, "all-linear", 4)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
+def test_a_training_step_runs_on_the_shapes(name) -> None:
+    found = estimate(published(name), config_of())
+    assert found.moments["a step of 1"] > found.gradients > 0
+    assert found.total > sum(found.weights.values())
