@@ -12,7 +12,29 @@ from dora_diffusion.training.subject import prepare_subject
 
 NAMES = [model.name for model in PUBLISHED]
 # Layers of the denoiser that each preset adapts: attention, all-linear, all.
-LAYERS: dict[str, tuple[int, int, int]] = {}
+LAYERS = {
+    "SD 1.5": (128, 192, 256),
+    "SD 2.1": (128, 192, 256),
+    "SDXL base": (560, 722, 771),
+    "SD 3 medium": (191, 285, 336),
+    "SD 3.5 medium": (243, 337, 388),
+    "SD 3.5 large": (303, 453, 532),
+    "FLUX.1 dev": (266, 418, 498),
+    "FLUX.1 schnell": (266, 418, 498),
+    "FLUX.2 dev": (160, 192, 199),
+    "FLUX.2 Klein 4B": (80, 100, 107),
+    "FLUX.2 Klein 9B": (112, 144, 151),
+    "PixArt-alpha 1024": (224, 280, 284),
+    "PixArt-Sigma 1024": (224, 280, 284),
+    "Hunyuan-DiT 1.1": (320, 419, 463),
+    "Hunyuan-DiT 1.2": (320, 419, 463),
+    "Sana 0.6B": (224, 280, 312),
+    "Sana 1.6B": (160, 200, 224),
+    "AuraFlow 0.3": (160, 280, 323),
+    "Lumina-Image 2.0": (120, 210, 241),
+    "Z-Image": (136, 238, 274),
+    "Qwen-Image": (480, 720, 844),
+}
 QUICK = ("SD 1.5", "FLUX.2 Klein 4B")
 
 
