@@ -45,7 +45,8 @@ def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]
     if weight.dtype == dtype and (weight.dim() == 2 or weight.is_contiguous()):
         yield slice(0, weight.shape[0]), rows(weight)
         return
-    count = max(1, BLOCK // max(1, weight[0].numel()))
+    # on the meta device there is nothing to spare
+    count = weight.shape[0] if weight.is_meta else max(1, BLOCK // max(1, weight[0].numel()))
     for start in range(0, weight.shape[0], count):
         block = slice(start, min(start + count, weight.shape[0]))
         yield block, rows(weight[block]).to(dtype)

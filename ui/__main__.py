@@ -1,6 +1,7 @@
 """`python -m ui`: parse, then start. The heavy imports come after parsing, so `--help` is quick."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the app until Ctrl+C; exit 2 with one line on bad input."""
+    # transformers says at every start that it does without torchvision; a user has no use for that
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     given = _parser().parse_args(arguments)
     try:
         options = UiOptions(given.model, given.adapters, given.output, given.host, given.port)

@@ -125,7 +125,7 @@ def _for_the_browser(error: Exception) -> gr.Error:
 def _wire(session: Session, form: Form, rack: Rack, stage: Stage) -> None:
     def draw(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:
         try:
-            wanted = DrawRequest(form.read(values), check_adapters(rack.read(values)))
+            wanted = DrawRequest(form.read(values), check_adapters(rack.read(values), session.parts))
             screenplay = Screenplay(stage)
             run = session.start(wanted, owner=str(request.session_hash))
             for update in run.updates():

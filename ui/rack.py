@@ -30,14 +30,14 @@ class Slot:
     body: gr.Column
     strength: gr.Slider
     apart: gr.Checkbox
-    unet: gr.Slider
-    text_encoder: gr.Slider
+    denoiser: gr.Slider
+    text_encoders: gr.Slider
     badge: gr.HTML
 
     @property
     def inputs(self) -> set[Component]:
         """The widgets that decide the picture."""
-        return {self.file, self.enabled, self.strength, self.apart, self.unet, self.text_encoder}
+        return {self.file, self.enabled, self.strength, self.apart, self.denoiser, self.text_encoders}
 
     def read(self, values: Mapping[Component, Any]) -> SlotValues:
         """This slot's part of what the browser sent, unchecked."""
@@ -46,8 +46,8 @@ class Slot:
             enabled=values[self.enabled],
             strength=values[self.strength],
             apart=values[self.apart],
-            unet=values[self.unet],
-            text_encoder=values[self.text_encoder],
+            denoiser=values[self.denoiser],
+            text_encoders=values[self.text_encoders],
         )
 
 
@@ -96,7 +96,7 @@ def _strength(label: str, elem_id: str, *, interactive: bool = True) -> gr.Slide
     )
 
 
-def _build_slot(number: int, library: AdapterLibrary) -> Slot:
+def _build_slot(number: int, library: AdapterLibrary, denoiser_label: str) -> Slot:
     name = f"slot-{number}"
     with gr.Column(elem_id=name, elem_classes="slot"):
         with gr.Row(elem_classes="slot-head"):
@@ -117,9 +117,9 @@ def _build_slot(number: int, library: AdapterLibrary) -> Slot:
                 apart = gr.Checkbox(
                     False, label="Set components apart", elem_id=f"{name}-apart", elem_classes="tick", container=False
                 )
-                unet = _strength("UNet", f"{name}-unet", interactive=False)
-                text_encoder = _strength("Text encoder", f"{name}-text", interactive=False)
-    return Slot(number, file, enabled, body, strength, apart, unet, text_encoder, chips)
+                denoiser = _strength(denoiser_label, f"{name}-denoiser", interactive=False)
+                text_encoders = _strength("Text encoders", f"{name}-text", interactive=False)
+    return Slot(number, file, enabled, body, strength, apart, denoiser, text_encoders, chips)
 
 
 def _wire_slot(slot: Slot, session: Session) -> None:
@@ -145,7 +145,7 @@ def _wire_slot(slot: Slot, session: Session) -> None:
     slot.apart.input(
         set_apart,
         [slot.apart, slot.strength],
-        [slot.strength, slot.unet, slot.text_encoder],
+        [slot.strength, slot.denoiser, slot.text_encoders],
         show_progress="hidden",
         queue=False,
         api_visibility="private",
@@ -175,16 +175,18 @@ def build_rack(session: Session, demo: gr.Blocks) -> Rack:
         gr.HTML(f"<h2>Adapters</h2><span class='folder'>from {escape(str(library.folder))}</span>")
         refresh = gr.Button("Refresh", size="sm", scale=0, min_width=90, elem_id="refresh")
     broken = gr.HTML(broken_list(library), elem_id="broken")
-    slots = tuple(_build_slot(number, library) for number in range(1, SLOTS + 1))
+    label = "UNet" if session.parts.denoiser == "unet" else session.parts.denoiser.capitalize()
+    slots = tuple(_build_slot(number, library, label) for number in range(1, SLOTS + 1))
     for slot in slots:
         _wire_slot(slot, session)
 
     def look_again(*chosen: str) -> list[Any]:
         library.refresh()
         choices: list[Any] = [NO_ADAPTER, *library.usable]
-        kept = [name if name in library.usable else "" for name in chosen]
-        files = [gr.Dropdown(choices, value=name) for name in kept]
-        return [*files, *(gr.Column(visible=bool(name)) for name in kept), broken_list(library)]
+        # a choice that stands is not sent back: by the time this arrives the user may have made another
+        gone = [bool(name) and name not in library.usable for name in chosen]
+        files = [gr.Dropdown(choices, value="") if lost else gr.Dropdown(choices) for lost in gone]
+        return [*files, *(gr.Column(visible=False) if lost else gr.Column() for lost in gone), broken_list(library)]
 
     files, bodies = [slot.file for slot in slots], [slot.body for slot in slots]
     for event in (refresh.click, demo.load):

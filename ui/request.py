@@ -21,15 +21,23 @@ class SlotValues:
         enabled: whether the slot takes part.
         strength: for all components, unless `apart`.
         apart: whether the components have strengths of their own.
-        unet, text_encoder: those strengths.
+        denoiser, text_encoders: those strengths.
     """
 
     file: str | None
     enabled: bool
     strength: float
     apart: bool
-    unet: float
-    text_encoder: float
+    denoiser: float
+    text_encoders: float
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the base calls its components: `unet` or `transformer`, and its text encoders."""
+
+    denoiser: str
+    text_encoders: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -98,8 +106,8 @@ def check_settings(
     )
 
 
-def check_adapters(slots: Sequence[SlotValues]) -> tuple[AdapterChoice, ...]:
-    """Slots that are filled, enabled and not at strength 0, in the rack's order.
+def check_adapters(slots: Sequence[SlotValues], parts: Parts) -> tuple[AdapterChoice, ...]:
+    """Slots that are filled, enabled and not at strength 0, in the rack's order; strengths by the base's own parts.
 
     Raises:
         ValueError: a strength outside -2..2, or one file in two slots.
@@ -112,18 +120,19 @@ def check_adapters(slots: Sequence[SlotValues]) -> tuple[AdapterChoice, ...]:
         if slot.file in chosen:
             raise ValueError(f"{slot.file}: in slots {chosen[slot.file]} and {number}, expected each adapter once")
         chosen[slot.file] = number
-        weight = _check_weight(number, slot)
+        weight = _check_weight(number, slot, parts)
         if any(weight.values()) if isinstance(weight, dict) else weight:
             choices.append(AdapterChoice(slot.file, weight))
     return tuple(choices)
 
 
-def _check_weight(number: int, slot: SlotValues) -> float | dict[str, float]:
+def _check_weight(number: int, slot: SlotValues, parts: Parts) -> float | dict[str, float]:
     if not slot.apart:
         return check_number(f"slot {number}, strength", slot.strength, low=-MAX_STRENGTH, high=MAX_STRENGTH)
+    wanted = {parts.denoiser: slot.denoiser} | dict.fromkeys(parts.text_encoders, slot.text_encoders)
     return {
         part: check_number(f"slot {number}, {part} strength", value, low=-MAX_STRENGTH, high=MAX_STRENGTH)
-        for part, value in (("unet", slot.unet), ("text_encoder", slot.text_encoder))
+        for part, value in wanted.items()
     }
 
 

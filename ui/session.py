@@ -11,6 +11,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 
 from dora_diffusion.adapters import AdapterManager, LoadReport
+from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.generation import (
     AdapterUse,
     GenerationSettings,
@@ -20,7 +21,7 @@ from dora_diffusion.generation import (
     save_picture,
 )
 from ui.library import AdapterLibrary, Stamp, stamp_of
-from ui.request import AdapterChoice, DrawRequest
+from ui.request import AdapterChoice, DrawRequest, Parts
 from ui.run import Run
 
 MAX_LOADED = 8
@@ -42,6 +43,13 @@ class Session:
         self._bases: OrderedDict[GenerationSettings, Path] = OrderedDict()
         self._runs: dict[str, Run] = {}
         self._runs_lock = threading.Lock()
+
+    @property
+    def parts(self) -> Parts:
+        """The base's components that adapters may change."""
+        family = family_of_pipeline(self._pipe)
+        present = (part.name for part in family.text_encoders if getattr(self._pipe, part.name, None) is not None)
+        return Parts(family.denoiser.name, tuple(present))
 
     @property
     def loaded(self) -> tuple[str, ...]:

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from dora_diffusion.generation import GenerationSettings
-from ui.request import AdapterChoice, SlotValues, check_adapters, check_settings
+from ui.request import AdapterChoice, Parts, SlotValues, check_adapters, check_settings
 
 GOOD = {"prompt": " a cat ", "negative": None, "seed": 7, "steps": 20, "guidance": 4}
+POCKET = Parts("unet", ("text_encoder",))
 SLOT = SlotValues("ink", True, 0.5, False, 1.0, 1.0)
 
 
@@ -45,22 +46,29 @@ def test_slots_that_take_part() -> None:
         replace(SLOT, file="", strength=99),
         replace(SLOT, file=None),
         replace(SLOT, file="zero", strength=0),
-        replace(SLOT, file="apart", apart=True, unet=-2, text_encoder=0),
-        replace(SLOT, file="zeros", apart=True, unet=0, text_encoder=0),
+        replace(SLOT, file="apart", apart=True, denoiser=-2, text_encoders=0),
+        replace(SLOT, file="zeros", apart=True, denoiser=0, text_encoders=0),
     ]
     expected = (AdapterChoice("ink", 0.5), AdapterChoice("apart", {"unet": -2.0, "text_encoder": 0.0}))
-    assert check_adapters(slots) == expected
+    assert check_adapters(slots, POCKET) == expected
+
+
+def test_strengths_go_to_the_bases_own_parts() -> None:
+    slot = replace(SLOT, apart=True, denoiser=0.5, text_encoders=-1)
+    parts = Parts("transformer", ("text_encoder", "text_encoder_2"))
+    expected = {"transformer": 0.5, "text_encoder": -1.0, "text_encoder_2": -1.0}
+    assert check_adapters([slot], parts) == (AdapterChoice("ink", expected),)
 
 
 @pytest.mark.parametrize(
     ("slots", "message"),
     [
         ([replace(SLOT, strength=2.05)], "slot 1, strength: got 2.05, expected a number from -2 to 2"),
-        ([replace(SLOT, apart=True, unet=math.nan)], "slot 1, unet strength: got nan, expected a number from -2 to 2"),
+        ([replace(SLOT, apart=True, denoiser=math.nan)], "slot 1, unet strength: got nan, expected a number from -2 to 2"),
         ([SLOT, replace(SLOT, strength=1)], "ink: in slots 1 and 2, expected each adapter once"),
     ],
 )
 def test_bad_slots(slots: list[SlotValues], message: str) -> None:
     with pytest.raises(ValueError) as caught:
-        check_adapters(slots)
+        check_adapters(slots, POCKET)
     assert str(caught.value) == message
