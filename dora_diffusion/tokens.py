@@ -90,6 +90,11 @@ class Words:
         """The words, in the order of their ids."""
         return tuple(self._counts)
 
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The text encoders that read them."""
+        return tuple(encoder.name for encoder in self._encoders)
+
     def parameters(self) -> list[nn.Parameter]:
         """The vectors, fp32 (n, width), one tensor for each encoder."""
         return [encoder.embedding.vectors for encoder in self._encoders]

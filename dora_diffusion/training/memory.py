@@ -43,7 +43,7 @@ class MemoryEstimate:
 
     Attributes:
         weights: component -> its frozen weights and buffers; all stay in memory.
-        adapters: A, B, m and frozen anchors, fp32.
+        adapters: A, B, m and frozen anchors, and new words' vectors, fp32.
         gradients: of what is trained, fp32.
         optimiser: AdamW's two moments, fp32.
         moments: what is done -> the most that it holds beside weights, adapters and optimiser.
@@ -196,7 +196,7 @@ def estimate_memory(subject: Subject, config: TrainConfig, *, device: Device) ->
             stack.enter_context(_CastsOfCuda())
         watch = stack.enter_context(Watch(tensor for model in models.values() for tensor in _tensors(model)))
         moments = _moments(subject, config, watch)
-    own = [tensor for injection in subject.injections.values() for tensor in injection.named_tensors().values()]
+    own = list(subject.named_tensors().values())
     trained = tensor_bytes(subject.parameters())
     return MemoryEstimate(
         weights={name: tensor_bytes(_without(own, _tensors(model))) for name, model in models.items()},
@@ -270,9 +270,10 @@ def _conditioning(subject: Subject, count: int, dtype: torch.dtype) -> dict[str,
     """Conditioning of `count` captions of full length, behind the text encoders that are trained."""
     denoiser: Any = subject.denoiser
     blank = subject.family.blank(denoiser.config)
-    trained = [name for name in subject.injections if name != subject.family.denoiser.name]
+    trained = {name for name in subject.injections if name != subject.family.denoiser.name}
+    trained.update(() if subject.words is None else subject.words.encoders)
     longest = max(tensor.shape[1] for tensor in blank.values() if tensor.dim() > 2)
-    read = sum((_read(getattr(subject.pipe, name), count, longest) for name in trained), torch.zeros(()))
+    read = sum((_read(getattr(subject.pipe, name), count, longest) for name in sorted(trained)), torch.zeros(()))
     return {
         name: torch.zeros(count, *shape.shape[1:], dtype=dtype) + read.to(dtype)
         if shape.is_floating_point()

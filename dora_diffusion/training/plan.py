@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dora_diffusion.state import AdapterState
+    from dora_diffusion.tokens import Words
     from dora_diffusion.training.memory import Device, MemoryEstimate
 
 
@@ -36,14 +37,20 @@ def describe_plan(config: TrainConfig) -> str:
         f"base       {config.model} ({subject.family.name})",
         f"images     {len(examples)} in {config.data.instance_dir}, each seen about {seen / len(examples):.0f} times",
         *(f"adapter    {name}: {len(part.matched)} layers" for name, part in subject.injections.items()),
+        *([] if subject.words is None else [f"words      {_words(subject.words)}"]),
         f"trained    {trainable_count(subject.parameters()):,} numbers",
-        f"file       {file / 1e6:.1f} MB",
+        *([f"file       {file / 1e6:.1f} MB"] if subject.injections else []),
         f"steps      {optim.steps} of {optim.batch_size} x {optim.gradient_accumulation}, seed {optim.seed}",
         f"prior      {', '.join(config.prior.prompts) or 'none'}",
         *memory_lines(estimate_memory(subject, config, device=device), f"on {device}"),
         f"output     {config.output_dir}",
     ]
     return "\n".join(lines)
+
+
+def _words(words: "Words") -> str:
+    widths = ", ".join(f"{name} {tuple(vectors.shape)}" for name, vectors in words.named_parameters().items())
+    return f"{', '.join(words.names)}: {widths}"
 
 
 def memory_lines(memory: "MemoryEstimate", where: str) -> list[str]:
