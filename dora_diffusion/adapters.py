@@ -26,9 +26,9 @@ from dora_diffusion.merge import Fold, fold
 from dora_diffusion.schedules import mask_of, schedule_of
 from dora_diffusion.state import AdapterState, ModuleState
 from dora_diffusion.steering import Steering
-from dora_diffusion.strengths import Weight, check_strength, strength_at
 from dora_diffusion.step_clock import stamp
 from dora_diffusion.storage import sha256_of
+from dora_diffusion.strengths import Weight, check_strength, strength_at
 
 
 @dataclass(frozen=True)

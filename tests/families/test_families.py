@@ -6,8 +6,8 @@
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -414,7 +414,7 @@ def test_every_family_has_a_tiny_pipeline() -> None:
 
 def test_the_table_in_docs_has_every_pipeline_and_no_failure() -> None:
     lines = (Path(__file__).parents[2] / "docs" / "families.md").read_text().splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][2:]
     assert sorted(row[1] for row in rows) == sorted(PIPELINES)
     cells = {cell for row in rows for cell in row[2:]}
     assert "yes" in cells and not cells & {"FAILS", "not run"}

@@ -64,7 +64,10 @@ def test_strengths_go_to_the_bases_own_parts() -> None:
     ("slots", "message"),
     [
         ([replace(SLOT, strength=2.05)], "slot 1, strength: got 2.05, expected a number from -2 to 2"),
-        ([replace(SLOT, apart=True, denoiser=math.nan)], "slot 1, unet strength: got nan, expected a number from -2 to 2"),
+        (
+            [replace(SLOT, apart=True, denoiser=math.nan)],
+            "slot 1, unet strength: got nan, expected a number from -2 to 2",
+        ),
         ([SLOT, replace(SLOT, strength=1)], "ink: in slots 1 and 2, expected each adapter once"),
     ],
 )
