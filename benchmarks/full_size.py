@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,10 @@ def main() -> int:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         results["measured"][case] = json.loads(done.stdout.splitlines()[-1])
         write_atomically(path, json.dumps(results, indent=1).encode())
+    results["versions"] = {name: version(name) for name in ("torch", "diffusers", "transformers")}
     order = [model.name for model in PUBLISHED if model.name in results["models"]]
     results["models"] = {name: results["models"][name] for name in order}
+    write_atomically(path, json.dumps(results, indent=1).encode())
     print(f"wrote {full_size_report.write(results, arguments.output)}")
     return 0
 

@@ -11,8 +11,9 @@ _GIB, _MIB = 2**30, 2**20
 def write(results: Results, folder: Path) -> Path:
     """Write the report into a folder."""
     models = results["models"]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     sections = [
-        _HEAD,
+        f"{_HEAD}\n\nWith {versions}.",
         _parameters(models),
         _layers(models),
         _sizes(models),
@@ -29,22 +30,17 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
-def _millions(number: float) -> str:
-    return f"{number / 1e6:,.1f} M"
-
-
 def _parameters(models: Results) -> str:
-    rows = []
+    users: dict[tuple[str, int, float | None], list[str]] = {}
     for name, model in models.items():
-        for part, facts in model["parts"].items():
-            published = facts["published_millions"]
-            rows.append(
-                [
-                    *(name, model["family"], part, facts["kind"], _millions(facts["parameters"])),
-                    "-" if published is None else _millions(1e6 * published),
-                ]
-            )
-    return _PARAMETERS + _table(["model", "family", "part", "class", "counted", "published"], rows)
+        for facts in model["parts"].values():
+            key = (facts["kind"], facts["parameters"], facts["published_millions"])
+            users.setdefault(key, []).append(name)
+    rows = [
+        [kind, ", ".join(names), f"{counted / 1e6:,.1f}", "-" if published is None else f"{published:,.0f}"]
+        for (kind, counted, published), names in users.items()
+    ]
+    return _PARAMETERS + _table(["class", "of", "counted, M", "published, M"], rows)
 
 
 def _layers(models: Results) -> str:
@@ -106,20 +102,32 @@ def _peaks(measured: Results) -> str:
         for case, facts in measured.items()
     ]
     header = ["case", "estimate, MiB", "measured, MiB", "measured / estimate", "of the activations alone"]
-    return _PEAKS + _table(header, rows)
+    return _PEAKS + _table(header, rows) + _reading(measured)
+
+
+def _reading(measured: Results) -> str:
+    """What the published models' peaks say; the pocket's are measured in another way."""
+    facts = [facts for case, facts in measured.items() if not case.startswith("pocket")]
+    if not facts:
+        return ""
+    ratios = [found["measured"] / found["estimate"] for found in facts]
+    over = [(found["measured"] - found["estimate"]) / _MIB for found in facts]
+    return _READING.format(low=min(ratios), high=max(ratios), least=min(over), most=max(over))
 
 
 _HEAD = """# Full size, without weights
 
-`make full-size` writes this page and full-size.json: about ten minutes on one core, and memory for SDXL's UNet in bf16.
+`make full-size` writes this page and full-size.json: some twenty minutes on one core, 8 GiB of memory for the last
+table. `--only NAME ...` and `--cases CASE ...` (`FULL_SIZE_FLAGS`) repeat a part.
+
 No weights are needed or were had: every published architecture is built from its config on torch's meta device, where
-tensors have shapes and no numbers. Whether pictures come out right is shown on small models (docs/families.md); this
-page shows that the real ones are matched, how large adapters get, and what memory training takes."""
+tensors have shapes and no numbers. That families predict, train, save and draw as they should is shown on small models
+(docs/families.md); this page shows that layers of the real ones are matched, how large adapters get, and what memory
+training takes."""
 
 _PARAMETERS = """## Parameters
 
-Counted on the meta device, beside what was published: a wrong config would show here. Where the published number is
-round, so is its source.
+Counted on the meta device, beside what model cards and papers say, rounded: a wrong config would show here.
 
 """
 
@@ -139,18 +147,28 @@ DoRA on the denoiser: A, B and m, fp32 as they are written.
 _MEMORY = """## Memory of training
 
 Estimated GiB on a GPU: one picture of the native size, captions of full length, bf16, DoRA of rank 16 on attention
-layers. A step was taken on shapes alone and every storage counted while it lived; norms and softmax in fp32, as CUDA's
-autocast does. Weights are those of all parts, for `train` keeps text encoders and VAE beside the denoiser. Where
-checkpointing spares so much that encoding the picture by the VAE takes more than the step, that is what is given. On
-top come the CUDA context (about half a GiB), what cuDNN and the attention kernels use while they run, and the gaps of
-the allocator; none of it could be measured here, where there was no GPU.
+layers. A step was taken on shapes alone and every storage counted while it lived; norms, softmax and powers in fp32, as
+torch documents CUDA's autocast. Weights are those of all parts, for `train` keeps text encoders and VAE beside the
+denoiser. Where checkpointing spares so much that encoding the picture by the VAE takes more than the step, that is what
+is given. `train --dry-run` prints the same for a config of one's own.
+
+Not in it: the CUDA context (about half a GiB), workspaces of cuDNN and of attention kernels, the allocator's gaps, and
+the drawing of previews and class pictures but for the VAE's decoding. Nothing here was measured on a GPU. Attention is
+taken to keep no scores, which needs a kernel that fuses it for the head's size and the mask.
 
 """
 
 _PEAKS = """## The estimate beside measured peaks
 
-On the CPU: resident memory of a process at its peak in a training step (VmHWM), less what it held before there was a
-model. The estimate is made for the CPU's kernels and autocast. Random weights; for the published models the denoiser
-and the VAE alone.
+On one CPU core: resident memory of a process at its peak in a training step (VmHWM), less what it held before there was
+a model. The estimate is made for the CPU's kernels and autocast. Random weights; of the published models the denoiser
+and the VAE alone, from pixels to AdamW's step. The last column leaves out weights, adapter, gradients and AdamW, which
+anyone can count.
 
 """
+
+_READING = """
+
+Of the published models {low:.2f} to {high:.2f} of the estimate were measured. What is over, {least:.0f} to {most:.0f}
+MiB, grows neither with the model nor with the picture: probably kernels that oneDNN compiles, and its scratch memory.
+`train` itself is measured after a first run in the same process, whose leftovers the second uses."""

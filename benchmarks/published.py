@@ -2,8 +2,8 @@
 
 Sources: [D] the defaults of the class in diffusers 0.42 or transformers 5, which are the published values where it was
 written for one model; [S] a conversion script in diffusers' `scripts/`, which writes the config out; [C] the
-config.json of the model's own repository, as other public code repeats it. Numbers of parameters are those of model
-cards, papers or published files, in millions, as round as they were given; `full_size` puts the counted ones beside.
+config.json of the model's own repository, as other public code repeats it. Numbers of parameters are what model cards
+and papers say, rounded, in millions; `full_size` puts the counted ones beside.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ class Part:
         library: "diffusers" or "transformers".
         kind: the class.
         config: its configuration; the class's own defaults for the rest.
-        millions: published number of parameters; None where none was found.
+        millions: published number of parameters; None where none is known.
     """
 
     library: str
@@ -82,15 +82,15 @@ def _t5(kind: str, hidden: int, intermediate: int, vocabulary: int, millions: fl
 
 # Text encoders by their repositories, all [C].
 # openai/clip-vit-large-patch14:
-CLIP_L = _clip("CLIPTextModel", 768, 12, 768, 123.1, act="quick_gelu")
-CLIP_L_PROJECTED = _clip("CLIPTextModelWithProjection", 768, 12, 768, 123.7, act="quick_gelu")
+CLIP_L = _clip("CLIPTextModel", 768, 12, 768, 123, act="quick_gelu")
+CLIP_L_PROJECTED = _clip("CLIPTextModelWithProjection", 768, 12, 768, 124, act="quick_gelu")
 # laion/CLIP-ViT-H-14 less its last layer, as Stable Diffusion 2 has it:
-CLIP_H = _clip("CLIPTextModel", 1024, 23, 512, 340.4)
+CLIP_H = _clip("CLIPTextModel", 1024, 23, 512, 340)
 # laion/CLIP-ViT-bigG-14:
-CLIP_G = _clip("CLIPTextModelWithProjection", 1280, 32, 1280, 694.7)
+CLIP_G = _clip("CLIPTextModelWithProjection", 1280, 32, 1280, 695)
 # google/t5-v1_1-xxl, google/mt5-xl and EleutherAI/pile-t5-xl:
-T5_XXL = _t5("T5EncoderModel", 4096, 10240, 32128, 4762.3)
-MT5_XL = _t5("T5EncoderModel", 2048, 5120, 250112, 1670.0)
+T5_XXL = _t5("T5EncoderModel", 4096, 10240, 32128, 4760)
+MT5_XL = _t5("T5EncoderModel", 2048, 5120, 250112, 1600)
 PILE_T5_XL = _t5("UMT5EncoderModel", 2048, 5120, 32128, None)
 # hfl/chinese-roberta-wwm-ext-large with Hunyuan-DiT's vocabulary:
 BERT = Part(
@@ -103,7 +103,7 @@ BERT = Part(
         "num_attention_heads": 16,
         "vocab_size": 47020,
     },
-    352.0,
+    350,
 )
 # google/gemma-2-2b:
 GEMMA_2 = Part(
@@ -118,7 +118,7 @@ GEMMA_2 = Part(
         "head_dim": 256,
         "vocab_size": 256000,
     },
-    2614.3,
+    2610,
 )
 
 
@@ -137,9 +137,9 @@ def _qwen3(kind: str, hidden: int, intermediate: int, *, tied: bool, millions: f
 
 
 # Qwen/Qwen3-4B and Qwen/Qwen3-8B:
-QWEN3_4B = _qwen3("Qwen3Model", 2560, 9728, tied=True, millions=4022.5)
-QWEN3_4B_LM = _qwen3("Qwen3ForCausalLM", 2560, 9728, tied=True, millions=4022.5)
-QWEN3_8B_LM = _qwen3("Qwen3ForCausalLM", 4096, 12288, tied=False, millions=8190.7)
+QWEN3_4B = _qwen3("Qwen3Model", 2560, 9728, tied=True, millions=4000)
+QWEN3_4B_LM = _qwen3("Qwen3ForCausalLM", 2560, 9728, tied=True, millions=4000)
+QWEN3_8B_LM = _qwen3("Qwen3ForCausalLM", 4096, 12288, tied=False, millions=8200)
 # Qwen/Qwen2.5-VL-7B-Instruct:
 QWEN25_VL = Part(
     "transformers",
@@ -166,7 +166,7 @@ QWEN25_VL = Part(
             "fullatt_block_indexes": [7, 15, 23, 31],
         },
     },
-    8292.2,
+    8290,
 )
 # mistralai/Mistral-Small-3.2-24B-Instruct-2506:
 MISTRAL_3 = Part(
@@ -197,7 +197,7 @@ MISTRAL_3 = Part(
         "spatial_merge_size": 2,
         "tie_word_embeddings": False,
     },
-    24011.4,
+    24000,
 )
 
 
@@ -216,15 +216,15 @@ def _vae(channels: int, scale: float, *, shift: float | None = None, side: int =
         "use_quant_conv": has_outer,
         "use_post_quant_conv": has_outer,
     }
-    return Part("diffusers", "AutoencoderKL", config, 83.7 if has_outer else 83.8)
+    return Part("diffusers", "AutoencoderKL", config, 84)
 
 
 VAE_SD = _vae(4, 0.18215, side=512)
 VAE_SDXL = _vae(4, 0.13025)
 VAE_SD3 = _vae(16, 1.5305, shift=0.0609)
 VAE_FLUX = _vae(16, 0.3611, shift=0.1159)
-VAE_FLUX2 = Part("diffusers", "AutoencoderKLFlux2", {}, 84.0)  # [D]
-VAE_QWEN = Part("diffusers", "AutoencoderKLQwenImage", {}, 127.0)  # [D]
+VAE_FLUX2 = Part("diffusers", "AutoencoderKLFlux2", {})  # [D]
+VAE_QWEN = Part("diffusers", "AutoencoderKLQwenImage", {}, 127)  # [D]
 # [S] convert_dcae_to_diffusers
 VAE_SANA = Part(
     "diffusers",
@@ -236,7 +236,6 @@ VAE_SANA = Part(
         "upsample_block_type": "interpolate",
         "scaling_factor": 0.41407,
     },
-    312.0,
 )
 
 
@@ -277,7 +276,7 @@ def _transformer(
     return Published(name, family, pipeline, "transformer", parts)
 
 
-def _sd3(name: str, blocks: int, positions: int, millions: float, **config: Any) -> Published:
+def _sd3(name: str, blocks: int, positions: int, millions: float | None, **config: Any) -> Published:
     """[S] convert_sd3_to_diffusers: as many heads of 64 as blocks."""
     transformer = {
         "num_layers": blocks,
@@ -290,8 +289,8 @@ def _sd3(name: str, blocks: int, positions: int, millions: float, **config: Any)
     return _transformer(name, "sd3", "StableDiffusion3Pipeline", part, (CLIP_L_PROJECTED, CLIP_G, T5_XXL), VAE_SD3)
 
 
-def _flux(name: str, guided: bool, millions: float) -> Published:
-    part = Part("diffusers", "FluxTransformer2DModel", {"guidance_embeds": guided}, millions)  # [D]
+def _flux(name: str, guided: bool) -> Published:
+    part = Part("diffusers", "FluxTransformer2DModel", {"guidance_embeds": guided}, 11900)  # [D]
     return _transformer(name, "flux", "FluxPipeline", part, (CLIP_L, T5_XXL), VAE_FLUX)
 
 
@@ -319,7 +318,7 @@ def _hunyuan(name: str, has_style: bool) -> Published:
         "mlp_ratio": 4.3637,
         "use_style_cond_and_image_meta_size": has_style,
     }
-    part = Part("diffusers", "HunyuanDiT2DModel", config, 1500.0)
+    part = Part("diffusers", "HunyuanDiT2DModel", config, 1500)
     return _transformer(name, "hunyuan-dit", "HunyuanDiTPipeline", part, (BERT, MT5_XL), VAE_SDXL)
 
 
@@ -339,41 +338,41 @@ _SANA_600M = {
     "cross_attention_dim": 1152,
     "num_layers": 28,
 }
-_FLUX_2 = Part("diffusers", "Flux2Transformer2DModel", {}, 32000.0)  # [D] [S] convert_flux2_to_diffusers
-_AURA = Part("diffusers", "AuraFlowTransformer2DModel", {"pos_embed_max_size": 9216}, 6800.0)  # [D] [S] and [C], v0.3
-_LUMINA = Part("diffusers", "Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, 2600.0)  # [D]; as wide as Gemma
-_Z_IMAGE = Part("diffusers", "ZImageTransformer2DModel", {}, 6150.0)  # [D]
-_QWEN = Part("diffusers", "QwenImageTransformer2DModel", {}, 20430.0)  # [D]
+_FLUX_2 = Part("diffusers", "Flux2Transformer2DModel", {}, 32000)  # [D] [S] convert_flux2_to_diffusers
+_AURA = Part("diffusers", "AuraFlowTransformer2DModel", {"pos_embed_max_size": 9216}, 6800)  # [D] [S] and [C], v0.3
+_LUMINA = Part("diffusers", "Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, 2600)  # [D]; as wide as Gemma
+_Z_IMAGE = Part("diffusers", "ZImageTransformer2DModel", {}, 6000)  # [D]
+_QWEN = Part("diffusers", "QwenImageTransformer2DModel", {}, 20000)  # [D]
 
 PUBLISHED: tuple[Published, ...] = (
-    _sd("SD 1.5", "sd1", _UNET, 859.5, text=CLIP_L, side=512),
-    _sd("SD 2.1", "sd2", _UNET_2, 865.9, text=CLIP_H, side=768),
+    _sd("SD 1.5", "sd1", _UNET, 860, text=CLIP_L, side=512),
+    _sd("SD 2.1", "sd2", _UNET_2, 866, text=CLIP_H, side=768),
     Published(
         "SDXL base",
         "sdxl",
         "StableDiffusionXLPipeline",
         "unet",
         {
-            "unet": Part("diffusers", "UNet2DConditionModel", _UNET_XL, 2567.5),
+            "unet": Part("diffusers", "UNet2DConditionModel", _UNET_XL, 2567),
             "text_encoder": CLIP_L,
             "text_encoder_2": CLIP_G,
             "vae": VAE_SDXL,
         },
     ),
-    _sd3("SD 3 medium", 24, 192, 2028.3),
-    _sd3("SD 3.5 medium", 24, 384, 2243.2, **_DUAL),
-    _sd3("SD 3.5 large", 38, 192, 8056.6, qk_norm="rms_norm"),
-    _flux("FLUX.1 dev", True, 11901.4),
-    _flux("FLUX.1 schnell", False, 11891.2),
+    _sd3("SD 3 medium", 24, 192, 2000),
+    _sd3("SD 3.5 medium", 24, 384, None, **_DUAL),  # 2.5 B with a table of positions that is no parameter here
+    _sd3("SD 3.5 large", 38, 192, 8100, qk_norm="rms_norm"),
+    _flux("FLUX.1 dev", True),
+    _flux("FLUX.1 schnell", False),
     _transformer("FLUX.2 dev", "flux2", "Flux2Pipeline", _FLUX_2, (MISTRAL_3,), VAE_FLUX2),
-    _klein("FLUX.2 Klein 4B", _KLEIN_4B, QWEN3_4B_LM, 4000.0),
-    _klein("FLUX.2 Klein 9B", _KLEIN_9B, QWEN3_8B_LM, 9000.0),
-    _pixart("PixArt-alpha 1024", "Alpha", {"use_additional_conditions": True}, VAE_SD, 611.0),
-    _pixart("PixArt-Sigma 1024", "Sigma", {"use_additional_conditions": False}, VAE_SDXL, 611.0),
+    _klein("FLUX.2 Klein 4B", _KLEIN_4B, QWEN3_4B_LM, 4000),
+    _klein("FLUX.2 Klein 9B", _KLEIN_9B, QWEN3_8B_LM, 9000),
+    _pixart("PixArt-alpha 1024", "Alpha", {"use_additional_conditions": True}, VAE_SD, 610),
+    _pixart("PixArt-Sigma 1024", "Sigma", {"use_additional_conditions": False}, VAE_SDXL, 610),
     _hunyuan("Hunyuan-DiT 1.1", True),
     _hunyuan("Hunyuan-DiT 1.2", False),
-    _sana("Sana 0.6B", _SANA_600M, 590.0),
-    _sana("Sana 1.6B", {}, 1604.5),
+    _sana("Sana 0.6B", _SANA_600M, 590),
+    _sana("Sana 1.6B", {}, 1600),
     _transformer("AuraFlow 0.3", "auraflow", "AuraFlowPipeline", _AURA, (PILE_T5_XL,), VAE_SDXL),
     _transformer("Lumina-Image 2.0", "lumina2", "Lumina2Pipeline", _LUMINA, (GEMMA_2,), VAE_FLUX),
     _transformer("Z-Image", "z-image", "ZImagePipeline", _Z_IMAGE, (QWEN3_4B,), VAE_FLUX),

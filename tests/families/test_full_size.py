@@ -72,7 +72,7 @@ def test_parameters_are_the_published_number(name) -> None:
     for part, facts in published(name).parts.items():
         if facts.millions is not None:
             counted = sum(parameter.numel() for parameter in getattr(pipeline(name), part).parameters())
-            assert counted / 1e6 == pytest.approx(facts.millions, rel=0.035), part
+            assert counted / 1e6 == pytest.approx(facts.millions, rel=0.05), part
 
 
 @pytest.mark.parametrize("name", NAMES)
