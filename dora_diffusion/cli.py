@@ -135,8 +135,9 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from tqdm import tqdm
 
     from dora_diffusion.adapters import AdapterManager
-    from dora_diffusion.generation import GenerationSettings, StepReport, generate, save_picture
+    from dora_diffusion.generation import GenerationSettings, StepReport, WordUse, generate, save_picture
     from dora_diffusion.pipelines import load_pipeline
+    from dora_diffusion.storage import sha256_of
     from dora_diffusion.tokens import install_words, load_word
 
     settings = GenerationSettings(
@@ -156,8 +157,10 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         config=arguments.model_config,
         offload=arguments.offload,
     )
-    if arguments.words:
-        install_words(pipe, [load_word(path) for path in arguments.words])
+    words = [load_word(path) for path in arguments.words]
+    if words:
+        install_words(pipe, words)
+    spelt = [WordUse(state.word, sha256_of(Path(path))) for state, path in zip(words, arguments.words, strict=True)]
     uses = _blend(AdapterManager(pipe), adapters)
     with tqdm(total=settings.steps, desc="drawing") as bar:
 
@@ -165,7 +168,8 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
             bar.update(report.step - bar.n)
 
         picture = generate(pipe, settings, on_step=advance)
-    print(f"wrote {save_picture(picture, arguments.output, settings, model=arguments.model, adapters=uses)}")
+    path = save_picture(picture, arguments.output, settings, model=arguments.model, adapters=uses, words=spelt)
+    print(f"wrote {path}")
     return 0
 
 

@@ -62,6 +62,14 @@ class AdapterUse:
     mode: str = "additive"
 
 
+@dataclass(frozen=True)
+class WordUse:
+    """A new word that a picture was drawn with."""
+
+    word: str
+    sha256: str
+
+
 class GenerationStopped(Exception):
     """The drawing was stopped on request; nothing is wrong."""
 
@@ -175,13 +183,16 @@ def parameters_text(settings: GenerationSettings, *, model: str, adapters: Seque
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in facts.items())])
 
 
-def picture_metadata(settings: GenerationSettings, *, model: str, adapters: Sequence[AdapterUse]) -> PngInfo:
+def picture_metadata(
+    settings: GenerationSettings, *, model: str, adapters: Sequence[AdapterUse], words: Sequence[WordUse] = ()
+) -> PngInfo:
     """PNG text chunks: A1111's `parameters`, and a JSON chunk `dora_diffusion` that loses nothing."""
     record = {
         "version": dora_diffusion.__version__,
         "model": model,
         "settings": asdict(settings),
         "adapters": [{**asdict(use), "weight": _plain(use.weight)} for use in adapters],
+        "words": [asdict(use) for use in words],
     }
     info = PngInfo()
     info.add_itxt("parameters", parameters_text(settings, model=model, adapters=adapters))
@@ -200,6 +211,7 @@ def save_picture(
     *,
     model: str,
     adapters: Sequence[AdapterUse],
+    words: Sequence[WordUse] = (),
 ) -> Path:
     """Write a PNG with its metadata, atomically; a ValueError when the path is no .png."""
     import io
@@ -208,6 +220,6 @@ def save_picture(
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path}: pictures are written as PNG; give a name that ends in .png")
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", pnginfo=picture_metadata(settings, model=model, adapters=adapters))
+    image.save(buffer, format="PNG", pnginfo=picture_metadata(settings, model=model, adapters=adapters, words=words))
     write_atomically(path, buffer.getvalue())
     return path

@@ -132,8 +132,6 @@ def add_words(pipe: Any, starts: Mapping[str, str], *, vectors: int = 1) -> Word
         ValueError: no CLIP encoder, a word that the vocabulary has or that has spaces, a start of no known token, or
             several vectors for a pipeline that cannot spell them out.
     """
-    if vectors > 1 and not hasattr(pipe, "maybe_convert_prompt"):
-        raise ValueError(f"{type(pipe).__name__} reads words of one vector only, got {vectors} vectors")
     names = _clip_encoders(pipe)
     states = [
         WordState(word, tuple(_start_vectors(pipe, name, word, text, vectors) for name in names))
@@ -146,7 +144,8 @@ def install_words(pipe: Any, states: Iterable[WordState]) -> Words:
     """Put words with known vectors into a pipeline, for drawing or further training.
 
     Raises:
-        ValueError: the pipeline has no CLIP encoders, other ones, or has such a word already.
+        ValueError: the pipeline has no CLIP encoders, other ones, or weights that are away; a word that it has already,
+            that is given twice, or that has several vectors when the pipeline cannot spell them out.
     """
     states, names = list(states), _clip_encoders(pipe)
     for state in states:
@@ -154,8 +153,7 @@ def install_words(pipe: Any, states: Iterable[WordState]) -> Words:
         got = [int(vector.shape[1]) for vector in state.vectors]
         if got != widths:
             raise ValueError(f"{state.word}: vectors of width {got}, expected {widths}; is it for another base model?")
-    if taken := [state.word for state in states if any(_has(pipe, name, state.word) for name in names)]:
-        raise ValueError(f"{taken[0]!r}: the base's vocabulary has it already; choose another word")
+    _check_spellings(pipe, states, names)
     encoders = [_extend(pipe, name, states, index) for index, name in enumerate(names)]
     return Words(pipe, encoders, {state.word: len(state.vectors[0]) for state in states})
 
@@ -175,6 +173,18 @@ def _clip_encoders(pipe: Any) -> list[str]:
     return names
 
 
+def _check_spellings(pipe: Any, states: Sequence[WordState], names: Sequence[str]) -> None:
+    if any(len(state.vectors[0]) > 1 for state in states) and not hasattr(pipe, "maybe_convert_prompt"):
+        most = max(len(state.vectors[0]) for state in states)
+        raise ValueError(f"{type(pipe).__name__} reads words of one vector only, got {most} vectors")
+    spellings = [spelling for state in states for spelling in _spellings(state)]
+    for spelling in spellings:
+        if spellings.count(spelling) > 1:
+            raise ValueError(f"{spelling!r}: two words are spelt so; expected each once")
+        if any(_has(pipe, name, spelling) for name in names):
+            raise ValueError(f"{spelling!r}: the base's vocabulary has it already; choose another word")
+
+
 def _tokenizer_name(encoder: str) -> str:
     return encoder.replace("text_encoder", "tokenizer")
 
@@ -186,8 +196,8 @@ def _has(pipe: Any, encoder: str, word: str) -> bool:
 
 def _start_vectors(pipe: Any, encoder: str, word: str, text: str, count: int) -> Tensor:
     """(count, width) fp32: the vectors of the text's tokens in turn, or their mean for one."""
-    if not re.fullmatch(r"\S+", word):
-        raise ValueError(f"{word!r}: a new word has no spaces and at least one letter, such as '<robot>'")
+    if not re.fullmatch(r"\S+", word) or word != word.lower():
+        raise ValueError(f"{word!r}: a new word has no spaces and no capitals (CLIP reads none), such as '<robot>'")
     tokenizer = getattr(pipe, _tokenizer_name(encoder))
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if not ids:
@@ -207,6 +217,8 @@ def _extend(pipe: Any, name: str, states: Sequence[WordState], index: int) -> _E
     first = len(extended)
     extended.add_tokens([spelling for state in states for spelling in _spellings(state)])
     base = model.get_input_embeddings()
+    if base.weight.is_meta and not states[0].vectors[index].is_meta:
+        raise ValueError(f"{name}: its weights are away (sequential CPU offload); words need offload='model' or none")
     vectors = torch.cat([state.vectors[index] for state in states]).to(base.weight.device, torch.float32)
     embedding = ExtendedEmbedding(base, first, vectors)
     ends = tuple((module, module.eos_token_id) for module in model.modules() if hasattr(module, "eos_token_id"))
@@ -227,11 +239,19 @@ def save_words(states: Iterable[WordState], folder: str | Path) -> list[Path]:
 
     One encoder's vectors are keyed by the word, as diffusers does; two are `clip_l` and `clip_g`.
     """
-    return [_save_word(state, Path(folder)) for state in states]
+    taken: set[str] = set()
+    paths = []
+    for state in states:
+        plain = re.sub(r"[^A-Za-z0-9_-]+", "-", state.word).strip("-") or "word"
+        candidates = (plain, *(f"{plain}-{number}" for number in range(2, 10_000)))
+        stem = next(name for name in candidates if name.lower() not in taken)  # some disks know no capitals
+        taken.add(stem.lower())
+        paths.append(_save_word(state, Path(folder), stem))
+    return paths
 
 
-def _save_word(state: WordState, folder: Path) -> Path:
-    path = folder / f"{re.sub(r'[^A-Za-z0-9_-]+', '-', state.word).strip('-') or 'word'}.safetensors"
+def _save_word(state: WordState, folder: Path, stem: str) -> Path:
+    path = folder / f"{stem}.safetensors"
     keys = (state.word,) if len(state.vectors) == 1 else PAIR_KEYS
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(dict(zip(keys, state.vectors, strict=True)), path, {"format": "pt", _METADATA: state.word})

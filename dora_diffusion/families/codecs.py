@@ -1,5 +1,7 @@
 """The autoencoders' ways of scaling latents, each as its pipeline does it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,17 +15,33 @@ def _to(vae: Any, tensor: Tensor) -> Tensor:
     return tensor.to(vae.device, vae.dtype)
 
 
+@contextmanager
+def _upcast(vae: Any) -> Iterator[None]:
+    """fp32 for as long as it takes, for an autoencoder in fp16 whose config says that it overflows there (SDXL's)."""
+    overflows = vae.dtype == torch.float16 and vae.config.get("force_upcast")
+    if overflows:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if overflows:
+            vae.to(torch.float16)
+
+
 @torch.no_grad()
 def _encode_scaled(pipe: Any, pixels: Tensor) -> Tensor:
     vae = pipe.vae
-    latents: Tensor = vae.encode(_to(vae, pixels)).latent_dist.mode()
+    with _upcast(vae):
+        latents: Tensor = vae.encode(_to(vae, pixels)).latent_dist.mode()
     return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def _decode_scaled(pipe: Any, latents: Tensor) -> Tensor:
     vae = pipe.vae
-    pixels: Tensor = vae.decode(_to(vae, latents) / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample
+    with _upcast(vae):
+        raw = _to(vae, latents) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+        pixels: Tensor = vae.decode(raw).sample
     return pixels
 
 

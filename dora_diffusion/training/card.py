@@ -1,24 +1,32 @@
 """The README.md of a run folder: what was trained on what, and how to use it."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from dora_diffusion.training.config import TrainConfig
 
 
-def run_card(config: TrainConfig, validation: Sequence[tuple[int, float]]) -> str:
-    """A model card in Markdown, from the run's config and its validation losses (step, loss)."""
-    kind = "DoRA" if config.adapter.use_dora else "LoRA"
+def run_card(config: TrainConfig, validation: Sequence[tuple[int, float]], words: Sequence[Path] = ()) -> str:
+    """A model card in Markdown, from the run's config, its validation losses (step, loss) and its new words' files."""
+    adapter = config.adapter
+    has_adapter = bool(adapter.train_unet or adapter.train_text_encoder)
+    kind = ("DoRA adapter" if adapter.use_dora else "LoRA adapter") if has_adapter else "New words"
+    made = f"rank {adapter.rank}, alpha {adapter.alpha:g}, " if has_adapter else ""
+    spelt = ", ".join(f"`{word}`" for word in config.words.starts)
+    made += f"new words {spelt}, " if spelt else ""
+    files = ["--adapter adapter.safetensors:1.0"] if has_adapter else []
+    files += [f"--words words/{path.name}" for path in words]
     prompt = config.data.instance_prompt or "(captions beside the images)"
     losses = "\n".join(f"| {step} | {loss:.4f} |" for step, loss in validation)
     example = config.preview.prompts[0] if config.preview.prompts else prompt
-    return f"""# {kind} adapter on `{config.model}`
+    return f"""# {kind} on `{config.model}`
 
-Trained by dora_diffusion: rank {config.adapter.rank}, alpha {config.adapter.alpha:g}, {config.optim.steps} steps of
+Trained by dora_diffusion: {made}{config.optim.steps} steps of
 batch {config.optim.batch_size} x {config.optim.gradient_accumulation}, learning rate {config.optim.learning_rate:g},
 instance prompt `{prompt}`. Everything else stands in `config.yaml`; `samples/strip.png` shows the way.
 
 ```
-dora-diffusion generate --model {config.model} --adapter adapter.safetensors:1.0 \\
+dora-diffusion generate --model {config.model} {" ".join(files)} \\
     --prompt "{example}" --output out.png
 ```
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion import storage
-from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.config import FlowConfig, OptimConfig, TrainConfig, WordsConfig
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def resume(state: TrainingState, config: TrainConfig, *, folder: Path) -> int:
     newest = found[-1]
     progress = json.loads((newest / "progress.json").read_text())
     difference = _first_difference(
-        {**progress["settings"], "processes": progress["processes"]},
+        {**_with_later_defaults(progress["settings"]), "processes": progress["processes"]},
         {**resumable_part(config), "processes": state.processes},
     )
     if difference:
@@ -99,6 +99,16 @@ def resume(state: TrainingState, config: TrainConfig, *, folder: Path) -> int:
     print(f"resuming from {newest.name}" + (f"; skipped what is not whole: {', '.join(broken)}" if broken else ""))
     step: int = progress["step"]
     return step
+
+
+def _with_later_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an older checkpoint, with the defaults of sections and keys that came later."""
+    later = {
+        "flow": FlowConfig().model_dump(mode="json"),
+        "words": WordsConfig().model_dump(mode="json"),
+        "optim": OptimConfig().model_dump(mode="json"),
+    }
+    return settings | {name: defaults | settings.get(name, {}) for name, defaults in later.items()}
 
 
 def _first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str | None:

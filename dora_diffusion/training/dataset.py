@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -169,6 +170,8 @@ def load_sample(example: Example, *, size: tuple[int, int], crop: Crop, flip: bo
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+    if flip and offset is not None:  # mirrored, what was cut off on the right is cut off on the left
+        offset = (1 - offset[0], offset[1])
     return Sample(pixels, torch.tensor(frame_of(original.size, size=size, offset=offset), dtype=torch.float32))
 
 
@@ -230,9 +233,16 @@ def checked_examples(config: TrainConfig) -> Split:
 
 
 def check_words(config: TrainConfig, examples: Sequence[Example]) -> None:
-    """A ValueError when no caption holds a new word: it would never be trained."""
+    """A ValueError when no caption holds a new word, which would never be trained, or one holds it inside another."""
     for word in config.words.starts:
-        if not any(word in example.caption for example in examples):
+        alone = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
+        inside = [c for c in (example.caption for example in examples) if word in alone.sub("", c).lower()]
+        if inside:
+            raise ValueError(
+                f"words.starts: {word!r} stands inside another word of {inside[0]!r}, which it would tear apart; "
+                "choose one that cannot, such as '<zqx>'"
+            )
+        if not any(alone.search(example.caption) for example in examples):
             raise ValueError(
                 f"words.starts: {word!r} stands in none of the {len(examples)} captions, "
                 f"{examples[0].caption!r} first; expected captions (or data.instance_prompt) that hold it"

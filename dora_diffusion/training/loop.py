@@ -83,6 +83,7 @@ def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
     instances, held_out = checked_examples(config)
     check_words(config, instances)
     pipe = load_base(config, accelerator.device)
+    objective_of(pipe, config, tokens=1)  # raises for a scheduler that cannot be trained, before anything is drawn
     with accelerator.main_process_first():  # one process draws the class images, the others find them
         classes = ensure_class_examples(pipe, config)
     subject = prepare_subject(pipe, config)
@@ -164,6 +165,7 @@ class _Run:
             for parameter in self.subject.parameters():
                 if parameter.grad is not None:  # a text encoder's last layer, where the pipeline reads an earlier one
                     parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        self.rates.drop_ended_gradients(step)
         norm = self.accelerator.clip_grad_norm_(self.subject.parameters(), optim.max_grad_norm or math.inf)
         if self.accelerator.scaler is None:  # fp16's scaler skips such a step by itself
             self._refuse_divergence(step, "gradient", norm, batch)
@@ -229,7 +231,7 @@ class _Run:
                 words = save_words(self.subject.words.state(), self.folder / "words")
             save_strip(self.folder / "samples")
             write_atomically(self.folder / "validation.json", json.dumps(self.validation).encode())
-            write_atomically(self.folder / "README.md", run_card(self.config, self.validation).encode())
+            write_atomically(self.folder / "README.md", run_card(self.config, self.validation, words).encode())
         self.accelerator.wait_for_everyone()
         return TrainResult(adapter, tuple(words), self.config.optim.steps, tuple(self.validation))
 

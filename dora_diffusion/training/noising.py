@@ -31,9 +31,11 @@ def objective_of(pipe: Any, config: TrainConfig, *, tokens: int) -> Objective:
             weighting=flow.weighting,
         )
     kind = scheduler.config.get("prediction_type")
-    if kind not in ("epsilon", "v_prediction"):
+    # EDM's schedulers predict epsilon, too, but of another noise
+    if kind not in ("epsilon", "v_prediction") or not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
-            f"{config.model}: its scheduler predicts {kind!r}; epsilon, v_prediction and flow matching can be trained"
+            f"{config.model}: its {type(scheduler).__name__} predicts {kind!r}; epsilon and v_prediction of a "
+            "scheduler with alphas_cumprod, and flow matching, can be trained"
         )
     return DiffusionObjective(scheduler.alphas_cumprod.clone(), kind, config.optim.min_snr_gamma)
 

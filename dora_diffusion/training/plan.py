@@ -22,13 +22,16 @@ def describe_plan(config: TrainConfig) -> str:
     """
     import torch
 
-    from dora_diffusion.training.dataset import checked_examples
+    from dora_diffusion.training.dataset import check_words, checked_examples
     from dora_diffusion.training.memory import estimate_memory
+    from dora_diffusion.training.noising import objective_of
     from dora_diffusion.training.skeleton import load_skeleton
     from dora_diffusion.training.subject import PRECISIONS, adapter_metadata, prepare_subject, trainable_count
 
     examples = checked_examples(config).train
+    check_words(config, examples)
     subject = prepare_subject(load_skeleton(config.model, dtype=PRECISIONS[config.optim.mixed_precision]), config)
+    objective_of(subject.pipe, config, tokens=1)  # raises for a scheduler that cannot be trained
     optim = config.optim
     seen = optim.steps * optim.batch_size * optim.gradient_accumulation
     file = file_bytes(subject.adapter(adapter_metadata(config, subject.family, step=optim.steps)))

@@ -217,7 +217,7 @@ def build_optimizer(subject: Subject, config: TrainConfig) -> torch.optim.AdamW:
         if magnitudes := injection.magnitudes():
             groups.append({"params": magnitudes, "lr": rate * optim.magnitude_lr_multiplier, "weight_decay": 0.0})
     if subject.words is not None:
-        until = round(config.words.share * optim.steps)
+        until = max(1, round(config.words.share * optim.steps))
         rate = optim.words_learning_rate
         groups.append({"params": subject.words.parameters(), "lr": rate, "weight_decay": 0.0, "until": until})
     return torch.optim.AdamW(groups)
@@ -236,6 +236,13 @@ class RateSchedule:
         self._factor = scheduler.lr_lambdas[0]
         self._optimizer = optimizer
         self._rates = [group["lr"] for group in optimizer.param_groups]
+
+    def drop_ended_gradients(self, step: int) -> None:
+        """Groups that stand still from a step on have no say in how the gradients of the others are cut."""
+        for group in self._optimizer.param_groups:
+            if step >= group.get("until", math.inf):
+                for parameter in group["params"]:
+                    parameter.grad = None
 
     def set(self, step: int) -> float:
         """Set the rates of a step; return the first group's. A group that ends at a step stands still from it on."""

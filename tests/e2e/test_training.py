@@ -15,6 +15,7 @@ from dora_diffusion.generation import GenerationSettings, generate
 from dora_diffusion.pipelines import load_pipeline
 from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.tokens import add_words, install_words, load_word
+from dora_diffusion.training import checkpoint
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.subject import load_base, prepare_subject
@@ -196,6 +197,8 @@ def test_words_alone_leave_no_adapter_and_draw(base, images, tmp_path) -> None:
     )
     result = train(with_words(base, images, tmp_path / "run", adapter=alone.model_dump()))
     assert result.adapter is None and not (tmp_path / "run" / "adapter.safetensors").exists()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "--words words/zqx.safetensors" in card and "adapter.safetensors" not in card
     pipe = load_pipeline(base)
     before = draw(pipe, "a zqx cat")
     learnt = install_words(pipe, [load_word(path) for path in result.words])
@@ -212,3 +215,21 @@ def test_a_word_that_no_caption_holds_is_refused_before_anything_is_loaded(base,
     settings = with_words(base, images, tmp_path / "run", words={"starts": {"<other>": "cat"}})
     with pytest.raises(ValueError, match="words.starts: '<other>' stands in none of the 3 captions"):
         train(settings)
+
+
+def test_a_checkpoint_from_before_a_section_was_added_is_resumed(base, images, tmp_path, monkeypatch) -> None:
+    settings = config(base, images, tmp_path / "run")
+
+    def as_it_was(given: TrainConfig) -> dict[str, object]:
+        parts = now(given)
+        del parts["flow"], parts["words"], parts["optim"]["words_learning_rate"]
+        return parts
+
+    now = checkpoint.resumable_part
+    with monkeypatch.context() as before:
+        before.setattr(checkpoint, "resumable_part", as_it_was)
+        train(settings)
+    assert train(settings, resume="latest").steps == 6
+    changed = settings.model_copy(update={"flow": settings.flow.model_copy(update={"shift": 3.0})})
+    with pytest.raises(ValueError, match="flow.shift was None and is now 3.0"):
+        train(changed, resume="latest")

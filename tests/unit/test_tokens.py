@@ -141,3 +141,32 @@ def test_other_refusals_are_one_line(tmp_path) -> None:
     save_tensors({"clip_l": bare.vectors[0], "clip_g": bare.vectors[1]}, tmp_path / "a.safetensors", {})
     with pytest.raises(ValueError, match="as many vectors"):
         load_word(tmp_path / "a.safetensors")
+
+
+def test_words_that_would_share_a_file_or_a_spelling_are_kept_apart(tmp_path) -> None:
+    vectors = (torch.zeros(1, 16),)
+    files = save_words([WordState(word, vectors) for word in ("<a.b>", "<a-b>", "<кот>", "<пёс>")], tmp_path)
+    assert [path.name for path in files] == [
+        "a-b.safetensors",
+        "a-b-2.safetensors",
+        "word.safetensors",
+        "word-2.safetensors",
+    ]
+    assert [load_word(path).word for path in files] == ["<a.b>", "<a-b>", "<кот>", "<пёс>"]
+    pipe = PIPELINES["sd1"].build()
+    twice = [WordState("<a>", vectors), WordState("<a>", vectors)]
+    with pytest.raises(ValueError, match="'<a>': two words are spelt so"):
+        install_words(pipe, twice)
+    with pytest.raises(ValueError, match="'<a>_1': two words are spelt so"):
+        install_words(pipe, [WordState("<a>", (torch.zeros(2, 16),)), WordState("<a>_1", vectors)])
+    with pytest.raises(ValueError, match="no capitals"):
+        add_words(pipe, {"<Zqx>": "cat"})
+    with pytest.raises(ValueError, match="one vector only"):
+        install_words(PIPELINES["sd3"].build(), [WordState("<a>", (torch.zeros(2, 16), torch.zeros(2, 24)))])
+
+
+def test_known_vectors_are_not_lost_to_weights_that_are_away() -> None:
+    pipe = PIPELINES["sd1"].build()
+    pipe.text_encoder.to("meta")
+    with pytest.raises(ValueError, match="sequential CPU offload"):
+        install_words(pipe, [WordState("<a>", (torch.zeros(1, 16),))])

@@ -10,7 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_diffusion.training.dataset import Example, StepSampler, find_examples, load_sample, split_validation
+from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.dataset import (
+    Example,
+    StepSampler,
+    check_words,
+    find_examples,
+    load_sample,
+    split_validation,
+)
 
 PHOTOS = Path(__file__).parents[4] / "shared" / "data" / "dreambooth"
 
@@ -239,3 +247,27 @@ def test_real_photos(subject: str, count: int) -> None:
     pixels = load_sample(found[0], size=(128, 96), crop="random", flip=True, rng=Random(0)).pixels
     assert pixels.shape == (3, 96, 128)
     assert -1 <= pixels.min() < -0.2 and 0.2 < pixels.max() <= 1
+
+
+def test_a_mirrored_crop_says_where_it_was_cut(tmp_path: Path) -> None:
+    path = tmp_path / "1.png"
+    Image.new("RGB", (60, 20)).save(path)
+    plain, mirrored = (
+        load_sample(Example(path, "a"), size=(8, 8), crop="random", flip=flip, rng=Random(7)).frame
+        for flip in (False, True)
+    )
+    assert plain[3] != mirrored[3] and plain[3] + mirrored[3] == 16  # 24 x 8, of which 8 are kept
+
+
+def test_a_new_word_inside_another_is_refused(tmp_path: Path) -> None:
+    def config(word: str) -> TrainConfig:
+        return TrainConfig.model_validate(
+            {"output_dir": tmp_path / "run", "data": {"instance_dir": tmp_path}, "words": {"starts": {word: "cat"}}}
+        )
+
+    examples = [Example(tmp_path / "1.png", "a ROB robot"), Example(tmp_path / "2.png", "a <zqx>, red")]
+    check_words(config("<zqx>"), examples)
+    with pytest.raises(ValueError, match="'rob' stands inside another word of 'a ROB robot'"):
+        check_words(config("rob"), examples)
+    with pytest.raises(ValueError, match="'cat' stands in none of the 2 captions"):
+        check_words(config("cat"), examples)

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from diffusers import EDMEulerScheduler
 
+from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.training.batches import BatchSource
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.dataset import Example
 from dora_diffusion.training.images import read_image
+from dora_diffusion.training.noising import objective_of
 from dora_diffusion.training.subject import RateSchedule, adapter_metadata, build_optimizer, prepare_subject
 from tests.families.pipelines import PIPELINES
 from tests.pocket_random import random_pocket_pipeline
@@ -166,3 +169,37 @@ def test_trained_text_encoders_stay_where_they_are(tmp_path, monkeypatch) -> Non
     monkeypatch.setattr(subject.pipe.text_encoder, "to", lambda device: pytest.fail("moved"))
     with subject.awake():
         subject.rest()
+
+
+def test_words_past_their_share_have_no_say_in_clipping(tmp_path) -> None:
+    config = make_config(tmp_path, words={"starts": {"zqx": "cat"}, "share": 0.01}, optim={"steps": 10})
+    subject = prepare_subject(random_pocket_pipeline(), config)
+    optimizer = build_optimizer(subject, config)
+    rates = RateSchedule(optimizer, config)
+    (vectors,) = subject.words.parameters()
+    for step, expected in ((0, True), (1, False)):  # a share of less than a step is one step
+        vectors.grad = torch.ones_like(vectors)
+        rates.set(step)
+        rates.drop_ended_gradients(step)
+        assert (vectors.grad is not None) is expected
+        assert (optimizer.param_groups[-1]["lr"] > 0) is expected
+
+
+def test_a_scheduler_of_another_noise_is_refused_in_a_line(tmp_path) -> None:
+    pipe = PIPELINES["sdxl"].build()
+    pipe.scheduler = EDMEulerScheduler()
+    with pytest.raises(ValueError, match="its EDMEulerScheduler predicts 'epsilon'; epsilon and v_prediction of a"):
+        objective_of(pipe, make_config(tmp_path), tokens=1)
+
+
+def test_an_autoencoder_that_overflows_in_fp16_works_in_fp32() -> None:
+    pipe = PIPELINES["sdxl"].build()
+    pipe.vae.register_to_config(force_upcast=True)
+    pipe.vae.to(torch.float16)
+    seen: list[torch.dtype] = []
+    pipe.vae.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    family = family_of_pipeline(pipe)
+    latents = family.codec.encode(pipe, torch.zeros(1, 3, 32, 32))
+    pixels = family.codec.decode(pipe, latents)
+    assert seen == [torch.float32] and latents.dtype == pixels.dtype == torch.float32
+    assert pipe.vae.dtype == torch.float16
