@@ -24,9 +24,9 @@ and variant. "yes" means that every test of that column passed; a number refers 
 - **kohya file**: reading and writing kohya's files is not built for any family yet.
 
 Left out, since they learn or call otherwise: Sana-Sprint (consistency, not flow matching), FLUX Fill, Kontext, Control
-and Redux, Klein KV, Qwen-Image Edit and Layered, Z-Image Omni, and the ControlNet and PAG pipelines. Other models of the
-installed diffusers (Chroma, CogView, HiDream, Kolors, OmniGen ...) have no family yet; ARCHITECTURE.md says how to add
-one.
+and Redux, Klein KV, Qwen-Image Edit and Layered, Z-Image Omni, and the ControlNet and PAG pipelines. Other models of
+the installed diffusers (Chroma, CogView, HiDream, Kolors, OmniGen ...) have no family yet; ARCHITECTURE.md says how to
+add one.
 """
 
 
