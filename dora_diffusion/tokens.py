@@ -2,7 +2,7 @@
 
     words = add_words(pipe, {"<zqx>": "robot"})      # <zqx> starts as what "robot" is
     words.parameters()                               # fp32, to train, alone or with an adapter (pivotal tuning)
-    save_words(words.state(), folder)                # one file a word, as diffusers, A1111 and ComfyUI read them
+    save_words(words.state(), folder)                # one file a word, keyed as diffusers and A1111 key them
     words.remove()                                   # the pipeline is what it was
 
 Every CLIP encoder of the pipeline gets its own vectors. The encoder's embedding stays whole: ids beyond it are looked

@@ -59,8 +59,8 @@ def encode_xl(pipe: Any, captions: list[str]) -> Mapping[str, Tensor]:
         captions, device=pipe.text_encoder_2.device, num_images_per_prompt=1, do_classifier_free_guidance=False
     )
     if pipe.config.get("force_zeros_for_empty_prompt"):
-        said = torch.tensor([bool(caption) for caption in captions], device=hidden.device)
-        hidden, pooled = hidden * said[:, None, None], pooled * said[:, None]
+        empty = torch.tensor([not caption for caption in captions], device=hidden.device)
+        hidden, pooled = hidden.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
     return {"encoder_hidden_states": hidden, "text_embeds": pooled}
 
 
