@@ -121,7 +121,7 @@ class AdapterManager:
         self._refuse_while_fused("load an adapter")
         adapter = source if isinstance(source, AdapterState) else load_adapter(source)
         label = name if isinstance(source, AdapterState) else str(source)
-        modules = {self._live_path(path, label): module for path, module in adapter.modules.items()}
+        modules = {self._live_path(path, label): module.as_pair() for path, module in adapter.modules.items()}
         for path, module in modules.items():
             check_shapes(f"{label}: {path}", module, self._base(path))
             if self._room is not None:

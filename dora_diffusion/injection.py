@@ -151,9 +151,9 @@ class Injection:
         if different := state.modules.keys() ^ self._layers.keys():
             raise ValueError(f"the adapter and the injection differ in {len(different)} layers, {min(different)} first")
         for path, layer in self._layers.items():
-            _check_loadable(path, state.modules[path], layer)
+            _check_loadable(path, state.modules[path].as_pair(), layer)
         for path, layer in self._layers.items():
-            _copy_in(state.modules[path], layer.adapter)
+            _copy_in(state.modules[path].as_pair(), layer.adapter)
         self.forget_norms()
 
     def eject(self) -> nn.Module:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from dora_diffusion.formats import detect_format, load_adapter
-from dora_diffusion.functional import low_rank_delta
 from dora_diffusion.state import AdapterState
 from dora_diffusion.storage import sha256_of
 
@@ -52,8 +51,7 @@ def _parameters(adapter: AdapterState) -> int:
     return sum(
         tensor.numel()
         for module in adapter.modules.values()
-        for tensor in (module.down, module.up, module.magnitude)
-        if tensor is not None
+        for tensor in module.tensors.values()
     )
 
 
@@ -62,8 +60,8 @@ def _delta_norms(adapter: AdapterState) -> dict[str, float]:
     totals: dict[str, float] = {}
     for path, module in adapter.modules.items():
         part = path.split(".", 1)[0]
-        delta = low_rank_delta(module.down.float(), module.up.float(), module.scale)
-        totals[part] = totals.get(part, 0.0) + float(torch.linalg.vector_norm(delta)) ** 2
+        norm = float(torch.linalg.vector_norm(module.to(dtype=torch.float32).delta()))
+        totals[part] = totals.get(part, 0.0) + norm**2
     return {part: round(total**0.5, 4) for part, total in totals.items()}
 
 

@@ -1,25 +1,39 @@
 """AdapterState: what an adapter is, whatever file it came from or goes to."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from dora_diffusion.functional import Axis, scale_of
+from dora_diffusion.factorisations import (
+    Factors,
+    Pair,
+    dense_pair,
+    hadamard_delta,
+    hadamard_pair,
+    kronecker_delta,
+    kronecker_pair,
+    tucker_down,
+)
+from dora_diffusion.functional import Axis, low_rank_delta, rows, scale_of
+
+Algorithm = Literal["loha", "lokr", "full"]
 
 
 @dataclass(frozen=True)
 class ModuleState:
-    """One adapted layer.
+    """One adapted layer, as a low-rank pair.
 
     Attributes:
-        down: A, (r, in) or (r, in, kh, kw).
+        down: A, (r, in) or (r, in, kh, kw); (r, in, 1, 1) beside a `mid`.
         up: B, (out, r) or (out, r, 1, 1).
         alpha: the scale is alpha / r (alpha / sqrt(r) when `rank_stabilised`).
         magnitude: m, (out,), or None for plain LoRA; (in,) on the in axis.
         rank_stabilised: see alpha.
         axis: what m scales: "out" rows of the weight (the paper, PEFT), "in" columns (older files; drawing only).
+        mid: the core (r, r, kh, kw) of a convolution's Tucker pair (LyCORIS), or None.
     """
 
     down: Tensor
@@ -28,6 +42,7 @@ class ModuleState:
     magnitude: Tensor | None = None
     rank_stabilised: bool = False
     axis: Axis = "out"
+    mid: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -39,27 +54,133 @@ class ModuleState:
         """s of D = s B A."""
         return scale_of(self.alpha, self.rank, rank_stabilised=self.rank_stabilised)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in kh kw) of the weight."""
+        taps = 1 if self.mid is None else self.mid[0, 0].numel()
+        return self.up.shape[0], self.down[0].numel() * taps
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that there is, by attribute."""
+        found = {"down": self.down, "up": self.up, "mid": self.mid, "magnitude": self.magnitude}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def as_pair(self) -> "ModuleState":
+        """The same adapter without a Tucker core: itself, where it has none."""
+        return self if self.mid is None else replace(self, down=tucker_down(self.down, self.mid), mid=None)
+
+    def delta(self) -> Tensor:
+        """D = s B A, dense (out, in[, kh, kw]), in the factors' dtype."""
+        pair = self.as_pair()
+        return low_rank_delta(pair.down, pair.up, self.scale)
+
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "ModuleState":
         """The same module with its tensors moved or cast."""
-        magnitude = self.magnitude
+        moved = {name: tensor.to(device=device, dtype=dtype) for name, tensor in self.tensors.items()}
         return replace(
-            self,
-            down=self.down.to(device=device, dtype=dtype),
-            up=self.up.to(device=device, dtype=dtype),
-            magnitude=None if magnitude is None else magnitude.to(device=device, dtype=dtype),
+            self, down=moved["down"], up=moved["up"], magnitude=moved.get("magnitude"), mid=moved.get("mid")
         )
 
 
 @dataclass(frozen=True)
+class FactoredState:
+    """One adapted layer whose difference D is written another way than as a low-rank pair.
+
+    Attributes:
+        algorithm: "loha", "lokr", or "full" (D itself, as `diff`).
+        factors: LyCORIS' tensors by its names: `hada_w1_a`, `lokr_w2`, `diff` ...
+        scale: what multiplies the factors' product.
+        alpha: as the file has it, from which `scale` came; None where it has none.
+        magnitude: as in ModuleState.
+        axis: as in ModuleState.
+    """
+
+    algorithm: Algorithm
+    factors: Factors
+    scale: float = 1.0
+    alpha: float | None = None
+    magnitude: Tensor | None = None
+    axis: Axis = "out"
+
+    @property
+    def rank(self) -> int:
+        """The rank of the pair that `as_pair` makes, found without making it."""
+        return self._shapes.right.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in kh kw) of the weight."""
+        return self._shapes.left.shape[0], self._shapes.right.shape[1]
+
+    @property
+    def _shapes(self) -> Pair:
+        return _PAIRS[self.algorithm]({name: tensor.to("meta") for name, tensor in self.factors.items()})
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that there is, by name."""
+        return {**self.factors, **({} if self.magnitude is None else {"magnitude": self.magnitude})}
+
+    def as_pair(self) -> ModuleState:
+        """The same adapter as a low-rank pair, exactly; its rank may be as high as the weight's."""
+        pair = _PAIRS[self.algorithm](self.factors)
+        rank = pair.right.shape[0]
+        return ModuleState(pair.right, pair.left, self.scale * rank, self.magnitude, axis=self.axis)
+
+    def delta(self) -> Tensor:
+        """D, dense, (out, in[, kh, kw]) or flat (out, in kh kw) as the factors are, in their dtype."""
+        return self.scale * _DELTAS[self.algorithm](self.factors)
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "FactoredState":
+        """The same module with its tensors moved or cast."""
+        factors = {name: tensor.to(device=device, dtype=dtype) for name, tensor in self.factors.items()}
+        magnitude = None if self.magnitude is None else self.magnitude.to(device=device, dtype=dtype)
+        return replace(self, factors=factors, magnitude=magnitude)
+
+
+def _full_delta(factors: Factors) -> Tensor:
+    return factors["diff"]
+
+
+def _full_pair(factors: Factors) -> Pair:
+    return dense_pair(rows(factors["diff"]))
+
+
+_DELTAS: Mapping[Algorithm, Callable[[Factors], Tensor]] = {
+    "loha": hadamard_delta,
+    "lokr": kronecker_delta,
+    "full": _full_delta,
+}
+_PAIRS: Mapping[Algorithm, Callable[[Factors], Pair]] = {
+    "loha": hadamard_pair,
+    "lokr": kronecker_pair,
+    "full": _full_pair,
+}
+
+Module = ModuleState | FactoredState
+
+
+@dataclass(frozen=True)
 class AdapterState:
-    """A whole adapter: module path -> ModuleState, and the file's metadata.
+    """A whole adapter: module path -> what changes that layer, and the file's metadata.
 
     Paths start with the pipeline's component: `unet.down_blocks.0...to_q`, `text_encoder.encoder.layers.0...q_proj`
     (without the `text_model.` that CLIP's files carry).
+
+    Attributes:
+        modules: layer -> its low-rank or factored difference.
+        metadata: strings of the file.
+        vectors: parameter -> what is added to it: biases, and weights of normalisations (`unet...norm1.weight`).
+        extra: tensors that belong to no layer, by their keys in the file: kept, written back, reported.
+        origin: the name of the format that it was read from; empty for one that came from no file.
     """
 
-    modules: Mapping[str, ModuleState]
+    modules: Mapping[str, Module]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    origin: str = ""
 
     @property
     def is_dora(self) -> bool:
@@ -74,18 +195,33 @@ class AdapterState:
     @property
     def components(self) -> tuple[str, ...]:
         """The pipeline's parts that are adapted: 'unet', 'text_encoder' ..."""
-        return tuple(dict.fromkeys(path.split(".", 1)[0] for path in self.modules))
+        return tuple(dict.fromkeys(path.split(".", 1)[0] for path in (*self.modules, *self.vectors)))
 
     def under(self, component: str) -> "AdapterState":
         """The same adapter with `component.` before every path."""
-        return replace(self, modules={f"{component}.{path}": module for path, module in self.modules.items()})
+        return replace(
+            self,
+            modules={f"{component}.{path}": module for path, module in self.modules.items()},
+            vectors={f"{component}.{path}": vector for path, vector in self.vectors.items()},
+        )
 
 
 def join(states: list[AdapterState], metadata: Mapping[str, str]) -> AdapterState:
     """Adapters of different components as one; a path that occurs twice is an error."""
-    modules: dict[str, ModuleState] = {}
+    modules: dict[str, Module] = {}
+    vectors: dict[str, Tensor] = {}
+    extra: dict[str, Tensor] = {}
     for state in states:
-        if both := modules.keys() & state.modules.keys():
-            raise ValueError(f"two adapters both hold {sorted(both)[0]}: expected each layer once")
-        modules.update(state.modules)
-    return AdapterState(modules, dict(metadata))
+        _take_up(modules, state.modules)
+        _take_up(vectors, state.vectors)
+        _take_up(extra, state.extra)
+    return AdapterState(modules, dict(metadata), vectors, extra)
+
+
+T = TypeVar("T")
+
+
+def _take_up(have: dict[str, T], more: Mapping[str, T]) -> None:
+    if both := have.keys() & more.keys():
+        raise ValueError(f"two adapters both hold {sorted(both)[0]}: expected each layer once")
+    have.update(more)

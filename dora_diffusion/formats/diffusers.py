@@ -84,7 +84,8 @@ class _Scales:
 def write(adapter: AdapterState) -> tuple[dict[str, Tensor], dict[str, str]]:
     """AdapterState -> tensors and metadata of a file; a ValueError when the format cannot hold it."""
     tensors: dict[str, Tensor] = {}
-    for path, module in adapter.modules.items():
+    for path, kept in adapter.modules.items():
+        module = kept.as_pair()
         if module.magnitude is not None and module.axis != "out":
             raise ValueError(f"{path}: diffusers' format has magnitudes of the out axis only, got the in axis")
         key = _file_path(path)

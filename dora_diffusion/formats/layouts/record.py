@@ -1,0 +1,40 @@
+"""What a model's makers call its layers, beside what diffusers calls them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A layer of the makers' model, and the layers of diffusers' model that it is.
+
+    Attributes:
+        original: its name in the makers' code, dotted: `double_blocks.0.img_attn.qkv`.
+        paths: diffusers' layers, in the order of its rows: most often one.
+        shares: how its rows are divided among them, in proportion: (1, 1, 1, 4) for FLUX's `linear1`.
+        swapped: its two halves of rows stand the other way round in diffusers (shift and scale of the last adaLN).
+    """
+
+    original: str
+    paths: tuple[str, ...]
+    shares: tuple[int, ...] = (1,)
+    swapped: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The names of one component, both ways.
+
+    Attributes:
+        name: for reports: "sgm", "flux".
+        families: names of the model families whose component it is.
+        component: the pipeline's attribute: "unet", "transformer", "text_encoder_2".
+        of_original: a name in the makers' code -> its fusion; None when there is no such layer.
+        of_path: a path in diffusers, without the component -> the fusion that it is part of, or None.
+    """
+
+    name: str
+    families: tuple[str, ...]
+    component: str
+    of_original: Callable[[str], Fusion | None]
+    of_path: Callable[[str], Fusion | None]
