@@ -16,12 +16,11 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from dora_diffusion.base_weights import EMBEDDED as EMBEDDED
+from dora_diffusion.base_weights import POCKET as POCKET
+from dora_diffusion.base_weights import POCKET_DIT as POCKET_DIT
 from dora_diffusion.families import FAMILIES
 from dora_diffusion.formats.container import read_header
-
-POCKET = Path(__file__).parent / "assets" / "pocket"
-POCKET_DIT = Path(__file__).parent / "assets" / "pocket-dit"
-EMBEDDED: Mapping[str, Path] = {"pocket": POCKET, "pocket-dit": POCKET_DIT}
 
 Offload = Literal["model", "sequential"]
 OFFLOADS: tuple[Offload, ...] = get_args(Offload)

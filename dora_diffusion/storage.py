@@ -5,13 +5,14 @@ renames it into place and only then removes older ones; "latest" is the newest c
 with its files, so a kill at any moment leaves a valid one.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import load as load_tensors_from_bytes
@@ -22,20 +23,28 @@ MANIFEST = "manifest.json"
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` to `path` through a temporary file beside it; `path` is the old file or the new, never half."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that takes the place of `path`, synced to disk, when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make a rename in a folder last: what it holds is on disk when this returns."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -80,11 +89,11 @@ def save_checkpoint(folder: Path, files: Mapping[str, Callable[[Path], None]], k
         name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256_of(temporary / name)} for name in files
     }
     write_atomically(temporary / MANIFEST, json.dumps(sizes, indent=1).encode())
-    _sync_folder(temporary)
+    sync_folder(temporary)
     if folder.exists():
         shutil.rmtree(folder)
     os.rename(temporary, folder)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
     for old in valid_checkpoints(folder.parent)[: -max(1, keep)]:
         shutil.rmtree(old)
 

@@ -18,6 +18,11 @@ def strength_at(path: str, weight: Weight) -> float:
     return float(weight[max(parts, key=len)]) if parts else 0.0
 
 
+def is_meant(path: str, weight: Weight) -> bool:
+    """Whether a strength speaks of a layer at all, be it 0: a number always does, parts do where one of them fits."""
+    return not isinstance(weight, Mapping) or any(_under(path, part) for part in weight)
+
+
 def check_strength(name: str, weight: Weight, paths: Iterable[str]) -> None:
     """A ValueError when a strength is no finite number, or a part holds none of the adapter's layers.
 

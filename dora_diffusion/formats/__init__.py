@@ -1,51 +1,134 @@
-"""Adapter files: `load_adapter` and `save_adapter`. Each format is one file with `recognises`, `read` and `write`."""
+"""Adapter files: `load_adapter`, `save_adapter`, and what a file is, from its header alone (`examine`).
 
+Formats are values (`dialects`); one reader takes them all, and mixtures of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
-from dora_diffusion.formats import diffusers
+from torch import Tensor
+
+from dora_diffusion.formats import peft
 from dora_diffusion.formats.container import read_header, read_tensors
+from dora_diffusion.formats.dialects import DIALECTS, PEFT_FILE, Dialect, Signs
+from dora_diffusion.formats.hashes import with_hashes
+from dora_diffusion.formats.reading import Reading, read, take_apart, with_origin
+from dora_diffusion.formats.writing import write
 from dora_diffusion.state import AdapterState
 from dora_diffusion.storage import save_tensors
 
-__all__ = ["FORMATS", "detect_format", "load_adapter", "read_header", "save_adapter"]
+__all__ = ["FORMATS", "Examined", "detect_format", "examine", "load_adapter", "read_header", "save_adapter"]
 
-FORMATS: dict[str, ModuleType] = {"diffusers": diffusers}
+WeightOf = Callable[[str], Tensor]
+
+# Those that people ask for first, then the rest.
+_BY_NAME = {dialect.name: dialect for dialect in DIALECTS}
+FORMATS: dict[str, Dialect] = {
+    name: _BY_NAME[name]
+    for name in dict.fromkeys(("diffusers", "peft", "kohya", "comfyui", "lycoris", *sorted(_BY_NAME)))
+}
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What a file is, from its header alone.
+
+    Attributes:
+        format: the name of its format.
+        matched: keys that belong to layers.
+        unknown: the other keys.
+        layers: layers in the file, fused ones counted once.
+    """
+
+    format: str
+    matched: int
+    unknown: tuple[str, ...]
+    layers: int
+
+
+def examine(path: str | Path) -> Examined:
+    """The format of a file, and how many of its keys are understood.
+
+    Raises:
+        ValueError: one line: the file is broken, or no adapter's.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not peft.is_folder(path):
+            raise ValueError(f"{path}: a folder without PEFT's adapter_config.json; expected an adapter file")
+        weights = [file for file in sorted(path.rglob(peft.WEIGHTS)) if file.is_file()]
+        keys = [f"{file.parent.name}/{key}" for file in weights for key in read_header(file) if key != "__metadata__"]
+        return Examined("peft", len(keys), (), len({key.rpartition(".lora_")[0] for key in keys}))
+    header = read_header(path)
+    keys = [key for key in header if key != "__metadata__"]
+    reading = take_apart(keys, header.get("__metadata__", {}))
+    unknown = tuple(key for key in keys if not reading.is_known(key))
+    return Examined(_format_of(path, reading, keys), len(keys) - len(unknown), unknown, len(reading.places))
+
+
+def _format_of(path: Path, reading: Reading, keys: list[str]) -> str:
+    if reading.places:
+        signs = _signs(reading)
+        for dialect in DIALECTS:
+            if dialect.recognises(signs):
+                return dialect.name
+    example = f", first key {keys[0][:100]!r}" if keys else ", no tensors"
+    raise ValueError(f"{path}: no adapter format known here ({', '.join(FORMATS)}) fits its {len(keys)} keys{example}")
+
+
+def _signs(reading: Reading) -> Signs:
+    places = reading.places.values()
+    return Signs(
+        prefixes=frozenset(place.prefix for place in places),
+        styles=frozenset(key.style for key in reading.keys.values()),
+        has_makers=any(place.is_makers for place in places),
+        has_pieces=any(place.is_piece for place in places),
+        has_debris=any(name.startswith("base_model.model.") for name in reading.places),
+    )
 
 
 def detect_format(path: str | Path) -> str:
     """The name of a file's format, from its header alone; a ValueError of one line when none fits."""
-    keys = [key for key in read_header(path) if key != "__metadata__"]
-    for name, module in FORMATS.items():
-        if module.recognises(keys):
-            return name
-    example = f", first key {keys[0]!r}" if keys else ", no tensors"
-    raise ValueError(f"{path}: no adapter format known here ({', '.join(FORMATS)}) fits its {len(keys)} keys{example}")
+    return examine(path).format
 
 
-def load_adapter(path: str | Path) -> AdapterState:
-    """Read an adapter file; its format is detected. Safetensors only, never a pickle.
+def load_adapter(path: str | Path, *, base: WeightOf | None = None) -> AdapterState:
+    """Read an adapter file, or a folder of PEFT's; the format is detected. Safetensors only, never a pickle.
+
+    Args:
+        path: the file or folder.
+        base: path of a layer -> the base's weight. Asked only where a flat magnitude on a square layer, and metadata
+            that say nothing, leave it open whether it is per output or per input.
 
     Raises:
         ValueError: one line that names the file and what is wrong.
     """
-    module = FORMATS[detect_format(path)]
+    path = Path(path)
+    found = examine(path).format
+    if path.is_dir():
+        return with_origin(peft.read_folder(path, base), found)
     tensors, metadata = read_tensors(path)
     try:
-        adapter: AdapterState = module.read(tensors, metadata)
+        return with_origin(read(tensors, metadata, base), found)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return adapter
 
 
 def save_adapter(adapter: AdapterState, path: str | Path, *, format: str = "diffusers") -> Path:
-    """Write an adapter file atomically; returns its path.
+    """Write an adapter atomically; returns its path. The format `peft` writes a folder, all others one file.
 
     Raises:
-        ValueError: the format is unknown.
+        ValueError: the format is unknown, or cannot hold this adapter: one line that says what and what to do.
     """
+    path = Path(path)
     if format not in FORMATS:
         raise ValueError(f"format {format!r} is unknown: expected one of {', '.join(FORMATS)}")
-    tensors, metadata = FORMATS[format].write(adapter)
-    save_tensors(tensors, Path(path), metadata)
-    return Path(path)
+    if not adapter.modules and not adapter.vectors:
+        raise ValueError(f"{path}: the adapter has no layers")
+    if FORMATS[format] is PEFT_FILE:
+        peft.write_folder(adapter, path)
+        return path
+    tensors, metadata = write(adapter, FORMATS[format])
+    save_tensors(tensors, path, with_hashes(tensors, metadata))
+    return path

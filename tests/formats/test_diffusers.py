@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dora_diffusion.formats import detect_format, load_adapter, save_adapter
-from dora_diffusion.formats.diffusers import METADATA_KEY
+from dora_diffusion.formats import detect_format, examine, load_adapter, save_adapter
+from dora_diffusion.formats.scales import METADATA_KEY
 from dora_diffusion.functional import dora_weight
 from dora_diffusion.state import AdapterState, ModuleState
 from tests.tolerances import assert_close, assert_identical
@@ -109,11 +109,10 @@ def test_broken_files_give_one_line_that_names_them(tmp_path, kind: str) -> None
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda t: t.pop(f"{UNET}.lora_B.weight"), "lora_B.weight is missing"),
+        (lambda t: t.pop(f"{UNET}.lora_B.weight"), "its B .lora_B, lora_up. is missing"),
         (lambda t: t.update({f"{UNET}.lora_B.weight": torch.ones(5, 3)}), "no low-rank pair"),
         (lambda t: t.update({f"{UNET}.lora_magnitude_vector.weight": torch.ones(4)}), "expected .5,."),
         (lambda t: t.update({f"{UNET}.lora_A.weight": torch.full((2, 6), float("nan"))}), "NaN"),
-        (lambda t: t.update({"stranger": torch.ones(1)}), "stranger"),
     ],
 )
 def test_wrong_contents_are_named(tmp_path, change, message: str) -> None:
@@ -150,13 +149,27 @@ def test_hostile_metadata_gives_one_line(tmp_path, config: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_patterns_of_strangers_are_not_run(tmp_path) -> None:
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(", "a|b", ".*.*.*.*.*x", "[ab]"])
+def test_patterns_of_strangers_are_not_run(tmp_path, pattern: str) -> None:
     from safetensors.torch import load_file
 
     path = save_adapter(adapter(), tmp_path / "a.safetensors")
-    config = {"unet.lora_alpha": 2, "unet.alpha_pattern": {"(a+)+$": 9, "(": 9}}
+    config = {"unet.lora_alpha": 2, "unet.alpha_pattern": {pattern: 9}}
     save_file(load_file(path), path, metadata={METADATA_KEY: json.dumps(config)})
-    assert load_adapter(path).modules[UNET].alpha == 2
+    with pytest.raises(ValueError, match="is an expression that is not run here"):
+        load_adapter(path)
+
+
+def test_a_key_of_no_layer_is_kept_and_reported(tmp_path) -> None:
+    from safetensors.torch import load_file
+
+    path = save_adapter(adapter(), tmp_path / "a.safetensors")
+    save_file({**load_file(path), "stranger": torch.ones(1)}, path)
+    assert examine(path).unknown == ("stranger",)
+    read = load_adapter(path)
+    assert_identical(read.extra, {"stranger": torch.ones(1)})
+    again = load_adapter(save_adapter(read, tmp_path / "b.safetensors", format="kohya"))
+    assert_identical(again.extra, read.extra)
 
 
 def test_file_without_adapter_keys_is_refused(tmp_path) -> None:

@@ -1,5 +1,7 @@
 """AdapterManager: exact at 0 and 1, additive, order-free, fused and unfused alike, and leaving nothing behind."""
 
+from dataclasses import replace
+from functools import partial
 from itertools import permutations
 
 import numpy as np
@@ -7,10 +9,11 @@ import pytest
 import torch
 
 from dora_diffusion.adapters import AdapterManager
+from dora_diffusion.fitting import kind_in_words
 from dora_diffusion.formats import save_adapter
 from dora_diffusion.injection import DoRAConfig, inject
 from dora_diffusion.layers import BlendedLayer
-from dora_diffusion.state import AdapterState, ModuleState
+from dora_diffusion.state import AdapterState, FactoredState, Module, ModuleState
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 from tests.tolerances import assert_close, assert_identical
 
@@ -187,3 +190,102 @@ def test_plain_diffusers_draws_the_same_picture_from_our_file(pipe, tmp_path) ->
     assert found == 16  # every q, k, v and out projection of four layers
     assert np.abs(ours - before).max() > 0.05
     np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+QUERY = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+CONVOLUTION = "unet.down_blocks.0.resnets.0.conv1"
+
+
+def test_a_misfit_is_counted_and_the_first_is_named(pipe) -> None:
+    good = random_adapter(pipe).modules
+    bad = {
+        "unet.nowhere.to_q": ModuleState(torch.ones(1, 4), torch.ones(4, 1), 1.0),
+        "unet.conv_norm_out": ModuleState(torch.ones(1, 4), torch.ones(4, 1), 1.0),
+    }
+    manager = AdapterManager(pipe)
+    with pytest.raises(ValueError) as caught:
+        manager.load_adapter(AdapterState({**bad, **good}), name="a")
+    assert str(caught.value) == (
+        f"a: {len(good)} of {len(good) + 2} layers fit this pipeline; first misfit: layer unet.nowhere.to_q is not in "
+        "this pipeline; is the adapter for another base model?"
+    )
+
+
+def test_the_same_layer_under_two_spellings_is_refused(pipe) -> None:
+    modules = random_adapter(pipe).modules
+    path = next(path for path in modules if path.startswith("text_encoder."))
+    inner = path.removeprefix("text_encoder.").removeprefix("text_model.")
+    twice = {f"text_encoder.{prefix}{inner}": modules[path] for prefix in ("", "text_model.")}
+    with pytest.raises(ValueError, match="1 of 2 layers fit this pipeline; first misfit: .* comes twice"):
+        AdapterManager(pipe).load_adapter(AdapterState(twice), name="a")
+
+
+def other_ways(pipe) -> dict[str, Module]:
+    """A layer of every way to write a difference; paths of the pocket UNet, linear and 3x3."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    out, columns = pipe.unet.get_submodule(QUERY.removeprefix("unet.")).weight.shape
+    wide, narrow, *kernel = pipe.unet.get_submodule(CONVOLUTION.removeprefix("unet.")).weight.shape
+    linears = [path for path in random_adapter(pipe).modules if path.endswith("attn1.to_q") and path != QUERY]
+    loha = {f"hada_w{half}_{side}": 0.3 * draw(*shape) for half in (1, 2) for side, shape in (("a", (out, 2)),)}
+    loha |= {f"hada_w{half}_b": 0.3 * draw(2, columns) for half in (1, 2)}
+    lokr = {"lokr_w1": draw(4, 2), "lokr_w2_a": draw(wide // 4, 2), "lokr_w2_b": 0.1 * draw(2, narrow // 2 * 9)}
+    tucker = ModuleState(
+        draw(3, narrow, 1, 1), 0.1 * draw(wide, 3, 1, 1), 3.0, 2 * torch.rand(wide), mid=draw(3, 3, *kernel)
+    )
+    whole = pipe.unet.get_submodule(linears[0].removeprefix("unet.")).weight.shape
+    return {
+        QUERY: FactoredState("loha", loha, scale=0.5, magnitude=torch.rand(out)),
+        CONVOLUTION: FactoredState("lokr", lokr),
+        CONVOLUTION.replace("conv1", "conv2"): tucker if wide == narrow else replace(tucker, down=draw(3, wide, 1, 1)),
+        linears[0]: FactoredState("full", {"diff": 0.1 * draw(*whole)}),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_way_to_write_a_difference_is_folded_as_its_dense_weight(pipe, dtype) -> None:
+    """Also from bf16 files: factors are multiplied out in fp32, as `delta` of a cast module is."""
+    modules = {path: module.to(dtype=dtype) for path, module in other_ways(pipe).items()}
+    layers = {path: pipe.unet.get_submodule(path.removeprefix("unet.")) for path in modules}
+    expected = {}
+    for path, module in modules.items():
+        exact = module.to(dtype=torch.float64)
+        weight = layers[path].weight.double() + exact.delta().reshape(layers[path].weight.shape)
+        if exact.magnitude is not None:
+            flat = weight.flatten(1)
+            weight = (flat * (exact.magnitude / flat.norm(dim=1))[:, None]).reshape(weight.shape)
+        expected[path] = weight.float()
+    manager = AdapterManager(pipe)
+    report = manager.load_adapter(AdapterState(modules, extra={"bundle_emb": torch.zeros(2)}), name="a")
+    assert (report.matched, report.vectors, report.extra) == (4, 0, 1)
+    manager.set_adapters({"a": 1.0})
+    blended = predict(pipe)
+    manager.fuse()
+    assert_close({path: layer.weight for path, layer in layers.items()}, expected)
+    assert_close(predict(pipe), blended)
+
+
+def test_factors_that_do_not_fit_each_other_or_the_layer_are_refused(pipe) -> None:
+    loha = {f"hada_w{half}_a": torch.ones(8, 2) for half in (1, 2)}
+    loha |= {f"hada_w{half}_b": torch.ones(2, 8) for half in (1, 2)}
+    manager = AdapterManager(pipe)
+    for factors, message in (
+        (loha, "do not fit a weight of"),
+        ({**loha, "hada_w2_b": torch.ones(3, 8)}, "its factors do not fit each other: hada_w1_a"),
+        ({key: loha[key] for key in list(loha)[:3]}, "its factors do not fit each other: hada_w1_a"),
+    ):
+        with pytest.raises(ValueError, match=f"0 of 1 layers fit.*{message}") as caught:
+            manager.load_adapter(AdapterState({QUERY: FactoredState("loha", factors)}), name="a")
+        assert "\n" not in str(caught.value)
+
+
+def test_the_kind_says_what_is_mixed(pipe) -> None:
+    ways, pairs = other_ways(pipe), random_adapter(pipe, use_dora=False).modules
+    vectors = {"unet.conv_norm_out.bias": torch.ones(8)}
+    for modules, kind in (
+        (random_adapter(pipe).modules, "DoRA"),
+        (pairs, "LoRA"),
+        ({QUERY: ways[QUERY]}, "LoHa with magnitudes"),
+        ({**pairs, CONVOLUTION: ways[CONVOLUTION]}, f"LoRA in {len(pairs)} layers, LoKr in 1"),
+        ({}, "vectors"),
+    ):
+        assert kind_in_words(AdapterState(modules, vectors=vectors)) == kind

@@ -13,12 +13,18 @@ class Fusion:
         paths: diffusers' layers, in the order of its rows: most often one.
         shares: how its rows are divided among them, in proportion: (1, 1, 1, 4) for FLUX's `linear1`.
         swapped: its two halves of rows stand the other way round in diffusers (shift and scale of the last adaLN).
+        swapped_by_shape: they do where the weight has two rows for each column, and only there; a name cannot tell.
     """
 
     original: str
     paths: tuple[str, ...]
     shares: tuple[int, ...] = (1,)
     swapped: bool = False
+    swapped_by_shape: bool = False
+
+    def swaps(self, rows: int, columns: int) -> bool:
+        """Whether the halves of the makers' weight, which has this shape, are swapped in diffusers."""
+        return self.swapped or (self.swapped_by_shape and rows == 2 * columns)
 
 
 @dataclass(frozen=True)

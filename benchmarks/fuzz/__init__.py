@@ -1,0 +1,1 @@
+"""Broken adapter files, made by a seed, and a watch over what reading them costs."""

@@ -1,0 +1,82 @@
+"""The fuzzing itself: make a file, have it read, keep what broke."""
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.fuzz.corpus import special_files
+from benchmarks.fuzz.mutations import mutated
+from benchmarks.fuzz.samples import sound_files
+from benchmarks.fuzz.watch import Outcome, Watch, faults
+
+
+@dataclass(frozen=True)
+class Case:
+    """One file and all that came of it.
+
+    Attributes:
+        name: what it is.
+        group: the mutation's name, or "special".
+        size: bytes of the file, as many as are on the disk.
+        outcomes: of each reader.
+        faults: reader -> what broke the promise.
+    """
+
+    name: str
+    group: str
+    size: int
+    outcomes: list[Outcome]
+    faults: dict[str, list[str]] = field(default_factory=dict)
+
+
+def special_cases(folder: Path, watch: Watch, say: Callable[[str], None] = print) -> Iterator[Case]:
+    """Every special file, each read by a fresh process."""
+    for number, (name, make) in enumerate(special_files().items()):
+        path = folder / f"special-{number:03d}.safetensors"
+        make(path)
+        watch.renew()
+        yield _case(name, "special", path, watch, say)
+
+
+def mutated_cases(folder: Path, watch: Watch, count: int, seed: int, say: Callable[[str], None] = print) -> Iterator[Case]:
+    """So many mutations of sound files; the same for the same seed."""
+    sound = sound_files(seed)
+    for number in range(count):
+        name, raw = mutated(sound, seed, number)
+        path = folder / f"{seed}-{number:05d}.safetensors"
+        path.write_bytes(raw)
+        yield _case(name, name.split(" of ")[0], path, watch, say)
+
+
+def _case(name: str, group: str, path: Path, watch: Watch, say: Callable[[str], None]) -> Case:
+    """Read a file and remove it; one that broke a promise is kept, with the trace beside it."""
+    size = _bytes_of(path)
+    outcomes = watch.read(path)
+    found = {outcome.reader: wrong for outcome in outcomes if (wrong := faults(outcome, path, size))}
+    for outcome in outcomes:
+        if outcome.reader in found:
+            say(f"{path.name} ({name}), {outcome.reader}: {'; '.join(found[outcome.reader])}: {outcome.message[:300]!r}")
+            path.with_suffix(f".{outcome.reader}.txt").write_text(f"{name}\n{found}\n{outcome.message}\n{outcome.trace}")
+    if not found:
+        _remove(path)
+    return Case(name, group, size, outcomes, found)
+
+
+def _bytes_of(path: Path) -> int:
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.iterdir())
+    return path.stat().st_blocks * 512 if path.is_file() else 0
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def kinds(cases: list[Case]) -> Counter[str]:
+    """How often each kind of outcome came of `load`."""
+    return Counter(case.outcomes[0].kind for case in cases)

@@ -1,0 +1,195 @@
+"""The file formats that are one safetensors file, as values: whose names, which prefixes, which endings.
+
+All are read by one reader; a dialect says how one is recognised and how it is written. Sources: diffusers'
+`loaders/lora_conversion_utils.py`, kohya-ss/sd-scripts `networks/`, LyCORIS `wrapper.py` and `kohya.py`, OneTrainer
+`modules/util/convert_lora_util.py`, ComfyUI `comfy/lora.py`, ai-toolkit `toolkit/network_mixins.py`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from dora_diffusion.formats.keys import AI_TOOLKIT, KOHYA, MIXED, OLD_DIFFUSERS, PEFT, Suffixes
+
+Prefixes = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Signs:
+    """What is seen in a file's keys.
+
+    Attributes:
+        prefixes: of its layers, as `places` has them.
+        styles: spellings of the parts, as `keys` has them.
+        has_makers: some layer is called as its makers call it.
+        has_pieces: some layer is a numbered piece of a fused one.
+        has_debris: PEFT's own prefix stands before layers.
+    """
+
+    prefixes: frozenset[str]
+    styles: frozenset[str]
+    has_makers: bool
+    has_pieces: bool
+    has_debris: bool
+
+    def starts(self, *prefixes: str) -> bool:
+        """Whether some layer has one of these prefixes."""
+        return bool(self.prefixes & set(prefixes))
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One format.
+
+    Attributes:
+        name: what users call it.
+        about: who writes it, for people.
+        recognises: signs of a file -> whether it is this format, given that none before it was.
+        suffixes: how parts are spelt.
+        prefixes: component -> prefix; a component that is missing cannot be written.
+        by_family: family -> prefixes that differ.
+        is_flat: layers are flattened with underscores.
+        makers: families whose denoiser is called as its makers call it; None for every family that has such names.
+        has_pieces: makers' fused layers are written piece by piece, numbered.
+        keeps_text_model: CLIP's layers carry `text_model.`.
+    """
+
+    name: str
+    about: str
+    recognises: Callable[[Signs], bool]
+    suffixes: Suffixes
+    prefixes: Prefixes
+    by_family: Mapping[str, Prefixes] = field(default_factory=dict)
+    is_flat: bool = False
+    makers: frozenset[str] | None = frozenset()
+    has_pieces: bool = False
+    keeps_text_model: bool = True
+
+    def prefix(self, component: str, family: str | None) -> str | None:
+        """What stands before a component's layers; None where it cannot be written."""
+        return {**self.prefixes, **self.by_family.get(family or "", {})}.get(component)
+
+    def uses_makers_names(self, family: str | None) -> bool:
+        """Whether the denoiser of a family is called as its makers call it."""
+        return self.makers is None or family in self.makers
+
+
+_DIFFUSERS = {name: f"{name}." for name in ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")}
+_FLAT_ENCODERS = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
+_ONE_ENCODER = {"text_encoder": "lora_te_"}
+_KOHYA = {"unet": "lora_unet_", "transformer": "lora_unet_", **_FLAT_ENCODERS}
+_COMFY = {"unet": "diffusion_model.", "transformer": "diffusion_model."}
+
+
+def _comfy_encoders(**names: str) -> Prefixes:
+    return {component: f"text_encoders.{name}.transformer." for component, name in names.items()}
+
+
+DIFFUSERS = Dialect(
+    name="diffusers",
+    about="diffusers' save_lora_weights, PEFT's names in one file",
+    recognises=lambda signs: not signs.has_makers and signs.starts(*_DIFFUSERS.values()),
+    suffixes=PEFT,
+    prefixes=_DIFFUSERS,
+)
+KOHYA_SS = Dialect(
+    name="kohya",
+    about="kohya-ss/sd-scripts, and LyCORIS inside it; read by A1111, Forge, ComfyUI",
+    recognises=lambda signs: signs.starts("lora_unet_", *_FLAT_ENCODERS.values(), "lora_te_"),
+    suffixes=KOHYA,
+    prefixes=_KOHYA,
+    by_family={"sd1": _ONE_ENCODER, "sd2": _ONE_ENCODER, "flux": {"text_encoder_2": "lora_te3_"}},
+    is_flat=True,
+    makers=frozenset({"sdxl", "flux", "sd3", "lumina2"}),
+)
+COMFYUI = Dialect(
+    name="comfyui",
+    about="ComfyUI's own names, OneTrainer's for ComfyUI",
+    recognises=lambda signs: any(p.startswith(("diffusion_model.", "text_encoders.")) for p in signs.prefixes),
+    suffixes=MIXED,
+    prefixes=_COMFY,
+    by_family={
+        "sd1": _comfy_encoders(text_encoder="clip_l"),
+        "sd2": _comfy_encoders(text_encoder="clip_h"),
+        "sdxl": _comfy_encoders(text_encoder="clip_l", text_encoder_2="clip_g"),
+        "flux": _comfy_encoders(text_encoder="clip_l", text_encoder_2="t5xxl"),
+        "sd3": _comfy_encoders(text_encoder="clip_l", text_encoder_2="clip_g", text_encoder_3="t5xxl"),
+    },
+    makers=None,
+)
+LYCORIS = Dialect(
+    name="lycoris",
+    about="LyCORIS' wrapper (SimpleTuner): the denoiser in diffusers' names",
+    recognises=lambda signs: signs.starts("lycoris_"),
+    suffixes=KOHYA,
+    prefixes={"unet": "lycoris_", "transformer": "lycoris_", **_FLAT_ENCODERS},
+    by_family={"sd1": _ONE_ENCODER, "sd2": _ONE_ENCODER, "flux": {"text_encoder_2": "lora_te3_"}},
+    is_flat=True,
+)
+OLD = Dialect(
+    name="old-diffusers",
+    about="diffusers before 0.20: attention processors",
+    recognises=lambda signs: "old" in signs.styles,
+    suffixes=OLD_DIFFUSERS,
+    prefixes=_DIFFUSERS,
+)
+OSTRIS = Dialect(
+    name="ai-toolkit",
+    about="ostris/ai-toolkit's DoRA of transformers",
+    recognises=lambda signs: "ai-toolkit" in signs.styles and not signs.has_makers,
+    suffixes=AI_TOOLKIT,
+    prefixes=_DIFFUSERS,
+)
+ONETRAINER_LEGACY = Dialect(
+    name="onetrainer-legacy",
+    about="OneTrainer's older files: kohya's prefixes, diffusers' names",
+    recognises=lambda signs: signs.starts("lora_transformer_"),
+    suffixes=KOHYA,
+    prefixes={"unet": "lora_unet_", "transformer": "lora_transformer_", **_FLAT_ENCODERS},
+    is_flat=True,
+)
+ORIGINAL = Dialect(
+    name="original",
+    about="OneTrainer's `original`: the denoiser alone, in its makers' names, without a prefix",
+    recognises=lambda signs: signs.prefixes == {""} and signs.has_makers,
+    suffixes=MIXED,
+    prefixes={"unet": "", "transformer": ""},
+    makers=None,
+)
+OMI = Dialect(
+    name="omi",
+    about="Open Model Initiative, OneTrainer's format until 2026: makers' names, fused layers in numbered pieces",
+    recognises=lambda signs: (
+        signs.has_pieces
+        or signs.starts("clip_l.", "clip_g.", "t5.")
+        or (signs.has_makers and signs.starts("unet.", "transformer."))
+    ),
+    suffixes=KOHYA,
+    prefixes={
+        **{"unet": "unet.", "transformer": "transformer."},
+        **{"text_encoder": "clip_l.", "text_encoder_2": "clip_g.", "text_encoder_3": "t5."},
+    },
+    by_family={"flux": {"text_encoder_2": "t5."}},
+    makers=None,
+    has_pieces=True,
+)
+PEFT_FILE = Dialect(
+    name="peft",
+    about="PEFT's save_pretrained, a folder for each component",
+    recognises=lambda signs: signs.has_debris,
+    suffixes=PEFT,
+    prefixes={name: "base_model.model." for name in _DIFFUSERS},
+)
+
+# In the order in which they are tried; the last two fit what the others left.
+DIALECTS: tuple[Dialect, ...] = (
+    OLD,
+    OSTRIS,
+    PEFT_FILE,
+    OMI,
+    LYCORIS,
+    ONETRAINER_LEGACY,
+    KOHYA_SS,
+    COMFYUI,
+    ORIGINAL,
+    DIFFUSERS,
+)

@@ -1,0 +1,36 @@
+"""Sana as NVIDIA name it (github.com/NVlabs/Sana), beside SanaTransformer2DModel."""
+
+from dora_diffusion.formats.layouts.patterns import renamed, table
+from dora_diffusion.formats.layouts.record import Fusion, Layout
+
+_THEIRS, _BLOCK = "blocks.#.", "transformer_blocks.#."
+
+EMBEDDINGS = {
+    "x_embedder.proj": "patch_embed.proj",
+    "t_embedder.mlp.0": "time_embed.emb.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_embed.emb.timestep_embedder.linear_2",
+    "t_block.1": "time_embed.linear",
+    "y_embedder.y_proj.fc1": "caption_projection.linear_1",
+    "y_embedder.y_proj.fc2": "caption_projection.linear_2",
+    "attention_y_norm": "caption_norm",
+    "final_layer.linear": "proj_out",
+}
+BLOCK = {
+    "attn.proj": "attn1.to_out.0",
+    "cross_attn.q_linear": "attn2.to_q",
+    "cross_attn.proj": "attn2.to_out.0",
+    "mlp.inverted_conv.conv": "ff.conv_inverted",
+    "mlp.depth_conv.conv": "ff.conv_depth",
+    "mlp.point_conv.conv": "ff.conv_point",
+}
+_QKV = tuple(f"{_BLOCK}attn1.{name}" for name in ("to_q", "to_k", "to_v"))
+_KV = tuple(f"{_BLOCK}attn2.{name}" for name in ("to_k", "to_v"))
+
+_TABLE = table(
+    *renamed(EMBEDDINGS),
+    *renamed(BLOCK, original=_THEIRS, path=_BLOCK),
+    Fusion(f"{_THEIRS}attn.qkv", _QKV, (1, 1, 1)),
+    Fusion(f"{_THEIRS}cross_attn.kv_linear", _KV, (1, 1)),
+)
+
+SANA = Layout("sana", ("sana",), "transformer", _TABLE.of_original, _TABLE.of_path)

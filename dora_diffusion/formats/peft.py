@@ -1,0 +1,140 @@
+"""PEFT's folders: `adapter_config.json` beside `adapter_model.safetensors`, one folder for each component.
+
+PEFT's config has one `use_dora` for all layers, and a layer without a magnitude would become a DoRA of another meaning:
+a mixed adapter is refused; its plain layers can be made DoRA exactly (`to_dora`). rsLoRA and alpha live in the config
+only.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dora_diffusion.formats.assembly import parts_of
+from dora_diffusion.formats.container import read_tensors
+from dora_diffusion.formats.keys import PEFT
+from dora_diffusion.formats.kinship import family_of
+from dora_diffusion.formats.reading import read
+from dora_diffusion.formats.scales import METADATA_KEY, peft_config
+from dora_diffusion.state import AdapterState, Module, join
+from dora_diffusion.storage import save_tensors, write_atomically
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+# transformers 5 took `text_model.` out of CLIPTextModel's paths and left it in CLIPTextModelWithProjection's.
+_WITH_PROJECTION = {("sdxl", "text_encoder_2"), ("sd3", "text_encoder"), ("sd3", "text_encoder_2")}
+_CLIP = re.compile(r"^encoder\.layers\.")
+_NOTE = "dora_diffusion.json"  # metadata and facts that PEFT's config has no place for
+_EXTRA = "extra.safetensors"  # tensors that belong to no layer
+_UNREADABLE = (".bin", ".pt", ".pth", ".pkl")
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is an adapter of PEFT's, or holds one for some component."""
+    return any((folder / CONFIG).is_file() for folder in (path, *(path / name for name in _COMPONENTS)))
+
+
+def read_folder(path: Path, weight_of: Callable[[str], Tensor] | None = None) -> AdapterState:
+    """A folder of PEFT's, or one with such folders named by component.
+
+    Raises:
+        ValueError: one line that names the file and what is wrong with it.
+    """
+    inside = [path / name for name in _COMPONENTS if (path / name / CONFIG).is_file()]
+    if not inside:
+        return _read_one(path, None, weight_of)
+    note = _json(path / _NOTE) if (path / _NOTE).is_file() else {}
+    states = [_read_one(folder, folder.name, weight_of) for folder in inside]
+    joined = join(states, {str(key): str(value) for key, value in note.items()})
+    extra = read_tensors(path / _EXTRA)[0] if (path / _EXTRA).is_file() else {}
+    return replace(joined, extra={**joined.extra, **extra})
+
+
+def _read_one(folder: Path, component: str | None, weight_of: Callable[[str], Tensor] | None) -> AdapterState:
+    config = _json(folder / CONFIG)
+    if str(config.get("peft_type", "LORA")).upper() != "LORA":
+        raise ValueError(f"{folder / CONFIG}: peft_type is {config['peft_type']!r}, expected LORA")
+    if not (folder / WEIGHTS).is_file():
+        pickles = [name.name for name in folder.iterdir() if name.suffix in _UNREADABLE]
+        raise ValueError(
+            f"{folder}: no {WEIGHTS} there"
+            + (f", only {pickles[0]}, a pickle, which can run code; save it as safetensors" if pickles else "")
+        )
+    tensors, metadata = read_tensors(folder / WEIGHTS)
+    try:
+        named = {_with_component(key, component): tensor for key, tensor in tensors.items()}
+        return read(named, {**metadata, METADATA_KEY: json.dumps(_by_component(config))}, weight_of)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def _with_component(key: str, component: str | None) -> str:
+    bare = key.removeprefix("base_model.model.")
+    return bare if component is None or bare == key else f"{component}.{bare}"
+
+
+def _by_component(config: Mapping[str, Any]) -> dict[str, Any]:
+    wanted = ("lora_alpha", "alpha_pattern", "use_rslora")
+    return {f"{name}.{key}": config[key] for name in _COMPONENTS for key in wanted if config.get(key) is not None}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({str(error)[:100]})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return found
+
+
+def write_folder(adapter: AdapterState, path: Path) -> None:
+    """Write a folder for each component under `path`, each of which `PeftModel.from_pretrained` takes.
+
+    Raises:
+        ValueError: biases, normalisations or mixed layers, which PEFT's LoRA cannot hold.
+    """
+    if adapter.vectors:
+        raise ValueError(
+            f"{min(adapter.vectors)}: PEFT's LoRA holds no differences of biases and normalisations; use lycoris"
+        )
+    family = family_of(adapter)
+    files: dict[Path, tuple[dict[str, Tensor], dict[str, Any]]] = {}
+    for component in adapter.components:
+        has_prefix = (family, component) in _WITH_PROJECTION
+        found = {
+            f"text_model.{inner}" if has_prefix and _CLIP.match(inner) else inner: module
+            for inner, module in _under(adapter, component).items()
+        }
+        files[path / component] = _files(component, found)
+    for folder, (tensors, config) in files.items():
+        save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
+        write_atomically(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
+    note = {key: text for key, text in adapter.metadata.items() if key not in (METADATA_KEY, "format")}
+    write_atomically(path / _NOTE, json.dumps(note, indent=2, sort_keys=True).encode())
+    if adapter.extra:
+        save_tensors(dict(adapter.extra), path / _EXTRA)
+
+
+def _under(adapter: AdapterState, component: str) -> dict[str, Module]:
+    start = component + "."
+    return {path.removeprefix(start): m for path, m in adapter.modules.items() if path.startswith(start)}
+
+
+def _files(component: str, modules: Mapping[str, Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    plain = [path for path, module in modules.items() if module.magnitude is None]
+    if plain and len(plain) < len(modules):
+        raise ValueError(
+            f"{component}.{plain[0]}: a plain LoRA among DoRA layers, which PEFT cannot hold apart ({len(plain)} of "
+            f"{len(modules)} layers); make all DoRA first (to_dora)"
+        )
+    tensors = {
+        f"base_model.model.{path}{PEFT.spell('', part)}": tensor
+        for path, module in modules.items()
+        for part, tensor in parts_of(f"{component}.{path}", module, PEFT).items()
+    }
+    return tensors, {"peft_type": "LORA", "bias": "none", "inference_mode": True, **peft_config(modules)}

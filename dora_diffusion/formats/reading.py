@@ -1,0 +1,147 @@
+"""Tensors and metadata of an adapter file -> AdapterState, whatever tool wrote it.
+
+Keys are taken apart, layers located, their parts put together, fused layers split. What belongs to no layer is kept.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_diffusion.formats.assembly import Assembled, AxisHint, assemble
+from dora_diffusion.formats.fusing import split
+from dora_diffusion.formats.keys import Key, parse_key
+from dora_diffusion.formats.places import Place, locate
+from dora_diffusion.formats.scales import Scales
+from dora_diffusion.formats.vectors import split_vector
+from dora_diffusion.functional import Axis
+from dora_diffusion.state import AdapterState, Module
+
+WeightOf = Callable[[str], Tensor]
+AXIS_KEY = "dora_diffusion.magnitude_axis"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The layers of a file.
+
+    Attributes:
+        keys: key -> what it says, of those that are an adapter's.
+        places: name of a layer, as the file spells it -> where it lies.
+    """
+
+    keys: Mapping[str, Key]
+    places: Mapping[str, Place]
+
+    def is_known(self, key: str) -> bool:
+        """Whether a key belongs to a layer that was found."""
+        return key in self.keys and self.keys[key].name in self.places
+
+
+def take_apart(keys: list[str], metadata: Mapping[str, str]) -> Reading:
+    """Keys of a file, from its header alone."""
+    parsed = {key: found for key in keys if (found := parse_key(key)) is not None}
+    return Reading(parsed, locate({found.name for found in parsed.values()}, encoders=_told_encoders(metadata)))
+
+
+def _told_encoders(metadata: Mapping[str, str]) -> Mapping[str, str]:
+    """A T5 alone does not tell whether it is FLUX's second or Stable Diffusion 3's third text encoder."""
+    told = " ".join(metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture")).lower()
+    return {"te3": "text_encoder_2", "t5": "text_encoder_2"} if "flux" in told else {}
+
+
+def read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], weight_of: WeightOf | None = None) -> AdapterState:
+    """Tensors of a file -> AdapterState; `origin` is left empty.
+
+    Args:
+        tensors: by key.
+        metadata: the file's.
+        weight_of: path of a layer -> the base's weight, where a base is at hand; asked only when nothing else tells
+            the axis of a magnitude.
+
+    Raises:
+        ValueError: half a pair, shapes that do not fit, malformed metadata, a layer twice, an axis that nothing tells.
+    """
+    reading = take_apart(list(tensors), metadata)
+    scales, axis = Scales(metadata), told_axis(metadata)
+    modules: dict[str, Module] = {}
+    vectors: dict[str, Tensor] = {}
+    extra = {key: tensor for key, tensor in tensors.items() if not reading.is_known(key)}
+    for name, keys in _by_layer(reading).items():
+        place = reading.places[name]
+        found = assemble(
+            name,
+            {part: tensors[key] for part, key in keys.items()},
+            lambda rank, path=place.paths[0]: scales.of(path, rank),  # type: ignore[misc]
+            lambda place=place: AxisHint(axis, _base_weight(place, weight_of)),  # type: ignore[misc]
+        )
+        extra.update({keys[part]: tensors[keys[part]] for part in found.spare})
+        _put(modules, _modules(place, found))
+        _put(vectors, _vectors(place, found))
+    return AdapterState(modules, dict(metadata), vectors, extra)
+
+
+def _by_layer(reading: Reading) -> dict[str, dict[str, str]]:
+    """Layer -> part -> key."""
+    layers: dict[str, dict[str, str]] = {}
+    for key, found in reading.keys.items():
+        if found.name in reading.places:
+            parts = layers.setdefault(found.name, {})
+            if found.part in parts:
+                raise ValueError(f"{key} and {parts[found.part]} are both the {found.part} of one layer")
+            parts[found.part] = key
+    return layers
+
+
+def _put(have: dict[str, Any], more: Mapping[str, Any]) -> None:
+    if both := have.keys() & more.keys():
+        raise ValueError(f"{min(both)}: the file holds this layer twice, under two names")
+    have.update(more)
+
+
+def _modules(place: Place, found: Assembled) -> dict[str, Module]:
+    if found.module is None:
+        return {}
+    pieces = split(place.fusion, found.module)
+    return {f"{place.component}.{path}": module for path, module in pieces.items()}
+
+
+def _vectors(place: Place, found: Assembled) -> dict[str, Tensor]:
+    return {
+        f"{place.component}.{path}.{kind}": piece
+        for kind, vector in (("weight", found.weight), ("bias", found.bias))
+        if vector is not None
+        for path, piece in split_vector(place.fusion, vector.reshape(-1)).items()
+    }
+
+
+def _base_weight(place: Place, weight_of: WeightOf | None) -> Tensor | None:
+    """The base's weight under a name of the file, pieces of a fused layer one upon another."""
+    return None if weight_of is None else torch.cat([weight_of(path) for path in place.paths])
+
+
+def told_axis(metadata: Mapping[str, str]) -> Axis | None:
+    """What the metadata say of magnitudes: our own note, LyCORIS' arguments, OneTrainer's settings."""
+    own = metadata.get(AXIS_KEY)
+    if own in ("out", "in"):
+        return "out" if own == "out" else "in"
+    for key, names in (
+        ("ss_network_args", ("wd_on_output", "wd_on_out")),
+        ("ot_config", ("lora_decompose_output_axis",)),
+    ):
+        try:
+            settings = json.loads(metadata.get(key, "{}"))
+        except (ValueError, RecursionError):
+            continue
+        said = [settings[name] for name in names if name in settings] if isinstance(settings, dict) else []
+        if said:
+            return "out" if str(said[0]).lower() in ("true", "1") else "in"
+    return None
+
+
+def with_origin(adapter: AdapterState, origin: str) -> AdapterState:
+    """The same adapter, said to come from a format."""
+    return replace(adapter, origin=origin)

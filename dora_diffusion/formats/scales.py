@@ -1,0 +1,85 @@
+"""PEFT's config in the metadata of diffusers' files: alpha of each layer, read and written."""
+
+import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from dora_diffusion.state import Module
+
+METADATA_KEY = "lora_adapter_metadata"
+# PEFT takes the keys of alpha_pattern as regular expressions, the first that fits counts. A stranger's expression is
+# never run; what people and tools write are ends of paths, with `.*` at most.
+_PLAIN = re.compile(r"[\w.*-]{1,300}")
+_MOST_STARS = 3
+
+
+class Scales:
+    """Alpha of each layer, from PEFT's config in the metadata; without one alpha is the rank."""
+
+    def __init__(self, metadata: Mapping[str, str]) -> None:
+        try:
+            self._config: dict[str, Any] = json.loads(metadata.get(METADATA_KEY, "{}"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"metadata {METADATA_KEY} is not JSON ({error})") from None
+        if not isinstance(self._config, dict):
+            raise ValueError(f"metadata {METADATA_KEY}: expected a JSON object")
+        for key, value in self._config.items():
+            if key.endswith(".alpha_pattern") and not isinstance(value, dict | None):
+                raise ValueError(f"metadata {METADATA_KEY}: {key} is {str(value)[:40]!r}, expected an object")
+
+    def of(self, path: str, rank: int) -> tuple[float, bool]:
+        """(alpha, rank-stabilised) of a layer.
+
+        Raises:
+            ValueError: alpha is no number, or is told by an expression that is not run here.
+        """
+        component, inner = path.split(".", 1) if "." in path else ("", path)
+        patterns = self._config.get(f"{component}.alpha_pattern") or {}
+        alpha = self._config.get(f"{component}.lora_alpha", rank)
+        pattern = next((pattern for pattern in patterns if _fits(inner, pattern)), None)
+        alpha = alpha if pattern is None else patterns[pattern]
+        is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+        if not is_number or not abs(alpha) < 1e30:
+            raise ValueError(f"metadata {METADATA_KEY}: alpha of {path} is {str(alpha)[:40]}, expected a number")
+        return float(alpha), bool(self._config.get(f"{component}.use_rslora", False))
+
+
+def _fits(path: str, pattern: str) -> bool:
+    expression = _expression(pattern)
+    if expression is None:
+        raise ValueError(
+            f"metadata {METADATA_KEY}: alpha_pattern {pattern[:60]!r} is an expression that is not run here; expected "
+            "ends of paths"
+        )
+    return expression.fullmatch(path) is not None
+
+
+@cache
+def _expression(pattern: str) -> re.Pattern[str] | None:
+    """An end of a path, anchored or not; None for anything that could cost time."""
+    plain = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".").replace(".*", "*")
+    if not _PLAIN.fullmatch(plain) or plain.count("*") > _MOST_STARS or "**" in plain:
+        return None
+    before = "" if pattern.startswith("^") else r"(?:.*\.)?"
+    return re.compile(before + ".*".join(map(re.escape, plain.split("*"))))
+
+
+def peft_config(modules: Mapping[str, Module]) -> dict[str, Any]:
+    """What PEFT needs to know of one component's layers, with the scale already folded into B (alpha = rank).
+
+    PEFT matches the end of a path, so paths without `text_model.` fit every version of transformers.
+    """
+    ranks = [module.rank for module in modules.values()]
+    common = max(set(ranks), key=ranks.count)
+    other = {path: module.rank for path, module in modules.items() if module.rank != common}
+    return {
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": other,
+        "alpha_pattern": other,
+        "target_modules": sorted(modules),
+        "use_dora": any(module.magnitude is not None for module in modules.values()),
+        "use_rslora": False,
+    }

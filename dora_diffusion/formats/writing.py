@@ -1,0 +1,176 @@
+"""AdapterState -> tensors and metadata of one safetensors file, in a dialect. The inverse of `reading`."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dora_diffusion.formats.assembly import parts_of
+from dora_diffusion.formats.dialects import Dialect
+from dora_diffusion.formats.fusing import fuse
+from dora_diffusion.formats.keys import PEFT
+from dora_diffusion.formats.kinship import family_of
+from dora_diffusion.formats.layouts import LAYOUTS, Fusion, Layout
+from dora_diffusion.formats.names import flatten
+from dora_diffusion.formats.reading import AXIS_KEY
+from dora_diffusion.formats.scales import METADATA_KEY, peft_config
+from dora_diffusion.formats.vectors import fuse_vector
+from dora_diffusion.state import AdapterState, Module
+
+# Their makers call their layers as diffusers does.
+_SAME_NAMES = frozenset({"qwen-image"})
+_CLIP = re.compile(r"^(encoder\.layers|embeddings|final_layer_norm)\b")
+_NORMS = re.compile(r"(norm|ln_|group_norm|layer_norm)[\w.]*$")
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer as the file has it: its key without a part, and the layers of diffusers' that it is."""
+
+    key: str
+    component: str
+    fusion: Fusion
+
+    def of(self, found: Mapping[str, Module]) -> dict[str, Module]:
+        """The modules of this layer, by path without the component."""
+        return {path: found[f"{self.component}.{path}"] for path in self.fusion.paths if self._has(found, path)}
+
+    def vectors(self, found: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+        """Its vectors of a kind, "weight" or "bias"."""
+        paths = {path: f"{self.component}.{path}.{kind}" for path in self.fusion.paths}
+        return {path: found[key] for path, key in paths.items() if key in found}
+
+    def _has(self, found: Mapping[str, Module], path: str) -> bool:
+        return f"{self.component}.{path}" in found
+
+
+def write(adapter: AdapterState, dialect: Dialect) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file.
+
+    Raises:
+        ValueError: one line with what the format cannot hold, and what to do.
+    """
+    family = family_of(adapter)
+    _check_components(adapter, dialect, family)
+    tensors: dict[str, Tensor] = {}
+    for layer in _layers(adapter, dialect, family):
+        for part, tensor in _parts(layer, adapter, dialect).items():
+            key = dialect.suffixes.spell(layer.key, part)
+            if key is None:
+                raise ValueError(
+                    f"{layer.key}: the {dialect.name} format cannot hold its {part}; use lycoris, kohya or comfyui"
+                )
+            tensors[key] = tensor
+    if both := tensors.keys() & adapter.extra.keys():
+        raise ValueError(f"{min(both)}: a tensor kept from the file it came from has the key of a layer")
+    return {**tensors, **adapter.extra}, _metadata(adapter, dialect)
+
+
+def _check_components(adapter: AdapterState, dialect: Dialect, family: str | None) -> None:
+    for component in adapter.components:
+        if dialect.prefix(component, family) is None:
+            raise ValueError(
+                f"the {dialect.name} format has no name for {component} of {family or 'an unknown family'}; "
+                "choose another format"
+            )
+
+
+def _layers(adapter: AdapterState, dialect: Dialect, family: str | None) -> list[_Layer]:
+    paths = list(dict.fromkeys([*adapter.modules, *(key.rpartition(".")[0] for key in adapter.vectors)]))
+    of_path = _makers_names(paths, adapter.modules, dialect, family)
+    layers: dict[str, _Layer] = {}
+    for path in paths:
+        component, inner = path.split(".", 1)
+        fusion = of_path(inner) if not component.startswith("text_encoder") else None
+        for piece in _pieces(fusion or Fusion(inner, (inner,)), dialect):
+            if inner in piece.paths:
+                key = _key(component, piece.original, dialect, family)
+                layers[key] = _Layer(key, component, piece)
+    return list(layers.values())
+
+
+def _makers_names(
+    paths: list[str], modules: Mapping[str, Module], dialect: Dialect, family: str | None
+) -> Callable[[str], Fusion | None]:
+    """Path of the denoiser -> its fusion; None where it is called as diffusers calls it."""
+    inner = [path.split(".", 1)[1] for path in paths if not path.startswith("text_encoder")]
+    if not inner or not dialect.uses_makers_names(family) or family in _SAME_NAMES:
+        return _no_fusion
+    denoisers = [layout for layout in LAYOUTS if layout.component in ("unet", "transformer")]
+    layout = next((layout for layout in denoisers if family in layout.families), None)
+    strange = inner if layout is None else [path for path in inner if layout.of_path(path) is None]
+    if layout is not None and not strange:
+        strange = _disproportionate(layout, modules)
+    if layout is not None and not strange:
+        return layout.of_path
+    if dialect.makers is not None:  # a model of other dimensions than the published one
+        return _no_fusion
+    raise ValueError(
+        f"{strange[0]}: the {dialect.name} format needs its makers' name, which is not known here for "
+        f"{family or 'an unknown family'} of these dimensions; use diffusers, kohya or lycoris"
+    )
+
+
+def _disproportionate(layout: Layout, modules: Mapping[str, Module]) -> list[str]:
+    """Layers that are parts of a fused one in other proportions than the published model's."""
+    units: dict[str, float] = {}
+    found = []
+    for path, module in modules.items():
+        inner = path.split(".", 1)[1]
+        fusion = None if path.startswith("text_encoder") else layout.of_path(inner)
+        if fusion is not None and len(fusion.paths) > 1:
+            unit = module.shape[0] / fusion.shares[fusion.paths.index(inner)]
+            if units.setdefault(fusion.original, unit) != unit:
+                found.append(inner)
+    return found
+
+
+def _no_fusion(path: str) -> None:
+    """Layers are called as diffusers calls them."""
+
+
+def _pieces(fusion: Fusion, dialect: Dialect) -> list[Fusion]:
+    """The layer itself; or a numbered piece for each of its layers."""
+    if not dialect.has_pieces or len(fusion.paths) == 1:
+        return [fusion]
+    return [Fusion(f"{fusion.original}.{number}", (path,)) for number, path in enumerate(fusion.paths)]
+
+
+def _key(component: str, name: str, dialect: Dialect, family: str | None) -> str:
+    if component.startswith("text_encoder") and dialect.keeps_text_model and _CLIP.match(name):
+        name = f"text_model.{name}"
+    prefix = dialect.prefix(component, family)
+    return f"{prefix}{flatten(name) if dialect.is_flat else name}"
+
+
+def _parts(layer: _Layer, adapter: AdapterState, dialect: Dialect) -> dict[str, Tensor]:
+    parts: dict[str, Tensor] = {}
+    if modules := layer.of(adapter.modules):
+        parts.update(parts_of(layer.key, fuse(layer.fusion, modules), dialect.suffixes))
+    if weights := layer.vectors(adapter.vectors, "weight"):
+        parts["w_norm"] = fuse_vector(layer.fusion, weights)
+    if biases := layer.vectors(adapter.vectors, "bias"):
+        is_norm = "w_norm" in parts or (not modules and _NORMS.search(layer.fusion.paths[0]) is not None)
+        parts["b_norm" if is_norm else "diff_b"] = fuse_vector(layer.fusion, biases)
+    return parts
+
+
+def _metadata(adapter: AdapterState, dialect: Dialect) -> dict[str, str]:
+    kept = {key: text for key, text in adapter.metadata.items() if key not in (METADATA_KEY, AXIS_KEY)}
+    axes = {module.axis for module in adapter.modules.values() if module.magnitude is not None}
+    noted = {AXIS_KEY: next(iter(axes))} if len(axes) == 1 and not dialect.suffixes.flat_magnitude else {}
+    if dialect.suffixes is not PEFT:
+        return {**kept, **noted}
+    config = {
+        f"{component}.{name}": value
+        for component in adapter.components
+        for name, value in peft_config(_under(adapter, component)).items()
+    }
+    return {**kept, "format": "pt", METADATA_KEY: json.dumps(config, sort_keys=True)}
+
+
+def _under(adapter: AdapterState, component: str) -> dict[str, Module]:
+    start = component + "."
+    return {path.removeprefix(start): m for path, m in adapter.modules.items() if path.startswith(start)}
