@@ -1,5 +1,5 @@
 # `make demo` and `make test` are the only two commands needed; each sets up .venv first.
-# Overridable: PYTHON (makes the environment), VENV, MODEL (pocket or pocket-dit), DEMO_FLAGS, PYTEST_FLAGS, BENCH_FLAGS, FULL_SIZE_FLAGS.
+# Overridable: PYTHON (makes the environment), VENV, MODEL (pocket or pocket-dit), DEMO_FLAGS, PYTEST_FLAGS, BENCH_FLAGS, FULL_SIZE_FLAGS, INTERCHANGE_FLAGS.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -9,8 +9,9 @@ DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
 FULL_SIZE_FLAGS ?=
+INTERCHANGE_FLAGS ?=
 
-.PHONY: setup demo test test-quantised families bench full-size check format browser
+.PHONY: setup demo test test-quantised families bench interchange full-size check format browser
 
 setup: $(READY)
 
@@ -40,6 +41,10 @@ families: setup
 # Beside PEFT and LyCORIS; about twenty minutes on two cores. Leave the machine alone meanwhile.
 bench: setup
 	$(PY) -m benchmarks $(BENCH_FLAGS)
+
+# Files and conversions of a full-size adapter -> docs/results/interchange.md
+interchange: setup
+	$(PY) -m benchmarks.interchange $(INTERCHANGE_FLAGS)
 
 # The published models at their real size, without weights; some twenty minutes on one core.
 full-size: setup

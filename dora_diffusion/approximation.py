@@ -22,9 +22,9 @@ SMALL_SIDE = 192
 # A subspace has settled when a step adds less than this share of the energy it holds; it takes at most so many steps.
 SETTLED = 1e-6
 STEPS = 12
-# Extraction stops when a round moves diag(c) T by less than this share of T - W.
+# Extraction stops when a round moves diag(g) W by less than this share of T - W.
 STEADY = 1e-6
-# c stays within this factor of its start: beyond it V would turn against T, and c below 0 has no meaning.
+# g stays within this factor of its start: a row of V that is all but 0, or against T, is no direction.
 FARTHEST = 100.0
 
 
@@ -95,18 +95,19 @@ def extract_dora(
 ) -> DoRAParts:
     """The DoRA of a rank that comes nearest to turning W into T.
 
-    m = N(T). D and c = N(V) / m are found in turn, from c = N(W) / N(T):
+    m = N(T). D and the gains g are found in turn, from g = N(T) / N(W):
 
-        D = SVD_r(diag(c) T - W),   c_i = <T_i, (W + D)_i> / <T_i, T_i>
+        D = diag(1 / g) SVD_r(T - diag(g) W),   g_i = <T_i, V_i> / <V_i, V_i>,   V = W + D
 
-    which makes ||diag(c) T - (W + D)|| smaller with each half of a round. A row of W that is zero has no magnitude
-    (its gain is 1), so its c is 1; for a row of T that is zero m = 0 is enough, and D leaves it alone.
+    Each half is the best for the other, so ||T - diag(g) V|| only falls: all that W' misses, for m / N(V) is this g but
+    for the cosine between T_i and V_i. A row of W that is zero has no magnitude (its gain is 1), so its g is 1; for a
+    row of T that is zero m = 0 is enough, and D leaves it alone.
 
     Args:
         tuned: T, (out, in[, kh, kw]), any float dtype.
         base: W, of the same shape.
         rank: r, at least 1; what is above the smaller side is capped.
-        rounds: at most this many; it stops when c does.
+        rounds: at most this many; it stops when g does.
         error: keep no more ranks than leave ||W' - T|| / ||T - W|| at this, as far as `rank` reaches.
         generator: as in `low_rank`.
     """
@@ -115,13 +116,12 @@ def extract_dora(
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     t, w = _matrix(tuned), _matrix(base)
-    most, delta, magnitude = _capped(rank, t), t - w, squared_row_norms(t).sqrt()
-    known = _what_is_known(t, w, delta)
-    best = _alternate(t, delta, known, _start(t, most, generator), most, rounds)
+    most, magnitude, problem = _capped(rank, t), squared_row_norms(t).sqrt(), _problem(t, w)
+    best = _alternate(problem, _start(t, most, generator), most, rounds)
     low = 1 if error > 0 else most
     while low < most:  # a D of more directions than needed uses them all, so each rank is tried for itself
         middle = (low + most) // 2
-        found = _alternate(t, delta, known, best.right, middle, rounds)
+        found = _alternate(problem, best.triplets.right, middle, rounds)
         pair = found.pair(middle)
         if relative_error(dora_weight(w, pair.right, pair.left, 1.0, magnitude), t, w) <= error:
             most, best = middle, found
@@ -153,55 +153,79 @@ class _Triplets:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """What extraction knows of each row, (out,).
+class _Problem:
+    """What extraction works on. Gains are kept as g - 1, so that small changes keep their digits.
 
     Attributes:
-        squares: <T, T>, never 0.
-        shared: <T, T - W>.
-        start: c - 1 to start from.
-        fixed: the rows whose c is not sought, because W or T is zero.
+        base: W; a row is 0 where T's is.
+        delta: T - W, likewise.
+        squares: <W_i, W_i>, (out,).
+        shared: <T_i - W_i, W_i>, (out,).
+        start: g - 1 to start from, (out,).
+        fixed: the rows whose g is not sought, (out,), because W or T is zero.
     """
 
+    base: Tensor
+    delta: Tensor
     squares: Tensor
     shared: Tensor
     start: Tensor
     fixed: Tensor
 
-    def sought(self, products: Tensor) -> Tensor:
-        """The best c - 1 for a D, from <T, D>."""
+    def best_gains(self, with_delta: Tensor, with_base: Tensor, own: Tensor) -> Tensor:
+        """g - 1 = <T_i - V_i, V_i> / <V_i, V_i>, from the products of D with T - W, with W and with itself."""
+        squares = self.squares + 2 * with_base + own
+        best = (self.shared + with_delta - with_base - own) / squares.clamp(min=TINY_NORM**2)
         first = 1 + self.start
-        best = (products - self.shared) / self.squares
         best = torch.minimum(torch.maximum(best, first / FARTHEST - 1), first * FARTHEST - 1)
         return torch.where(self.fixed, self.start, best)
 
 
-def _what_is_known(t: Tensor, w: Tensor, delta: Tensor) -> _Rows:
-    """Also takes the rows out of T - W that m = 0 alone makes zero."""
+@dataclass(frozen=True)
+class _Scaled:
+    """D = diag(1 / g) times a matrix that is known by its singular triplets."""
+
+    triplets: _Triplets
+    gains: Tensor
+
+    def pair(self, rank: int) -> Pair:
+        """The leading ranks, with factors of equal size."""
+        pair = self.triplets.pair(rank)
+        left, right = pair.left / self.gains[:, None], pair.right
+        sizes = [torch.linalg.vector_norm(factor).clamp(min=torch.finfo(left.dtype).tiny) for factor in (left, right)]
+        balance = (sizes[1] / sizes[0]).sqrt()
+        return Pair(left * balance, right / balance)
+
+
+def _problem(t: Tensor, w: Tensor) -> _Problem:
     squares, base_squares = squared_row_norms(t), squared_row_norms(w)
     silent, dead = (sums <= TINY_NORM**2 for sums in (squares, base_squares))
-    delta.masked_fill_(silent[:, None], 0.0)
-    squares = squares.clamp(min=TINY_NORM**2)
-    start = ((base_squares / squares).sqrt() - 1).masked_fill(silent | dead, 0.0)
-    return _Rows(squares, (t * delta).sum(1), start, silent | dead)
+    if bool(silent.any()):
+        t, w = (matrix.masked_fill(silent[:, None], 0.0) for matrix in (t, w))
+    start = (squares.sqrt() / base_squares.clamp(min=TINY_NORM**2).sqrt() - 1).masked_fill(silent | dead, 0.0)
+    delta = t - w
+    return _Problem(w, delta, base_squares, (delta * w).sum(1), start, silent | dead)
 
 
-def _alternate(t: Tensor, delta: Tensor, known: _Rows, right: Tensor, rank: int, rounds: int) -> _Triplets:
+def _alternate(problem: _Problem, right: Tensor, rank: int, rounds: int) -> _Scaled:
     """One step of the subspace a round, from `right` (columns, k), warm from the round before.
 
-    diag(c) T - W = diag(c - 1) T + (T - W) is never formed; both meet the new directions once, for c and the next
-    round. c is kept as c - 1, so that small changes keep their digits.
+    T - diag(g) W = (T - W) - diag(g - 1) W is never formed; both meet the new directions once, for g and the next
+    round.
     """
-    enough = STEADY * torch.linalg.vector_norm(delta)
-    offset, tuned, changed = known.start, t @ right, delta @ right
+    w, delta, offset = problem.base, problem.delta, problem.start
+    enough, norms = STEADY * torch.linalg.vector_norm(delta), problem.squares.sqrt()
+    changed, base = delta @ right, w @ right
     for _ in range(rounds):
-        left = torch.linalg.qr(offset[:, None] * tuned + changed).Q
-        found = _rotated(left, t.T @ (offset[:, None] * left) + delta.T @ left)
-        tuned, changed = t @ found.right, delta @ found.right
-        before, offset = offset, known.sought((tuned * found.left * found.values)[:, :rank].sum(1))
-        if bool(torch.linalg.vector_norm((offset - before) * known.squares.sqrt()) <= enough):
+        left = torch.linalg.qr(changed - offset[:, None] * base).Q
+        found = _rotated(left, delta.T @ left - w.T @ (offset[:, None] * left))
+        changed, base, before = delta @ found.right, w @ found.right, offset
+        own = (found.left * found.values)[:, :rank] / (1 + before[:, None])  # D in the basis of its rows
+        products = ((changed[:, :rank] * own).sum(1), (base[:, :rank] * own).sum(1), own.square().sum(1))
+        offset = problem.best_gains(*products)
+        if bool(torch.linalg.vector_norm((offset - before) * norms) <= enough):
             break
-    return found
+    return _Scaled(found, 1 + before)
 
 
 def _leading(matrix: Tensor, right: Tensor) -> _Triplets:
@@ -235,8 +259,7 @@ def _ranks_within(matrix: Tensor, found: _Triplets, error: float) -> int:
     rest = (matrix - (found.left * found.values) @ found.right.T).double().square().sum()
     tails = rest + found.values.double().square().flip(0).cumsum(0).flip(0)  # what 0, 1, 2 ... triplets leave
     allowed = (error * torch.linalg.vector_norm(matrix).double()) ** 2
-    count = int((torch.cat([tails, rest[None]]) > allowed).sum())
-    return max(1, count)
+    return max(1, int((torch.cat([tails, rest[None]]) > allowed).sum()))
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -246,4 +269,5 @@ def _matrix(weight: Tensor) -> Tensor:
 def _capped(rank: int, weight: Tensor) -> int:
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    return min(rank, *rows(weight).shape)
+    out, columns = rows(weight).shape
+    return min(rank, out, columns)

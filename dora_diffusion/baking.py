@@ -20,11 +20,11 @@ from torch import Tensor
 import dora_diffusion
 from dora_diffusion.base_weights import is_table, local_base
 from dora_diffusion.formats.checkpoints import Checkpoint, Place, main_weights, open_checkpoint, weight_files
-from dora_diffusion.formats.tensor_file import TensorFile, write_tensor_file
+from dora_diffusion.formats.tensor_file import BLOCK_BYTES, TensorFile, write_tensor_file
 from dora_diffusion.mixing import MODES, Term
 from dora_diffusion.state import AdapterState, Module
 from dora_diffusion.storage import atomic_file, sync_folder
-from dora_diffusion.strengths import Weight, check_strength, strength_at
+from dora_diffusion.strengths import Weight, check_strength, is_meant, strength_at
 
 NOTE = "dora_diffusion.baked"
 """The metadata key by which a baked file is known; its value is JSON."""
@@ -32,7 +32,6 @@ NOTE = "dora_diffusion.baked"
 _BAKEABLE = ("F64", "F32", "F16", "BF16")
 _HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf")
-_BLOCK = 1 << 24
 
 Progress = Callable[[int, int], None]
 """(bytes done, bytes in all)."""
@@ -77,13 +76,22 @@ class BakeCheck:
 
 
 @dataclass(frozen=True)
+class _Part:
+    """What one adapter does to one parameter: a layer's weight, or a vector that is added."""
+
+    adapter: str
+    path: str
+    strength: float
+    what: Module | Tensor
+
+
+@dataclass(frozen=True)
 class _Change:
-    """A layer or vector of the base, and what each adapter does to it: (strength, what)."""
+    """A parameter of the base, and what each adapter does to it."""
 
     path: str
     place: Place
-    modules: list[tuple[float, Module]] = field(default_factory=list)
-    vectors: list[tuple[float, Tensor]] = field(default_factory=list)
+    parts: list[_Part] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -138,10 +146,11 @@ def bake(
             place = staging / file.path.relative_to(source) if source.is_dir() else staging
             write_tensor_file(place, file.slots, _tensors(plan, file, progress), metadata=_metadata(plan, file))
     everything = [change for changes in plan.changes.values() for change in changes]
+    vectors = sum(all(isinstance(part.what, Tensor) for part in change.parts) for change in everything)
     return BakeReport(
         output=target,
-        layers=sum(bool(change.modules) for change in everything),
-        vectors=sum(bool(change.vectors) for change in everything),
+        layers=len(everything) - vectors,
+        vectors=vectors,
         left_out=tuple(str(path.relative_to(source)) for path in left_out),
         extra=tuple(f"{name}: {key}" for name in weights for key in adapters[name].extra),
     )
@@ -195,48 +204,54 @@ def _plan(source: Path, adapters: Mapping[str, AdapterState], weights: Mapping[s
         raise ValueError(f"mode {mode!r} is unknown: expected one of {', '.join(MODES)}")
     if unknown := [name for name in weights if name not in adapters]:
         raise ValueError(f"no adapter named {unknown[0]!r}; there are: {', '.join(adapters) or 'none'}")
-    base, missing, total = open_checkpoint(source), [], 0
-    found: dict[tuple[Path, str], dict[Place, _Change]] = {}
-    for name, weight in weights.items():
-        adapter = adapters[name]
-        check_strength(name, weight, (*adapter.modules, *adapter.vectors))
-        changed = {**{f"{path}.weight": module for path, module in adapter.modules.items()}, **adapter.vectors}
-        for path, what in changed.items():
-            total += 1
-            if (place := base.find(path)) is None:
-                missing.append(path)
-            elif strength := strength_at(path, weight):
-                _check(f"{name}: {path}", place, path, what)
-                at = found.setdefault((place.file.path, place.key), {})
-                change = at.setdefault(place, _Change(path, place))
-                if isinstance(what, Tensor):
-                    change.vectors.append((strength, what))
-                else:
-                    change.modules.append((strength, what))
-    if missing:
+    base, wanted = open_checkpoint(source), _wanted(adapters, weights)
+    if not wanted:
+        raise ValueError("no adapter has a strength on any layer: there is nothing to bake")
+    places = {path: base.find(path) for path in dict.fromkeys(each.path for each in wanted)}
+    if missing := [path for path, place in places.items() if place is None]:
         raise ValueError(
-            f"{source}: {len(missing)} of the adapters' {total} layers are not there, {missing[0]} first; are they for "
-            "another base model?"
+            f"{source}: {len(missing)} of the adapters' {len(places)} layers are not there, {missing[0]} first; are they for "
+            "another base model? Strengths by part would leave parts out"
         )
-    if not found:
-        raise ValueError("no adapter has a strength other than 0: there is nothing to bake")
-    changes = {where: tuple(at.values()) for where, at in found.items()}
+    found: dict[tuple[Path, str], dict[Place, _Change]] = {}
+    for each in wanted:
+        place = places[each.path]
+        assert place is not None
+        _check(each, place)
+        here = found.setdefault((place.file.path, place.key), {})
+        here.setdefault(place, _Change(each.path, place)).parts.append(each)  # two spellings of a path are one place
+    changes = {where: tuple(here.values()) for where, here in found.items()}
     return _Plan(base, mode, changes, _notes(source, weights, mode))
 
 
-def _check(label: str, place: Place, path: str, what: Module | Tensor) -> None:
+def _wanted(adapters: Mapping[str, AdapterState], weights: Mapping[str, Weight]) -> list["_Part"]:
+    """What the adapters do wherever their strengths speak of it, be it 0: to some modes that is not nothing."""
+    found = []
+    for name, weight in weights.items():
+        adapter = adapters[name]
+        check_strength(name, weight, (*adapter.modules, *adapter.vectors))
+        for path, module in adapter.modules.items():
+            if is_meant(path, weight):
+                found.append(_Part(name, f"{path}.weight", strength_at(path, weight), module))
+        for path, vector in adapter.vectors.items():
+            if strength := strength_at(path, weight):
+                found.append(_Part(name, path, strength, vector))
+    return found
+
+
+def _check(part: _Part, place: Place) -> None:
     """Refuse what does not fit a tensor, and tensors that are not plain floating-point numbers."""
+    label, shape, what = f"{part.adapter}: {part.path}", place.shape, part.what
     if place.dtype not in _BAKEABLE:
         raise ValueError(
             f"{label} is stored as {place.dtype} in {place.file.path}: a quantised base cannot be baked; take its fp16 "
             "or bf16 version"
         )
-    shape = place.shape
     if isinstance(what, Tensor):
         if what.numel() != math.prod(shape):
             raise ValueError(f"{label} has shape {tuple(what.shape)}, expected {shape}; is this another base model?")
         return
-    out, *rest = reversed(shape) if _is_table(path) else shape
+    out, *rest = reversed(shape) if _is_table(part.path) else shape
     scaled = out if what.axis == "out" else rest[0]
     if what.shape != (out, math.prod(rest)) or (what.magnitude is not None and what.magnitude.numel() != scaled):
         raise ValueError(
@@ -283,16 +298,17 @@ def _bake_in(change: _Change, whole: Tensor, mode: str) -> None:
 def _mixed(change: _Change, stored: Tensor, mode: str) -> Tensor:
     """The new parameter in fp32 (fp64 stays), in the shape of the stored one."""
     mixed = stored if stored.dtype == torch.float64 else stored.float()
-    if change.modules:
+    terms = [_term(part.what, part.strength) for part in change.parts if not isinstance(part.what, Tensor)]
+    if terms:
         weight = mixed.T if _is_table(change.path) else mixed
-        terms = [_term(module, strength) for strength, module in change.modules]
         try:
             weight = MODES[mode](weight, terms)
         except ValueError as error:
             raise ValueError(f"{change.path}: {error}") from None
         mixed = weight.T if _is_table(change.path) else weight
-    for strength, vector in change.vectors:
-        mixed = mixed + strength * vector.to(mixed.dtype).reshape(mixed.shape)
+    for part in change.parts:
+        if isinstance(part.what, Tensor):
+            mixed = mixed + part.strength * part.what.to(mixed.dtype).reshape(mixed.shape)
     return mixed
 
 
@@ -338,7 +354,7 @@ def _other_files(plan: _Plan) -> tuple[list[Path], list[Path]]:
 
 def _copy(path: Path, target: Path, progress: _Counter) -> None:
     with open(path, "rb") as source, atomic_file(target) as file:
-        while block := source.read(_BLOCK):
+        while block := source.read(BLOCK_BYTES):
             file.write(block)
             progress.add(len(block))
 

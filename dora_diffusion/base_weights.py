@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dora_diffusion.bases import check_adaptable, dense_weight
+from dora_diffusion.bases import check_adaptable, dense_weight, logical_shape
 from dora_diffusion.families import FAMILIES
 from dora_diffusion.formats.checkpoints import Checkpoint, Place, open_checkpoint
 from dora_diffusion.layers import BlendedLayer, DoRALayer
@@ -161,7 +161,7 @@ def _layers(models: Mapping[str, nn.Module]) -> Iterator[str]:
 
 def _is_adaptable(path: str, module: nn.Module) -> bool:
     try:
-        return dense_weight(check_adaptable(path, module)).dim() in (2, 4)
+        return len(logical_shape(check_adaptable(path, module))) in (2, 4)
     except ValueError:
         return False
 

@@ -12,15 +12,21 @@ from dora_diffusion.quantised import is_quantised
 
 
 class Fold:
-    """Layers that now hold an adapter mix; `undo()` gives each parameter back the very memory it had."""
+    """Layers that now hold an adapter mix; `undo()` gives each parameter back the very memory it had.
+
+    Until then a layer says so itself (`is_folded`): who reads its weight as the base's would be misled.
+    """
 
     def __init__(self, kept: Mapping[str, tuple[Base, Tensor]]) -> None:
         self._kept = dict(kept)
+        for layer, _ in self._kept.values():
+            layer.is_folded = True
 
     def undo(self) -> None:
         """Put the kept weights back: nothing is computed, or copied but for a model that has since moved."""
         for layer, weight in self._kept.values():
             layer.weight.data = weight.to(layer.weight.device)
+            layer.is_folded = False
         self._kept.clear()
 
 

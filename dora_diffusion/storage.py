@@ -63,8 +63,18 @@ def sha256_of(path: Path) -> str:
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file atomically."""
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save_tensors_to_bytes(contiguous, metadata=dict(metadata or {})))
+    write_atomically(path, save_tensors_to_bytes(unshared(tensors), metadata=dict(metadata or {})))
+
+
+def unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors as a file can hold them: on the CPU, contiguous, each with memory of its own."""
+    apart: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        moved = tensor.detach().cpu().contiguous()
+        apart[name] = moved.clone() if moved.data_ptr() in seen else moved
+        seen.add(apart[name].data_ptr())
+    return apart
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

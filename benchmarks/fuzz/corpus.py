@@ -148,7 +148,7 @@ _LARGE: dict[str, Maker] = {
     ),
     "most tensors, most sides": _lazily(
         lambda: Parts(
-            {f"{n}.": {"dtype": "U8", "shape": [1000, 0, *[1000] * 5], "data_offsets": [0, 0]} for n in range(25_000)},
+            {f"{n}.": {"dtype": "U8", "shape": [1000, 0, *[1000] * 4], "data_offsets": [0, 0]} for n in range(25_000)},
             b"",
         ).packed()
     ),

@@ -218,7 +218,7 @@ def change_keys(parts: Parts, other: Parts, draw: Random) -> bytes:
 
 def _renamed(key: str, draw: Random) -> str:
     layer, _, suffix = key.partition(".lora_") if ".lora_" in key else key.rpartition(".")
-    at = draw.randrange(len(key))
+    at = draw.randrange(max(1, len(key)))
     digits = [place for place, letter in enumerate(key) if letter.isdigit()]
     place = draw.choice(digits) if digits else at
     return draw.choice(

@@ -1,15 +1,17 @@
 """The fuzzing itself: make a file, have it read, keep what broke."""
 
+import contextlib
+import multiprocessing
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.fuzz.corpus import special_files
+from benchmarks.fuzz.corpus import Maker, special_files
 from benchmarks.fuzz.mutations import mutated
 from benchmarks.fuzz.samples import sound_files
-from benchmarks.fuzz.watch import Outcome, Watch, faults
+from benchmarks.fuzz.watch import READERS, Outcome, Watch, faults
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,29 @@ class Case:
     faults: dict[str, list[str]] = field(default_factory=dict)
 
 
+def warm_up(folder: Path) -> None:
+    """Read the sound files here, before any fork: what is imported and set up at a first call is no file's doing."""
+    for parts in sound_files().values():
+        path = folder / "warm-up.safetensors"
+        path.write_bytes(parts.packed())
+        for read in READERS.values():
+            with contextlib.suppress(ValueError):
+                read(path)
+        path.unlink()
+
+
 def special_cases(folder: Path, watch: Watch, say: Callable[[str], None] = print) -> Iterator[Case]:
     """Every special file, each read by a fresh process."""
     for number, (name, make) in enumerate(special_files().items()):
         path = folder / f"special-{number:03d}.safetensors"
-        make(path)
+        _elsewhere(make, path)
         watch.renew()
         yield _case(name, "special", path, watch, say)
 
 
-def mutated_cases(folder: Path, watch: Watch, count: int, seed: int, say: Callable[[str], None] = print) -> Iterator[Case]:
+def mutated_cases(
+    folder: Path, watch: Watch, count: int, seed: int, say: Callable[[str], None] = print
+) -> Iterator[Case]:
     """So many mutations of sound files; the same for the same seed."""
     sound = sound_files(seed)
     for number in range(count):
@@ -50,6 +65,14 @@ def mutated_cases(folder: Path, watch: Watch, count: int, seed: int, say: Callab
         yield _case(name, name.split(" of ")[0], path, watch, say)
 
 
+def _elsewhere(make: Maker, path: Path) -> None:
+    """Make a file in a process of its own: memory that it frees would serve the reader unseen."""
+    process = multiprocessing.get_context("fork").Process(target=make, args=(path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, path
+
+
 def _case(name: str, group: str, path: Path, watch: Watch, say: Callable[[str], None]) -> Case:
     """Read a file and remove it; one that broke a promise is kept, with the trace beside it."""
     size = _bytes_of(path)
@@ -57,8 +80,9 @@ def _case(name: str, group: str, path: Path, watch: Watch, say: Callable[[str], 
     found = {outcome.reader: wrong for outcome in outcomes if (wrong := faults(outcome, path, size))}
     for outcome in outcomes:
         if outcome.reader in found:
-            say(f"{path.name} ({name}), {outcome.reader}: {'; '.join(found[outcome.reader])}: {outcome.message[:300]!r}")
-            path.with_suffix(f".{outcome.reader}.txt").write_text(f"{name}\n{found}\n{outcome.message}\n{outcome.trace}")
+            line = f"{path.name} ({name}), {outcome.reader}: {'; '.join(found[outcome.reader])}"
+            say(f"{line}: {outcome.message[:300]!r}")
+            path.with_suffix(f".{outcome.reader}.txt").write_text(f"{line}\n{outcome.message}\n{outcome.trace}")
     if not found:
         _remove(path)
     return Case(name, group, size, outcomes, found)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.base_weights import WeightOf, weights_of
+from dora_diffusion.blending.exact import needs_weight
 from dora_diffusion.blending.layer import blend_layer
 from dora_diffusion.blending.pieces import Made, Piece, piece_of
 from dora_diffusion.blending.records import (
@@ -51,8 +52,10 @@ def blend(
 ) -> AdapterState:
     """Several adapters as one, by the arithmetic of a mode.
 
-    `additive`, `compose` and `direction-magnitude` are exact at the sum of the ranks; so is everything that fits into
-    full rank. The other modes, and smaller ranks, are the best DoRA or LoRA of the rank.
+    The modes of whole weights (`additive`, `compose`, `peft` ...) are one adapter exactly at the sum of the ranks, but
+    for `a1111` with magnitudes of the out axis, magnitudes of both axes in one layer, and strengths that cancel a row
+    of the base. There, in the modes of differences (`ties` ...) and at smaller ranks a layer is the best DoRA or LoRA
+    of the rank, and `blend_with_report` tells its error.
 
     Args:
         adapters: name -> adapter. The order counts in the modes `peft`, `comfyui` and `a1111`.
@@ -68,8 +71,8 @@ def blend(
         kept unless two adapters disagree on them.
 
     Raises:
-        ValueError: no adapters, an unknown mode or name, a strength that is no finite number, a layer that the base does
-            not have or has in another shape, both axes in one layer, tensors on which two adapters disagree.
+        ValueError: no adapters, an unknown mode or name, a strength that is no finite number, a layer that the base
+            does not have or has in another shape, both axes in one layer, tensors on which two adapters disagree.
     """
     return blend_with_report(
         adapters, weights, base=base, mode=mode, rank=rank, options=options, progress=progress
@@ -146,10 +149,9 @@ def _blend_at(
     options: BlendOptions,
 ) -> tuple[Made, tuple[str, ...]]:
     weight = None if weight_of is None else weight_of(path).detach()
-    adding = mode in ("additive", "compose") and not options.as_dora
-    if weight is None and not (adding and all(module.magnitude is None for _, module, _ in found)):
-        raise ValueError(f"{path}: mode {mode!r} needs the base's weights here; give `base`")
     pieces: list[Piece] = [piece_of(name, module, strength, weight, path) for name, module, strength in found]
+    if weight is None and needs_weight(pieces, mode, as_dora=options.as_dora):
+        raise ValueError(f"{path}: mode {mode!r} needs the base's weights here; give `base`")
     try:
         made = blend_layer(path, weight, pieces, mode, rank, options)
     except ValueError as error:

@@ -61,8 +61,9 @@ def examine(path: str | Path) -> Examined:
         keys = [f"{file.parent.name}/{key}" for file in weights for key in read_header(file) if key != "__metadata__"]
         return Examined("peft", len(keys), (), len({key.rpartition(".lora_")[0] for key in keys}))
     header = read_header(path)
-    keys = [key for key in header if key != "__metadata__"]
-    reading = take_apart(keys, header.get("__metadata__", {}))
+    metadata = header.pop("__metadata__", {})
+    keys = list(header)
+    reading = take_apart({key: entry["shape"] for key, entry in header.items()}, metadata)
     unknown = tuple(key for key in keys if not reading.is_known(key))
     return Examined(_format_of(path, reading, keys), len(keys) - len(unknown), unknown, len(reading.places))
 
@@ -105,14 +106,25 @@ def load_adapter(path: str | Path, *, base: WeightOf | None = None) -> AdapterSt
         ValueError: one line that names the file and what is wrong.
     """
     path = Path(path)
-    found = examine(path).format
     if path.is_dir():
-        return with_origin(peft.read_folder(path, base), found)
+        return with_origin(peft.read_folder(path, base), examine(path).format)
+    reading, origin = _taken_apart(path)
     tensors, metadata = read_tensors(path)
+    if not reading.keys.keys() <= tensors.keys():
+        raise ValueError(f"{path}: the file changed while it was read")
     try:
-        return with_origin(read(tensors, metadata, base), found)
+        return with_origin(read(tensors, metadata, reading, base), origin)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _taken_apart(path: Path) -> tuple[Reading, str]:
+    """The layers of a file and the name of its format, from its header: a large file of another kind is not read."""
+    header = read_header(path)
+    metadata = header.pop("__metadata__", {})
+    keys = list(header)
+    reading = take_apart({key: entry["shape"] for key, entry in header.items()}, metadata)
+    return reading, _format_of(path, reading, keys)
 
 
 def save_adapter(adapter: AdapterState, path: str | Path, *, format: str = "diffusers") -> Path:

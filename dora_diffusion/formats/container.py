@@ -10,7 +10,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from io import BufferedReader
 from itertools import groupby
 from operator import itemgetter
@@ -25,7 +25,7 @@ from torch import Tensor
 MAX_TENSORS = 25_000
 MAX_HEADER_BYTES = 5 * 1024 * 1024
 MAX_METADATA = 4096
-MAX_DIMENSIONS = 8
+MAX_DIMENSIONS = 6
 MAX_KEY_LENGTH = 256
 BLOCK = 1 << 18
 
@@ -45,6 +45,7 @@ DTYPES = {
 
 # what breaks a line, moves the cursor or cannot be encoded
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_LONG_NUMBER = re.compile(rb"\d{20}")
 
 
 def shown(text: object, limit: int = 100) -> str:
@@ -183,51 +184,56 @@ def _opened(path: str | Path, name: str) -> tuple[BufferedReader, os.stat_result
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:
-    """The header's JSON, counted before it is parsed."""
-    _check_counts(raw)
+    """The header's JSON, counted before it is parsed, and without a key that occurs twice."""
+    colons = _checked_counts(raw)
     try:
-        # json.loads would guess at UTF-16 if it were given bytes
-        header = json.loads(raw.decode(), object_pairs_hook=_without_duplicates)
+        text = raw.decode()  # json.loads would guess at UTF-16 if it were given bytes
+        header = json.loads(text)
     except (ValueError, RecursionError) as error:
-        reason = str(error).split(";")[0]
-        raise ValueError(f"the header is not the JSON of a safetensors file ({reason})") from None
+        raise ValueError(f"the header is not the JSON of a safetensors file ({error})") from None
     if not isinstance(header, dict):
         raise ValueError("the header is not the JSON of a safetensors file (expected an object)")
+    for key, value in header.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"{shown(key)}: expected an object, got {shown(type(value).__name__)}")
+    # a parser keeps one of two keys that are alike; a hook that sees both would take twice the time
+    if colons != len(header) + sum(map(len, header.values())):
+        json.loads(text, object_pairs_hook=_without_duplicates)
+        raise ValueError("the header holds objects within objects")
     return header
 
 
-def _check_counts(raw: bytes) -> None:
-    """Refuse JSON of more parts than a header can have: a parser may need 60 bytes of memory for one of the file's.
+def _checked_counts(raw: bytes) -> int:
+    """How many keys JSON has; a ValueError for more parts than a header can have, and for numbers beyond any size.
 
-    What stands in strings does not count: trainers' metadata is JSON itself. Up to a parser's first error this
-    splits strings as the parser does.
+    A parser may need 60 bytes of memory for one of the file's. What stands in strings does not count: trainers'
+    metadata is JSON itself. Up to a parser's first error this splits strings as the parser does.
     """
     plain = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
     # ten for a tensor: its key, "dtype" and its value, "shape", "data_offsets"
     too_many = plain.count(b'"') > 10 * MAX_TENSORS + 4 * MAX_METADATA + 2
-    if not too_many:
-        outside = b"".join(plain.split(b'"')[::2])
-        lists, commas = outside.count(b"["), outside.count(b",")
-        most_commas = (MAX_DIMENSIONS + 3) * MAX_TENSORS + MAX_METADATA
-        too_many = outside.count(b"{") > MAX_TENSORS + 2 or lists > 2 * MAX_TENSORS or commas > most_commas
-    if too_many:
+    outside = b"" if too_many else b"".join(plain.split(b'"')[::2])
+    lists, commas = outside.count(b"["), outside.count(b",")
+    most_commas = (MAX_DIMENSIONS + 3) * MAX_TENSORS + MAX_METADATA
+    if too_many or outside.count(b"{") > MAX_TENSORS + 2 or lists > 2 * MAX_TENSORS or commas > most_commas:
         raise ValueError(f"expected a header with at most {MAX_TENSORS} tensors and {MAX_METADATA} metadata strings")
+    if _LONG_NUMBER.search(outside):
+        raise ValueError("the header has a number of twenty digits or more, expected sizes")
+    return outside.count(b":")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        before: set[str] = set()
-        for key, _ in pairs:
-            if key in before:
-                raise ValueError(f"{shown(key)} occurs twice")
-            before.add(key)
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{shown(key)} occurs twice")
+        found[key] = value
     return found
 
 
 def _check_metadata(header: Mapping[str, Any]) -> None:
     metadata = header.get("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("expected metadata of strings")
     if len(metadata) > MAX_METADATA:
         raise ValueError(f"{len(metadata)} metadata strings, expected at most {MAX_METADATA}")
@@ -239,7 +245,9 @@ def _check_metadata(header: Mapping[str, Any]) -> None:
             raise ValueError(f"metadata {shown(key)} has half a character, expected Unicode") from None
 
 
-def _check_keys(keys: Iterable[str]) -> None:
+def _check_keys(keys: Collection[str]) -> None:
+    if not _UNPRINTABLE.search("".join(keys)) and max(map(len, keys), default=0) <= MAX_KEY_LENGTH:
+        return
     for key in keys:
         if len(key) > MAX_KEY_LENGTH or _UNPRINTABLE.search(key):
             raise ValueError(
@@ -266,22 +274,24 @@ def _span(key: str, entry: Any) -> tuple[int, int]:
     """Where a tensor begins and ends; a ValueError when its dtype and shape do not say the same."""
     try:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    except (KeyError, TypeError):
-        raise ValueError(f"{shown(key)}: dtype, shape or offsets are missing") from None
+    except KeyError as error:
+        raise ValueError(f"{shown(key)}: {error} is missing") from None
     if not isinstance(dtype, str) or dtype not in ITEM_BITS:
         raise ValueError(f"{shown(key)}: dtype {shown(dtype, 40)} is unknown")
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS or not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"{shown(key)}: shape {shown(shape)} or offsets {shown(offsets)}: expected whole numbers")
     begin, end = offsets
     # beside a side of 0 the others may be anything, and their product still has to be one that torch can count
-    if math.prod(shape) * ITEM_BITS[dtype] != 8 * (end - begin) or math.prod(side or 1 for side in shape) >= 1 << 63:
+    count = math.prod(shape)
+    if count * ITEM_BITS[dtype] != 8 * (end - begin) or (not count and math.prod(filter(None, shape)) >= 1 << 63):
         raise ValueError(f"{shown(key)}: shape {shown(shape)} of {dtype} does not fill its {shown(end - begin)} bytes")
     return begin, end
 
 
 def _are_sizes(numbers: Any) -> bool:
     # True is an int to Python
-    return isinstance(numbers, list) and all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
+    are_numbers = isinstance(numbers, list) and set(map(type, numbers)) <= {int}
+    return are_numbers and (not numbers or (min(numbers) >= 0 and max(numbers) < 1 << 63))
 
 
 def _tensor(data: bytearray, entry: Mapping[str, Any]) -> Tensor:

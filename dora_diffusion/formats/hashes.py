@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from safetensors.torch import save
 from torch import Tensor
 
+from dora_diffusion.storage import unshared
+
 _KOHYA = ("sshs_model_hash", "sshs_legacy_hash")
 _MODELSPEC = "modelspec.hash_sha256"
 _LEGACY_START, _LEGACY_LENGTH = 0x100000, 0x10000
@@ -20,7 +22,7 @@ def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> d
     if not any(key in metadata for key in (*_KOHYA, _MODELSPEC)):
         return dict(metadata)
     training = {key: text for key, text in metadata.items() if key.startswith("ss_")}
-    data = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, metadata=training)
+    data = save(unshared(tensors), metadata=training)
     start = 8 + int.from_bytes(data[:8], "little")
     whole = hashlib.sha256(data[start:]).hexdigest()
     legacy = hashlib.sha256(data[_LEGACY_START : _LEGACY_START + _LEGACY_LENGTH]).hexdigest()[:8]

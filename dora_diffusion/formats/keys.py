@@ -100,8 +100,22 @@ def _spell_old(layer: str, part: str) -> str | None:
 
 _KEPT = {part: f".{part}" for part in (*FACTORS, "diff_b", "w_norm", "b_norm", "alpha", "dora_scale")}
 _AB = {"down": ".lora_A.weight", "up": ".lora_B.weight"}
+_PEFT = _after({**_AB, "magnitude": ".lora_magnitude_vector.weight"})
+_PEFT_EMBEDDING = {"down": ".lora_embedding_A", "up": ".lora_embedding_B"}
+# Tables of transformers' text encoders: what they are is told by their names alone.
+_EMBEDDINGS = re.compile(
+    r"(?:^|\.)(?:(?:token|position|word|token_type)_embeddings?|shared|embed_tokens|relative_attention_bias)$"
+)
 
-PEFT = Suffixes(_after({**_AB, "magnitude": ".lora_magnitude_vector.weight"}), folds_scale=True, flat_magnitude=True)
+
+def _spell_peft(layer: str, part: str) -> str | None:
+    """PEFT calls the halves of an embedding's pair otherwise."""
+    if part in _PEFT_EMBEDDING and _EMBEDDINGS.search(layer):
+        return f"{layer}{_PEFT_EMBEDDING[part]}"
+    return _PEFT(layer, part)
+
+
+PEFT = Suffixes(_spell_peft, folds_scale=True, flat_magnitude=True)
 KOHYA = Suffixes(
     _after({"down": ".lora_down.weight", "up": ".lora_up.weight", "mid": ".lora_mid.weight", **_KEPT}),
     folds_scale=False,

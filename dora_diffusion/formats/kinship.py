@@ -1,13 +1,13 @@
 """Which family an adapter is for: told by the names of its layers, by their sizes, then by the file's metadata.
 
 Nothing is guessed. A family stays in question while every adapted layer is one of its own. Where several stay, those
-whose published models have these very sizes are left; where none has, as with a tiny model, names alone count. What
-the metadata say chooses among those that are left, and never another.
+whose published models have these very sizes are left; where none has, names alone count if the model is a tiny one.
+What the metadata say chooses among those that are left, and never another.
 """
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dora_diffusion.formats.layouts.record import Layout
@@ -22,10 +22,12 @@ class Size:
     Attributes:
         blocks: pattern whose group is a block's number -> how many blocks there are.
         inputs: pattern of a layer -> its input features; the first that fits counts.
+        layout: the makers' names of its layers, where the part's pattern allows for more.
     """
 
     blocks: Mapping[str, int]
     inputs: Mapping[str, int]
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,11 @@ class Part:
         layers: pattern of its layers' paths, in any size.
         sizes: of its published models.
         convolves: whether the projections around a UNet's attention are convolutions; None where there are none.
-        layout: names of the published model's layers, where the pattern allows for more.
     """
 
     layers: str
     sizes: tuple[Size, ...]
     convolves: bool | None = None
-    layout: Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,14 @@ class _Layer:
     is_convolution: bool | None = None
 
 
-def _unet(widths: tuple[int, ...], context: int, depth: Mapping[str, int]) -> Size:
+# Layers inside of blocks that several families have.
+_TO = r"(to|add|norm)_\w+(\.0)?"
+_ATTENTION = rf"attn2?\.{_TO}"
+_ATTENTION_12 = rf"attn[12]\.{_TO}"
+_GATED = r"ff(_context)?\.net\.(0\.proj|2)"
+
+
+def _unet(widths: tuple[int, ...], context: int, depth: Mapping[str, int], layout: Layout | None) -> Size:
     """A UNet with `widths` from the finest level on, and attention to texts `context` wide."""
     inputs = {r".*\.attn2\.to_[kv]": context}
     for level, width in enumerate(widths):
@@ -62,26 +69,27 @@ def _unet(widths: tuple[int, ...], context: int, depth: Mapping[str, int]) -> Si
         within = r"\.attentions\..*\.(attn[12]\.to_[qkv]|ff\.net\.0\.proj|proj_in)"
         inputs[rf"(down_blocks\.{level}|up_blocks\.{up}){within}"] = width
     inputs[rf"mid_block{within}"] = widths[-1]
-    return Size(depth, inputs)
+    return Size(depth, inputs, layout)
 
 
 def _unet_layers(levels: str, depth: str, added: str) -> str:
-    inside = rf"attentions\.\d+\.(norm|proj_in|proj_out|transformer_blocks\.{depth}\..+)|resnets\.\d+\..+"
+    block = rf"transformer_blocks\.{depth}\.({_ATTENTION_12}|{_GATED}|norm[123])"
+    resnet = r"resnets\.\d+\.(conv[12]|conv_shortcut|time_emb_proj|norm[12])"
+    inside = rf"attentions\.\d+\.(norm|proj_in|proj_out|{block})|{resnet}"
     ends = rf"conv_in|conv_out|conv_norm_out|time_embedding\..+|add_embedding\.{added}"
     return rf"((down_blocks|up_blocks)\.{levels}|mid_block)\.({inside}|(down|up)samplers\.0\.conv)|{ends}"
 
 
-def _transformer(width: int, blocks: Mapping[str, int]) -> Size:
-    """A transformer whose blocks take tokens of one width."""
+def _transformer(width: int, blocks: Mapping[str, int], inputs: Mapping[str, int] | None = None) -> Size:
+    """A transformer whose blocks take tokens of one width, but for the layers in `inputs`."""
     layers = r"(to_[qkv]|add_[qkv]_proj|to_qkv_mlp_proj|net\.0\.proj|proj_mlp|linear|linear_in|linear_1|w1|w3)"
-    stacks = "|".join(blocks)
-    return Size({rf"{stack}\.(\d+)\.": count for stack, count in blocks.items()}, {rf"({stacks})\..*{layers}": width})
+    numbers = {rf"{stack}\.(\d+)\.": count for stack, count in blocks.items()}
+    return Size(numbers, {**(inputs or {}), rf"({'|'.join(blocks)})\.\d+\.(.+\.)?{layers}": width})
 
 
 def _double(feed_forward: str, modulation: str, ends: str, single: str = "") -> str:
     """Blocks of picture and text tokens side by side, and what is around them."""
-    inside = r"attn2?\.(to|add|norm)_.+"
-    blocks = rf"transformer_blocks\.\d+\.({inside}|{feed_forward}|{modulation})"
+    blocks = rf"transformer_blocks\.\d+\.({_ATTENTION}|{feed_forward}|{modulation})"
     return f"{blocks}|{ends}" + (rf"|single_transformer_blocks\.\d+\.({single})" if single else "")
 
 
@@ -117,6 +125,9 @@ _SDXL_DEPTH = {
 }
 _SD_LAYERS = _unet_layers("[0-3]", "0", r"(norm|proj|pool).*")
 _SD_WIDTHS = (320, 640, 1280, 1280)
+# The embedded bases, which are of these families in their own sizes.
+_POCKET = _unet((64, 128, 192), 256, _SD_DEPTH, None)
+_POCKET_DIT = _transformer(192, {"transformer_blocks": 6})
 _FLUX_2 = _double(
     r"ff(_context)?\.linear_(in|out)",
     "norm1",
@@ -125,9 +136,8 @@ _FLUX_2 = _double(
     r"attn\.(to_qkv_mlp_proj|to_out|norm_[qk])",
 )
 _MODULATED = r"norm1(_context)?\.linear"
-_GATED = r"ff(_context)?\.net\.\d\..+|ff(_context)?\.net\.\d"
 _EMBEDDERS = r"time_text_embed\..+|x_embedder|context_embedder|norm_out\.linear|proj_out"
-_CROSS = r"transformer_blocks\.\d+\.attn[12]\.(to|norm)_.+"
+_CROSS = rf"transformer_blocks\.\d+\.{_ATTENTION_12}"
 _PIXART = Part(
     rf"{_CROSS}|transformer_blocks\.\d+\.{_GATED}|pos_embed\.proj|adaln_single\..+|caption_projection\..+|proj_out",
     (_transformer(1152, {"transformer_blocks": 28}),),
@@ -135,23 +145,23 @@ _PIXART = Part(
 _PIXART_SIGMA = Part(
     _PIXART.layers.replace(r"adaln_single\..+", r"adaln_single\.(linear|emb\.timestep_embedder\..+)"), _PIXART.sizes
 )
+_REFINERS = {"context_refiner": 2, "noise_refiner": 2}
 _REFINED = r"(layers|context_refiner|noise_refiner)\.\d+\."
 
 FAMILIES: Mapping[str, Mapping[str, Part]] = {
     "sd1": {
-        "unet": Part(_SD_LAYERS, (_unet(_SD_WIDTHS, 768, _SD_DEPTH),), True, LDM),
+        "unet": Part(_SD_LAYERS, (_unet(_SD_WIDTHS, 768, _SD_DEPTH, LDM), _POCKET), True),
         "text_encoder": _CLIP_L,
     },
     "sd2": {
-        "unet": Part(_SD_LAYERS, (_unet(_SD_WIDTHS, 1024, _SD_DEPTH),), False, LDM),
+        "unet": Part(_SD_LAYERS, (_unet(_SD_WIDTHS, 1024, _SD_DEPTH, LDM),), False),
         "text_encoder": _CLIP_H,
     },
     "sdxl": {
         "unet": Part(
             _unet_layers("[0-2]", r"\d+", r"linear_[12]"),
-            (_unet((320, 640, 1280), 2048, _SDXL_DEPTH),),
+            (_unet((320, 640, 1280), 2048, _SDXL_DEPTH, SGM),),
             False,
-            SGM,
         ),
         "text_encoder": _CLIP_L,
         "text_encoder_2": _CLIP_G,
@@ -159,7 +169,11 @@ FAMILIES: Mapping[str, Mapping[str, Part]] = {
     "sd3": {
         "transformer": Part(
             _double(_GATED, _MODULATED, rf"{_EMBEDDERS}|pos_embed\.proj"),
-            (_transformer(1536, {"transformer_blocks": 24}), _transformer(2432, {"transformer_blocks": 38})),
+            (
+                _transformer(1536, {"transformer_blocks": 24}),
+                _transformer(2432, {"transformer_blocks": 38}),
+                _POCKET_DIT,
+            ),
         ),
         "text_encoder": _CLIP_L,
         "text_encoder_2": _CLIP_G,
@@ -200,8 +214,8 @@ FAMILIES: Mapping[str, Mapping[str, Part]] = {
     },
     "auraflow": {
         "transformer": Part(
-            r"joint_transformer_blocks\.\d+\.(attn\.(to|add|norm)_.+|ff(_context)?\..+|norm1(_context)?\.linear)"
-            r"|single_transformer_blocks\.\d+\.(attn\.(to|norm)_.+|ff\.(linear_[12]|out_projection)|norm1\.linear)"
+            rf"joint_transformer_blocks\.\d+\.({_ATTENTION}|ff(_context)?\..+|norm1(_context)?\.linear)"
+            rf"|single_transformer_blocks\.\d+\.({_ATTENTION}|ff\.(linear_[12]|out_projection)|norm1\.linear)"
             r"|time_step_proj\..+|context_embedder|pos_embed\.proj|norm_out\.linear|proj_out",
             (_transformer(3072, {"joint_transformer_blocks": 4, "single_transformer_blocks": 32}),),
         ),
@@ -222,45 +236,44 @@ FAMILIES: Mapping[str, Mapping[str, Part]] = {
     "pixart-sigma": {"transformer": _PIXART_SIGMA, "text_encoder": _t5(4096)},
     "hunyuan-dit": {
         "transformer": Part(
-            r"blocks\.\d+\.(attn[12]\.(to|norm)_.+|ff\.net\..+|norm[123](\.(linear|norm))?|skip_(linear|norm))"
+            rf"blocks\.\d+\.({_ATTENTION_12}|{_GATED}|norm[123](\.(linear|norm))?|skip_(linear|norm))"
             r"|time_extra_emb\..+|text_embedder\..+|pos_embed\.proj|norm_out\.linear|proj_out",
-            (_transformer(1408, {"blocks": 40}),),
+            (_transformer(1408, {"blocks": 40}, {r"blocks\.\d+\.attn2\.to_[kv]": 1024}),),
         ),
         "text_encoder": _BERT,
         "text_encoder_2": _t5(2048),
     },
     "lumina2": {
         "transformer": Part(
-            rf"{_REFINED}(attn\..+|feed_forward\.linear_[123]|norm[12](\.(linear|norm))?|ffn_norm[12])"
+            rf"{_REFINED}({_ATTENTION}|feed_forward\.linear_[123]|norm[12](\.(linear|norm))?|ffn_norm[12])"
             r"|time_caption_embed\..+|x_embedder|norm_out\.linear_[12]",
-            (_transformer(2304, {"layers": 26, "context_refiner": 2, "noise_refiner": 2}),),
+            (_transformer(2304, {"layers": 26, **_REFINERS}, {r".+\.norm1\.linear": 1024}),),
         ),
         "text_encoder": _GEMMA,
     },
     "z-image": {
         "transformer": Part(
-            rf"{_REFINED}(attention\..+|feed_forward\.w[123]|(attention|ffn)_norm[12]|adaLN_modulation\.\d)"
+            rf"{_REFINED}(attention\.{_TO}|feed_forward\.w[123]|(attention|ffn)_norm[12]|adaLN_modulation\.\d)"
             r"|t_embedder\..+|cap_embedder\..+|all_x_embedder\..+|all_final_layer\..+",
-            (_transformer(3840, {"layers": 30, "context_refiner": 2, "noise_refiner": 2}),),
+            (_transformer(3840, {"layers": 30, **_REFINERS}),),
         ),
         "text_encoder": _language("", 36, 2560),
     },
 }
 """Family -> component -> its layers."""
 
-# How tools call models, beginning with the longer names, after `_plain`; several where a name fits several.
+# How tools call models, after `_model_names`; two families where a name fits both.
 _TOLD: tuple[tuple[str, frozenset[str]], ...] = tuple(
     (pattern, frozenset(families.split()))
     for pattern, families in {
-        r".*refiner": "",
         r"(stable-diffusion|sd)-?xl": "sdxl",
         r"(stable-diffusion|sd)-?v?-?3(-?5)?m?(-|$)": "sd3",
         r"(stable-diffusion|sd)-?v?-?2(-?[01])?(-|$)": "sd2",
         r"(stable-diffusion|sd)-?v?-?1(-?[45])?(-|$)": "sd1",
         r"flux-?2-klein": "flux2-klein",
         r"flux-?2-dev": "flux2",
-        r"flux-?2(-|$)": "flux2 flux2-klein",
-        r"flux(-?1)?(-|$)": "flux",
+        r"flux-?2(?!-klein|-dev)(-|$)": "flux2 flux2-klein",
+        r"flux(-?1)?(?!-2)(-|$)": "flux",
         r"pixart-alpha": "pixart-alpha",
         r"pixart-sigma": "pixart-sigma",
         r"sana(-|$)": "sana",
@@ -273,13 +286,22 @@ _TOLD: tuple[tuple[str, frozenset[str]], ...] = tuple(
 )
 
 
+# Other models whose layers have the very names and sizes of a family's.
+_STRANGER = re.compile(r"chroma|kolors|.*refiner")
+# No published model is as narrow: a model of these names that is, is a small one made for tests. One that is not, and
+# has other sizes than all that are known, is another model.
+_NARROWEST = 320
+
+
 def family_of(adapter: AdapterState) -> str | None:
     """The name of the family that an adapter is for, or None where its layers and its metadata leave several."""
+    if any(_STRANGER.match(name) for name in _model_names(adapter.metadata)):
+        return None
     layers = _layers(adapter)
     fitting = [name for name, parts in FAMILIES.items() if _fits(parts, layers)]
     exact = [name for name in fitting if _is_published(FAMILIES[name], layers)]
     left = exact or fitting
-    if len(left) != 1:
+    if len(left) != 1 or not (exact or _is_tiny(layers)):
         told = _told(adapter.metadata)
         left = [name for name in left if name in told]
     return left[0] if len(left) == 1 else None
@@ -322,17 +344,18 @@ def _is_layer(part: Part, layer: _Layer) -> bool:
 def _is_published(parts: Mapping[str, Part], layers: Mapping[str, list[_Layer]]) -> bool:
     """Whether a published model of the family has all these layers, in these sizes."""
     return all(
-        all(_is_named(parts[component].layout, layer.path) for layer in found)
-        and any(all(_has_size(size, layer) for layer in found) for size in parts[component].sizes)
+        any(all(_has_size(size, layer) for layer in found) for size in parts[component].sizes)
         for component, found in layers.items()
     )
 
 
-def _is_named(layout: Layout | None, path: str) -> bool:
-    return layout is None or layout.of_path(path) is not None
+def _is_tiny(layers: Mapping[str, list[_Layer]]) -> bool:
+    return all((layer.inputs or 0) < _NARROWEST for found in layers.values() for layer in found)
 
 
 def _has_size(size: Size, layer: _Layer) -> bool:
+    if size.layout is not None and size.layout.of_path(layer.path) is None:
+        return False
     for pattern, count in size.blocks.items():
         block = re.match(pattern, layer.path)
         if block and int(block[1][:6]) >= count:
@@ -345,29 +368,23 @@ def _has_size(size: Size, layer: _Layer) -> bool:
 
 def _told(metadata: Mapping[str, str]) -> frozenset[str]:
     """The families that the metadata allow: our own note, else all that tools say, so far as they agree."""
-    if (own := metadata.get("dora_diffusion.family")) in FAMILIES:
+    if (own := metadata.get("dora_diffusion.family", "")) in FAMILIES:
         return frozenset({own})
-    said = [families for name in _model_names(metadata) if (families := _families_called(name)) is not None]
+    said = [families for name in _model_names(metadata) for pattern, families in _TOLD if re.match(pattern, name)]
     return frozenset.intersection(*said) if said else frozenset()
 
 
-def _model_names(metadata: Mapping[str, str]) -> Iterable[str]:
-    """Names of base models: Stability's modelspec, kohya's and OneTrainer's."""
-    yield metadata.get("modelspec.architecture", "")
-    yield metadata.get("ss_base_model_version", "")
+def _model_names(metadata: Mapping[str, str]) -> list[str]:
+    """What Stability's modelspec, kohya's and OneTrainer's metadata call the base, as words joined by hyphens.
+
+    `stable-diffusion-xl-v1-base/lora` and `org/FLUX.1-dev` are two names each.
+    """
+    names = [metadata.get("modelspec.architecture", ""), metadata.get("ss_base_model_version", "")]
     try:
         settings = json.loads(metadata.get("ot_config", "{}"))
     except (ValueError, RecursionError):
-        return
+        settings = {}
     if isinstance(settings, dict):
-        yield str(settings.get("model_type", ""))
-
-
-def _families_called(name: str) -> frozenset[str] | None:
-    """The families that a tool's name of a model means: `stable-diffusion-xl-v1-base/lora`, `org/FLUX.1-dev`."""
-    for piece in name[:200].lower().split("/"):
-        plain = re.sub(r"[^a-z0-9]+", "-", piece).strip("-")
-        for pattern, families in _TOLD:
-            if re.match(pattern, plain):
-                return families
-    return None
+        names.append(str(settings.get("model_type", "")))
+    pieces = [piece for name in names for piece in name[:200].lower().split("/")]
+    return [re.sub(r"[^a-z0-9]+", "-", piece).strip("-") for piece in pieces]

@@ -135,8 +135,8 @@ MAKERS = (
     "blocks.#.(attn1|attn2).(Wqkv|q_proj|kv_proj|out_proj|q_norm|k_norm)",
     "(blocks.#.default_modulation.#|mlp_t5.#|extra_embedder.#|style_embedder|pooler.(q_proj|k_proj|v_proj|c_proj))",
     # OpenCLIP
-    "transformer.resblocks.#.(attn.in_proj|attn.out_proj|mlp.c_fc|mlp.c_proj|mlp.gelu|ln_1|ln_2)",
-    "(token_embedding|ln_final)",
+    "transformer.resblocks.#.(attn.in_proj|attn.out_proj|mlp.c_fc|mlp.c_proj|mlp.gelu|ln_#)",
+    "(token_embedding|positional_embedding|ln_final)",
 )
 
 

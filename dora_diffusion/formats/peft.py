@@ -18,7 +18,7 @@ from dora_diffusion.formats.assembly import parts_of
 from dora_diffusion.formats.container import read_tensors
 from dora_diffusion.formats.keys import PEFT
 from dora_diffusion.formats.kinship import family_of
-from dora_diffusion.formats.reading import read
+from dora_diffusion.formats.reading import read, take_apart
 from dora_diffusion.formats.scales import METADATA_KEY, peft_config
 from dora_diffusion.state import AdapterState, Module, join
 from dora_diffusion.storage import save_tensors, write_atomically
@@ -27,7 +27,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 # transformers 5 took `text_model.` out of CLIPTextModel's paths and left it in CLIPTextModelWithProjection's.
 _WITH_PROJECTION = {("sdxl", "text_encoder_2"), ("sd3", "text_encoder"), ("sd3", "text_encoder_2")}
-_CLIP = re.compile(r"^encoder\.layers\.")
+_CLIP = re.compile(r"^(encoder\.layers|embeddings|final_layer_norm)\b")
 _NOTE = "dora_diffusion.json"  # metadata and facts that PEFT's config has no place for
 _EXTRA = "extra.safetensors"  # tensors that belong to no layer
 _UNREADABLE = (".bin", ".pt", ".pth", ".pkl")
@@ -46,7 +46,7 @@ def read_folder(path: Path, weight_of: Callable[[str], Tensor] | None = None) ->
     """
     inside = [path / name for name in _COMPONENTS if (path / name / CONFIG).is_file()]
     if not inside:
-        return _read_one(path, None, weight_of)
+        return _read_one(path, path.name if path.name in _COMPONENTS else None, weight_of)
     note = _json(path / _NOTE) if (path / _NOTE).is_file() else {}
     states = [_read_one(folder, folder.name, weight_of) for folder in inside]
     joined = join(states, {str(key): str(value) for key, value in note.items()})
@@ -67,7 +67,8 @@ def _read_one(folder: Path, component: str | None, weight_of: Callable[[str], Te
     tensors, metadata = read_tensors(folder / WEIGHTS)
     try:
         named = {_with_component(key, component): tensor for key, tensor in tensors.items()}
-        return read(named, {**metadata, METADATA_KEY: json.dumps(_by_component(config))}, weight_of)
+        told = {**metadata, METADATA_KEY: json.dumps(_by_component(config))}
+        return read(named, told, take_apart({key: t.shape for key, t in named.items()}, told), weight_of)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 
@@ -133,7 +134,7 @@ def _files(component: str, modules: Mapping[str, Module]) -> tuple[dict[str, Ten
             f"{len(modules)} layers); make all DoRA first (to_dora)"
         )
     tensors = {
-        f"base_model.model.{path}{PEFT.spell('', part)}": tensor
+        f"base_model.model.{PEFT.spell(path, part)}": tensor
         for path, module in modules.items()
         for part, tensor in parts_of(f"{component}.{path}", module, PEFT).items()
     }

@@ -34,9 +34,13 @@ _UNET += ("add_embedding",)
 _TRANSFORMER = ("transformer_blocks", "single_transformer_blocks", "joint_transformer_blocks", "layers", "blocks")
 _TRANSFORMER += ("noise_refiner", "context_refiner", "pos_embed", "time_text_embed", "proj_out", "norm_out")
 _TRANSFORMER += ("caption_projection", "adaln_single", "patch_embed", "time_embed", "context_embedder", "x_embedder")
-_ENCODER = ("text_model", "encoder", "shared", "model", "language_model", "text_projection")
+_ENCODER = ("text_model", "encoder", "embeddings", "shared", "model", "language_model", "text_projection")
 _ROOTS = re.compile(rf"^(?:{'|'.join((*_UNET, *_TRANSFORMER, *_ENCODER))})(?:\.|$)")
-_T5 = re.compile(r"^encoder\.block\.")
+_T5 = re.compile(r"^(?:encoder\.block\.|shared$)")
+_CLIP = ("text_model.", "encoder.layers.", "embeddings.", "text_projection")
+
+
+Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -75,15 +79,15 @@ class _Read:
     is_flat: bool
 
 
-def locate(names: Iterable[str], *, encoders: Mapping[str, str] | None = None) -> dict[str, Place]:
+def locate(names: Mapping[str, Shape | None], *, encoders: Mapping[str, str] | None = None) -> dict[str, Place]:
     """Name -> place, of those that are understood.
 
     Args:
-        names: every layer name of a file.
+        names: every layer name of a file, and the rows and columns of its weight where its tensors tell.
         encoders: role of a text encoder ("te3", "t5") -> component, where the file's metadata tell the family.
     """
     read = {name: found for name in names if (found := _read(name)) is not None}
-    layout = _layout_of(found.layer for found in read.values() if _role(found) == "denoiser")
+    layout = _layout_of({found.layer: names[name] for name, found in read.items() if _role(found) == "denoiser"})
     by_family = _encoders_of(layout, read.values())
     return {
         name: place
@@ -116,23 +120,26 @@ def _role(read: _Read) -> str:
         return read.role
     if _T5.match(read.layer):
         return "t5"
-    return "te1" if read.layer.startswith(("text_model.", "encoder.layers.", "text_projection")) else "denoiser"
+    return "te1" if read.layer.startswith(_CLIP) else "denoiser"
 
 
-def _layout_of(layers: Iterable[str]) -> Layout | None:
+def _layout_of(layers: Mapping[str, Shape | None]) -> Layout | None:
     """The makers' layout of a denoiser that knows most of a file's layers; None where they are called as in diffusers.
 
     Some names, such as `x_embedder`, are layers of several models: the layout has to know more than half of them, and
     more than any would if they were diffusers' own.
     """
-    layers = list(layers)
     denoisers = [layout for layout in LAYOUTS if layout.component in ("unet", "transformer")]
-    known = [sum(_fusion(layout, layer) is not None for layer in layers) for layout in denoisers]
+    known = [sum(_knows(layout, layer, shape) for layer, shape in layers.items()) for layout in denoisers]
     in_diffusers = [sum(layout.of_path(layer) is not None for layer in layers) for layout in denoisers]
     most = max(known, default=0)
     if not layers or 2 * most <= len(layers) or most <= max(in_diffusers):
         return None
     return denoisers[known.index(most)]
+
+
+def _knows(layout: Layout, layer: str, shape: Shape | None) -> bool:
+    return _fusion(layout, layer) is not None and (shape is None or layout.fits(layer, *shape))
 
 
 def _fusion(layout: Layout, layer: str) -> Fusion | None:

@@ -4,7 +4,7 @@ Keys are taken apart, layers located, their parts put together, fused layers spl
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,10 +41,21 @@ class Reading:
         return key in self.keys and self.keys[key].name in self.places
 
 
-def take_apart(keys: list[str], metadata: Mapping[str, str]) -> Reading:
-    """Keys of a file, from its header alone."""
-    parsed = {key: found for key in keys if (found := parse_key(key)) is not None}
-    return Reading(parsed, locate({found.name for found in parsed.values()}, encoders=_told_encoders(metadata)))
+def take_apart(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> Reading:
+    """Keys of a file and their tensors' shapes, from its header alone."""
+    parsed = {key: found for key in shapes if (found := parse_key(key)) is not None}
+    rows, columns = _sizes(parsed, shapes, "up", 0), _sizes(parsed, shapes, "down", 1)
+    names = {
+        name: (rows[name], columns[name]) if name in rows.keys() & columns.keys() else None
+        for name in dict.fromkeys(found.name for found in parsed.values())
+    }
+    return Reading(parsed, locate(names, encoders=_told_encoders(metadata)))
+
+
+def _sizes(parsed: Mapping[str, Key], shapes: Mapping[str, Sequence[int]], part: str, dimension: int) -> dict[str, int]:
+    """Layer -> one side of one of its parts."""
+    found = {key.name: shapes[name] for name, key in parsed.items() if key.part == part}
+    return {name: shape[dimension] for name, shape in found.items() if len(shape) > dimension}
 
 
 def _told_encoders(metadata: Mapping[str, str]) -> Mapping[str, str]:
@@ -53,19 +64,24 @@ def _told_encoders(metadata: Mapping[str, str]) -> Mapping[str, str]:
     return {"te3": "text_encoder_2", "t5": "text_encoder_2"} if "flux" in told else {}
 
 
-def read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], weight_of: WeightOf | None = None) -> AdapterState:
+def read(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    reading: Reading,
+    weight_of: WeightOf | None = None,
+) -> AdapterState:
     """Tensors of a file -> AdapterState; `origin` is left empty.
 
     Args:
         tensors: by key.
         metadata: the file's.
+        reading: its keys, taken apart.
         weight_of: path of a layer -> the base's weight, where a base is at hand; asked only when nothing else tells
             the axis of a magnitude.
 
     Raises:
         ValueError: half a pair, shapes that do not fit, malformed metadata, a layer twice, an axis that nothing tells.
     """
-    reading = take_apart(list(tensors), metadata)
     scales, axis = Scales(metadata), told_axis(metadata)
     modules: dict[str, Module] = {}
     vectors: dict[str, Tensor] = {}

@@ -13,6 +13,8 @@ METADATA_KEY = "lora_adapter_metadata"
 # never run; what people and tools write are ends of paths, with `.*` at most.
 _PLAIN = re.compile(r"[\w.*-]{1,300}")
 _MOST_STARS = 3
+# A star that is no `.*`: `to_*` are underscores to PEFT, not a wildcard.
+_OTHER_STAR = re.compile(r"(?:^|[^.]|\\\.)\*")
 
 
 class Scales:
@@ -60,7 +62,7 @@ def _fits(path: str, pattern: str) -> bool:
 def _expression(pattern: str) -> re.Pattern[str] | None:
     """An end of a path, anchored or not; None for anything that could cost time."""
     plain = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".").replace(".*", "*")
-    if not _PLAIN.fullmatch(plain) or plain.count("*") > _MOST_STARS or "**" in plain:
+    if _OTHER_STAR.search(pattern) or not _PLAIN.fullmatch(plain) or plain.count("*") > _MOST_STARS:
         return None
     before = "" if pattern.startswith("^") else r"(?:.*\.)?"
     return re.compile(before + ".*".join(map(re.escape, plain.split("*"))))
@@ -69,17 +71,25 @@ def _expression(pattern: str) -> re.Pattern[str] | None:
 def peft_config(modules: Mapping[str, Module]) -> dict[str, Any]:
     """What PEFT needs to know of one component's layers, with the scale already folded into B (alpha = rank).
 
-    PEFT matches the end of a path, so paths without `text_model.` fit every version of transformers.
+    PEFT matches the end of a path, so paths without `text_model.` fit every version of transformers. A name of one word
+    may be the end of others (`proj_out` of FLUX, and of its single blocks): where there is one, expressions fit whole
+    paths instead.
     """
     ranks = [module.rank for module in modules.values()]
     common = max(set(ranks), key=ranks.count)
-    other = {path: module.rank for path, module in modules.items() if module.rank != common}
+    has_word = any("." not in path for path in modules)
+    other = {_anchored(path): module.rank for path, module in modules.items() if module.rank != common}
+    targets = sorted(modules)
     return {
         "r": common,
         "lora_alpha": common,
         "rank_pattern": other,
         "alpha_pattern": other,
-        "target_modules": sorted(modules),
+        "target_modules": rf"(?:text_model\.)?(?:{'|'.join(map(re.escape, targets))})" if has_word else targets,
         "use_dora": any(module.magnitude is not None for module in modules.values()),
         "use_rslora": False,
     }
+
+
+def _anchored(path: str) -> str:
+    return path if "." in path else f"^{path}"

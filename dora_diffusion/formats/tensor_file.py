@@ -82,7 +82,7 @@ class TensorFile:
         if slot.dtype not in DTYPES:
             raise ValueError(f"{self.path}: {shown(key)} is packed as {slot.dtype}: expected plain numbers")
         raw = torch.empty(slot.bytes, dtype=torch.uint8)
-        view, position = memoryview(raw.numpy()), 0
+        view, position = raw.numpy().data, 0
         for block in self.blocks(key):
             view[position : position + len(block)] = block
             position += len(block)
@@ -173,7 +173,7 @@ def _write(file: BinaryIO, label: str, slot: Slot, data: Tensor | Iterable[bytes
     if isinstance(data, Tensor):
         if (_STORED_DTYPES.get(data.dtype), tuple(data.shape)) != (slot.dtype, slot.shape):
             raise ValueError(f"{label} is {data.dtype} {tuple(data.shape)}, expected {slot.dtype} {slot.shape}")
-        file.write(memoryview(data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        file.write(data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return
     written = sum(file.write(block) for block in data)
     if written != slot.bytes:

@@ -114,12 +114,11 @@ def numbered(shape: torch.Size, start: int) -> Tensor:
 
 
 def tensors_of(model: nn.Module) -> Tensors:
-    """Numbers in place of every parameter."""
+    """Numbers in place of every tensor of a checkpoint."""
     found, start = {}, 0
-    for key, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
-        if key in model.state_dict():
-            found[key] = numbered(tensor.shape, start)
-            start += found[key].numel()
+    for key, tensor in model.state_dict().items():
+        found[key] = numbered(tensor.shape, start)
+        start += found[key].numel()
     return found
 
 

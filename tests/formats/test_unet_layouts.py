@@ -6,7 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
+from diffusers.loaders.lora_conversion_utils import (
+    _convert_non_diffusers_lora_to_diffusers,
+    _maybe_map_sgm_blocks_to_diffusers,
+)
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_open_clip_checkpoint
 from torch import Tensor, nn
 
@@ -15,6 +18,7 @@ from benchmarks.published import PUBLISHED
 from dora_diffusion.formats.layouts import LAYOUTS, Fusion, Layout
 from dora_diffusion.formats.layouts.clip import CLIP, OPEN_CLIP_G, OPEN_CLIP_H, TRANSPOSED, tensor_name
 from dora_diffusion.formats.layouts.unet import LDM, SGM
+from dora_diffusion.formats.names import flatten
 
 UNETS = {"SD 1.5": LDM, "SD 2.1": LDM, "SDXL base": SGM}
 ENCODERS = {"SD 2.1": OPEN_CLIP_H, "SDXL base": OPEN_CLIP_G}
@@ -63,17 +67,20 @@ def test_diffusers_reads_a_checkpoint_of_these_names(name: str) -> None:
 
 
 def test_diffusers_reads_an_adapter_of_these_names() -> None:
-    paths = [path for path in layers(model("SDXL base", "unet")) if "_block" in path]
-    names = {known(SGM.of_path(path)).original: path for path in paths}
-    tags = {f"lora_unet.{name}": Tensor() for name in names}
-    config = SimpleNamespace(layers_per_block=2)
-    read = _maybe_map_sgm_blocks_to_diffusers(dict(tags), config, delimiter=".", block_slice_pos=3)
-    blocks = {name: key for key, tag in read.items() for name in names if tag is tags[f"lora_unet.{name}"]}
-    for name, path in names.items():
-        # this function renames blocks only; what is inside of a resnet and a downsampler keeps the makers' name
-        assert path.startswith(
-            blocks[name].removeprefix("lora_unet.").split(".in_layers")[0].split(".out_layers")[0][:28]
-        )
+    unet = model("SDXL base", "unet")
+    paths = [path for path, layer in unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    tags, adapter = {path: Tensor() for path in paths}, {}
+    for path in paths:
+        name = f"lora_unet_{flatten(known(SGM.of_path(path)).original)}"
+        adapter |= {f"{name}.lora_down.weight": tags[path], f"{name}.lora_up.weight": tags[path]}
+    blocks = _maybe_map_sgm_blocks_to_diffusers(adapter, SimpleNamespace(layers_per_block=2))
+    read, _ = _convert_non_diffusers_lora_to_diffusers(blocks)
+    assert len(read) == 2 * len(paths)
+    # the older spelling: `attn1.processor.to_q_lora.down.weight`
+    spelt = {
+        key.replace(".processor", "").replace("_lora.", ".lora.").replace("to_out.", "to_out.0."): key for key in read
+    }
+    assert all(read[spelt[f"unet.{path}.lora.down.weight"]] is tags[path] for path in paths)
 
 
 @pytest.mark.parametrize("name", ENCODERS)

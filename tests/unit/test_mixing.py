@@ -78,6 +78,11 @@ def test_a_strength_of_zero_is_an_adapter_that_is_not_there(mode: str, number: i
     assert_identical(MODES[mode](weight, at(strengths, terms)), MODES[mode](weight, only))
 
 
+def test_one_lora_at_one_is_its_sum_bit_for_bit() -> None:
+    weight, terms = made((6, 5))
+    assert_identical(MODES["additive"](weight, [Term(terms[1].delta)]), weight + terms[1].delta)
+
+
 def test_additive_is_the_sum_of_gain_forms_that_layers_draw_with() -> None:
     weight, terms = made((6, 5))
     forms = [

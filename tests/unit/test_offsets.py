@@ -15,9 +15,16 @@ TO_OUT = f"{BLOCK}.attn1.to_out.0"  # an attention layer with a bias, adapted by
 TEXT = "text_encoder.encoder.layers.0.self_attn.q_proj.bias"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pipe():
     return random_pocket_pipeline()
+
+
+@pytest.fixture
+def manager(pipe):
+    manager = AdapterManager(pipe)
+    yield manager
+    manager.unload()
 
 
 def parameters(pipe) -> dict[str, Tensor]:
@@ -41,10 +48,9 @@ def predict(pipe, timestep: int = 500) -> Tensor:
         return pipe.unet(noisy, torch.tensor(timestep), pipe.text_encoder(tokens)[0]).sample
 
 
-def test_a_parameter_is_its_own_value_and_the_sum_of_vectors(pipe) -> None:
+def test_a_parameter_is_its_own_value_and_the_sum_of_vectors(pipe, manager) -> None:
     before, memory = parameters(pipe), pipe.unet.mid_block.attentions[0].norm.weight.data_ptr()
     a, b = vectors(pipe, NORM, TEXT, seed=1), vectors(pipe, NORM, f"{TO_OUT}.bias", seed=2)
-    manager = AdapterManager(pipe)
     report = manager.load_adapter(AdapterState({}, vectors=a), name="a")
     assert (report.kind, report.matched, report.vectors) == ("vectors", 0, 2)
     manager.load_adapter(AdapterState({}, vectors=b), name="b")
@@ -71,7 +77,8 @@ def test_a_parameter_is_its_own_value_and_the_sum_of_vectors(pipe) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_sum_is_taken_in_fp32_and_rounded_once(pipe, dtype) -> None:
+def test_the_sum_is_taken_in_fp32_and_rounded_once(dtype) -> None:
+    pipe = random_pocket_pipeline()
     pipe.unet.to(dtype)
     own = pipe.unet.mid_block.attentions[0].norm.weight
     before = own.detach().clone()
@@ -87,7 +94,7 @@ def test_the_sum_is_taken_in_fp32_and_rounded_once(pipe, dtype) -> None:
 
 
 @pytest.mark.parametrize("order", [("modules", "vectors"), ("vectors", "modules")])
-def test_a_bias_under_a_blended_layer_is_added_and_never_scaled(pipe, order) -> None:
+def test_a_bias_under_a_blended_layer_is_added_and_never_scaled(pipe, manager, order) -> None:
     """Whichever comes first. A DoRA scales rows and leaves the bias alone, the new bias too."""
     layer = pipe.unet.get_submodule(TO_OUT.removeprefix("unet."))
     weight, bias = layer.weight.clone(), layer.bias.detach().clone()
@@ -95,7 +102,6 @@ def test_a_bias_under_a_blended_layer_is_added_and_never_scaled(pipe, order) -> 
         "modules": AdapterState({TO_OUT: random_adapter(pipe).modules[TO_OUT]}),
         "vectors": AdapterState({}, vectors=vectors(pipe, f"{TO_OUT}.bias")),
     }
-    manager = AdapterManager(pipe)
     for name in order:
         manager.load_adapter(parts[name], name=name)
         manager.set_adapters(dict.fromkeys(manager.names, 0.7))
@@ -121,9 +127,8 @@ def whole_adapter(pipe) -> AdapterState:
     )
 
 
-def test_fuse_and_unfuse_leave_vectors_right(pipe) -> None:
+def test_fuse_and_unfuse_leave_vectors_right(pipe, manager) -> None:
     before = parameters(pipe)
-    manager = AdapterManager(pipe)
     manager.load_adapter(whole_adapter(pipe), name="a")
     manager.set_adapters({"a": 0.6})
     unfused, held = predict(pipe), parameters(pipe)[NORM]
@@ -137,8 +142,7 @@ def test_fuse_and_unfuse_leave_vectors_right(pipe) -> None:
     assert_identical(parameters(pipe), before)
 
 
-def test_vectors_follow_a_schedule_as_layers_do(pipe) -> None:
-    manager = AdapterManager(pipe)
+def test_vectors_follow_a_schedule_as_layers_do(pipe, manager) -> None:
     manager.load_adapter(whole_adapter(pipe), name="a")
     manager.set_adapters({"a": 0.8})
     pipe.scheduler.set_timesteps(11)
@@ -152,8 +156,7 @@ def test_vectors_follow_a_schedule_as_layers_do(pipe) -> None:
         assert_close(answer, predict(pipe, step))
 
 
-def test_vectors_stay_inside_a_mask_as_layers_do(pipe) -> None:
-    manager = AdapterManager(pipe)
+def test_vectors_stay_inside_a_mask_as_layers_do(pipe, manager) -> None:
     manager.load_adapter(AdapterState({}, vectors=vectors(pipe, NORM, "unet.conv_in.bias")), name="a")
     without = predict(pipe)
     manager.set_adapters({"a": 1.0})
@@ -167,7 +170,8 @@ def test_vectors_stay_inside_a_mask_as_layers_do(pipe) -> None:
     assert_identical(predict(pipe), inside)
 
 
-def test_hot_swap_takes_vectors_without_recompiling(pipe) -> None:
+def test_hot_swap_takes_vectors_without_recompiling() -> None:
+    pipe = random_pocket_pipeline()
     before = predict(pipe)
     plain = random_pocket_pipeline()
     expected = AdapterManager(plain)
@@ -203,9 +207,10 @@ def test_hot_swap_takes_vectors_without_recompiling(pipe) -> None:
         (f"{BLOCK}.attn1.to_q.weight", (192, 192), "the whole weight of a Linear is no vector"),
     ],
 )
-def test_a_vector_that_does_not_fit_is_refused_in_one_line_and_changes_nothing(pipe, path, shape, message) -> None:
+def test_a_vector_that_does_not_fit_is_refused_in_one_line_and_changes_nothing(
+    pipe, manager, path, shape, message
+) -> None:
     before = parameters(pipe)
-    manager = AdapterManager(pipe)
     adapter = AdapterState({}, vectors={**vectors(pipe, NORM), path: torch.ones(shape)})
     with pytest.raises(
         ValueError, match=f"a: . of . parameters fit this pipeline; first misfit: .*{message}"
@@ -216,15 +221,15 @@ def test_a_vector_that_does_not_fit_is_refused_in_one_line_and_changes_nothing(p
     assert_identical(parameters(pipe), before)
 
 
-def test_strength_by_part_knows_where_vectors_are(pipe) -> None:
-    manager = AdapterManager(pipe)
+def test_strength_by_part_knows_where_vectors_are(pipe, manager) -> None:
     manager.load_adapter(AdapterState({}, vectors=vectors(pipe, NORM)), name="a")
     with pytest.raises(ValueError, match=r"'unet.up_blocks' holds none of its layers"):
         manager.set_adapters({"a": {"unet.up_blocks": 1.0}})
     manager.set_adapters({"a": {"unet.mid_block": 1.0}})
 
 
-def test_a_model_that_was_cast_meanwhile_gets_its_own_values_back_in_its_new_dtype(pipe) -> None:
+def test_a_model_that_was_cast_meanwhile_gets_its_own_values_back_in_its_new_dtype() -> None:
+    pipe = random_pocket_pipeline()
     before = pipe.unet.mid_block.attentions[0].norm.weight.detach().clone()
     manager = AdapterManager(pipe)
     adapter = AdapterState(

@@ -1,9 +1,9 @@
 """CLIP's text encoders in checkpoints: OpenCLIP's own names, and transformers' with the `text_model.` in front.
 
 OpenCLIP's attention has its q, k and v in one layer, `attn.in_proj`, which is no layer in its code: its tensors are
-called `attn.in_proj_weight` and `attn.in_proj_bias`, without a dot. Two more of its tensors are spelt without
-`.weight`, `positional_embedding` and `text_projection`, and the latter is stored transposed, (in, out): see `tensor_name`
-and `TRANSPOSED`.
+called `attn.in_proj_weight` and `attn.in_proj_bias`, without a dot. Two more are spelt without `.weight`,
+`positional_embedding` and `text_projection`, and the latter is stored transposed, (in, out): see `tensor_name` and
+`TRANSPOSED`.
 """
 
 import re

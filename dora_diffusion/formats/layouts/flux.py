@@ -54,4 +54,10 @@ _TABLE = table(
     Fusion("final_layer.adaLN_modulation.1", ("norm_out.linear",), swapped=True),
 )
 
-FLUX = Layout("flux", ("flux",), "transformer", _TABLE.of_original, _TABLE.of_path)
+
+def fits(original: str, rows: int, columns: int) -> bool:
+    """Unlike FLUX.2, whose feed-forward is wider and gated."""
+    return not original.endswith(".linear1") or rows == 7 * columns
+
+
+FLUX = Layout("flux", ("flux",), "transformer", _TABLE.of_original, _TABLE.of_path, fits)

@@ -51,4 +51,10 @@ _TABLE = table(
     Fusion("final_layer.adaLN_modulation.1", ("norm_out.linear",), swapped=True),
 )
 
-FLUX_2 = Layout("flux2", ("flux2", "flux2-klein"), "transformer", _TABLE.of_original, _TABLE.of_path)
+
+def fits(original: str, rows: int, columns: int) -> bool:
+    """Unlike FLUX.1, whose feed-forward is narrower."""
+    return not original.endswith(".linear1") or rows == 9 * columns
+
+
+FLUX_2 = Layout("flux2", ("flux2", "flux2-klein"), "transformer", _TABLE.of_original, _TABLE.of_path, fits)

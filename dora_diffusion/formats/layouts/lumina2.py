@@ -40,4 +40,12 @@ _TABLE = table(
     *(under(QKV, original=block, path=block) for block in BLOCKS),
 )
 
-LUMINA_2 = Layout("lumina2", ("lumina2",), "transformer", _TABLE.of_original, _TABLE.of_path)
+
+def fits(original: str, rows: int, columns: int) -> bool:
+    """Unlike Z-Image, whose keys and values are as wide as its queries."""
+    if original.endswith(".attention.qkv"):
+        return 3 * rows == 5 * columns
+    return not original.endswith((".feed_forward.w1", ".feed_forward.w3")) or rows == 4 * columns
+
+
+LUMINA_2 = Layout("lumina2", ("lumina2",), "transformer", _TABLE.of_original, _TABLE.of_path, fits)

@@ -27,6 +27,11 @@ class Fusion:
         return self.swapped or (self.swapped_by_shape and rows == 2 * columns)
 
 
+def _any_shape(original: str, rows: int, columns: int) -> bool:
+    """The names are no other model's."""
+    return True
+
+
 @dataclass(frozen=True)
 class Layout:
     """The names of one component, both ways.
@@ -37,6 +42,8 @@ class Layout:
         component: the pipeline's attribute: "unet", "transformer", "text_encoder_2".
         of_original: a name in the makers' code -> its fusion; None when there is no such layer.
         of_path: a path in diffusers, without the component -> the fusion that it is part of, or None.
+        fits: a name in the makers' code, rows and columns of its weight -> whether it can be this model's: tells models
+            apart whose makers use the same names.
     """
 
     name: str
@@ -44,3 +51,4 @@ class Layout:
     component: str
     of_original: Callable[[str], Fusion | None]
     of_path: Callable[[str], Fusion | None]
+    fits: Callable[[str, int, int], bool] = _any_shape

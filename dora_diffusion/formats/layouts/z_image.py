@@ -37,4 +37,10 @@ _TABLE = table(
     *(under(QKV, original=block, path=block) for block in BLOCKS),
 )
 
-Z_IMAGE = Layout("z-image", ("z-image",), "transformer", _TABLE.of_original, _TABLE.of_path)
+
+def fits(original: str, rows: int, columns: int) -> bool:
+    """Unlike Lumina-Image 2.0, whose queries are wider than its keys."""
+    return not original.endswith(".attention.qkv") or rows == 3 * columns
+
+
+Z_IMAGE = Layout("z-image", ("z-image",), "transformer", _TABLE.of_original, _TABLE.of_path, fits)
