@@ -210,8 +210,8 @@ def _plan(source: Path, adapters: Mapping[str, AdapterState], weights: Mapping[s
     places = {path: base.find(path) for path in dict.fromkeys(each.path for each in wanted)}
     if missing := [path for path, place in places.items() if place is None]:
         raise ValueError(
-            f"{source}: {len(missing)} of the adapters' {len(places)} layers are not there, {missing[0]} first; are they for "
-            "another base model? Strengths by part would leave parts out"
+            f"{source}: {len(missing)} of the adapters' {len(places)} layers are missing, {missing[0]} first; are they "
+            "for another base model? Strengths by part leave parts out"
         )
     found: dict[tuple[Path, str], dict[Place, _Change]] = {}
     for each in wanted:

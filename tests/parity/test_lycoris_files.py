@@ -69,7 +69,7 @@ TRAINED = pytest.mark.parametrize("use_scalar, rs_lora", list(product([False, Tr
 AXIS = pytest.mark.parametrize("axis", [None, "out", "in"])
 
 
-def read(tensors: Mapping[str, Tensor], layer: nn.Module) -> Module:
+def read(tensors: Mapping[str, Tensor]) -> Module:
     """What a file's tensors for one layer mean.
 
     alpha is that of the file, in which the scalar is multiplied into the first factor, and rank stabilisation into
@@ -157,7 +157,7 @@ def test_every_algorithm_draws_as_its_live_module(name, kind, axis, use_scalar, 
     theirs = live(writer, layer, axis=axis, use_scalar=use_scalar, rs_lora=rs_lora)
     tensors = theirs.custom_state_dict()
     assert writer.keys == tensors.keys() - {"alpha", "dora_scale"}
-    assert_draws_alike(theirs, read(tensors, layer), layer, x)
+    assert_draws_alike(theirs, read(tensors), layer, x)
 
 
 @AXIS
@@ -168,7 +168,7 @@ def test_tucker_cores_draw_as_their_live_module(name, axis, use_scalar, rs_lora)
     theirs = live(writer, layer, axis=axis, use_scalar=use_scalar, rs_lora=rs_lora)
     tensors = theirs.custom_state_dict()
     assert writer.keys == tensors.keys() - {"alpha", "dora_scale"}
-    assert_draws_alike(theirs, read(tensors, layer), layer, x)
+    assert_draws_alike(theirs, read(tensors), layer, x)
 
 
 @AXIS
@@ -178,7 +178,7 @@ def test_their_merged_weight_is_ours(name, kind, axis) -> None:
     writer, (layer, _) = WRITERS[name], make(kind)
     theirs = live(writer, layer, axis=axis, alpha=ALPHA if name == "locon" else RANK)
     expected = theirs.get_merged_weight(shape=theirs.shape)[0].detach()
-    for weight in weights_of(read(theirs.custom_state_dict(), layer), layer).values():
+    for weight in weights_of(read(theirs.custom_state_dict()), layer).values():
         assert_near(weight, expected)
 
 
@@ -199,7 +199,7 @@ def test_alpha_of_zero_is_never_written(rs_lora) -> None:
     theirs = live(WRITERS["locon"], layer, alpha=0, rs_lora=rs_lora)
     tensors = theirs.custom_state_dict()
     assert float(tensors["alpha"]) == pytest.approx(RANK * RANK**0.5 if rs_lora else RANK)
-    assert_draws_alike(theirs, read(tensors, layer), layer, x)
+    assert_draws_alike(theirs, read(tensors), layer, x)
 
 
 def test_lokr_with_both_halves_whole_loses_its_rank_and_is_read_at_scale_one() -> None:
@@ -213,7 +213,7 @@ def test_lokr_with_both_halves_whole_loses_its_rank_and_is_read_at_scale_one() -
     with torch.no_grad():
         reloaded = LokrModule.make_module_from_state_dict("layer", layer, *parts)
     assert reloaded.scale == 1
-    assert_draws_alike(reloaded, read(tensors, layer), layer, x)
+    assert_draws_alike(reloaded, read(tensors), layer, x)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -229,7 +229,7 @@ def test_a_whole_difference_and_its_bias_come_from_a_module_that_was_applied(kin
         theirs.restore()
     layer.requires_grad_(False)
     assert tensors.keys() == {"diff", "diff_b"}
-    module = read(tensors, layer)
+    module = read(tensors)
     for ours in weights_of(module, layer).values():
         assert_near(ours, weight)
         ours_bias = before[1] + tensors["diff_b"]

@@ -314,7 +314,7 @@ def test_what_cannot_be_baked_is_refused_in_one_line(
     assert "lie one in the other" in refusal(folder, adapters, WEIGHTS, folder)
     module = next(iter(adapters["ink"].modules.values()))
     foreign = {"a": AdapterState({"unet.conv_in": module, "unet.nowhere": module, "transformer.x": module})}
-    assert "2 of the adapters' 3 layers are not there" in refusal(folder, foreign, {"a": 1.0}, out)
+    assert "2 of the adapters' 3 layers are missing" in refusal(folder, foreign, {"a": 1.0}, out)
     misfit = {"a": AdapterState({"unet.conv_in": module})}
     assert "a: unet.conv_in.weight is for a weight of" in refusal(folder, misfit, {"a": 1.0}, out)
     longer = {"a": AdapterState({}, vectors={"unet.conv_in.bias": torch.zeros(3)})}

@@ -79,8 +79,10 @@ def test_a_strength_of_zero_is_an_adapter_that_is_not_there(mode: str, number: i
 
 
 def test_one_lora_at_one_is_its_sum_bit_for_bit() -> None:
-    weight, terms = made((6, 5))
-    assert_identical(MODES["additive"](weight, [Term(terms[1].delta)]), weight + terms[1].delta)
+    weight, terms = made((200, 200))  # W + (W' - W) is not W' in a few of so many
+    delta = 3 * terms[1].delta
+    assert not torch.equal(weight + (weight + delta - weight), weight + delta)
+    assert_identical(MODES["additive"](weight, [Term(delta)]), weight + delta)
 
 
 def test_additive_is_the_sum_of_gain_forms_that_layers_draw_with() -> None:

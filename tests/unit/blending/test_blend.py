@@ -229,7 +229,7 @@ def test_an_adapter_that_a_part_leaves_out_is_absent_even_where_zero_is_not() ->
 
 
 def test_a_gain_near_zero_is_approximated_instead_of_dividing_by_it() -> None:
-    """Of the base is left: additive, 1 - (2 - 1) times a gain of 2; directions, 1 - 1 - 1 + 1/2 + 1/2 of two doubles."""
+    """Of W is left: by adding, 1 - (2 - 1) at a gain of 2; by directions, 1 - 1 - 1 + 1/2 + 1/2 of two doubles."""
     weight = base(LINEAR)
     still = dora_module(LINEAR, 1)
     doubled = ModuleState(still.down, 1e-9 * still.up, still.alpha, 2 * weight.norm(dim=1))
