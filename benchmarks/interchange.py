@@ -43,6 +43,7 @@ PARTS = ("unet", "text_encoder", "text_encoder_2")
 PRESETS = ("attention", "all")
 STATUS = Path("/proc/self/status")
 _MIB = 2**20
+_NAMES = ("first", "second")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def main() -> int:
         parser.error(f"--presets {unknown[0]}: expected some of {','.join(PRESETS)}")
     output = arguments.output or Path(tempfile.mkdtemp() if arguments.quick else "docs/results")
     logging.disable(logging.WARNING)  # what other libraries say at import
-    file = output / "interchange.json"
+    file, report = output / "interchange.json", output / "interchange.md"
     results = json.loads(file.read_text()) if file.is_file() else {}
     if results and results["machine"]["quick"] != arguments.quick:
         parser.error(f"{file}: figures of tiny and of full shapes do not mix; name another --output")
@@ -85,7 +86,6 @@ def main() -> int:
         results["machine"] = {**machine(), "rank": arguments.rank, "quick": arguments.quick}
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(file, (json.dumps(results, indent=1) + "\n").encode())
-    report = output / "interchange.md"
     write_atomically(report, report_of(results).encode())
     print(f"wrote {report}")
     return 0
@@ -148,8 +148,7 @@ def measure(shapes: Shapes, rank: int, preset: str) -> dict[str, Any]:
     work = _conversions(adapter, shapes, rank, base, preset)
     plain = [adapter_of(shapes, rank, base, seed=seed, use_dora=False) for seed in (2, 3)]
     beside = {**loading, **_two_loras(plain, rank, base), **_extract_elsewhere(shapes, rank, base)}
-    parts = (files, work, beside)
-    named = [{name: asdict(cost) for name, cost in part.items()} for part in parts]
+    named = [{name: asdict(cost) for name, cost in part.items()} for part in (files, work, beside)]
     numbers = sum(tensor.numel() for module in adapter.modules.values() for tensor in module.tensors.values())
     return {"layers": len(shapes), "numbers": numbers, **dict(zip(("files", "work", "beside"), named, strict=True))}
 
@@ -201,11 +200,11 @@ def _conversions(adapter: AdapterState, shapes: Shapes, rank: int, base: Base, p
 
 
 def _with_bar(name: str, call: Callable[[Steps], object]) -> Cost:
-    with tqdm(desc=name) as bar:
+    with tqdm(desc=name, mininterval=2) as bar:
 
         def step(done: int, total: int, path: str) -> None:
             bar.total = total
-            bar.update(done - bar.n)
+            bar.update()
 
         return cost_of(lambda: call(step))
 
@@ -242,11 +241,13 @@ def _attempted(call: Callable[[], object], note: str) -> Cost:
 
 def _two_loras(adapters: list[AdapterState], rank: int, base: Base) -> dict[str, Cost]:
     """Two plain LoRAs into one of the same rank. Without magnitudes: PEFT's `add_weighted_adapter` forgets them."""
-    named, weights = dict(zip("ab", adapters, strict=True)), {"a": 0.7, "b": 0.5}
+    named, weights = dict(zip(_NAMES, adapters, strict=True)), dict(zip(_NAMES, (0.7, 0.5), strict=True))
     model = _in_peft(adapters, base)
 
     def theirs() -> None:
-        model.add_weighted_adapter(list(weights), list(weights.values()), "c", combination_type="svd", svd_rank=rank)
+        model.add_weighted_adapter(
+            list(weights), list(weights.values()), "blend", combination_type="svd", svd_rank=rank
+        )
 
     what = f"two plain LoRAs into one of rank {rank}"
     return {
@@ -264,9 +265,9 @@ def _in_peft(adapters: list[AdapterState], base: Base) -> Any:
     paths = list(adapters[0].modules)
     ranks = {path: module.rank for path, module in adapters[0].modules.items()}
     config = LoraConfig(r=max(ranks.values()), target_modules=paths, rank_pattern=ranks, init_lora_weights=False)
-    model = get_peft_model(_tree(paths, base), config, adapter_name="a")
-    model.add_adapter("b", config)
-    for name, adapter in zip("ab", adapters, strict=True):
+    model = get_peft_model(_tree(paths, base), config, adapter_name=_NAMES[0])
+    model.add_adapter(_NAMES[1], config)
+    for name, adapter in zip(_NAMES, adapters, strict=True):
         for path, module in adapter.modules.items():
             layer = model.base_model.model.get_submodule(path)
             layer.lora_A[name].weight.data = module.down.float()

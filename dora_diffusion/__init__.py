@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dora_diffusion.adapters import AdapterManager, LoadReport
-    from dora_diffusion.formats import load_adapter, save_adapter
+    from dora_diffusion.baking import bake
+    from dora_diffusion.blending import BlendOptions, blend, blend_with_report, interference
+    from dora_diffusion.conversion import Extraction, extract, resize, to_dora, to_lora, to_out_axis
+    from dora_diffusion.formats import examine, load_adapter, save_adapter
     from dora_diffusion.generation import GenerationSettings, generate
     from dora_diffusion.injection import DoRAConfig, Injection, inject
     from dora_diffusion.pipelines import load_pipeline
@@ -28,6 +31,18 @@ __version__ = "0.1.0"
 _HOMES = {
     "AdapterManager": "adapters",
     "LoadReport": "adapters",
+    "BlendOptions": "blending",
+    "blend": "blending",
+    "blend_with_report": "blending",
+    "interference": "blending",
+    "Extraction": "conversion",
+    "bake": "baking",
+    "examine": "formats",
+    "extract": "conversion",
+    "resize": "conversion",
+    "to_dora": "conversion",
+    "to_lora": "conversion",
+    "to_out_axis": "conversion",
     "load_adapter": "formats",
     "save_adapter": "formats",
     "GenerationSettings": "generation",
@@ -51,7 +66,9 @@ _HOMES = {
 __all__ = [
     "AdapterManager",
     "AdapterState",
+    "BlendOptions",
     "DoRAConfig",
+    "Extraction",
     "GenerationSettings",
     "Injection",
     "LoadReport",
@@ -60,14 +77,24 @@ __all__ = [
     "WordState",
     "Words",
     "add_words",
+    "bake",
+    "blend",
+    "blend_with_report",
+    "examine",
+    "extract",
     "generate",
     "inject",
     "install_words",
+    "interference",
     "load_adapter",
     "load_pipeline",
     "load_word",
+    "resize",
     "save_adapter",
     "save_words",
+    "to_dora",
+    "to_lora",
+    "to_out_axis",
     "train",
 ]
 

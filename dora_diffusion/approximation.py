@@ -24,6 +24,10 @@ SETTLED = 1e-6
 STEPS = 12
 # Extraction stops when a round moves diag(g) W by less than this share of T - W.
 STEADY = 1e-6
+# It also stops when a round takes less than this share off what D leaves, squared; below the floor, a share of
+# ||T - W||^2, what is left has too few digits to tell.
+STALLED = 1e-4
+FLOOR = 1e-3
 # g stays within this factor of its start: a row of V that is all but 0, or against T, is no direction.
 FARTHEST = 100.0
 
@@ -107,7 +111,7 @@ def extract_dora(
         tuned: T, (out, in[, kh, kw]), any float dtype.
         base: W, of the same shape.
         rank: r, at least 1; what is above the smaller side is capped.
-        rounds: at most this many; it stops when g does.
+        rounds: at most this many; it stops when g does, or when a round gains next to nothing.
         error: keep no more ranks than leave ||W' - T|| / ||T - W|| at this, as far as `rank` reaches.
         generator: as in `low_rank`.
     """
@@ -180,6 +184,10 @@ class _Problem:
         best = torch.minimum(torch.maximum(best, first / FARTHEST - 1), first * FARTHEST - 1)
         return torch.where(self.fixed, self.start, best)
 
+    def growth(self, offset: Tensor) -> Tensor:
+        """||T - diag(g) W||^2 - ||T - W||^2, from g - 1."""
+        return (offset * (offset * self.squares - 2 * self.shared)).sum()
+
 
 @dataclass(frozen=True)
 class _Scaled:
@@ -214,17 +222,20 @@ def _alternate(problem: _Problem, right: Tensor, rank: int, rounds: int) -> _Sca
     round.
     """
     w, delta, offset = problem.base, problem.delta, problem.start
-    enough, norms = STEADY * torch.linalg.vector_norm(delta), problem.squares.sqrt()
+    whole, norms, least = delta.square().sum(), problem.squares.sqrt(), math.inf
     changed, base = delta @ right, w @ right
     for _ in range(rounds):
         left = torch.linalg.qr(changed - offset[:, None] * base).Q
         found = _rotated(left, delta.T @ left - w.T @ (offset[:, None] * left))
+        remaining = float(whole + problem.growth(offset) - found.values[:rank].square().sum())
         changed, base, before = delta @ found.right, w @ found.right, offset
         own = (found.left * found.values)[:, :rank] / (1 + before[:, None])  # D in the basis of its rows
         products = ((changed[:, :rank] * own).sum(1), (base[:, :rank] * own).sum(1), own.square().sum(1))
         offset = problem.best_gains(*products)
-        if bool(torch.linalg.vector_norm((offset - before) * norms) <= enough):
+        is_steady = torch.linalg.vector_norm((offset - before) * norms) <= STEADY * whole.sqrt()
+        if bool(is_steady) or (1 - STALLED) * least < remaining and remaining > FLOOR * whole:
             break
+        least = remaining
     return _Scaled(found, 1 + before)
 
 

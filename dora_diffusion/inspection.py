@@ -1,62 +1,104 @@
 """What an adapter file holds, for people and for programs."""
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from dora_diffusion.formats import detect_format, load_adapter
-from dora_diffusion.state import AdapterState
+from dora_diffusion.base_weights import BaseWeights
+from dora_diffusion.fitting import kind_in_words
+from dora_diffusion.formats import Examined, examine, load_adapter
+from dora_diffusion.formats.kinship import family_of
+from dora_diffusion.state import AdapterState, Module
 from dora_diffusion.storage import sha256_of
 
+_SHOWN = 3  # examples of what may be thousands
 
-def inspect_adapter(path: str | Path, *, model: str | None = None) -> dict[str, Any]:
-    """Facts about a file, ready for JSON: format, kind, ranks, layers by part, norms, size, hash, metadata.
+
+def inspect_adapter(path: str | Path, *, base: BaseWeights | None = None) -> dict[str, Any]:
+    """Facts about a file, ready for JSON: format, kind, ranks, axis, family, layers by part, norms, size, metadata.
 
     Args:
-        path: the file.
-        model: a base to match it against; loads it.
+        path: an adapter file, or a folder of PEFT's.
+        base: a base to match it against; it also tells the axis where nothing else does.
 
     Raises:
-        ValueError: the file is broken, or does not fit the base.
+        ValueError: the file is broken.
     """
-    adapter = load_adapter(path)
+    path = Path(path)
+    examined, adapter = examine(path), load_adapter(path, base=base)
     facts: dict[str, Any] = {
         "file": str(path),
-        "format": detect_format(path),
-        "kind": _kind(adapter),
+        "format": examined.format,
+        "kind": kind_in_words(adapter),
+        "family": family_of(adapter),
         "ranks": list(adapter.ranks),
-        "magnitude_axis": "out" if adapter.is_dora else None,
+        "magnitude_axis": "/".join(_axes(adapter)) or None,
+        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in _tensors(adapter)}),
         "layers": dict(Counter(p.split(".", 1)[0] for p in adapter.modules)),
-        "parameters": _parameters(adapter),
+        "vectors": len(adapter.vectors),
+        "keys_matched": examined.matched,
+        "keys": examined.matched + len(examined.unknown),
+        "unknown": sorted({*examined.unknown, *adapter.extra})[:_SHOWN],
+        "notes": notes_of(adapter, examined),
+        "parameters": sum(tensor.numel() for tensor in _tensors(adapter)),
         "delta_norm": _delta_norms(adapter),
-        "bytes": Path(path).stat().st_size,
-        "sha256": sha256_of(Path(path)),
-        "metadata": {key: value for key, value in adapter.metadata.items() if key.startswith("dora_diffusion.")},
+        **_file_facts(path),
+        "metadata": {key: text for key, text in sorted(adapter.metadata.items()) if key != "lora_adapter_metadata"},
     }
-    if model is not None:
-        facts["matched"] = _matched(path, model)
+    if base is not None:
+        facts["matched"], facts["misfit"] = _matched(adapter, base)
     return facts
 
 
-def _kind(adapter: AdapterState) -> str:
-    with_magnitude = sum(module.magnitude is not None for module in adapter.modules.values())
-    if with_magnitude == 0:
-        return "LoRA"
-    return "DoRA" if with_magnitude == len(adapter.modules) else f"DoRA in {with_magnitude} layers, LoRA in the rest"
+def _tensors(adapter: AdapterState) -> Iterable[Tensor]:
+    for module in adapter.modules.values():
+        yield from module.tensors.values()
+    yield from adapter.vectors.values()
 
 
-def _parameters(adapter: AdapterState) -> int:
-    return sum(
-        tensor.numel()
-        for module in adapter.modules.values()
-        for tensor in module.tensors.values()
-    )
+def _axes(adapter: AdapterState) -> list[str]:
+    return sorted({module.axis for module in adapter.modules.values() if module.magnitude is not None}, reverse=True)
+
+
+def _file_facts(path: Path) -> dict[str, Any]:
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    hashed = sha256_of(path) if path.is_file() else None
+    return {"bytes": sum(file.stat().st_size for file in files), "sha256": hashed}
+
+
+def notes_of(adapter: AdapterState, examined: Examined) -> list[str]:
+    """What a person should know of a file: each a sentence, with a count and an example."""
+    found = {
+        "have alpha 0, so they draw nothing": [p for p, m in adapter.modules.items() if m.scale == 0],
+        "have a rank above the sides of their weight": [p for p, m in adapter.modules.items() if m.rank > min(m.shape)],
+        "have a difference of 0 everywhere": [p for p, m in adapter.modules.items() if _is_nothing(m)],
+    }
+    notes = [f"{len(paths)} layers {what}, such as {paths[0]}" for what, paths in found.items() if paths]
+    orphans = [key for key in adapter.extra if key.endswith(("dora_scale", "lora_magnitude_vector", "alpha"))]
+    if orphans:
+        notes.append(f"{len(orphans)} tensors belong to no pair, such as {orphans[0]}")
+    words = {key.split(".")[1] for key in adapter.extra if key.startswith("bundle_emb.") and key.count(".") > 1}
+    if words:
+        notes.append(f"{len(words)} new words are bundled, such as {min(words)!r}; they are kept, not used")
+    others = len(examined.unknown) - len([key for key in examined.unknown if key.startswith("bundle_emb.")])
+    if others:
+        example = next(key for key in examined.unknown if not key.startswith("bundle_emb."))
+        notes.append(f"{others} keys are not understood, such as {example[:100]}; they are kept")
+    return notes
+
+
+def _is_nothing(module: Module) -> bool:
+    """Whether a plain pair or a whole difference is 0: B is as it was before training."""
+    factors = [tensor for name, tensor in module.tensors.items() if name in ("up", "diff")]
+    return bool(factors) and not any(bool(factor.any()) for factor in factors)
 
 
 def _delta_norms(adapter: AdapterState) -> dict[str, float]:
-    """Root of the summed squared Frobenius norms of s B A, by part."""
+    """Root of the summed squared Frobenius norms of D, by part."""
     totals: dict[str, float] = {}
     for path, module in adapter.modules.items():
         part = path.split(".", 1)[0]
@@ -65,24 +107,45 @@ def _delta_norms(adapter: AdapterState) -> dict[str, float]:
     return {part: round(total**0.5, 4) for part, total in totals.items()}
 
 
-def _matched(path: str | Path, model: str) -> str:
-    from dora_diffusion.adapters import AdapterManager
-    from dora_diffusion.pipelines import load_pipeline
+def _matched(adapter: AdapterState, base: BaseWeights) -> tuple[str, str | None]:
+    """How many layers fit a base, and the first that does not."""
+    misfits = [path for path, module in adapter.modules.items() if not _fits(path, module, base)]
+    total = len(adapter.modules)
+    return f"{total - len(misfits)} of {total} layers", misfits[0] if misfits else None
 
-    report = AdapterManager(load_pipeline(model)).load_adapter(path, name="inspected")
-    return f"{report.matched} of {report.total} layers"
+
+def _fits(path: str, module: Module, base: BaseWeights) -> bool:
+    try:
+        weight = base.weight(path)
+    except ValueError:
+        return False
+    return (weight.shape[0], weight[0].numel()) == module.shape
 
 
-def describe(facts: dict[str, Any]) -> str:
+def describe(facts: Mapping[str, Any]) -> str:
     """Facts as aligned lines."""
-    lines = [f"{facts['file']}: {facts['kind']}, rank {'/'.join(map(str, facts['ranks']))}, {facts['format']} format"]
+    ranks = facts["ranks"]
+    rank = "/".join(map(str, ranks)) if len(ranks) < 6 else f"{ranks[0]} to {ranks[-1]}"
+    axis = f", magnitudes per {facts['magnitude_axis']}put" if facts["magnitude_axis"] in ("in", "out") else ""
+    lines = [f"{facts['file']}: {facts['kind']}, rank {rank}{axis}, {facts['format']} format"]
+    rows = {"family": facts["family"] or "not told by layers and metadata"}
     for part, count in facts["layers"].items():
-        lines.append(f"  {part:<16} {count} layers, delta norm {facts['delta_norm'][part]}")
-    lines.append(f"  {'parameters':<16} {facts['parameters']:,} in {facts['bytes']:,} bytes")
-    lines.append(f"  {'sha256':<16} {facts['sha256']}")
+        rows[part] = f"{count} layers, delta norm {facts['delta_norm'][part]}"
+    if facts["vectors"]:
+        rows["vectors"] = f"{facts['vectors']} biases and normalisations"
+    rows["keys"] = f"{facts['keys_matched']} of {facts['keys']} understood"
+    rows["parameters"] = f"{facts['parameters']:,} in {facts['bytes']:,} bytes ({', '.join(facts['dtypes'])})"
+    if facts["sha256"]:
+        rows["sha256"] = facts["sha256"]
     if "matched" in facts:
-        lines.append(f"  {'matches':<16} {facts['matched']}")
-    lines += [
-        f"  {key.removeprefix('dora_diffusion.'):<16} {value}" for key, value in facts["metadata"].items() if value
-    ]
+        misfit = f"; first that does not fit: {facts['misfit']}" if facts["misfit"] else ""
+        rows["matches"] = facts["matched"] + misfit
+    lines += [f"  {name:<16} {text}" for name, text in rows.items()]
+    lines += [f"  note: {note}" for note in facts["notes"]]
+    lines += [f"  {_short(key):<16} {_short(text, 100)}" for key, text in facts["metadata"].items() if text]
     return "\n".join(lines)
+
+
+def _short(text: str, limit: int = 40) -> str:
+    line = " ".join(text.removeprefix("dora_diffusion.").split())
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."

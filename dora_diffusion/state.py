@@ -78,9 +78,7 @@ class ModuleState:
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "ModuleState":
         """The same module with its tensors moved or cast."""
         moved = {name: tensor.to(device=device, dtype=dtype) for name, tensor in self.tensors.items()}
-        return replace(
-            self, down=moved["down"], up=moved["up"], magnitude=moved.get("magnitude"), mid=moved.get("mid")
-        )
+        return replace(self, down=moved["down"], up=moved["up"], magnitude=moved.get("magnitude"), mid=moved.get("mid"))
 
 
 @dataclass(frozen=True)
@@ -204,6 +202,15 @@ class AdapterState:
             modules={f"{component}.{path}": module for path, module in self.modules.items()},
             vectors={f"{component}.{path}": vector for path, vector in self.vectors.items()},
         )
+
+
+def cast(adapter: AdapterState, dtype: torch.dtype) -> AdapterState:
+    """The same adapter with its tensors in another dtype; those that belong to no layer stay as they are."""
+    return replace(
+        adapter,
+        modules={path: module.to(dtype=dtype) for path, module in adapter.modules.items()},
+        vectors={path: vector.to(dtype) for path, vector in adapter.vectors.items()},
+    )
 
 
 def join(states: list[AdapterState], metadata: Mapping[str, str]) -> AdapterState:

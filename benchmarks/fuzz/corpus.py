@@ -45,11 +45,11 @@ def _entry(*, dtype: str = "F32", shape: Any = (1,), offsets: Any = (0, 4)) -> b
 
 def _many(count: int, key: Callable[[int], str], *, size: int = 2, dtype: str = "F16") -> bytes:
     """A sound container of so many small tensors."""
-    entries = {
-        key(number): {"dtype": dtype, "shape": [size // 2], "data_offsets": [size * number, size * (number + 1)]}
-        for number in range(count)
-    }
-    return Parts(entries, bytes(size * count)).packed()
+    text = ",".join(
+        f'{json.dumps(key(n))}:{{"dtype":"{dtype}","shape":[{size // 2}],"data_offsets":[{size * n},{size * (n + 1)}]}}'
+        for n in range(count)
+    )
+    return with_length(f"{{{text}}}".encode())[0] + bytes(size * count)
 
 
 def _pairs(count: int) -> bytes:

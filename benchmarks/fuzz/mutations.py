@@ -34,48 +34,19 @@ _WHOLE = (
 _DTYPES = (*_WHOLE, "F4", "F6_E2M3", "F33", "f32", "", "torch.float32")
 _SIZES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _SUFFIXES = (
-    ".weight",
-    ".alpha",
-    ".dora_scale",
-    ".lora_A.weight",
-    ".lora_B.weight",
-    ".lora_down.weight",
-    ".lora_up.weight",
-    ".lora_mid.weight",
-    ".lora_magnitude_vector",
-    ".magnitude",
-    ".diff",
-    ".diff_b",
-    ".w_norm",
-    ".hada_w1_a",
-    ".hada_t1",
-    ".lokr_w1",
-    ".lokr_w2",
-    ".lokr_t2",
-    ".lora_B.bias",
-    ".lora_A.default.weight",
-    ".lora_B",
-    ".scalar",
     "",
+    *(
+        ".weight .alpha .dora_scale .lora_A.weight .lora_B.weight .lora_down.weight .lora_up.weight .lora_mid.weight "
+        ".lora_magnitude_vector .magnitude .diff .diff_b .w_norm .hada_w1_a .hada_t1 .lokr_w1 .lokr_w2 .lokr_t2 "
+        ".lora_B.bias .lora_A.default.weight .lora_B .scalar"
+    ).split(),
 )
 _PREFIXES = (
-    "lora_unet_",
-    "lora_te_",
-    "lora_te1_",
-    "lora_te3_",
-    "lora_transformer_",
-    "lycoris_",
-    "unet.",
-    "transformer.",
-    "clip_l.",
-    "diffusion_model.",
-    "text_encoders.clip_l.transformer.",
-    "text_encoder.",
-    "base_model.model.",
     "",
-    ".",
-    "..",
-    "t5.",
+    *(
+        "lora_unet_ lora_te_ lora_te1_ lora_te3_ lora_transformer_ lycoris_ unet. transformer. clip_l. "
+        "diffusion_model. text_encoders.clip_l.transformer. text_encoder. base_model.model. . .. t5."
+    ).split(),
 )
 
 
@@ -386,28 +357,10 @@ def leave(parts: Parts, other: Parts, draw: Random) -> bytes:
     return parts.packed()
 
 
-MUTATIONS: dict[str, Mutation] = {
-    mutation.__name__: mutation
-    for mutation in (
-        flip_bits,
-        change_size,
-        change_length,
-        change_text,
-        change_offsets,
-        change_shape,
-        change_dtype,
-        change_entry,
-        change_keys,
-        choose_tensors,
-        repeat_key,
-        resize_tensors,
-        retype_tensors,
-        change_values,
-        change_metadata,
-        splice,
-        leave,
-    )
-}
+_BYTES = (flip_bits, change_size, change_length, change_text, splice, leave)
+_FIELDS = (change_offsets, change_shape, change_dtype, change_entry, repeat_key, change_metadata)
+_TENSORS = (change_keys, choose_tensors, resize_tensors, retype_tensors, change_values)
+MUTATIONS: dict[str, Mutation] = {mutation.__name__: mutation for mutation in (*_BYTES, *_FIELDS, *_TENSORS)}
 
 
 def _copied(parts: Parts) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import contextlib
 import multiprocessing
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,8 +98,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def kinds(cases: list[Case]) -> Counter[str]:
-    """How often each kind of outcome came of `load`."""
-    return Counter(case.outcomes[0].kind for case in cases)

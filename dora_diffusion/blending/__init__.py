@@ -1,6 +1,6 @@
 """Several adapters made into one, saved like any other; and how far adapters get in each other's way."""
 
-from dora_diffusion.blending.overlaps import Interference, interference
+from dora_diffusion.blending.overlaps import Interference, block_of, interference
 from dora_diffusion.blending.records import (
     BLEND_SENTENCES,
     Blended,
@@ -21,5 +21,6 @@ __all__ = [
     "Progress",
     "blend",
     "blend_with_report",
+    "block_of",
     "interference",
 ]

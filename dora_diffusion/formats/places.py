@@ -29,11 +29,15 @@ _DOTTED = {
 }
 _ENCODERS = {"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3", "t5": "text_encoder_3"}
 # First words of layers, in diffusers' models and in transformers'.
-_UNET = ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "conv_norm_out", "time_embedding")
-_UNET += ("add_embedding",)
-_TRANSFORMER = ("transformer_blocks", "single_transformer_blocks", "joint_transformer_blocks", "layers", "blocks")
-_TRANSFORMER += ("noise_refiner", "context_refiner", "pos_embed", "time_text_embed", "proj_out", "norm_out")
-_TRANSFORMER += ("caption_projection", "adaln_single", "patch_embed", "time_embed", "context_embedder", "x_embedder")
+_UNET = (
+    *("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "conv_norm_out"),
+    *("time_embedding", "add_embedding"),
+)
+_TRANSFORMER = (
+    *("transformer_blocks", "single_transformer_blocks", "joint_transformer_blocks", "layers", "blocks"),
+    *("noise_refiner", "context_refiner", "pos_embed", "time_text_embed", "proj_out", "norm_out"),
+    *("caption_projection", "adaln_single", "patch_embed", "time_embed", "context_embedder", "x_embedder"),
+)
 _ENCODER = ("text_model", "encoder", "embeddings", "shared", "model", "language_model", "text_projection")
 _ROOTS = re.compile(rf"^(?:{'|'.join((*_UNET, *_TRANSFORMER, *_ENCODER))})(?:\.|$)")
 _T5 = re.compile(r"^(?:encoder\.block\.|shared$)")

@@ -75,8 +75,9 @@ def memory_lines(memory: "MemoryEstimate", where: str) -> list[str]:
 def file_bytes(adapter: "AdapterState") -> int:
     """The size of an adapter's file, whether its tensors have numbers or only shapes."""
     from dora_diffusion.formats import FORMATS
+    from dora_diffusion.formats.writing import write
 
-    tensors, metadata = FORMATS["diffusers"].write(adapter)
+    tensors, metadata = write(adapter, FORMATS["diffusers"])
     return _header_bytes(tensors, metadata) + sum(tensor.nbytes for tensor in tensors.values())
 
 

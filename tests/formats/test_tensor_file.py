@@ -1,5 +1,6 @@
 """Safetensors files are read and written tensor by tensor, whole or not at all, in the memory of one tensor."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -104,13 +105,15 @@ def test_a_file_that_changes_is_an_error_and_no_crash(tmp_path: Path) -> None:
         file.read("a")
 
 
-def test_a_file_that_changes_within_one_tensor_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [1000, None], ids=["shorter", "of the same size"])
+def test_a_file_that_changes_within_one_tensor_is_an_error(tmp_path: Path, size: int | None) -> None:
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.zeros(10_000_000)}, path)
     blocks = TensorFile(path).blocks("a")
     next(blocks)
     with open(path, "r+b") as file:
-        file.truncate(1000)
+        file.truncate(size or path.stat().st_size)
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
     with pytest.raises(ValueError, match="changed"):
         list(blocks)
 

@@ -78,11 +78,12 @@ def test_a_strength_of_zero_is_an_adapter_that_is_not_there(mode: str, number: i
     assert_identical(MODES[mode](weight, at(strengths, terms)), MODES[mode](weight, only))
 
 
-def test_one_lora_at_one_is_its_sum_bit_for_bit() -> None:
-    weight, terms = made((200, 200))  # W + (W' - W) is not W' in a few of so many
-    delta = 3 * terms[1].delta
-    assert not torch.equal(weight + (weight + delta - weight), weight + delta)
-    assert_identical(MODES["additive"](weight, [Term(delta)]), weight + delta)
+@pytest.mark.parametrize("number", range(2))
+def test_one_adapter_at_one_is_its_own_weight_bit_for_bit(number: int) -> None:
+    weight, terms = made((60, 50))
+    v, m = weight + terms[number].delta, terms[number].magnitude
+    own = v if m is None else v * (m / f.squared_row_norms(v).sqrt())[:, None]
+    assert_identical(MODES["additive"](weight, at([1.0], [terms[number]])), own)
 
 
 def test_additive_is_the_sum_of_gain_forms_that_layers_draw_with() -> None:

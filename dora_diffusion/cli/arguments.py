@@ -1,0 +1,111 @@
+"""What several commands share: names of bases, adapters with strengths, progress bars."""
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dora_diffusion.base_weights import BaseWeights
+    from dora_diffusion.state import AdapterState
+
+BASES = "pocket, pocket-dit, a diffusers folder, a .safetensors file or a hub id (default: pocket)"
+LOCAL_BASES = "pocket, pocket-dit, a diffusers folder or a .safetensors file"
+# Spelt out, for importing the formats costs seconds; a test keeps the list true.
+FORMATS = (
+    *("diffusers", "peft", "kohya", "comfyui", "lycoris"),
+    *("ai-toolkit", "old-diffusers", "omi", "onetrainer-legacy", "original"),
+)
+MODES = ("additive", "compose", "direction-magnitude", "peft", "comfyui", "a1111", "lycoris")
+MERGES = ("svd", "magnitude-prune", "ties", "dare-linear", "dare-ties")
+
+
+def split_adapter(text: str) -> tuple[Path, float]:
+    """`ink.safetensors:0.8` -> (path, 0.8); without a strength 1. A ValueError names the option."""
+    if text.endswith(".safetensors") or Path(text).exists():
+        return Path(text), 1.0
+    path, colon, strength = text.rpartition(":")
+    try:
+        return (Path(path), float(strength)) if colon else (Path(text), 1.0)
+    except ValueError:
+        raise ValueError(f"--adapter {text}: expected FILE or FILE:STRENGTH, such as ink.safetensors:0.8") from None
+
+
+def split_part(text: str) -> tuple[str, str, float]:
+    """`ink:unet.up_blocks=1.2` -> (ink, unet.up_blocks, 1.2); a ValueError names the option."""
+    whole, equals, strength = text.rpartition("=")
+    name, colon, part = whole.partition(":")
+    try:
+        if equals and colon and name and part:
+            return name, part, float(strength)
+    except ValueError:
+        pass
+    raise ValueError(f"--part {text}: expected NAME:PART=STRENGTH, such as ink:unet.up_blocks=1.2") from None
+
+
+def add_mix(parser: argparse.ArgumentParser) -> None:
+    """--adapter and --part."""
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated (strength: 1)"
+    )
+    parser.add_argument(
+        "--part",
+        action="append",
+        default=[],
+        metavar="NAME:PART=STRENGTH",
+        help="another strength for a component or block; NAME is the file's, as in ink:unet.up_blocks=1.2",
+    )
+
+
+def read_mix(
+    adapters: Sequence[str], parts: Sequence[str], base: "BaseWeights"
+) -> tuple[dict[str, "AdapterState"], dict[str, Any]]:
+    """Adapters by their files' names, and their strengths.
+
+    Raises:
+        ValueError: a file that is missing, twice the same name, or a part of an adapter that is not there.
+    """
+    from dora_diffusion.formats import load_adapter
+
+    if not adapters:
+        raise ValueError("--adapter: name one at least, such as --adapter ink.safetensors:0.8")
+    states: dict[str, AdapterState] = {}
+    weights: dict[str, Any] = {}
+    for text in adapters:
+        path, strength = split_adapter(text)
+        if not path.exists():
+            raise ValueError(f"--adapter {path}: no such file")
+        name = path.stem if path.stem not in states else f"{path.stem}-{len(states) + 1}"
+        states[name], weights[name] = load_adapter(path, base=base), strength
+    for text in parts:
+        name, part, strength = split_part(text)
+        if name not in states:
+            raise ValueError(f"--part {text}: no adapter named {name!r}; there are {', '.join(states)}")
+        weights[name] = {**_by_part(weights[name], states[name]), part: strength}
+    return states, weights
+
+
+def _by_part(weight: Any, adapter: "AdapterState") -> Mapping[str, float]:
+    return weight if isinstance(weight, Mapping) else dict.fromkeys(adapter.components, weight)
+
+
+def open_base(name: str) -> "BaseWeights":
+    """A base's weights, read as they are needed; a ValueError of one line when there is none."""
+    from dora_diffusion.base_weights import base_weights
+
+    return base_weights(name)
+
+
+@contextmanager
+def progress(description: str, unit: str = "layer") -> Iterator[Callable[..., None]]:
+    """A bar that takes (done, total) and whatever else it is told."""
+    from tqdm import tqdm
+
+    with tqdm(desc=description, unit=unit, unit_scale=unit == "B") as bar:
+
+        def advance(done: int, total: int, *more: object) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield advance

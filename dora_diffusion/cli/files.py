@@ -1,0 +1,213 @@
+"""`inspect`, `convert`, `resize`, `extract`: one adapter in, one out. What is written is read back and compared."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dora_diffusion.cli.arguments import FORMATS, LOCAL_BASES, open_base, progress
+
+if TYPE_CHECKING:
+    from dora_diffusion.base_weights import BaseWeights
+    from dora_diffusion.blending import Interference
+    from dora_diffusion.state import AdapterState
+    from dora_diffusion.verification import Verified
+
+_DTYPES = ("fp32", "bf16", "fp16")
+
+
+def add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.description = "What adapter files hold. Several, with a base: also how far they get in each other's way."
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="an adapter file, or a folder of PEFT's")
+    parser.add_argument("--model", "--base", dest="base", help=f"match it against a base: {LOCAL_BASES}")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="magnitudes and directions by block; needs --model")
+    parser.set_defaults(handler=_inspect)
+
+
+def _inspect(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    if arguments.plot is not None and arguments.base is None:
+        raise ValueError("--plot compares with the base's own weights: name it with --model")
+    from dora_diffusion.inspection import describe, inspect_adapter
+
+    base = None if arguments.base is None else open_base(arguments.base)
+    found = [inspect_adapter(path, base=base) for path in arguments.files]
+    crossed = _interference(arguments.files, base) if base is not None and len(found) > 1 else None
+    if arguments.json:
+        everything = found[0] if len(found) == 1 else {"files": found, "interference": crossed and crossed.as_json()}
+        print(json.dumps(everything, indent=1))
+    else:
+        print("\n\n".join(describe(facts) for facts in found))
+        if crossed is not None:
+            print(f"\nnorms of W' - W by block, and cosines between adapters:\n{crossed.table()}")
+    if arguments.plot is not None and base is not None:
+        from dora_diffusion.plots import plot_adapters
+
+        print(f"wrote {plot_adapters(arguments.files, base, arguments.plot)}")
+    return 0
+
+
+def _interference(paths: Sequence[Path], base: "BaseWeights") -> "Interference":
+    from dora_diffusion.blending import interference
+    from dora_diffusion.formats import load_adapter
+
+    names = [path.stem for path in paths]
+    labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
+    states = {label: load_adapter(path, base=base) for label, path in zip(labels, paths, strict=True)}
+    return interference(states, base=base)
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write an adapter in another format; nothing is lost, or the reason is said. --lora, --dora and --axis out "
+        "change what it is, and need the base."
+    )
+    parser.add_argument("source", type=Path, metavar="IN")
+    parser.add_argument("output", type=Path, metavar="OUT", help="a .safetensors file; a folder for peft")
+    _add_to(parser)
+    parser.add_argument("--base", help=LOCAL_BASES)
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--lora", action="store_true", help="make a plain LoRA of a DoRA (with --rank; else whole)")
+    kind.add_argument("--dora", action="store_true", help="give every plain layer magnitudes; exact")
+    kind.add_argument("--axis", choices=["out"], help="make magnitudes per input magnitudes per output")
+    parser.add_argument("--rank", type=int, help="of the new pairs")
+    parser.set_defaults(handler=_convert)
+
+
+def _add_to(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--to", choices=FORMATS, help="the format (default: that of IN, else diffusers)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="of the tensors (default: as they are)")
+
+
+def _convert(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    changes = arguments.lora or arguments.dora or arguments.axis
+    if changes and arguments.base is None:
+        raise ValueError("--lora, --dora and --axis compare with the base's weights: name it with --base")
+    if arguments.rank is not None and not (arguments.lora or arguments.axis):
+        raise ValueError("--rank goes with --lora or --axis; to change the rank alone: dora-diffusion resize")
+    from dora_diffusion.formats import load_adapter
+
+    base = None if arguments.base is None else open_base(arguments.base)
+    original = load_adapter(arguments.source, base=base)
+    adapter = _changed(original, arguments, base) if base is not None and changes else original
+    _write(adapter, arguments)
+    if base is None:
+        from dora_diffusion.verification import verify_copy
+
+        print(verify_copy(load_adapter(arguments.output), original).sentence())
+    else:
+        print(_verified(arguments.output, original, base).sentence())
+    return 0
+
+
+def _changed(adapter: "AdapterState", arguments: argparse.Namespace, base: "BaseWeights") -> "AdapterState":
+    from dora_diffusion.conversion import to_dora, to_lora, to_out_axis
+
+    with progress("converting") as advance:
+        if arguments.dora:
+            return to_dora(adapter, base=base, progress=advance)
+        if arguments.lora:
+            return to_lora(adapter, base=base, rank=arguments.rank, progress=advance)
+        return to_out_axis(adapter, base=base, rank=arguments.rank, progress=advance)
+
+
+def _write(adapter: "AdapterState", arguments: argparse.Namespace) -> None:
+    import torch
+
+    from dora_diffusion.formats import save_adapter
+    from dora_diffusion.state import cast
+
+    if arguments.dtype is not None:
+        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        adapter = cast(adapter, dtypes[arguments.dtype])
+    format = arguments.to or adapter.origin or "diffusers"
+    print(f"wrote {save_adapter(adapter, arguments.output, format=format)} ({format})")
+
+
+def _verified(path: Path, meant: "AdapterState", base: "BaseWeights") -> "Verified":
+    from dora_diffusion.formats import load_adapter
+    from dora_diffusion.verification import verify_blend
+
+    with progress("reading back") as advance:
+        return verify_blend(load_adapter(path, base=base), {"": meant}, {"": 1.0}, base=base, progress=advance)
+
+
+def add_resize(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Lower an adapter's rank, every layer as near as that allows; magnitudes stay."
+    parser.add_argument("source", type=Path, metavar="IN")
+    parser.add_argument("output", type=Path, metavar="OUT")
+    parser.add_argument("--rank", type=int, help="the highest rank left")
+    parser.add_argument("--error", type=float, default=0.0, help="fewer ranks, up to this relative error in a layer")
+    parser.add_argument("--base", help=f"seek what is nearest to the drawn weight: {LOCAL_BASES}")
+    _add_to(parser)
+    parser.set_defaults(handler=_resize)
+
+
+def _resize(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    from dora_diffusion.conversion import Report, resize
+    from dora_diffusion.formats import load_adapter
+
+    base = None if arguments.base is None else open_base(arguments.base)
+    original = load_adapter(arguments.source, base=base)
+    reports: list[Report] = []
+    with progress("resizing") as advance:
+        adapter = resize(
+            original,
+            rank=arguments.rank,
+            error=arguments.error,
+            base=base,
+            progress=advance,
+            report=reports.append,
+        )
+    _write(adapter, arguments)
+    print(reports[0].sentence())
+    if base is not None:
+        print(_verified(arguments.output, original, base).sentence())
+    else:
+        from dora_diffusion.verification import verify_copy
+
+        print(verify_copy(load_adapter(arguments.output), original).sentence())
+    return 0
+
+
+def add_extract(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "An adapter out of a fine-tuned model: the DoRA that turns the base into it, as near as can be."
+    )
+    parser.add_argument("tuned", metavar="TUNED", help="a diffusers folder or a .safetensors file")
+    parser.add_argument("base", metavar="BASE", help=LOCAL_BASES)
+    parser.add_argument("output", type=Path, metavar="OUT")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--layers", default=None, metavar="PRESET", help="attention, all-linear or all, or a regex")
+    parser.add_argument("--lora", action="store_true", help="a plain LoRA instead")
+    parser.add_argument("--error", type=float, default=0.0, help="fewer ranks, up to this relative error in a layer")
+    parser.add_argument(
+        "--vectors", action="store_true", help="also changed biases and normalisations (lycoris, kohya)"
+    )
+    _add_to(parser)
+    parser.set_defaults(handler=_extract)
+
+
+def _extract(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    from dora_diffusion.conversion import Extraction, Report, extract
+
+    tuned, base = open_base(arguments.tuned), open_base(arguments.base)
+    options = Extraction(
+        target_modules=arguments.layers,
+        use_dora=not arguments.lora,
+        error=arguments.error,
+        vectors=arguments.vectors,
+    )
+    reports: list[Report] = []
+    with progress("extracting") as advance:
+        adapter = extract(tuned, base, rank=arguments.rank, options=options, progress=advance, report=reports.append)
+    _write(adapter, arguments)
+    print(reports[0].sentence())
+    from dora_diffusion.formats import load_adapter
+    from dora_diffusion.verification import verify_tuned
+
+    with progress("reading back") as advance:
+        found = verify_tuned(load_adapter(arguments.output, base=base), tuned, base=base, progress=advance)
+    print(found.sentence())
+    return 0

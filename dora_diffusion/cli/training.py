@@ -1,0 +1,91 @@
+"""`doctor`, `train`, `evaluate`: what needs pictures."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Check an image set. Exit status 1 when something would be lost in training."
+    parser.add_argument("dataset", type=Path, help="folder of pictures")
+    parser.add_argument("--instance-prompt", help="caption of pictures that have none of their own")
+    parser.set_defaults(handler=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    from dora_diffusion.training.doctor import examine, format_report
+
+    report = examine(arguments.dataset, instance_prompt=arguments.instance_prompt)
+    print(format_report(report))
+    return 1 if report.losses else 0
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "dora-diffusion train CONFIG.yaml [--resume latest] [--dry-run] [--section.key value ...]"
+    parser.description = "Train an adapter. Any setting of the file can be overridden: --optim.steps 400"
+    parser.add_argument("config", type=Path, help="YAML file; see examples/")
+    parser.add_argument("--resume", choices=["latest"], help="go on from the newest valid checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="check data and settings, print the plan, train nothing")
+    parser.set_defaults(handler=_train, takes_settings=True)
+
+
+def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    from dora_diffusion.training.config import TrainConfig
+
+    config = TrainConfig.from_yaml(arguments.config, TrainConfig.parse_overrides(rest))
+    if arguments.dry_run:
+        from dora_diffusion.training.plan import describe_plan
+
+        print(describe_plan(config))
+        return 0
+    from dora_diffusion.training.loop import train
+
+    result = train(config, resume=arguments.resume)
+    if result.validation:
+        (_, before), (_, after) = result.validation[0], result.validation[-1]
+        print(f"loss on fixed noise: {before:.4f} before, {after:.4f} after {result.steps} steps")
+    for path in (result.adapter, *result.words):
+        if path is not None:
+            print(f"wrote {path}")
+    return 0
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Score the adapter that a config trained against its truth pictures; writes a report and a grid."
+    )
+    parser.add_argument("config", type=Path, help="the YAML it was trained with; needs evaluation.truth_dir")
+    parser.set_defaults(handler=_evaluate, takes_settings=True)
+
+
+def _evaluate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    from dora_diffusion.training.config import TrainConfig
+
+    config = TrainConfig.from_yaml(arguments.config, TrainConfig.parse_overrides(rest))
+    truth_dir, adapter = config.evaluation.truth_dir, config.output_dir / "adapter.safetensors"
+    words = sorted((config.output_dir / "words").glob("*.safetensors")) if config.words.starts else []
+    if truth_dir is None:
+        raise ValueError(f"{arguments.config}: evaluation.truth_dir is not set; name a folder of true pictures")
+    if not adapter.is_file() and not words:
+        raise ValueError(f"{adapter}: no such file; train first: dora-diffusion train {arguments.config}")
+    from dora_diffusion.evaluate.adapter import Truth, evaluate_adapter
+    from dora_diffusion.training.dataset import find_examples
+    from dora_diffusion.training.images import read_image
+
+    examples = find_examples(truth_dir, instance_prompt=config.data.instance_prompt)
+    truths = [Truth(read_image(example.path), example.caption) for example in examples]
+    output = config.output_dir / "evaluation"
+    scores = evaluate_adapter(
+        adapter if adapter.is_file() else None,
+        truths,
+        output,
+        model=config.model,
+        seeds=config.evaluation.seeds,
+        words=words,
+    )
+    print(
+        f"likeness to the truth: {scores.before:.2f} before, {scores.after:.2f} after "
+        f"(floor {scores.floor:.2f}, ceiling {scores.ceiling:.2f}; {scores.count} pictures each)"
+    )
+    print(f"wrote {output / 'report.json'} and {output / 'grid.png'}")
+    return 0
