@@ -1,5 +1,5 @@
 # `make demo` and `make test` are the only two commands needed; each sets up .venv first.
-# Overridable: PYTHON (makes the environment), VENV, MODEL (pocket or pocket-dit), DEMO_FLAGS, PYTEST_FLAGS, BENCH_FLAGS, FULL_SIZE_FLAGS, INTERCHANGE_FLAGS.
+# Overridable: PYTHON (makes the environment), VENV, MODEL (pocket or pocket-dit), DEMO_FLAGS, PYTEST_FLAGS, BENCH_FLAGS, FULL_SIZE_FLAGS, INTERCHANGE_FLAGS, FUZZ_FLAGS.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -10,8 +10,9 @@ PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
 FULL_SIZE_FLAGS ?=
 INTERCHANGE_FLAGS ?=
+FUZZ_FLAGS ?=
 
-.PHONY: setup demo test test-quantised families bench interchange full-size check format browser
+.PHONY: setup demo test test-quantised families bench interchange fuzz full-size check format browser
 
 setup: $(READY)
 
@@ -45,6 +46,10 @@ bench: setup
 # Files and conversions of a full-size adapter -> docs/results/interchange.md
 interchange: setup
 	$(PY) -m benchmarks.interchange $(INTERCHANGE_FLAGS)
+
+# More than ten thousand broken adapter files, read under watch -> docs/results/fuzz.md
+fuzz: setup
+	$(PY) -m benchmarks.fuzz $(FUZZ_FLAGS)
 
 # The published models at their real size, without weights; some twenty minutes on one core.
 full-size: setup

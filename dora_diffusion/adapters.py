@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dora_diffusion.base_weights import weights_of
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.fitting import Loaded, LoadReport, Sites, fit, kind_in_words
 from dora_diffusion.formats import load_adapter
@@ -72,6 +73,10 @@ class AdapterManager:
         """Name -> what was loaded."""
         return {name: loaded.report for name, loaded in self._adapters.items()}
 
+    def _base_weight(self, path: str) -> Tensor:
+        """What tells the axis of a magnitude when its file does not."""
+        return weights_of(self._pipe)(path)
+
     @torch.no_grad()
     def load_adapter(self, source: str | Path | AdapterState, *, name: str) -> LoadReport:
         """Load an adapter under a name, at strength 0 (call `set_adapters` next).
@@ -82,7 +87,7 @@ class AdapterManager:
         if name in self._adapters:
             raise ValueError(f"an adapter named {name!r} is loaded already; delete it first or choose another name")
         self._refuse_while_fused("load an adapter")
-        adapter = source if isinstance(source, AdapterState) else load_adapter(source)
+        adapter = source if isinstance(source, AdapterState) else load_adapter(source, base=self._base_weight)
         label = name if isinstance(source, AdapterState) else str(source)
         fitted = fit(adapter, label, self._sites)
         self._slots.check_reserved(label, fitted.modules)

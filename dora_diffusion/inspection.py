@@ -66,8 +66,7 @@ def _axes(adapter: AdapterState) -> list[str]:
 
 def _file_facts(path: Path) -> dict[str, Any]:
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    hashed = sha256_of(path) if path.is_file() else None
-    return {"bytes": sum(file.stat().st_size for file in files), "sha256": hashed}
+    return {"bytes": sum(file.stat().st_size for file in files), "sha256": sha256_of(path)}
 
 
 def notes_of(adapter: AdapterState, examined: Examined) -> list[str]:
@@ -135,8 +134,7 @@ def describe(facts: Mapping[str, Any]) -> str:
         rows["vectors"] = f"{facts['vectors']} biases and normalisations"
     rows["keys"] = f"{facts['keys_matched']} of {facts['keys']} understood"
     rows["parameters"] = f"{facts['parameters']:,} in {facts['bytes']:,} bytes ({', '.join(facts['dtypes'])})"
-    if facts["sha256"]:
-        rows["sha256"] = facts["sha256"]
+    rows["sha256"] = facts["sha256"]
     if "matched" in facts:
         misfit = f"; first that does not fit: {facts['misfit']}" if facts["misfit"] else ""
         rows["matches"] = facts["matched"] + misfit

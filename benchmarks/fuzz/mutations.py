@@ -15,39 +15,22 @@ _HUGE = (2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64, 10**30)
 _WRONG: tuple[Any, ...] = (-1, 1.5, True, None, "8", "", [], {}, [[1]], *_HUGE)
 _SIGNS = (b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\", b"0", b"\x00", b"\xff")
 _WHOLE = (
-    "F64",
-    "F32",
-    "F16",
-    "BF16",
-    "F8_E4M3",
-    "F8_E5M2",
-    "F8_E8M0",
-    "I64",
-    "I8",
-    "U8",
-    "U16",
-    "U32",
-    "U64",
-    "C64",
+    "F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "I64", "I8", "U8", "U16", "U32", "U64", "C64",
     "BOOL",
-)
+)  # fmt: skip
 _DTYPES = (*_WHOLE, "F4", "F6_E2M3", "F33", "f32", "", "torch.float32")
 _SIZES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _SUFFIXES = (
-    "",
-    *(
-        ".weight .alpha .dora_scale .lora_A.weight .lora_B.weight .lora_down.weight .lora_up.weight .lora_mid.weight "
-        ".lora_magnitude_vector .magnitude .diff .diff_b .w_norm .hada_w1_a .hada_t1 .lokr_w1 .lokr_w2 .lokr_t2 "
-        ".lora_B.bias .lora_A.default.weight .lora_B .scalar"
-    ).split(),
-)
+    "", ".weight", ".alpha", ".dora_scale", ".lora_A.weight", ".lora_B.weight", ".lora_down.weight",
+    ".lora_up.weight", ".lora_mid.weight", ".lora_magnitude_vector", ".magnitude", ".diff", ".diff_b", ".w_norm",
+    ".hada_w1_a", ".hada_t1", ".lokr_w1", ".lokr_w2", ".lokr_t2", ".lora_B.bias", ".lora_A.default.weight",
+    ".lora_B", ".scalar",
+)  # fmt: skip
 _PREFIXES = (
-    "",
-    *(
-        "lora_unet_ lora_te_ lora_te1_ lora_te3_ lora_transformer_ lycoris_ unet. transformer. clip_l. "
-        "diffusion_model. text_encoders.clip_l.transformer. text_encoder. base_model.model. . .. t5."
-    ).split(),
-)
+    "", "lora_unet_", "lora_te_", "lora_te1_", "lora_te3_", "lora_transformer_", "lycoris_", "unet.",
+    "transformer.", "clip_l.", "diffusion_model.", "text_encoders.clip_l.transformer.", "text_encoder.",
+    "base_model.model.", ".", "..", "t5.",
+)  # fmt: skip
 
 
 def flip_bits(parts: Parts, other: Parts, draw: Random) -> bytes:

@@ -88,7 +88,7 @@ def report(found: dict[str, Any]) -> str:
         "",
         f"`make fuzz` (`{found['command']}`, {found['minutes']} minutes; {machine}). Sound files of every format "
         f"({', '.join(found['formats'])}) and of other tools' spellings are broken by a seeded generator, and read by "
-        "`load_adapter`, `detect_format` and `inspect_adapter` in a process under watch. A file must be read or refused "
+        "`load_adapter`, `detect_format` and `inspect_adapter` in a process under watch. It must be read, or refused "
         f"with a `ValueError` of one line that names it; refusing it may take {1000 * SECONDS:.0f} ms of the processor "
         f"and no more memory than the file's size and {MEMORY // 2**20} MB; it may never hang or kill the process.",
         "",

@@ -74,7 +74,7 @@ def _elsewhere(make: Maker, path: Path) -> None:
 
 def _case(name: str, group: str, path: Path, watch: Watch, say: Callable[[str], None]) -> Case:
     """Read a file and remove it; one that broke a promise is kept, with the trace beside it."""
-    size = _bytes_of(path)
+    size = bytes_of(path)
     outcomes = watch.read(path)
     found = {outcome.reader: wrong for outcome in outcomes if (wrong := faults(outcome, path, size))}
     for outcome in outcomes:
@@ -87,7 +87,8 @@ def _case(name: str, group: str, path: Path, watch: Watch, say: Callable[[str], 
     return Case(name, group, size, outcomes, found)
 
 
-def _bytes_of(path: Path) -> int:
+def bytes_of(path: Path) -> int:
+    """Bytes that a file takes on the disk, or all files of a folder; 0 for what is no file."""
     if path.is_dir():
         return sum(file.stat().st_size for file in path.iterdir())
     return path.stat().st_blocks * 512 if path.is_file() else 0
