@@ -5,7 +5,10 @@ from collections.abc import Mapping, Sequence
 from dora_diffusion.families import FAMILIES
 from tests.families.pipelines import PIPELINES
 
-COLUMNS = ("coverage", "predicts as its pipeline", "train", "text encoders", "save, load, draw", "plain diffusers")
+COLUMNS = (
+    *("coverage", "predicts as its pipeline", "train", "text encoders", "save, load, draw", "plain diffusers"),
+    *("kohya file", "LyCORIS file"),
+)
 
 HEAD = """# Model families
 
@@ -21,7 +24,9 @@ and variant. "yes" means that every test of that column passed; a number refers 
 - **save, load, draw**: the saved file draws what was trained, folded and unfolded, and comes out without a trace.
 - **plain diffusers**: `load_lora_weights` of the same file draws the same picture (denoiser, and the text encoders that
   diffusers loads adapters into).
-- **kohya file**: reading and writing kohya's files is not built for any family yet.
+- **kohya file**, **LyCORIS file**: DoRAs and LoRAs of every layer, linear and convolution, of the denoiser and all text
+  encoders come back from these formats with the same weights. Which families' layers are called as their makers call
+  them is in docs/formats.md.
 
 Left out, since they learn or call otherwise: Sana-Sprint (consistency, not flow matching), FLUX Fill, Kontext, Control
 and Redux, Klein KV, Qwen-Image Edit and Layered, Z-Image Omni, and the ControlNet and PAG pipelines. Other models of
@@ -38,13 +43,13 @@ def table(outcomes: Mapping[tuple[str, str], Sequence[str]]) -> str:
     """
     reasons: dict[str, int] = {}
     lines = [
-        "| family | pipeline | " + " | ".join(COLUMNS) + " | kohya file |",
-        "| --- | --- |" + " --- |" * (len(COLUMNS) + 1),
+        "| family | pipeline | " + " | ".join(COLUMNS) + " |",
+        "| --- | --- |" + " --- |" * len(COLUMNS),
     ]
     order = [family.name for family in FAMILIES]
     for name, tiny in sorted(PIPELINES.items(), key=lambda item: order.index(item[1].family)):
         cells = [_cell(outcomes.get((name, column), ()), reasons) for column in COLUMNS]
-        lines.append(f"| {tiny.family} | {name} | " + " | ".join(cells) + " | not yet |")
+        lines.append(f"| {tiny.family} | {name} | " + " | ".join(cells) + " |")
     notes = [f"{number}. {reason}" for reason, number in reasons.items()]
     return "\n".join([HEAD, *lines, "", *notes]).rstrip() + "\n"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dora_diffusion.adapters import AdapterManager
 from dora_diffusion.families import FAMILIES, component_of_model, coverage, family_of_pipeline, pixel_multiple
-from dora_diffusion.formats import save_adapter
+from dora_diffusion.formats import load_adapter, save_adapter
 from dora_diffusion.generation import GenerationSettings, StepReport, generate
 from dora_diffusion.injection import DoRAConfig, Injection, inject
 from dora_diffusion.objectives import weighted_squared_error
@@ -26,6 +26,7 @@ from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.noising import objective_of
 from tests.families.pipelines import PIPELINES
 from tests.families.pipelines.record import Tiny
+from tests.formats.adapters import KINDS, adapter_of, dense, layers_of
 from tests.tolerances import assert_close, assert_identical
 
 PROMPT = "a noto style cat on a red background"
@@ -307,6 +308,29 @@ def test_plain_diffusers_draws_the_same_from_the_file(tiny, tmp_path) -> None:
     path = save_adapter(trained.adapter(), tmp_path / "adapter.safetensors")
     pipe.load_lora_weights(path)
     assert_close(torch.as_tensor(draw(pipe, tiny)), torch.as_tensor(expected), computed_in=torch.float16)
+
+
+def assert_comes_back(tiny: Tiny, path: Path, format: str) -> None:
+    """DoRAs and LoRAs of every layer that a file can name, whole tensors."""
+    pipe = tiny.build()
+    weights = dict(layers_of(pipe, (family_of_pipeline(pipe).denoiser.name, *text_encoders(pipe))))
+    for kind in ("DoRA", "LoRA"):
+        original = adapter_of(weights.items(), KINDS[kind])
+        read = load_adapter(save_adapter(original, path, format=format))
+        assert read.origin == format
+        assert read.modules.keys() == original.modules.keys()
+        for layer, module in original.modules.items():
+            assert_close(dense(weights[layer], read.modules[layer]), dense(weights[layer], module))
+
+
+@pytest.mark.column("kohya file")
+def test_a_kohya_file_holds_every_layer(tiny, tmp_path) -> None:
+    assert_comes_back(tiny, tmp_path / "adapter.safetensors", "kohya")
+
+
+@pytest.mark.column("LyCORIS file")
+def test_a_lycoris_file_holds_every_layer(tiny, tmp_path) -> None:
+    assert_comes_back(tiny, tmp_path / "adapter.safetensors", "lycoris")
 
 
 def test_generate_shows_its_steps_and_a_schedule_follows_them(tiny) -> None:
