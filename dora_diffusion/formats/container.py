@@ -278,7 +278,7 @@ def _span(key: str, entry: Any) -> tuple[int, int]:
         raise ValueError(f"{shown(key)}: {error} is missing") from None
     if not isinstance(dtype, str) or dtype not in ITEM_BITS:
         raise ValueError(f"{shown(key)}: dtype {shown(dtype, 40)} is unknown")
-    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS or not _are_sizes(offsets) or len(offsets) != 2:
+    if not _are_sizes(shape, offsets) or len(shape) > MAX_DIMENSIONS or len(offsets) != 2:
         raise ValueError(f"{shown(key)}: shape {shown(shape)} or offsets {shown(offsets)}: expected whole numbers")
     begin, end = offsets
     # beside a side of 0 the others may be anything, and their product still has to be one that torch can count
@@ -288,10 +288,12 @@ def _span(key: str, entry: Any) -> tuple[int, int]:
     return begin, end
 
 
-def _are_sizes(numbers: Any) -> bool:
+def _are_sizes(shape: Any, offsets: Any) -> bool:
+    if not (isinstance(shape, list) and isinstance(offsets, list) and offsets):
+        return False
+    numbers = shape + offsets
     # True is an int to Python
-    are_numbers = isinstance(numbers, list) and set(map(type, numbers)) <= {int}
-    return are_numbers and (not numbers or (min(numbers) >= 0 and max(numbers) < 1 << 63))
+    return set(map(type, numbers)) == {int} and min(numbers) >= 0 and max(numbers) < 1 << 63
 
 
 def _tensor(data: bytearray, entry: Mapping[str, Any]) -> Tensor:

@@ -299,7 +299,10 @@ def family_of(adapter: AdapterState) -> str | None:
         return None
     layers = _layers(adapter)
     fitting = [name for name, parts in FAMILIES.items() if _fits(parts, layers)]
+    # of another text encoder's size, a denoiser is what it is all the same
+    denoiser = {part: found for part, found in layers.items() if part in ("unet", "transformer")}
     exact = [name for name in fitting if _is_published(FAMILIES[name], layers)]
+    exact = exact or [name for name in fitting if denoiser and _is_published(FAMILIES[name], denoiser)]
     left = exact or fitting
     if len(left) != 1 or not (exact or _is_tiny(layers)):
         told = _told(adapter.metadata)

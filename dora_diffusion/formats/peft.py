@@ -127,15 +127,9 @@ def _under(adapter: AdapterState, component: str) -> dict[str, Module]:
 
 
 def _files(component: str, modules: Mapping[str, Module]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    plain = [path for path, module in modules.items() if module.magnitude is None]
-    if plain and len(plain) < len(modules):
-        raise ValueError(
-            f"{component}.{plain[0]}: a plain LoRA among DoRA layers, which PEFT cannot hold apart ({len(plain)} of "
-            f"{len(modules)} layers); make all DoRA first (to_dora)"
-        )
     tensors = {
         f"base_model.model.{PEFT.spell(path, part)}": tensor
         for path, module in modules.items()
         for part, tensor in parts_of(f"{component}.{path}", module, PEFT).items()
     }
-    return tensors, {"peft_type": "LORA", "bias": "none", "inference_mode": True, **peft_config(modules)}
+    return tensors, {"peft_type": "LORA", "bias": "none", "inference_mode": True, **peft_config(component, modules)}

@@ -22,6 +22,7 @@ from dora_diffusion.state import AdapterState, Module
 
 WeightOf = Callable[[str], Tensor]
 AXIS_KEY = "dora_diffusion.magnitude_axis"
+FAMILY_KEY = "dora_diffusion.family"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def _sizes(parsed: Mapping[str, Key], shapes: Mapping[str, Sequence[int]], part:
 
 def _told_encoders(metadata: Mapping[str, str]) -> Mapping[str, str]:
     """A T5 alone does not tell whether it is FLUX's second or Stable Diffusion 3's third text encoder."""
-    told = " ".join(metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture")).lower()
+    keys = (FAMILY_KEY, "ss_base_model_version", "modelspec.architecture")
+    told = " ".join(metadata.get(key, "") for key in keys).lower()
     return {"te3": "text_encoder_2", "t5": "text_encoder_2"} if "flux" in told else {}
 
 

@@ -68,13 +68,23 @@ def _expression(pattern: str) -> re.Pattern[str] | None:
     return re.compile(before + ".*".join(map(re.escape, plain.split("*"))))
 
 
-def peft_config(modules: Mapping[str, Module]) -> dict[str, Any]:
+def peft_config(component: str, modules: Mapping[str, Module]) -> dict[str, Any]:
     """What PEFT needs to know of one component's layers, with the scale already folded into B (alpha = rank).
 
     PEFT matches the end of a path, so paths without `text_model.` fit every version of transformers. A name of one word
     may be the end of others (`proj_out` of FLUX, and of its single blocks): where there is one, expressions fit whole
     paths instead.
+
+    Raises:
+        ValueError: some layers are DoRA and some are not. `use_dora` is for all: PEFT would give the others magnitudes.
     """
+    plain = [path for path, module in modules.items() if module.magnitude is None]
+    if plain and len(plain) < len(modules):
+        raise ValueError(
+            f"{component}.{plain[0]}: a plain LoRA among DoRA layers, which PEFT and diffusers cannot hold apart "
+            f"({len(plain)} of {len(modules)} layers of the {component}); make all DoRA first (to_dora), or use another "
+            "format (kohya, lycoris)"
+        )
     ranks = [module.rank for module in modules.values()]
     common = max(set(ranks), key=ranks.count)
     has_word = any("." not in path for path in modules)
@@ -86,7 +96,7 @@ def peft_config(modules: Mapping[str, Module]) -> dict[str, Any]:
         "rank_pattern": other,
         "alpha_pattern": other,
         "target_modules": rf"(?:text_model\.)?(?:{'|'.join(map(re.escape, targets))})" if has_word else targets,
-        "use_dora": any(module.magnitude is not None for module in modules.values()),
+        "use_dora": not plain,
         "use_rslora": False,
     }
 

@@ -14,7 +14,7 @@ from dora_diffusion.formats.keys import PEFT
 from dora_diffusion.formats.kinship import family_of
 from dora_diffusion.formats.layouts import LAYOUTS, Fusion, Layout
 from dora_diffusion.formats.names import flatten
-from dora_diffusion.formats.reading import AXIS_KEY
+from dora_diffusion.formats.reading import AXIS_KEY, FAMILY_KEY
 from dora_diffusion.formats.scales import METADATA_KEY, peft_config
 from dora_diffusion.formats.vectors import fuse_vector
 from dora_diffusion.state import AdapterState, Module
@@ -65,7 +65,7 @@ def write(adapter: AdapterState, dialect: Dialect) -> tuple[dict[str, Tensor], d
             tensors[key] = tensor
     if both := tensors.keys() & adapter.extra.keys():
         raise ValueError(f"{min(both)}: a tensor kept from the file it came from has the key of a layer")
-    return {**tensors, **adapter.extra}, _metadata(adapter, dialect)
+    return {**tensors, **adapter.extra}, _metadata(adapter, dialect, family)
 
 
 def _check_components(adapter: AdapterState, dialect: Dialect, family: str | None) -> None:
@@ -157,8 +157,10 @@ def _parts(layer: _Layer, adapter: AdapterState, dialect: Dialect) -> dict[str, 
     return parts
 
 
-def _metadata(adapter: AdapterState, dialect: Dialect) -> dict[str, str]:
+def _metadata(adapter: AdapterState, dialect: Dialect, family: str | None) -> dict[str, str]:
     kept = {key: text for key, text in adapter.metadata.items() if key not in (METADATA_KEY, AXIS_KEY)}
+    if family is not None and all(component.startswith("text_encoder") for component in adapter.components):
+        kept.setdefault(FAMILY_KEY, family)  # a T5 alone does not tell whether it is the second encoder or the third
     axes = {module.axis for module in adapter.modules.values() if module.magnitude is not None}
     noted = {AXIS_KEY: next(iter(axes))} if len(axes) == 1 and not dialect.suffixes.flat_magnitude else {}
     if dialect.suffixes is not PEFT:
@@ -166,7 +168,7 @@ def _metadata(adapter: AdapterState, dialect: Dialect) -> dict[str, str]:
     config = {
         f"{component}.{name}": value
         for component in adapter.components
-        for name, value in peft_config(_under(adapter, component)).items()
+        for name, value in peft_config(component, _under(adapter, component)).items()
     }
     return {**kept, "format": "pt", METADATA_KEY: json.dumps(config, sort_keys=True)}
 

@@ -106,7 +106,7 @@ def pretrain_dit(workshop: Workshop, base: Path, text: TextRecipe, denoiser: Den
     """
     scenes, tokenizer = all_scenes(), CLIPTokenizer.from_pretrained(base / "tokenizer")
     if not workshop.latents.exists():
-        vae = AutoencoderKL.from_pretrained(base / "vae").eval()
+        vae = AutoencoderKL.from_pretrained(base / "vae", use_safetensors=True).eval()
         latents = encode_pictures(vae, scene_pictures(scenes, workshop.icons))
         storage.save_tensors({"latents": latents.half()}, workshop.latents)
     latents = storage.load_tensors(workshop.latents)["latents"]
@@ -123,7 +123,7 @@ def pretrain_dit(workshop: Workshop, base: Path, text: TextRecipe, denoiser: Den
 
 
 def _dit_text(workshop: Workshop, tokenizer: CLIPTokenizer) -> dit.DiTText:
-    encoder = CLIPTextModelWithProjection.from_pretrained(workshop.dit_text / "final")
+    encoder = CLIPTextModelWithProjection.from_pretrained(workshop.dit_text / "final", use_safetensors=True)
     return dit.DiTText(tokenizer, encoder.eval().requires_grad_(False))
 
 
@@ -145,7 +145,7 @@ def _tokenizer(workshop: Workshop) -> CLIPTokenizer:
 
 
 def _text_part(workshop: Workshop) -> TextPart:
-    encoder = CLIPTextModel.from_pretrained(workshop.text / "final").eval().requires_grad_(False)
+    encoder = CLIPTextModel.from_pretrained(workshop.text / "final", use_safetensors=True).eval().requires_grad_(False)
     return TextPart(_tokenizer(workshop), encoder)
 
 
@@ -173,13 +173,14 @@ def _captions(scenes: list[Scene]) -> list[str]:
 
 def trained_pipeline(workshop: Workshop) -> StableDiffusionPipeline:
     """A plain StableDiffusionPipeline of the newest checkpoint's averaged weights, fp32."""
-    vae = AutoencoderKL.from_pretrained(workshop.vae)
+    vae = AutoencoderKL.from_pretrained(workshop.vae, use_safetensors=True)
     return load_checkpoint(_newest(workshop.denoiser), vae, _text_part(workshop))
 
 
 def trained_dit_pipeline(workshop: Workshop, base: Path) -> StableDiffusion3Pipeline:
     """A plain StableDiffusion3Pipeline of the newest checkpoint's averaged weights, fp32; `base` as in training."""
-    vae, tokenizer = AutoencoderKL.from_pretrained(base / "vae"), CLIPTokenizer.from_pretrained(base / "tokenizer")
+    vae = AutoencoderKL.from_pretrained(base / "vae", use_safetensors=True)
+    tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
     return load_dit_checkpoint(_newest(workshop.dit), vae, _dit_text(workshop, tokenizer))
 
 

@@ -299,7 +299,8 @@ def test_readers_beside_a_writer_see_one_file_or_an_error(tmp_path) -> None:
 COSTLY = [name for name, make in special_files().items() if "without end" in name or "25," in name] + [
     "header of 100 MB", "a million tiny tensors", "a hundred thousand", "deep lists", "deep objects", "deep in a shape",
     "long number", "numbers of 4,000 digits", "a key of 5 MB", "widest characters", "one wide character",
-    "long bad dtype", "most tensors, widest keys", "most tensors, most sides", "lists within the count", "sparse, of 1 TB",
+    "long bad dtype", "most tensors, widest keys", "most tensors, most sides",
+    "lists within the count", "sparse, of 1 TB",
 ]  # fmt: skip
 
 
@@ -311,7 +312,7 @@ def test_the_worst_headers_cost_little(tmp_path, name: str) -> None:
     size = path.stat().st_blocks * 512
     with Watch({"header": read_header}) as watch:
         (outcome,) = watch.read(path)
-    assert faults(outcome, path, size) == []
+    assert faults(outcome, path, size, slack=3.0) == []
 
 
 def test_the_memory_is_the_files_own(tmp_path) -> None:

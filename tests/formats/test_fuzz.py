@@ -15,6 +15,7 @@ from benchmarks.fuzz.watch import Outcome, Watch, faults
 from dora_diffusion.formats import FORMATS
 
 COUNT = 24 * len(MUTATIONS)  # some 400
+SLACK = 3.0  # in time: how fast the machine is that runs the tests nobody knows
 SEED = 20  # another than `make fuzz` has
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
@@ -45,7 +46,8 @@ def test_a_special_file_keeps_the_promise(tmp_path, watch: Watch, name: str) -> 
     special_files()[name](path)
     size = run.bytes_of(path)
     watch.renew()
-    found = {outcome.reader: wrong for outcome in watch.read(path) if (wrong := faults(outcome, path, size))}
+    outcomes = watch.read(path)
+    found = {outcome.reader: wrong for outcome in outcomes if (wrong := faults(outcome, path, size, slack=SLACK))}
     if path.is_file():
         path.unlink()  # some are large
     assert found == {}

@@ -355,7 +355,7 @@ def _biased(weights: dict[str, Tensor]) -> AdapterState:
 
 
 REFUSALS: dict[str, tuple[Callable[[dict[str, Tensor]], AdapterState], str]] = {
-    "mixed": (_mixed, r"a plain LoRA among DoRA layers, which PEFT cannot hold apart .*to_dora"),
+    "mixed": (_mixed, r"a plain LoRA among DoRA layers, which PEFT and diffusers cannot hold apart .*to_dora"),
     "vectors": (_biased, r"unet.conv_in.bias: PEFT's LoRA holds no differences of biases"),
     "in axis": (_whole(in_dora), r"magnitudes of the out axis only, got the in axis; convert it first"),
     "whole differences": (_whole(full), r"is no low-rank pair, and the format holds nothing else"),
