@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dora_diffusion.base_weights import weights_of
+from dora_diffusion.bases import dense_weight
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.fitting import Loaded, LoadReport, Sites, fit, kind_in_words
 from dora_diffusion.formats import load_adapter
@@ -75,7 +75,7 @@ class AdapterManager:
 
     def _base_weight(self, path: str) -> Tensor:
         """What tells the axis of a magnitude when its file does not."""
-        return weights_of(self._pipe)(path)
+        return dense_weight(self._sites.layer(path)[1])
 
     @torch.no_grad()
     def load_adapter(self, source: str | Path | AdapterState, *, name: str) -> LoadReport:
@@ -99,6 +99,7 @@ class AdapterManager:
             total=len(adapter.modules),
             vectors=len(fitted.vectors),
             extra=len(adapter.extra),
+            components=adapter.components,
             sha256=None if isinstance(source, AdapterState) else sha256_of(Path(source)),
             metadata=adapter.metadata,
         )

@@ -27,6 +27,7 @@ class LoadReport:
         total: layers in the file; always equal to `matched`, since a file that does not fit is refused.
         vectors: parameters of the pipeline that it adds to: biases, weights of normalisations.
         extra: tensors of the file that belong to no layer; they draw nothing.
+        components: the parts of the pipeline that it changes.
         sha256: of the file, or None for an adapter that came from memory.
         metadata: the file's own.
     """
@@ -38,6 +39,7 @@ class LoadReport:
     total: int
     vectors: int
     extra: int
+    components: tuple[str, ...]
     sha256: str | None
     metadata: Mapping[str, str]
 

@@ -56,8 +56,8 @@ def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file's bytes; of a folder, of its files' names and hashes."""
     digest = hashlib.sha256()
     if path.is_dir():
-        for file in sorted(file for file in path.rglob("*") if file.is_file()):
-            digest.update(f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n".encode())
+        for inside in sorted(inside for inside in path.rglob("*") if inside.is_file()):
+            digest.update(f"{inside.relative_to(path).as_posix()} {sha256_of(inside)}\n".encode())
         return digest.hexdigest()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

@@ -78,16 +78,28 @@ def read_mix(
             raise ValueError(f"--adapter {path}: no such file")
         name = path.stem if path.stem not in states else f"{path.stem}-{len(states) + 1}"
         states[name], weights[name] = load_adapter(path, base=base), strength
+    return states, with_parts(weights, parts, {name: state.components for name, state in states.items()})
+
+
+def with_parts(
+    weights: Mapping[str, Any], parts: Sequence[str], components: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """Strengths, with those of --part put in; what a part leaves unsaid keeps the adapter's own.
+
+    Args:
+        weights: name -> strength.
+        parts: NAME:PART=STRENGTH each.
+        components: name -> the pipeline's parts that the adapter changes.
+    """
+    by_name: dict[str, Any] = dict(weights)
     for text in parts:
         name, part, strength = split_part(text)
-        if name not in states:
-            raise ValueError(f"--part {text}: no adapter named {name!r}; there are {', '.join(states)}")
-        weights[name] = {**_by_part(weights[name], states[name]), part: strength}
-    return states, weights
-
-
-def _by_part(weight: Any, adapter: "AdapterState") -> Mapping[str, float]:
-    return weight if isinstance(weight, Mapping) else dict.fromkeys(adapter.components, weight)
+        if name not in by_name:
+            raise ValueError(f"--part {text}: no adapter named {name!r}; there are {', '.join(by_name) or 'none'}")
+        weight = by_name[name]
+        whole = weight if isinstance(weight, Mapping) else dict.fromkeys(components[name], weight)
+        by_name[name] = {**whole, part: strength}
+    return by_name
 
 
 def open_base(name: str) -> "BaseWeights":

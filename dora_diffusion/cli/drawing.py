@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_diffusion.cli.arguments import BASES, split_adapter
+from dora_diffusion.cli.arguments import BASES, MODES, add_mix, split_adapter, with_parts
 
 if TYPE_CHECKING:
     from dora_diffusion.adapters import AdapterManager
@@ -16,7 +16,8 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.description = "Draw a picture. Several --adapter options blend: --adapter ink.safetensors:0.8"
     parser.add_argument("--model", default="pocket", help=BASES)
     parser.add_argument("--model-config", metavar="FOLDER", help="configs for a .safetensors file: a diffusers folder")
-    parser.add_argument("--adapter", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated")
+    add_mix(parser)
+    parser.add_argument("--blend", choices=MODES, default="additive", help="how adapters mix (default: additive)")
     parser.add_argument("--words", action="append", default=[], metavar="FILE", help="a new word; may be repeated")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--negative-prompt", default="")
@@ -34,7 +35,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 
 def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     adapters = [split_adapter(text) for text in arguments.adapter]
-    if missing := [str(path) for path, _ in adapters if not path.is_file()]:
+    if missing := [str(path) for path, _ in adapters if not path.exists()]:
         raise ValueError(f"--adapter {missing[0]}: no such file")
     if missing := [path for path in arguments.words if not Path(path).is_file()]:
         raise ValueError(f"--words {missing[0]}: no such file")
@@ -70,7 +71,7 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     if words:
         install_words(pipe, words)
     spelt = [WordUse(state.word, sha256_of(Path(path))) for state, path in zip(words, arguments.words, strict=True)]
-    uses = _blend(AdapterManager(pipe), adapters)
+    uses = _blend(AdapterManager(pipe), adapters, arguments.part, arguments.blend)
     with tqdm(total=settings.steps, desc="drawing") as bar:
 
         def advance(report: StepReport) -> None:
@@ -82,20 +83,23 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def _blend(manager: "AdapterManager", adapters: Sequence[tuple[Path, float]]) -> "list[AdapterUse]":
+def _blend(
+    manager: "AdapterManager", adapters: Sequence[tuple[Path, float]], parts: Sequence[str], mode: str
+) -> "list[AdapterUse]":
     """Load the adapters under their files' names and set their strengths."""
     from dora_diffusion.generation import AdapterUse
 
-    uses = []
+    weights, components = {}, {}
     for index, (path, strength) in enumerate(adapters):
         name = path.stem if path.stem not in manager.names else f"{path.stem}-{index + 1}"
         report = manager.load_adapter(path, name=name)
-        uses.append(AdapterUse(name, report.sha256, strength))
+        weights[name], components[name] = strength, report.components
         print(
             f"{name}: {report.kind} rank {'/'.join(map(str, report.ranks))}, {report.matched} of {report.total} layers"
         )
-    manager.set_adapters({use.name: use.weight for use in uses})
-    return uses
+    mixed = with_parts(weights, parts, components)
+    manager.set_adapters(mixed, blend=mode)
+    return [AdapterUse(name, manager.reports[name].sha256, weight, mode) for name, weight in mixed.items()]
 
 
 def add_ui(parser: argparse.ArgumentParser) -> None:

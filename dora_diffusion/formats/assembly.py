@@ -188,7 +188,7 @@ def parts_of(layer: str, module: Module, suffixes: Suffixes) -> dict[str, Tensor
         module = _as_small_pair(layer, module)
     if isinstance(module, ModuleState) and module.mid is not None and can(layer, "mid") is None:
         module = module.as_pair()
-    parts = dict(module.factors) if isinstance(module, FactoredState) else _pair_parts(module, suffixes)
+    parts = dict(module.factors) if isinstance(module, FactoredState) else _pair_parts(layer, module, suffixes)
     if isinstance(module, FactoredState) and module.alpha is not None:
         parts["alpha"] = torch.tensor(module.alpha)
     elif isinstance(module, FactoredState) and module.scale != 1:
@@ -208,7 +208,7 @@ def _as_small_pair(layer: str, module: FactoredState) -> ModuleState:
     return module.as_pair()
 
 
-def _pair_parts(module: ModuleState, suffixes: Suffixes) -> dict[str, Tensor]:
+def _pair_parts(layer: str, module: ModuleState, suffixes: Suffixes) -> dict[str, Tensor]:
     parts = {"down": module.down, "up": module.up}
     if module.mid is not None:
         parts["mid"] = module.mid
@@ -216,6 +216,11 @@ def _pair_parts(module: ModuleState, suffixes: Suffixes) -> dict[str, Tensor]:
         parts["alpha"] = torch.tensor(module.scale * module.rank)
     elif module.scale != 1:
         parts["up"] = module.up * module.scale
+        if not torch.isfinite(parts["up"]).all():
+            raise ValueError(
+                f"{layer}: B times its scale {module.scale:g}, which the format folds into B, does not fit into "
+                f"{module.up.dtype}; expected a smaller alpha, or fp32"
+            )
     return parts
 
 

@@ -82,8 +82,8 @@ def peft_config(component: str, modules: Mapping[str, Module]) -> dict[str, Any]
     if plain and len(plain) < len(modules):
         raise ValueError(
             f"{component}.{plain[0]}: a plain LoRA among DoRA layers, which PEFT and diffusers cannot hold apart "
-            f"({len(plain)} of {len(modules)} layers of the {component}); make all DoRA first (to_dora), or use another "
-            "format (kohya, lycoris)"
+            f"({len(plain)} of {len(modules)} layers of the {component}); make all DoRA first (to_dora), or use "
+            "another format (kohya, lycoris)"
         )
     ranks = [module.rank for module in modules.values()]
     common = max(set(ranks), key=ranks.count)

@@ -81,6 +81,23 @@ def test_generate_writes_a_picture_with_its_metadata(capsys, tmp_path, adapter, 
     assert "ink: DoRA rank 4" in capsys.readouterr().out
 
 
+def test_generate_mixes_as_another_tool_does_and_by_part(capsys, tmp_path, adapter, base) -> None:
+    pictures = {}
+    for mode in ("additive", "comfyui"):
+        output = tmp_path / f"{mode}.png"
+        arguments = ("--prompt", "a cat", "--model", str(base), "--steps", "2", "--output", str(output))
+        mix = ("--adapter", f"{adapter}:0.8", "--adapter", f"{adapter}:0.5", "--part", "ink:text_encoder=0")
+        assert main(["generate", *arguments, *mix, "--blend", mode]) == 0
+        with Image.open(output) as picture:
+            pictures[mode] = picture.tobytes()
+        uses = json.loads(picture.text["dora_diffusion"])["adapters"]
+        assert [use["mode"] for use in uses] == [mode, mode]
+        assert uses[0]["weight"] == {"unet": 0.8, "text_encoder": 0.0}
+    assert pictures["additive"] != pictures["comfyui"]
+    capsys.readouterr()  # progress bars
+    assert "no adapter named 'x'" in fails(capsys, "generate", *arguments, *mix, "--part", "x:unet=1")
+
+
 def test_inspect_says_what_a_file_holds(capsys, adapter, base) -> None:
     assert main(["inspect", str(adapter), "--json", "--model", str(base)]) == 0
     facts = json.loads(capsys.readouterr().out)

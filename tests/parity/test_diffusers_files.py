@@ -1,6 +1,5 @@
 """Files between diffusers and here, both ways, with diffusers itself as the judge, text encoders included."""
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -28,12 +27,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from dora_diffusion.bases import dense_weight
 from dora_diffusion.formats import detect_format, load_adapter, save_adapter
-from dora_diffusion.formats.scales import METADATA_KEY
 from dora_diffusion.state import AdapterState, ModuleState
 from tests.families.pipelines import PIPELINES
-from tests.families.pipelines.stable_diffusion import unet
 from tests.formats.adapters import Make, adapter_of, dense, dora, layers_of, lora
-from tests.tolerances import assert_close, assert_identical
+from tests.tolerances import assert_identical
 
 TOLERANCE = 1e-6  # of the largest number, fp32
 KINDS = (nn.Linear, nn.Conv2d, nn.Embedding)
@@ -129,6 +126,7 @@ def assert_holds(layers: dict[str, LoraLayer], original: AdapterState) -> None:
     """PEFT's layers hold exactly these adapters: the pair, its scale folded into B, and the magnitudes."""
     assert layers.keys() == original.modules.keys()
     for path, module in original.modules.items():
+        assert isinstance(module, ModuleState)
         layer = layers[path]
         (name,) = layer.lora_A
         assert layer.scaling[name] == 1.0
@@ -169,7 +167,7 @@ def test_a_file_for_one_part_leaves_the_others_alone(tmp_path: Path, name: str, 
 
 
 def test_a_layer_whose_path_is_the_end_of_others_is_told_apart(tmp_path: Path) -> None:
-    """FLUX has `proj_out` and `single_transformer_blocks.0.proj_out`; the ranks in PEFT's config go by ends of paths."""
+    """FLUX has `proj_out` and `single_transformer_blocks.0.proj_out`; PEFT's config names layers by ends of paths."""
     weights = dict(layers_of(_pipeline("flux-dev"), ["transformer"]))
     generator = torch.Generator().manual_seed(0)
     last, inner = "transformer.proj_out", "transformer.single_transformer_blocks.0.proj_out"
@@ -259,7 +257,8 @@ def merged(pipe: Any, name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "name, kind", [*(("sd1", kind) for kind in CONFIGS), ("sdxl", "patterns"), ("sd3", "patterns"), ("flux-dev", "patterns")]
+    "name, kind",
+    [*(("sd1", kind) for kind in CONFIGS), ("sdxl", "patterns"), ("sd3", "patterns"), ("flux-dev", "patterns")],
 )
 def test_files_of_diffusers_with_metadata_mean_what_was_trained(tmp_path: Path, name: str, kind: str) -> None:
     pipe = trained(name, kind)
@@ -386,6 +385,7 @@ def test_diffusers_converts_our_kohya_file_of_flux_alike(tmp_path: Path) -> None
     tensors = convert_state_dict_to_peft(FluxPipeline.lora_state_dict(str(path)))
     assert len(tensors) == 2 * len(original.modules)
     for layer, module in original.modules.items():
+        assert isinstance(module, ModuleState)
         is_outside = layer.split(".")[1] in OUTSIDE_BLOCKS
         name = layer.removeprefix("transformer.") if is_outside else layer
         name = name.replace("text_encoder.", "text_encoder.text_model.")

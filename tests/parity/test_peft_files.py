@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,8 @@ def build(pipeline: str, component: str) -> nn.Module:
 
 def one_of_each(pipeline: str, components: Iterable[str]) -> dict[str, Tensor]:
     """Weights of layers, one of every sort in a block of every sort: those whose paths differ in more than numbers."""
-    found = {re.sub(r"\.\d+", "", path): path for path, _ in layers_of(_pipeline(pipeline), components)}
     weights = dict(layers_of(_pipeline(pipeline), components))
+    found = {re.sub(r"\.\d+", "", path): path for path in weights}
     return {path: weights[path] for path in found.values()}
 
 
@@ -204,15 +205,11 @@ def _with_default(key: str) -> str:
     return f"{key}.default" if last == "lora_magnitude_vector" else f"{stem}.default{dot}{last}"
 
 
-def _both(key: str) -> str:
-    return f"{key}.default.weight" if key.endswith("lora_magnitude_vector") else _with_default(key)
-
-
 SPELLINGS: dict[str, Callable[[str], str]] = {
     "as PEFT writes them": lambda key: key,
     "magnitudes with .weight": _with_weight,
     "older dumps with .default": _with_default,
-    "both": _both,
+    "both": lambda key: _with_weight(_with_default(key)) if "magnitude" not in key else f"{key}.default.weight",
     "compiled": lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
 }
 
@@ -247,12 +244,7 @@ def test_expressions_that_peft_would_take_otherwise_are_refused(folder: tuple, p
 def varied(weight: Tensor, generator: torch.Generator) -> ModuleState:
     """A DoRA of rank 1, 2 or 3, by the shape of the weight, alpha other than the rank."""
     rank = 1 + sum(weight.shape) % 3
-    return ModuleState(
-        lora(weight, generator, rank=rank).down,
-        lora(weight, generator, rank=rank).up,
-        alpha=3.0,
-        magnitude=dora(weight, generator).magnitude,
-    )
+    return replace(lora(weight, generator, rank=rank), magnitude=dora(weight, generator).magnitude)
 
 
 WRITTEN = {
@@ -319,7 +311,8 @@ def test_embeddings_are_written_as_peft_names_them(tmp_path: Path, make: Make) -
 def test_pairs_of_other_kinds_are_written_where_they_are_exact(tmp_path: Path) -> None:
     """A Tucker core is multiplied into A, a LoHa is a pair of rank r^2: the same weights in PEFT."""
     attention = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    for number, (make, layer) in enumerate([(tucker, "mid_block.resnets.0.conv1"), (loha, attention)]):
+    cases: dict[str, Make] = {"mid_block.resnets.0.conv1": tucker, attention: loha}
+    for number, (layer, make) in enumerate(cases.items()):
         unet = build("sd1", "unet")
         before = weights_of(unet)
         generator = torch.Generator().manual_seed(0)

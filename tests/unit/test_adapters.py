@@ -289,3 +289,27 @@ def test_the_kind_says_what_is_mixed(pipe) -> None:
         ({}, "vectors"),
     ):
         assert kind_in_words(AdapterState(modules, vectors=vectors)) == kind
+
+
+def test_the_pipeline_tells_the_axis_of_a_flat_magnitude(tmp_path) -> None:
+    from safetensors.torch import save_file
+
+    pipe = random_pocket_pipeline()
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    weight = pipe.unet.get_submodule(path).weight
+    assert weight.shape[0] == weight.shape[1]
+    name = "lora_unet_" + path.replace(".", "_")
+    tensors = {
+        f"{name}.lora_down.weight": torch.zeros(1, weight.shape[1]),
+        f"{name}.lora_up.weight": torch.zeros(weight.shape[0], 1),
+    }
+    before = weight.detach().clone()
+    for norms in (weight.norm(dim=1), weight.norm(dim=0)):
+        save_file({**tensors, f"{name}.dora_scale": 1.1 * norms.detach()}, tmp_path / "a.safetensors")
+        manager = AdapterManager(pipe)
+        manager.load_adapter(tmp_path / "a.safetensors", name="a")
+        manager.set_adapters({"a": 1.0})
+        manager.fuse()
+        assert_close(pipe.unet.get_submodule(path).weight.detach(), 1.1 * before)
+        manager.unfuse()
+        manager.unload()
