@@ -209,7 +209,7 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
     "as PEFT writes them": lambda key: key,
     "magnitudes with .weight": _with_weight,
     "older dumps with .default": _with_default,
-    "both": lambda key: _with_weight(_with_default(key)) if "magnitude" not in key else f"{key}.default.weight",
+    "both": lambda key: f"{_with_default(key)}.weight" if "magnitude" in key else _with_default(key),
     "compiled": lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
 }
 
