@@ -31,6 +31,8 @@ _CLIP = re.compile(r"^(encoder\.layers|embeddings|final_layer_norm)\b")
 _NOTE = "dora_diffusion.json"  # metadata and facts that PEFT's config has no place for
 _EXTRA = "extra.safetensors"  # tensors that belong to no layer
 _UNREADABLE = (".bin", ".pt", ".pth", ".pkl")
+# Ways of PEFT to start that take the pair out of the base: what is saved is right beside that other base only.
+_MOVING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def is_folder(path: Path) -> bool:
@@ -56,8 +58,7 @@ def read_folder(path: Path, weight_of: Callable[[str], Tensor] | None = None) ->
 
 def _read_one(folder: Path, component: str | None, weight_of: Callable[[str], Tensor] | None) -> AdapterState:
     config = _json(folder / CONFIG)
-    if str(config.get("peft_type", "LORA")).upper() != "LORA":
-        raise ValueError(f"{folder / CONFIG}: peft_type is {config['peft_type']!r}, expected LORA")
+    _check_config(folder / CONFIG, config)
     if not (folder / WEIGHTS).is_file():
         pickles = [name.name for name in folder.iterdir() if name.suffix in _UNREADABLE]
         raise ValueError(
@@ -71,6 +72,17 @@ def _read_one(folder: Path, component: str | None, weight_of: Callable[[str], Te
         return read(named, told, take_apart({key: t.shape for key, t in named.items()}, told), weight_of)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+
+
+def _check_config(path: Path, config: Mapping[str, Any]) -> None:
+    if str(config.get("peft_type", "LORA")).upper() != "LORA":
+        raise ValueError(f"{path}: peft_type is {config['peft_type']!r}, expected LORA")
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start.startswith(_MOVING_STARTS):
+        raise ValueError(
+            f"{path}: init_lora_weights is {start[:40]!r}, which changed the base's weights as well; expected a LoRA "
+            "for the base as it was (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
+        )
 
 
 def _with_component(key: str, component: str | None) -> str:

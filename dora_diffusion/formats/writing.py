@@ -17,7 +17,7 @@ from dora_diffusion.formats.names import flatten
 from dora_diffusion.formats.reading import AXIS_KEY, FAMILY_KEY
 from dora_diffusion.formats.scales import METADATA_KEY, peft_config
 from dora_diffusion.formats.vectors import fuse_vector
-from dora_diffusion.state import AdapterState, Module
+from dora_diffusion.state import AdapterState, Module, ModuleState
 
 # Their makers call their layers as diffusers does.
 _SAME_NAMES = frozenset({"qwen-image"})
@@ -159,6 +159,7 @@ def _parts(layer: _Layer, adapter: AdapterState, dialect: Dialect) -> dict[str, 
 
 def _metadata(adapter: AdapterState, dialect: Dialect, family: str | None) -> dict[str, str]:
     kept = {key: text for key, text in adapter.metadata.items() if key not in (METADATA_KEY, AXIS_KEY)}
+    kept.update(_dimensions(adapter, kept))
     if family is not None and all(component.startswith("text_encoder") for component in adapter.components):
         kept.setdefault(FAMILY_KEY, family)  # a T5 alone does not tell whether it is the second encoder or the third
     axes = {module.axis for module in adapter.modules.values() if module.magnitude is not None}
@@ -171,6 +172,27 @@ def _metadata(adapter: AdapterState, dialect: Dialect, family: str | None) -> di
         for name, value in peft_config(component, _under(adapter, component)).items()
     }
     return {**kept, "format": "pt", METADATA_KEY: json.dumps(config, sort_keys=True)}
+
+
+def _dimensions(adapter: AdapterState, metadata: Mapping[str, str]) -> dict[str, str]:
+    """kohya's rank and alpha, where they are no longer what the file says; "Dynamic" is what its own resizing writes."""
+    pairs = [module for module in adapter.modules.values() if isinstance(module, ModuleState)]
+    told = {
+        "ss_network_dim": {f"{module.rank}" for module in pairs},
+        "ss_network_alpha": {f"{module.scale * module.rank:g}" for module in pairs},
+    }
+    return {
+        key: next(iter(found)) if len(found) == 1 else "Dynamic"
+        for key, found in told.items()
+        if found and key in metadata and not _same_numbers(metadata[key], found)
+    }
+
+
+def _same_numbers(text: str, found: set[str]) -> bool:
+    try:
+        return {float(text)} == {float(number) for number in found}
+    except ValueError:
+        return len(found) > 1  # "Dynamic" already, or something of another tool's
 
 
 def _under(adapter: AdapterState, component: str) -> dict[str, Module]:

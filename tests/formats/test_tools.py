@@ -5,12 +5,13 @@ The keys are spelt out from the tools' own code: OneTrainer `modules/util/conver
 ostris/ai-toolkit `toolkit/network_mixins.py`; diffusers before 0.20 `loaders.py`.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from dora_diffusion.formats import detect_format, load_adapter, save_adapter
@@ -236,3 +237,18 @@ def test_factors_norms_and_biases_of_lycoris(tmp_path) -> None:
         save_adapter(read, tmp_path / "c.safetensors")
     with pytest.raises(ValueError, match="cannot hold its w_norm; use lycoris"):
         save_adapter(replace(read, modules={}), tmp_path / "c.safetensors")
+
+
+def test_hashes_and_ranks_in_metadata_are_those_of_the_file_that_is_written(tmp_path) -> None:
+    stale = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8, "modelspec.hash_sha256": "0x0"}
+    metadata = {**stale, "ss_network_dim": "32", "ss_network_alpha": "16", "ss_note": "kept"}
+    read = load_adapter(written(tmp_path / "a.safetensors", FILES["OneTrainer kohya"][1], metadata))
+    path = save_adapter(read, tmp_path / "b.safetensors", format="kohya")
+    told = load_adapter(path).metadata
+    # as kohya-ss/sd-scripts takes them: of a file whose metadata are the `ss_` ones alone, behind its header
+    data = save(load_file(path), {key: text for key, text in told.items() if key.startswith("ss_")})
+    behind = data[8 + int.from_bytes(data[:8], "little") :]
+    assert told["sshs_model_hash"] == hashlib.sha256(behind).hexdigest()
+    assert told["modelspec.hash_sha256"] == "0x" + told["sshs_model_hash"]
+    assert told["sshs_legacy_hash"] == hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+    assert (told["ss_network_dim"], told["ss_network_alpha"], told["ss_note"]) == ("2", "1", "kept")
