@@ -148,13 +148,21 @@ def _key(component: str, name: str, dialect: Dialect, family: str | None) -> str
 def _parts(layer: _Layer, adapter: AdapterState, dialect: Dialect) -> dict[str, Tensor]:
     parts: dict[str, Tensor] = {}
     if modules := layer.of(adapter.modules):
-        parts.update(parts_of(layer.key, fuse(layer.fusion, modules), dialect.suffixes))
+        parts.update(parts_of(layer.key, _fused(layer.fusion, modules), dialect.suffixes))
     if weights := layer.vectors(adapter.vectors, "weight"):
         parts["w_norm"] = fuse_vector(layer.fusion, weights)
     if biases := layer.vectors(adapter.vectors, "bias"):
         is_norm = "w_norm" in parts or (not modules and _NORMS.search(layer.fusion.paths[0]) is not None)
         parts["b_norm" if is_norm else "diff_b"] = fuse_vector(layer.fusion, biases)
     return parts
+
+
+def _fused(fusion: Fusion, modules: Mapping[str, Module]) -> Module:
+    try:
+        return fuse(fusion, modules)
+    except ValueError as error:
+        hint = "lycoris, onetrainer-legacy and diffusers write such layers one by one"
+        raise ValueError(f"{error}; {hint}") from None
 
 
 def _metadata(adapter: AdapterState, dialect: Dialect, family: str | None) -> dict[str, str]:
@@ -175,7 +183,7 @@ def _metadata(adapter: AdapterState, dialect: Dialect, family: str | None) -> di
 
 
 def _dimensions(adapter: AdapterState, metadata: Mapping[str, str]) -> dict[str, str]:
-    """kohya's rank and alpha, where they are no longer what the file says; "Dynamic" is what its own resizing writes."""
+    """kohya's rank and alpha where the file says others; "Dynamic" is what kohya's own resizing writes."""
     pairs = [module for module in adapter.modules.values() if isinstance(module, ModuleState)]
     told = {
         "ss_network_dim": {f"{module.rank}" for module in pairs},

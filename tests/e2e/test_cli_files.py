@@ -1,4 +1,4 @@
-"""inspect, convert, blend, resize, extract, bake as a person runs them: what is written is compared, errors are a line."""
+"""inspect, convert, blend, resize, extract, bake as people run them: what is written is compared, errors are a line."""
 
 import json
 import re
