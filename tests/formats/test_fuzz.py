@@ -104,7 +104,7 @@ def test_the_watch_sees_what_it_watches_for(tmp_path) -> None:
         "fine": _succeed,
     }
     path = tmp_path / "x"
-    with Watch(readers, patience=5) as watch:
+    with Watch(readers, patience=2) as watch:
         outcomes = {outcome.reader: outcome for outcome in watch.read(path)}
     found = {name: " ".join(faults(outcome, path, 0)) for name, outcome in outcomes.items()}
     assert found["sleep"] == "hang"

@@ -1,120 +1,17 @@
-"""The app in a real Chromium: two adapters are blended by keyboard and mouse, and Stop stops."""
+"""Two adapters are blended by keyboard and mouse, Stop stops, a closed tab stops, a mistake is one line."""
 
 import json
-import shutil
-import socket
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import numpy as np
-import pytest
-from diffusers import StableDiffusionPipeline
 from PIL import Image
+from playwright.sync_api import Page, expect
 
 from dora_diffusion.storage import sha256_of
-from ui.options import UiOptions
-
-pytest.importorskip("gradio", reason="gradio is not installed: pip install dora-diffusion[ui]")
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.browser,
-    # what gradio 6.31's queue asks of pandas, pandas 3 calls deprecated
-    pytest.mark.filterwarnings("ignore:'future.no_silent_downcasting' is deprecated"),
-    pytest.mark.filterwarnings("ignore:The copy keyword is deprecated"),
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: apt-get install chromium"),
-]
-
-from playwright.sync_api import Page, expect  # noqa: E402  (after the skips above)
-
-from ui.app import RunningApp, launch  # noqa: E402
-
-SWITCHES = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
-PATIENCE_MS = 20_000
-PHONE = {"width": 390, "height": 844}
-
-
-@dataclass
-class Tab:
-    """A page and what it did."""
-
-    page: Page
-    hosts: set[str | None] = field(default_factory=set)
-    errors: list[str] = field(default_factory=list)
-
-    def watch(self) -> None:
-        """Note every host that is asked and every script error."""
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("request", lambda request: self._note(request.url))
-
-    def _note(self, url: str) -> None:
-        if urlsplit(url).scheme not in ("data", "blob"):
-            self.hosts.add(urlsplit(url).hostname)
-
-    def pick(self, slot: int, name: str) -> None:
-        """Choose an adapter and wait for its badge."""
-        self.page.locator(f"#slot-{slot}-file input").click()
-        self.page.locator(f"#slot-{slot}-file").get_by_role("option", name=name, exact=True).click()
-        expect(self.page.locator(f"#slot-{slot}-badge")).to_contain_text("88/88 keys matched", timeout=PATIENCE_MS)
-
-    def set_number(self, elem_id: str, value: str) -> None:
-        """Type into the number box of a slider."""
-        box = self.page.locator(f"#{elem_id} input[type=number]")
-        box.fill(value)
-        box.press("Tab")
-
-    def press_on_slider(self, elem_id: str, key: str, times: int) -> None:
-        """Move a slider by the keyboard."""
-        slider = self.page.locator(f"#{elem_id} input[type=range]")
-        slider.focus()
-        for _ in range(times):
-            slider.press(key)
-
-
-@pytest.fixture(scope="module")
-def base(pipe: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The random pocket as a folder."""
-    folder = tmp_path_factory.mktemp("base")
-    pipe.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def app(base: Path, adapters: Path, tmp_path: Path) -> Iterator[RunningApp]:
-    """The app on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = UiOptions(model=str(base), adapters=adapters, output=tmp_path / "out", port=port)
-    running = launch(options, block=False)
-    yield running
-    running.close()
-
-
-@pytest.fixture
-def tab(app: RunningApp) -> Iterator[Tab]:
-    """A tab that shows the app; at the end nothing may have left loopback or gone wrong in the page."""
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
-        tab = Tab(browser.new_page(viewport={"width": 1280, "height": 900}))
-        tab.watch()
-        tab.page.goto(app.url)
-        expect(tab.page.locator("#prompt textarea")).to_be_visible(timeout=PATIENCE_MS)
-        yield tab
-        browser.close()
-    assert tab.hosts == {"127.0.0.1"}
-    assert tab.errors == []
+from tests.ui.tab import PATIENCE_MS, PHONE, Tab
+from ui.app import RunningApp
 
 
 def _shown(page: Page, elem_id: str) -> bytes:
