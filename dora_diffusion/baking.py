@@ -21,7 +21,7 @@ import dora_diffusion
 from dora_diffusion.base_weights import is_table, local_base
 from dora_diffusion.formats.checkpoints import Checkpoint, Place, main_weights, open_checkpoint, weight_files
 from dora_diffusion.formats.tensor_file import BLOCK_BYTES, TensorFile, write_tensor_file
-from dora_diffusion.mixing import MODES, Term
+from dora_diffusion.mixing import ACTIVE_AT_ZERO, MODES, Term
 from dora_diffusion.state import AdapterState, Module
 from dora_diffusion.storage import atomic_file, sync_folder
 from dora_diffusion.strengths import Weight, check_strength, is_meant, strength_at
@@ -204,7 +204,7 @@ def _plan(source: Path, adapters: Mapping[str, AdapterState], weights: Mapping[s
         raise ValueError(f"mode {mode!r} is unknown: expected one of {', '.join(MODES)}")
     if unknown := [name for name in weights if name not in adapters]:
         raise ValueError(f"no adapter named {unknown[0]!r}; there are: {', '.join(adapters) or 'none'}")
-    base, wanted = open_checkpoint(source), _wanted(adapters, weights)
+    base, wanted = open_checkpoint(source), _wanted(adapters, weights, mode)
     if not wanted:
         raise ValueError("no adapter has a strength on any layer: there is nothing to bake")
     places = {path: base.find(path) for path in dict.fromkeys(each.path for each in wanted)}
@@ -224,15 +224,16 @@ def _plan(source: Path, adapters: Mapping[str, AdapterState], weights: Mapping[s
     return _Plan(base, mode, changes, _notes(source, weights, mode))
 
 
-def _wanted(adapters: Mapping[str, AdapterState], weights: Mapping[str, Weight]) -> list["_Part"]:
-    """What the adapters do wherever their strengths speak of it, be it 0: to some modes that is not nothing."""
+def _wanted(adapters: Mapping[str, AdapterState], weights: Mapping[str, Weight], mode: str) -> list["_Part"]:
+    """What the adapters do wherever their strengths speak of it; 0 counts in modes to which it is not nothing."""
     found = []
     for name, weight in weights.items():
         adapter = adapters[name]
         check_strength(name, weight, (*adapter.modules, *adapter.vectors))
         for path, module in adapter.modules.items():
-            if is_meant(path, weight):
-                found.append(_Part(name, f"{path}.weight", strength_at(path, weight), module))
+            strength = strength_at(path, weight)
+            if is_meant(path, weight) and (strength or mode in ACTIVE_AT_ZERO):
+                found.append(_Part(name, f"{path}.weight", strength, module))
         for path, vector in adapter.vectors.items():
             if strength := strength_at(path, weight):
                 found.append(_Part(name, path, strength, vector))

@@ -100,6 +100,26 @@ def _kronecker_half(factors: Factors, number: int) -> Pair:
     return Pair(a.T, torch.einsum("ij...,jq->iq...", core, b).flatten(1))
 
 
+def pair_norm(left: Tensor, right: Tensor) -> Tensor:
+    """||P Q||, the root of the sum of squares, without forming P Q where its rank is low: sum(P^T P * Q Q^T)."""
+    (out, rank), columns = left.shape, right.shape[1]
+    if out * columns <= rank * rank:
+        whole: Tensor = torch.linalg.vector_norm(left @ right)
+        return whole
+    return ((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt()
+
+
+def kronecker_norm(factors: Factors) -> Tensor:
+    """||kron(w1, w2)|| = ||w1|| ||w2||."""
+    halves = [_kronecker_half(factors, number) if f"lokr_w{number}" not in factors else None for number in (1, 2)]
+    norms = [
+        torch.linalg.vector_norm(factors[f"lokr_w{number}"]) if half is None else pair_norm(half.left, half.right)
+        for number, half in enumerate(halves, start=1)
+    ]
+    product: Tensor = norms[0] * norms[1]
+    return product
+
+
 def dense_pair(delta: Tensor) -> Pair:
     """D itself beside an identity, on the smaller side."""
     flat = rows(delta)

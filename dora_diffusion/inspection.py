@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dora_diffusion.base_weights import BaseWeights
 from dora_diffusion.fitting import kind_in_words
-from dora_diffusion.formats import Examined, examine, load_adapter
+from dora_diffusion.formats import Examined, load_examined
 from dora_diffusion.formats.kinship import family_of
 from dora_diffusion.state import AdapterState, Module
 from dora_diffusion.storage import sha256_of
@@ -29,7 +29,7 @@ def inspect_adapter(path: str | Path, *, base: BaseWeights | None = None) -> dic
         ValueError: the file is broken.
     """
     path = Path(path)
-    examined, adapter = examine(path), load_adapter(path, base=base)
+    adapter, examined = load_examined(path, base=base)
     facts: dict[str, Any] = {
         "file": str(path),
         "format": examined.format,
@@ -101,7 +101,7 @@ def _delta_norms(adapter: AdapterState) -> dict[str, float]:
     totals: dict[str, float] = {}
     for path, module in adapter.modules.items():
         part = path.split(".", 1)[0]
-        norm = float(torch.linalg.vector_norm(module.to(dtype=torch.float32).delta()))
+        norm = float(module.to(dtype=torch.float32).delta_norm())
         totals[part] = totals.get(part, 0.0) + norm**2
     return {part: round(total**0.5, 4) for part, total in totals.items()}
 

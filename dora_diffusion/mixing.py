@@ -191,6 +191,9 @@ MODES: Mapping[str, Callable[[Tensor, Sequence[Term]], Tensor]] = {
     "lycoris": as_lycoris,
 }
 
+# To these an adapter at strength 0 is not one that is not there, as in the tools that they follow.
+ACTIVE_AT_ZERO = frozenset({"peft", "lycoris"})
+
 MODE_SENTENCES: Mapping[str, str] = {
     "additive": "Adds what each adapter changes, times its strength; order does not matter.",
     "compose": "Makes one DoRA of all: differences add up, magnitudes multiply; order does not matter.",

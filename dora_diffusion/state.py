@@ -14,7 +14,9 @@ from dora_diffusion.factorisations import (
     hadamard_delta,
     hadamard_pair,
     kronecker_delta,
+    kronecker_norm,
     kronecker_pair,
+    pair_norm,
     tucker_down,
 )
 from dora_diffusion.functional import Axis, low_rank_delta, rows, scale_of
@@ -75,6 +77,11 @@ class ModuleState:
         pair = self.as_pair()
         return low_rank_delta(pair.down, pair.up, self.scale)
 
+    def delta_norm(self) -> Tensor:
+        """||D||, without forming D where it need not be."""
+        pair = self.as_pair()
+        return abs(self.scale) * pair_norm(rows(pair.up), rows(pair.down))
+
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "ModuleState":
         """The same module with its tensors moved or cast."""
         moved = {name: tensor.to(device=device, dtype=dtype) for name, tensor in self.tensors.items()}
@@ -130,6 +137,10 @@ class FactoredState:
         """D, dense, (out, in[, kh, kw]) or flat (out, in kh kw) as the factors are, in their dtype."""
         return self.scale * _DELTAS[self.algorithm](self.factors)
 
+    def delta_norm(self) -> Tensor:
+        """||D||, without forming D where it need not be."""
+        return abs(self.scale) * _NORMS[self.algorithm](self.factors)
+
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "FactoredState":
         """The same module with its tensors moved or cast."""
         factors = {name: tensor.to(device=device, dtype=dtype) for name, tensor in self.factors.items()}
@@ -145,6 +156,21 @@ def _full_pair(factors: Factors) -> Pair:
     return dense_pair(rows(factors["diff"]))
 
 
+def _full_norm(factors: Factors) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(factors["diff"])
+    return norm
+
+
+def _hadamard_norm(factors: Factors) -> Tensor:
+    pair = hadamard_pair(factors)
+    return pair_norm(pair.left, pair.right)
+
+
+_NORMS: Mapping[Algorithm, Callable[[Factors], Tensor]] = {
+    "loha": _hadamard_norm,
+    "lokr": kronecker_norm,
+    "full": _full_norm,
+}
 _DELTAS: Mapping[Algorithm, Callable[[Factors], Tensor]] = {
     "loha": hadamard_delta,
     "lokr": kronecker_delta,

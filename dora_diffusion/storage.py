@@ -43,6 +43,17 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+def replace_path(new: Path, path: Path) -> None:
+    """Put a finished file or folder in the place of another; a folder that was there is removed last."""
+    before = path.with_name(f".{path.name}.{os.getpid()}.before")
+    shutil.rmtree(before, ignore_errors=True)  # of one that was killed
+    if path.is_dir():  # a folder cannot be replaced by another in one step
+        os.rename(path, before)
+    os.replace(new, path)
+    shutil.rmtree(before, ignore_errors=True)
+    sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename in a folder last: what it holds is on disk when this returns."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -61,6 +61,15 @@ def verify_blend(
         worst = Verified(error, path, len(paths)) if error >= worst.error else worst
         if progress is not None:
             progress(number + 1, len(paths))
+    for path in dict.fromkeys(path for adapter in adapters.values() for path in adapter.vectors):
+        parts = [
+            (adapters[name].vectors[path], strength_at(path, weight))
+            for name, weight in weights.items()
+            if path in adapters[name].vectors
+        ]
+        summed = torch.stack([strength * vector.float() for vector, strength in parts]).sum(0)
+        error = _relative(written.vectors.get(path, torch.zeros_like(summed)).float() - summed, summed)
+        worst = Verified(error, path, len(paths)) if error > worst.error else worst
     return worst
 
 
@@ -114,7 +123,13 @@ def verify_copy(written: AdapterState, original: AdapterState) -> Verified:
     worst = Verified(0.0, "", len(original.modules))
     for path, module in original.modules.items():
         error = _copy_error(path, written.modules[path], module)
-        worst = Verified(error, path, len(original.modules)) if error >= worst.error else worst
+        worst = Verified(error, path, worst.layers) if error >= worst.error else worst
+    for path, vector in original.vectors.items():
+        error = _relative(written.vectors[path].float() - vector.float(), vector.float())
+        worst = Verified(error, path, worst.layers) if error > worst.error else worst
+    for key, tensor in original.extra.items():
+        if not torch.equal(written.extra[key], tensor):
+            raise ValueError(f"{key}: a tensor that belongs to no layer came back changed")
     return worst
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.fuzz.parts import Parts, of_tensors, with_length
+from dora_diffusion.formats.container import MAX_TENSORS
 
 Maker = Callable[[Path], None]
 KEY = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -124,12 +125,14 @@ _LARGE: dict[str, Maker] = {
     "header of all bytes": _raw((2**64 - 1).to_bytes(8, "little") + b"{}"),
     "a million tiny tensors": _lazily(lambda: _many(1_000_000, str)),
     "a hundred thousand": _lazily(lambda: _many(100_000, str)),
-    "25,000 tensors of nothing known": _lazily(lambda: _many(25_000, lambda number: f"tensor.number.{number}.of.many")),
-    "25,000 halves of pairs": _lazily(lambda: _many(25_000, lambda n: f"{LAYER.format(n)}.lora_A.weight")),
-    "25,000 keys of kohya, flat": _lazily(
-        lambda: _many(25_000, lambda n: f"lora_unet_down_blocks_{n}_attentions_0_transformer_blocks_0.alpha")
+    "most allowed: tensors of nothing known": _lazily(
+        lambda: _many(MAX_TENSORS, lambda number: f"tensor.number.{number}.of.many")
     ),
-    "25,001 tensors": _lazily(lambda: _many(25_001, str)),
+    "most allowed: halves of pairs": _lazily(lambda: _many(MAX_TENSORS, lambda n: f"{LAYER.format(n)}.lora_A.weight")),
+    "most allowed: keys of kohya, flat": _lazily(
+        lambda: _many(MAX_TENSORS, lambda n: f"lora_unet_down_blocks_{n}_attentions_0_transformer_blocks_0.alpha")
+    ),
+    "one tensor too many": _lazily(lambda: _many(MAX_TENSORS + 1, str)),
     "lists without end": _lazily(lambda: _filled(b"[],", 4.9)),
     "lists within the count": _lazily(lambda: _filled(b"[],", 0.14)),
     "objects without end": _lazily(lambda: _filled(b"{},", 4.9)),
@@ -148,7 +151,10 @@ _LARGE: dict[str, Maker] = {
     ),
     "most tensors, most sides": _lazily(
         lambda: Parts(
-            {f"{n}.": {"dtype": "U8", "shape": [1000, 0, *[1000] * 4], "data_offsets": [0, 0]} for n in range(25_000)},
+            {
+                f"{n}.": {"dtype": "U8", "shape": [1000, 0, *[1000] * 4], "data_offsets": [0, 0]}
+                for n in range(MAX_TENSORS)
+            },
             b"",
         ).packed()
     ),

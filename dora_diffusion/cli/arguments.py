@@ -1,8 +1,11 @@
 """What several commands share: names of bases, adapters with strengths, progress bars."""
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+import shutil
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +20,7 @@ FORMATS = (
     *("diffusers", "peft", "kohya", "comfyui", "lycoris"),
     *("ai-toolkit", "old-diffusers", "omi", "onetrainer-legacy", "original"),
 )
+WHOLE = ("kohya", "lycoris", "comfyui", "onetrainer-legacy", "original", "omi")  # can hold a whole difference
 MODES = ("additive", "compose", "direction-magnitude", "peft", "comfyui", "a1111", "lycoris")
 MERGES = ("svd", "magnitude-prune", "ties", "dare-linear", "dare-ties")
 
@@ -58,6 +62,51 @@ def add_mix(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def free_name(stem: str, taken: Container[str]) -> str:
+    """`ink`, or `ink-2`, `ink-3` ... where that is taken."""
+    names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
+    return next(name for name in names if name not in taken)
+
+
+def check_output(path: Path, format: str | None) -> None:
+    """Refuse a place that cannot be written to, before minutes of work.
+
+    Raises:
+        ValueError: the name does not suit the format, or what is there is in the way.
+    """
+    if format == "peft":
+        if path.suffix == ".safetensors":
+            raise ValueError(f"{path}: the peft format is a folder; give a name without .safetensors")
+        from dora_diffusion.formats.peft import check_place
+
+        check_place(path)
+    elif path.suffix != ".safetensors":
+        raise ValueError(f"{path}: expected a name that ends in .safetensors")
+    elif path.is_dir():
+        raise ValueError(f"{path} is a folder; expected the name of a file")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"{path}: nothing can be written to {parent}")
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write to and read back from; it becomes `path` when the block ends without an error."""
+    new = path.with_name(f".{path.stem}.{os.getpid()}.new{path.suffix}")
+    try:
+        yield new
+        from dora_diffusion.storage import replace_path
+
+        replace_path(new, path)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(new), str(path))) from None
+    finally:
+        if new.is_dir():
+            shutil.rmtree(new, ignore_errors=True)
+        else:
+            new.unlink(missing_ok=True)
+
+
 def read_mix(
     adapters: Sequence[str], parts: Sequence[str], base: "BaseWeights"
 ) -> tuple[dict[str, "AdapterState"], dict[str, Any]]:
@@ -76,7 +125,7 @@ def read_mix(
         path, strength = split_adapter(text)
         if not path.exists():
             raise ValueError(f"--adapter {path}: no such file")
-        name = path.stem if path.stem not in states else f"{path.stem}-{len(states) + 1}"
+        name = free_name(path.stem, states)
         states[name], weights[name] = load_adapter(path, base=base), strength
     return states, with_parts(weights, parts, {name: state.components for name, state in states.items()})
 
@@ -111,13 +160,18 @@ def open_base(name: str) -> "BaseWeights":
 
 @contextmanager
 def progress(description: str, unit: str = "layer") -> Iterator[Callable[..., None]]:
-    """A bar that takes (done, total) and whatever else it is told."""
+    """A bar that takes (done, total) and whatever else it is told; it appears with the first news."""
     from tqdm import tqdm
 
-    with tqdm(desc=description, unit=unit, unit_scale=unit == "B") as bar:
+    bars: list[tqdm] = []
 
-        def advance(done: int, total: int, *more: object) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+    def advance(done: int, total: int, *more: object) -> None:
+        if not bars:
+            bars.append(tqdm(desc=description, total=total, unit=unit, unit_scale=unit == "B"))
+        bars[0].update(done - bars[0].n)
 
+    try:
         yield advance
+    finally:
+        for bar in bars:
+            bar.close()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_diffusion.cli.arguments import BASES, MODES, add_mix, split_adapter, with_parts
+from dora_diffusion.cli.arguments import BASES, MODES, add_mix, free_name, split_adapter, with_parts
 
 if TYPE_CHECKING:
     from dora_diffusion.adapters import AdapterManager
@@ -90,8 +90,8 @@ def _blend(
     from dora_diffusion.generation import AdapterUse
 
     weights, components = {}, {}
-    for index, (path, strength) in enumerate(adapters):
-        name = path.stem if path.stem not in manager.names else f"{path.stem}-{index + 1}"
+    for path, strength in adapters:
+        name = free_name(path.stem, manager.names)
         report = manager.load_adapter(path, name=name)
         weights[name], components[name] = strength, report.components
         print(

@@ -2,11 +2,11 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_diffusion.cli.arguments import FORMATS, LOCAL_BASES, open_base, progress
+from dora_diffusion.cli.arguments import FORMATS, LOCAL_BASES, WHOLE, check_output, open_base, progress, staged
 
 if TYPE_CHECKING:
     from dora_diffusion.base_weights import BaseWeights
@@ -90,15 +90,32 @@ def _convert(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
     base = None if arguments.base is None else open_base(arguments.base)
     original = load_adapter(arguments.source, base=base)
+    format = _format(original, arguments)
+    if arguments.lora and arguments.rank is None and format not in WHOLE:
+        raise ValueError(
+            f"--lora without --rank is a whole difference; name a --rank, or a format of {', '.join(WHOLE)}"
+        )
     adapter = _changed(original, arguments, base) if base is not None and changes else original
-    _write(adapter, arguments)
-    if base is None:
-        from dora_diffusion.verification import verify_copy
-
-        print(verify_copy(load_adapter(arguments.output), original).sentence())
-    else:
-        print(_verified(arguments.output, original, base).sentence())
+    _write(adapter, arguments, format, lambda path: _compared(path, original, base))
     return 0
+
+
+def _format(adapter: "AdapterState", arguments: argparse.Namespace) -> str:
+    """The format to write, its place checked before any work."""
+    format = str(arguments.to or adapter.origin or "diffusers")
+    check_output(arguments.output, format)
+    return format
+
+
+def _compared(path: Path, original: "AdapterState", base: "BaseWeights | None") -> "Verified":
+    """What was written beside what it was made of: the weights where a base is at hand, else the tensors."""
+    from dora_diffusion.formats import load_adapter
+    from dora_diffusion.verification import verify_blend, verify_copy
+
+    if base is None:
+        return verify_copy(load_adapter(path), original)
+    with progress("reading back") as advance:
+        return verify_blend(load_adapter(path, base=base), {"": original}, {"": 1.0}, base=base, progress=advance)
 
 
 def _changed(adapter: "AdapterState", arguments: argparse.Namespace, base: "BaseWeights") -> "AdapterState":
@@ -112,7 +129,10 @@ def _changed(adapter: "AdapterState", arguments: argparse.Namespace, base: "Base
         return to_out_axis(adapter, base=base, rank=arguments.rank, progress=advance)
 
 
-def _write(adapter: "AdapterState", arguments: argparse.Namespace) -> None:
+def _write(
+    adapter: "AdapterState", arguments: argparse.Namespace, format: str, verify: "Callable[[Path], Verified]"
+) -> None:
+    """Write beside the output, read back, and only then put it in its place: OUT may be IN."""
     import torch
 
     from dora_diffusion.formats import save_adapter
@@ -121,16 +141,10 @@ def _write(adapter: "AdapterState", arguments: argparse.Namespace) -> None:
     if arguments.dtype is not None:
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         adapter = cast(adapter, dtypes[arguments.dtype])
-    format = arguments.to or adapter.origin or "diffusers"
-    print(f"wrote {save_adapter(adapter, arguments.output, format=format)} ({format})")
-
-
-def _verified(path: Path, meant: "AdapterState", base: "BaseWeights") -> "Verified":
-    from dora_diffusion.formats import load_adapter
-    from dora_diffusion.verification import verify_blend
-
-    with progress("reading back") as advance:
-        return verify_blend(load_adapter(path, base=base), {"": meant}, {"": 1.0}, base=base, progress=advance)
+    with staged(arguments.output) as path:
+        save_adapter(adapter, path, format=format)
+        sentence = verify(path).sentence()
+    print(f"wrote {arguments.output} ({format})\n{sentence}")
 
 
 def add_resize(parser: argparse.ArgumentParser) -> None:
@@ -150,6 +164,7 @@ def _resize(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
     base = None if arguments.base is None else open_base(arguments.base)
     original = load_adapter(arguments.source, base=base)
+    format = _format(original, arguments)
     reports: list[Report] = []
     with progress("resizing") as advance:
         adapter = resize(
@@ -160,14 +175,8 @@ def _resize(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
             progress=advance,
             report=reports.append,
         )
-    _write(adapter, arguments)
+    _write(adapter, arguments, format, lambda path: _compared(path, original, base))
     print(reports[0].sentence())
-    if base is not None:
-        print(_verified(arguments.output, original, base).sentence())
-    else:
-        from dora_diffusion.verification import verify_copy
-
-        print(verify_copy(load_adapter(arguments.output), original).sentence())
     return 0
 
 
@@ -191,6 +200,8 @@ def add_extract(parser: argparse.ArgumentParser) -> None:
 
 def _extract(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from dora_diffusion.conversion import Extraction, Report, extract
+    from dora_diffusion.formats import load_adapter
+    from dora_diffusion.verification import verify_tuned
 
     tuned, base = open_base(arguments.tuned), open_base(arguments.base)
     options = Extraction(
@@ -199,15 +210,16 @@ def _extract(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         error=arguments.error,
         vectors=arguments.vectors,
     )
+    format = arguments.to or "diffusers"
+    check_output(arguments.output, format)
     reports: list[Report] = []
     with progress("extracting") as advance:
         adapter = extract(tuned, base, rank=arguments.rank, options=options, progress=advance, report=reports.append)
-    _write(adapter, arguments)
-    print(reports[0].sentence())
-    from dora_diffusion.formats import load_adapter
-    from dora_diffusion.verification import verify_tuned
 
-    with progress("reading back") as advance:
-        found = verify_tuned(load_adapter(arguments.output, base=base), tuned, base=base, progress=advance)
-    print(found.sentence())
+    def verify(path: Path) -> "Verified":
+        with progress("reading back") as advance:
+            return verify_tuned(load_adapter(path, base=base), tuned, base=base, progress=advance)
+
+    _write(adapter, arguments, format, verify)
+    print(reports[0].sentence())
     return 0

@@ -4,7 +4,18 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dora_diffusion.cli.arguments import FORMATS, LOCAL_BASES, MERGES, MODES, add_mix, open_base, progress, read_mix
+from dora_diffusion.cli.arguments import (
+    FORMATS,
+    LOCAL_BASES,
+    MERGES,
+    MODES,
+    add_mix,
+    check_output,
+    open_base,
+    progress,
+    read_mix,
+    staged,
+)
 
 
 def add_blend(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +39,7 @@ def _blend(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from dora_diffusion.formats import load_adapter, save_adapter
     from dora_diffusion.verification import verify_blend, verify_copy
 
+    check_output(arguments.output, arguments.to)
     base = open_base(arguments.base)
     states, weights = read_mix(arguments.adapter, arguments.part, base)
     options = BlendOptions(density=arguments.density, seed=arguments.seed)
@@ -35,15 +47,16 @@ def _blend(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         blended = blend_with_report(
             states, weights, base=base, mode=arguments.mode, rank=arguments.rank, options=options, progress=advance
         )
-    print(f"wrote {save_adapter(blended.adapter, arguments.output, format=arguments.to)} ({arguments.to})")
-    print(blended.report.sentence())
-    written = load_adapter(arguments.output, base=base)
-    if arguments.mode in MODES:
-        with progress("reading back") as advance:
-            found = verify_blend(written, states, weights, base=base, mode=arguments.mode, progress=advance)
-        print(f"{found.sentence()} against the live {arguments.mode} mix")
-    else:
-        print(verify_copy(written, blended.adapter).sentence())
+    with staged(arguments.output) as path:
+        save_adapter(blended.adapter, path, format=arguments.to)
+        written = load_adapter(path, base=base)
+        if arguments.mode in MODES:
+            with progress("reading back") as advance:
+                found = verify_blend(written, states, weights, base=base, mode=arguments.mode, progress=advance)
+            sentence = f"{found.sentence()} against the live {arguments.mode} mix"
+        else:
+            sentence = verify_copy(written, blended.adapter).sentence()
+    print(f"wrote {arguments.output} ({arguments.to})\n{blended.report.sentence()}\n{sentence}")
     return 0
 
 

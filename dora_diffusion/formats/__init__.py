@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dora_diffusion.formats import peft
-from dora_diffusion.formats.container import read_header, read_tensors
+from dora_diffusion.formats.container import Container, read_header, shown
 from dora_diffusion.formats.dialects import DIALECTS, PEFT_FILE, Dialect, Signs
 from dora_diffusion.formats.hashes import with_hashes
 from dora_diffusion.formats.reading import Reading, read, take_apart, with_origin
@@ -18,7 +19,16 @@ from dora_diffusion.formats.writing import write
 from dora_diffusion.state import AdapterState
 from dora_diffusion.storage import save_tensors
 
-__all__ = ["FORMATS", "Examined", "detect_format", "examine", "load_adapter", "read_header", "save_adapter"]
+__all__ = [
+    "FORMATS",
+    "Examined",
+    "detect_format",
+    "examine",
+    "load_adapter",
+    "load_examined",
+    "read_header",
+    "save_adapter",
+]
 
 WeightOf = Callable[[str], Tensor]
 
@@ -60,12 +70,14 @@ def examine(path: str | Path) -> Examined:
         weights = [file for file in sorted(path.rglob(peft.WEIGHTS)) if file.is_file()]
         keys = [f"{file.parent.name}/{key}" for file in weights for key in read_header(file) if key != "__metadata__"]
         return Examined("peft", len(keys), (), len({key.rpartition(".lora_")[0] for key in keys}))
-    header = read_header(path)
-    metadata = header.pop("__metadata__", {})
-    keys = list(header)
-    reading = take_apart({key: entry["shape"] for key, entry in header.items()}, metadata)
-    unknown = tuple(key for key in keys if not reading.is_known(key))
-    return Examined(_format_of(path, reading, keys), len(keys) - len(unknown), unknown, len(reading.places))
+    with Container(path) as file:
+        return _examined(path, file, _taken_apart(file))
+
+
+def _examined(path: Path, file: Container, reading: Reading) -> Examined:
+    unknown = tuple(key for key in file.keys if not reading.is_known(key))
+    matched = len(file.keys) - len(unknown)
+    return Examined(_format_of(path, reading, file.keys), matched, unknown, len(reading.places))
 
 
 def _format_of(path: Path, reading: Reading, keys: list[str]) -> str:
@@ -74,6 +86,12 @@ def _format_of(path: Path, reading: Reading, keys: list[str]) -> str:
         for dialect in DIALECTS:
             if dialect.recognises(signs):
                 return dialect.name
+    plain = sum(key.endswith((".weight", ".bias")) for key in keys)
+    if len(keys) > 1 and not reading.keys and 5 * plain > 4 * len(keys):
+        raise ValueError(
+            f"{path}: no adapter, a whole model by its {len(keys)} keys; name it as a base (--base, --model), or take "
+            "an adapter out of it: dora-diffusion extract"
+        )
     example = f", first key {keys[0][:100]!r}" if keys else ", no tensors"
     raise ValueError(f"{path}: no adapter format known here ({', '.join(FORMATS)}) fits its {len(keys)} keys{example}")
 
@@ -105,26 +123,27 @@ def load_adapter(path: str | Path, *, base: WeightOf | None = None) -> AdapterSt
     Raises:
         ValueError: one line that names the file and what is wrong.
     """
+    return load_examined(path, base=base)[0]
+
+
+def load_examined(path: str | Path, *, base: WeightOf | None = None) -> tuple[AdapterState, Examined]:
+    """`load_adapter` and `examine` at once, with one look at the file."""
     path = Path(path)
     if path.is_dir():
-        return with_origin(peft.read_folder(path, base), examine(path).format)
-    reading, origin = _taken_apart(path)
-    tensors, metadata = read_tensors(path)
-    if not reading.keys.keys() <= tensors.keys():
-        raise ValueError(f"{path}: the file changed while it was read")
+        found = examine(path)
+        return with_origin(peft.read_folder(path, base), found.format), found
+    with Container(path) as file:  # a large file of another kind is known by its header
+        reading = _taken_apart(file)
+        found = _examined(path, file, reading)
+        tensors, metadata = file.tensors(), file.metadata
     try:
-        return with_origin(read(tensors, metadata, reading, base), origin)
+        return with_origin(read(tensors, metadata, reading, base), found.format), found
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{shown(path, 300)}: {error}") from None
 
 
-def _taken_apart(path: Path) -> tuple[Reading, str]:
-    """The layers of a file and the name of its format, from its header: a large file of another kind is not read."""
-    header = read_header(path)
-    metadata = header.pop("__metadata__", {})
-    keys = list(header)
-    reading = take_apart({key: entry["shape"] for key, entry in header.items()}, metadata)
-    return reading, _format_of(path, reading, keys)
+def _taken_apart(file: Container) -> Reading:
+    return take_apart({key: file.header[key]["shape"] for key in file.keys}, file.metadata)
 
 
 def save_adapter(adapter: AdapterState, path: str | Path, *, format: str = "diffusers") -> Path:
@@ -138,9 +157,24 @@ def save_adapter(adapter: AdapterState, path: str | Path, *, format: str = "diff
         raise ValueError(f"format {format!r} is unknown: expected one of {', '.join(FORMATS)}")
     if not adapter.modules and not adapter.vectors:
         raise ValueError(f"{path}: the adapter has no layers")
-    if FORMATS[format] is PEFT_FILE:
-        peft.write_folder(adapter, path)
-        return path
-    tensors, metadata = write(adapter, FORMATS[format])
-    save_tensors(tensors, path, with_hashes(tensors, metadata))
+    _check_finite(adapter)
+    try:
+        if FORMATS[format] is PEFT_FILE:
+            peft.write_folder(adapter, path)
+        else:
+            tensors, metadata = write(adapter, FORMATS[format])
+            save_tensors(tensors, path, with_hashes(tensors, metadata))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
     return path
+
+
+def _check_finite(adapter: AdapterState) -> None:
+    """Nothing is written that could not be read again."""
+    for path, module in adapter.modules.items():
+        for name, tensor in module.tensors.items():
+            if not bool(torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor).all()):
+                raise ValueError(f"{path}: {name} holds NaN or infinite values, in {tensor.dtype}; nothing was written")
+    for path, vector in adapter.vectors.items():
+        if not bool(torch.isfinite(vector).all()):
+            raise ValueError(f"{path}: the vector holds NaN or infinite values; nothing was written")

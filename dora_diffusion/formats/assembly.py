@@ -17,6 +17,7 @@ from dora_diffusion.functional import TINY_NORM, Axis, squared_row_norms
 from dora_diffusion.state import Algorithm, FactoredState, Module, ModuleState
 
 Parts = Mapping[str, Tensor]
+MOST_NUMBERS = 2**28  # of a pair that stands for Tucker, LoHa or LoKr; the largest real layers have a tenth
 _HALVES = {"down": "A (lora_A, lora_down)", "up": "B (lora_B, lora_up)"}
 Scale = Callable[[int], tuple[float, bool]]  # rank -> (alpha, rank-stabilised), for files that keep no alpha per layer
 
@@ -57,6 +58,10 @@ def assemble(layer: str, parts: Parts, scale: Scale, hint: Callable[[], AxisHint
     Raises:
         ValueError: half a pair, shapes that do not fit one another, or an axis that nothing tells.
     """
+    for part, tensor in parts.items():
+        if not tensor.is_floating_point() and part != "alpha":
+            raise ValueError(f"{layer}: its {part} holds {tensor.dtype}, expected floating-point numbers")
+    _check_stored_once(layer, parts)
     weight, bias = parts.get("w_norm"), parts.get("b_norm", parts.get("diff_b"))
     if "diff" in parts and parts["diff"].dim() == 1:
         weight = parts["diff"]
@@ -68,6 +73,22 @@ def assemble(layer: str, parts: Parts, scale: Scale, hint: Callable[[], AxisHint
             used.add("up_bias")
             bias = parts["up_bias"] * module.scale
     return Assembled(module, weight, bias, tuple(part for part in parts if part not in used))
+
+
+def _check_stored_once(layer: str, parts: Parts) -> None:
+    """A ValueError when a layer's change is there in two forms, of which only one could be taken."""
+    whole = {"diff"} if "diff" in parts and parts["diff"].dim() > 1 else set()
+    forms = {
+        "a pair": parts.keys() & {"down", "up"},
+        "a LoHa": {part for part in parts if part.startswith("hada_")},
+        "a LoKr": {part for part in parts if part.startswith("lokr_")},
+        "a whole difference": whole,
+    }
+    found = [form for form, there in forms.items() if there]
+    twice = [("magnitude", "dora_scale"), ("b_norm", "diff_b")]
+    found += [f"both {one} and {other}" for one, other in twice if one in parts and other in parts]
+    if len(found) > 1 or (found and found[0].startswith("both")):
+        raise ValueError(f"{layer}: its change is stored as {' and as '.join(found)}, expected one of them")
 
 
 def _module(layer: str, parts: Parts, scale: Scale, hint: Callable[[], AxisHint]) -> Module | None:
@@ -87,6 +108,8 @@ def _pair(layer: str, parts: Parts, scale: Scale) -> ModuleState:
         raise ValueError(f"{layer}: A {tuple(down.shape)} and B {tuple(up.shape)} are no low-rank pair")
     if math.prod(up.shape[2:]) != 1:
         raise ValueError(f"{layer}: B {tuple(up.shape)} has a kernel, expected (out, r, 1, 1)")
+    if mid is not None and down.shape[0] * down[0].numel() * math.prod(mid.shape[2:]) > MOST_NUMBERS:
+        raise ValueError(f"{layer}: its core {tuple(mid.shape)} makes a pair of more than {MOST_NUMBERS} numbers")
     rank = down.shape[0]
     if mid is not None and (mid.shape[:2] != (rank, rank) or math.prod(down.shape[2:]) != 1):
         raise ValueError(f"{layer}: Tucker core {tuple(mid.shape)} does not fit A {tuple(down.shape)}")
@@ -95,8 +118,8 @@ def _pair(layer: str, parts: Parts, scale: Scale) -> ModuleState:
 
 
 def _number(layer: str, alpha: Tensor) -> float:
-    if alpha.numel() != 1:
-        raise ValueError(f"{layer}: alpha has shape {tuple(alpha.shape)}, expected one number")
+    if alpha.numel() != 1 or alpha.is_complex():
+        raise ValueError(f"{layer}: alpha is {alpha.dtype} of shape {tuple(alpha.shape)}, expected one number")
     return float(alpha)
 
 
@@ -104,8 +127,7 @@ def _factored(layer: str, factors: Parts, parts: Parts) -> FactoredState:
     algorithm: Algorithm = "loha" if "hada_w1_a" in factors else "full" if "diff" in factors else "lokr"
     alpha = _number(layer, parts["alpha"]) if "alpha" in parts else None
     try:
-        state = FactoredState(algorithm, dict(factors), 1.0, alpha)
-        shape = state.shape
+        shape = _factored_shape(algorithm, factors)
         rank = _factor_rank(algorithm, factors)
     except (KeyError, AssertionError, RuntimeError, IndexError, ValueError):
         found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in factors.items())
@@ -114,6 +136,17 @@ def _factored(layer: str, factors: Parts, parts: Parts) -> FactoredState:
         raise ValueError(f"{layer}: {algorithm} of an empty weight {shape}")
     scale = 1.0 if alpha is None or rank is None else alpha / rank
     return FactoredState(algorithm, dict(factors), scale, alpha)
+
+
+def _factored_shape(algorithm: Algorithm, factors: Parts) -> tuple[int, int]:
+    """Rows and columns of the product, found without forming it; a ValueError when its two ways of forming disagree."""
+    state = FactoredState(algorithm, {name: tensor.to("meta") for name, tensor in factors.items()})
+    (rows, columns), delta = state.shape, state.delta()
+    if delta.shape[0] != rows or delta.numel() != rows * columns:
+        raise ValueError("the factors are not of one weight")
+    if (rows + columns) * state.rank > MOST_NUMBERS:
+        raise ValueError("the factors make too large a pair")
+    return rows, columns
 
 
 def _factor_rank(algorithm: Algorithm, factors: Parts) -> int | None:
@@ -147,8 +180,8 @@ def _axis(layer: str, magnitude: Tensor, module: Module, hint: Callable[[], Axis
     inputs = module.down.shape[1] if isinstance(module, ModuleState) else columns
     fits_out = count == out
     # flat factors of a convolution do not tell its inputs, but its magnitude has four dimensions
-    fits_in = count == inputs or (dimensions > 2 and columns % count == 0)
-    if not (fits_out or fits_in):
+    fits_in = count == inputs or (dimensions > 2 and count > 0 and columns % count == 0)
+    if not count or not (fits_out or fits_in):
         raise ValueError(f"{layer}: dora_scale {tuple(magnitude.shape)} fits neither {out} outputs nor {inputs} inputs")
     if dimensions > 1 and fits_out and magnitude.shape[0] == count:
         return "out"
@@ -215,13 +248,27 @@ def _pair_parts(layer: str, module: ModuleState, suffixes: Suffixes) -> dict[str
     if not suffixes.folds_scale:
         parts["alpha"] = torch.tensor(module.scale * module.rank)
     elif module.scale != 1:
-        parts["up"] = module.up * module.scale
-        if not torch.isfinite(parts["up"]).all():
-            raise ValueError(
-                f"{layer}: B times its scale {module.scale:g}, which the format folds into B, does not fit into "
-                f"{module.up.dtype}; expected a smaller alpha, or fp32"
-            )
+        parts["up"] = _scaled(layer, module.up, module.scale)
     return parts
+
+
+def _scaled(layer: str, up: Tensor, scale: float) -> Tensor:
+    """s B, in the dtype of B where that holds it to the dtype's own rounding, else in fp32.
+
+    Raises:
+        ValueError: it overflows.
+    """
+    exact = up.to(torch.promote_types(up.dtype, torch.float32) if up.dtype.itemsize > 1 else torch.float32) * scale
+    if up.dtype.itemsize == 1:
+        return exact
+    folded = exact.to(up.dtype)
+    if not torch.isfinite(folded).all():
+        raise ValueError(
+            f"{layer}: B times its scale {scale:g}, which the format folds into B, does not fit into "
+            f"{up.dtype}; expected a smaller alpha, or fp32"
+        )
+    off, size = torch.linalg.vector_norm(folded.to(exact.dtype) - exact), torch.linalg.vector_norm(exact)
+    return folded if off <= torch.finfo(up.dtype).eps * size else exact  # numbers too small for fp16 lose digits
 
 
 def _magnitude_part(layer: str, module: Module, suffixes: Suffixes) -> dict[str, Tensor]:

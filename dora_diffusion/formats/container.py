@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# SDXL as a LoKr of every layer has some 20,000 tensors in 3.5 MB of header
-MAX_TENSORS = 25_000
+# SDXL as a LoKr of every layer has some 10,000, in 2 MB of header
+MAX_TENSORS = 16_000
 MAX_HEADER_BYTES = 5 * 1024 * 1024
 MAX_METADATA = 4096
 MAX_DIMENSIONS = 6

@@ -5,13 +5,14 @@ whose published models have these very sizes are left; where none has, names alo
 What the metadata say chooses among those that are left, and never another.
 """
 
-import json
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dora_diffusion.formats.layouts.record import Layout
 from dora_diffusion.formats.layouts.unet import LDM, SGM
+from dora_diffusion.formats.told import json_object
 from dora_diffusion.state import AdapterState, Module, ModuleState
 
 
@@ -383,11 +384,7 @@ def _model_names(metadata: Mapping[str, str]) -> list[str]:
     `stable-diffusion-xl-v1-base/lora` and `org/FLUX.1-dev` are two names each.
     """
     names = [metadata.get("modelspec.architecture", ""), metadata.get("ss_base_model_version", "")]
-    try:
-        settings = json.loads(metadata.get("ot_config", "{}"))
-    except (ValueError, RecursionError):
-        settings = {}
-    if isinstance(settings, dict):
-        names.append(str(settings.get("model_type", "")))
+    with contextlib.suppress(ValueError):  # another tool's note is no part of the adapter
+        names.append(str(json_object(metadata.get("ot_config", "{}"), "ot_config").get("model_type", "")))
     pieces = [piece for name in names for piece in name[:200].lower().split("/")]
     return [re.sub(r"[^a-z0-9]+", "-", piece).strip("-") for piece in pieces]

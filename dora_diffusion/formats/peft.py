@@ -6,8 +6,10 @@ only.
 """
 
 import json
+import os
 import re
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,14 @@ from typing import Any
 from torch import Tensor
 
 from dora_diffusion.formats.assembly import parts_of
-from dora_diffusion.formats.container import read_tensors
+from dora_diffusion.formats.container import read_tensors, shown
 from dora_diffusion.formats.keys import PEFT
 from dora_diffusion.formats.kinship import family_of
 from dora_diffusion.formats.reading import read, take_apart
 from dora_diffusion.formats.scales import METADATA_KEY, peft_config
+from dora_diffusion.formats.told import LONGEST, json_object
 from dora_diffusion.state import AdapterState, Module, join
-from dora_diffusion.storage import save_tensors, write_atomically
+from dora_diffusion.storage import replace_path, save_tensors, write_atomically
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -68,20 +71,22 @@ def _read_one(folder: Path, component: str | None, weight_of: Callable[[str], Te
     tensors, metadata = read_tensors(folder / WEIGHTS)
     try:
         named = {_with_component(key, component): tensor for key, tensor in tensors.items()}
-        told = {**metadata, METADATA_KEY: json.dumps(_by_component(config))}
-        return read(named, told, take_apart({key: t.shape for key, t in named.items()}, told), weight_of)
+        reading = take_apart({key: tensor.shape for key, tensor in named.items()}, metadata)
+        components = {place.component for place in reading.places.values()}
+        told = {**metadata, METADATA_KEY: json.dumps(_by_component(config, components))}
+        return read(named, told, reading, weight_of)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     if str(config.get("peft_type", "LORA")).upper() != "LORA":
-        raise ValueError(f"{path}: peft_type is {config['peft_type']!r}, expected LORA")
+        raise ValueError(f"{path}: peft_type is {shown(config['peft_type'], 40)!r}, expected LORA")
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_MOVING_STARTS):
         raise ValueError(
-            f"{path}: init_lora_weights is {start[:40]!r}, which changed the base's weights as well; expected a LoRA "
-            "for the base as it was (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
+            f"{path}: init_lora_weights is {shown(start, 40)!r}, which changed the base's weights as well; expected a "
+            "LoRA for the base as it was (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
         )
 
 
@@ -90,19 +95,24 @@ def _with_component(key: str, component: str | None) -> str:
     return bare if component is None or bare == key else f"{component}.{bare}"
 
 
-def _by_component(config: Mapping[str, Any]) -> dict[str, Any]:
+def _by_component(config: Mapping[str, Any], components: Iterable[str]) -> dict[str, Any]:
     wanted = ("lora_alpha", "alpha_pattern", "use_rslora")
-    return {f"{name}.{key}": config[key] for name in _COMPONENTS for key in wanted if config.get(key) is not None}
+    return {f"{name}.{key}": config[key] for name in components for key in wanted if config.get(key) is not None}
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({str(error)[:100]})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return found
+        with open(path, encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({shown(error)})") from None
+    return json_object(text, str(path))
+
+
+def check_place(path: Path) -> None:
+    """A ValueError when what is at a path is no adapter of PEFT's, which writing one would replace."""
+    if path.exists() and not (path.is_dir() and (is_folder(path) or not any(path.iterdir()))):
+        raise ValueError(f"{path} is there already and is no adapter of PEFT's: choose another name")
 
 
 def write_folder(adapter: AdapterState, path: Path) -> None:
@@ -115,22 +125,28 @@ def write_folder(adapter: AdapterState, path: Path) -> None:
         raise ValueError(
             f"{min(adapter.vectors)}: PEFT's LoRA holds no differences of biases and normalisations; use lycoris"
         )
+    check_place(path)
     family = family_of(adapter)
-    files: dict[Path, tuple[dict[str, Tensor], dict[str, Any]]] = {}
+    files: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
     for component in adapter.components:
         has_prefix = (family, component) in _WITH_PROJECTION
         found = {
             f"text_model.{inner}" if has_prefix and _CLIP.match(inner) else inner: module
             for inner, module in _under(adapter, component).items()
         }
-        files[path / component] = _files(component, found)
-    for folder, (tensors, config) in files.items():
-        save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
-        write_atomically(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
-    note = {key: text for key, text in adapter.metadata.items() if key not in (METADATA_KEY, "format")}
-    write_atomically(path / _NOTE, json.dumps(note, indent=2, sort_keys=True).encode())
-    if adapter.extra:
-        save_tensors(dict(adapter.extra), path / _EXTRA)
+        files[component] = _files(component, found)
+    staging = path.with_name(f".{path.name}.{os.getpid()}.peft")
+    try:
+        for folder, (tensors, config) in files.items():
+            save_tensors(tensors, staging / folder / WEIGHTS, {"format": "pt"})
+            write_atomically(staging / folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
+        note = {key: text for key, text in adapter.metadata.items() if key not in (METADATA_KEY, "format")}
+        write_atomically(staging / _NOTE, json.dumps(note, indent=2, sort_keys=True).encode())
+        if adapter.extra:
+            save_tensors(dict(adapter.extra), staging / _EXTRA)
+        replace_path(staging, path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _under(adapter: AdapterState, component: str) -> dict[str, Module]:

@@ -40,6 +40,7 @@ _TRANSFORMER = (
 )
 _ENCODER = ("text_model", "encoder", "embeddings", "shared", "model", "language_model", "text_projection")
 _ROOTS = re.compile(rf"^(?:{'|'.join((*_UNET, *_TRANSFORMER, *_ENCODER))})(?:\.|$)")
+_MOST_LOOKED_AT = 3000
 _T5 = re.compile(r"^(?:encoder\.block\.|shared$)")
 _CLIP = ("text_model.", "encoder.layers.", "embeddings.", "text_projection")
 
@@ -134,10 +135,12 @@ def _layout_of(layers: Mapping[str, Shape | None]) -> Layout | None:
     more than any would if they were diffusers' own.
     """
     denoisers = [layout for layout in LAYOUTS if layout.component in ("unet", "transformer")]
-    known = [sum(_knows(layout, layer, shape) for layer, shape in layers.items()) for layout in denoisers]
-    in_diffusers = [sum(layout.of_path(layer) is not None for layer in layers) for layout in denoisers]
+    # a file of more layers than any model has is judged by some of them
+    looked_at = list(layers.items())[:: 1 + len(layers) // _MOST_LOOKED_AT]
+    known = [sum(_knows(layout, layer, shape) for layer, shape in looked_at) for layout in denoisers]
+    in_diffusers = [sum(layout.of_path(layer) is not None for layer, _ in looked_at) for layout in denoisers]
     most = max(known, default=0)
-    if not layers or 2 * most <= len(layers) or most <= max(in_diffusers):
+    if not looked_at or 2 * most <= len(looked_at) or most <= max(in_diffusers):
         return None
     return denoisers[known.index(most)]
 

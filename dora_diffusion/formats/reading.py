@@ -3,7 +3,6 @@
 Keys are taken apart, layers located, their parts put together, fused layers split. What belongs to no layer is kept.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +15,7 @@ from dora_diffusion.formats.fusing import split
 from dora_diffusion.formats.keys import Key, parse_key
 from dora_diffusion.formats.places import Place, locate
 from dora_diffusion.formats.scales import Scales
+from dora_diffusion.formats.told import json_object
 from dora_diffusion.formats.vectors import split_vector
 from dora_diffusion.functional import Axis
 from dora_diffusion.state import AdapterState, Module
@@ -151,10 +151,10 @@ def told_axis(metadata: Mapping[str, str]) -> Axis | None:
         ("ot_config", ("lora_decompose_output_axis",)),
     ):
         try:
-            settings = json.loads(metadata.get(key, "{}"))
-        except (ValueError, RecursionError):
+            settings = json_object(metadata.get(key, "{}"), key)
+        except ValueError:  # another tool's note is no part of the adapter
             continue
-        said = [settings[name] for name in names if name in settings] if isinstance(settings, dict) else []
+        said = [settings[name] for name in names if name in settings]
         if said:
             return "out" if str(said[0]).lower() in ("true", "1") else "in"
     return None

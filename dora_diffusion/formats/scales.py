@@ -1,11 +1,11 @@
 """PEFT's config in the metadata of diffusers' files: alpha of each layer, read and written."""
 
-import json
 import re
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
+from dora_diffusion.formats.container import shown
+from dora_diffusion.formats.told import json_object
 from dora_diffusion.state import Module
 
 METADATA_KEY = "lora_adapter_metadata"
@@ -13,6 +13,7 @@ METADATA_KEY = "lora_adapter_metadata"
 # never run; what people and tools write are ends of paths, with `.*` at most.
 _PLAIN = re.compile(r"[\w.*-]{1,300}")
 _MOST_STARS = 3
+_MOST_STARRED = 50
 # A star that is no `.*`: `to_*` are underscores to PEFT, not a wildcard.
 _OTHER_STAR = re.compile(r"(?:^|[^.]|\\\.)\*")
 
@@ -21,15 +22,14 @@ class Scales:
     """Alpha of each layer, from PEFT's config in the metadata; without one alpha is the rank."""
 
     def __init__(self, metadata: Mapping[str, str]) -> None:
-        try:
-            self._config: dict[str, Any] = json.loads(metadata.get(METADATA_KEY, "{}"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"metadata {METADATA_KEY} is not JSON ({error})") from None
-        if not isinstance(self._config, dict):
-            raise ValueError(f"metadata {METADATA_KEY}: expected a JSON object")
+        what = f"metadata {METADATA_KEY}"
+        self._config = json_object(metadata.get(METADATA_KEY, "{}"), what)
+        self._patterns: dict[str, _Patterns] = {}
         for key, value in self._config.items():
-            if key.endswith(".alpha_pattern") and not isinstance(value, dict | None):
-                raise ValueError(f"metadata {METADATA_KEY}: {key} is {str(value)[:40]!r}, expected an object")
+            if key.endswith(".alpha_pattern"):
+                if not isinstance(value, dict | None):
+                    raise ValueError(f"{what}: {shown(key)} is {shown(value, 40)}, expected an object")
+                self._patterns[key.removesuffix(".alpha_pattern")] = _Patterns(value or {})
 
     def of(self, path: str, rank: int) -> tuple[float, bool]:
         """(alpha, rank-stabilised) of a layer.
@@ -38,34 +38,55 @@ class Scales:
             ValueError: alpha is no number, or is told by an expression that is not run here.
         """
         component, inner = path.split(".", 1) if "." in path else ("", path)
-        patterns = self._config.get(f"{component}.alpha_pattern") or {}
         alpha = self._config.get(f"{component}.lora_alpha", rank)
-        pattern = next((pattern for pattern in patterns if _fits(inner, pattern)), None)
-        alpha = alpha if pattern is None else patterns[pattern]
+        if component in self._patterns:
+            alpha = self._patterns[component].of(inner, alpha)
         is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
         if not is_number or not abs(alpha) < 1e30:
-            raise ValueError(f"metadata {METADATA_KEY}: alpha of {path} is {str(alpha)[:40]}, expected a number")
+            raise ValueError(f"metadata {METADATA_KEY}: alpha of {path} is {shown(alpha, 40)}, expected a number")
         return float(alpha), bool(self._config.get(f"{component}.use_rslora", False))
 
 
-def _fits(path: str, pattern: str) -> bool:
-    expression = _expression(pattern)
-    if expression is None:
-        raise ValueError(
-            f"metadata {METADATA_KEY}: alpha_pattern {pattern[:60]!r} is an expression that is not run here; expected "
-            "ends of paths"
-        )
-    return expression.fullmatch(path) is not None
+class _Patterns:
+    """PEFT's alpha_pattern: the first of its keys that fits a path counts."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = list(values.values())
+        self._ends: dict[str, int] = {}
+        self._whole: dict[str, int] = {}
+        self._starred: list[tuple[int, re.Pattern[str]]] = []
+        for number, pattern in enumerate(values):
+            plain = _plain(pattern)
+            if "*" in plain:
+                before = "" if pattern.startswith("^") else r"(?:.*\.)?"
+                self._starred.append((number, re.compile(before + ".*".join(map(re.escape, plain.split("*"))))))
+            else:
+                (self._whole if pattern.startswith("^") else self._ends).setdefault(plain, number)
+        if len(self._starred) > _MOST_STARRED:
+            raise ValueError(
+                f"metadata {METADATA_KEY}: {len(self._starred)} patterns of alpha with `.*`, expected at most "
+                f"{_MOST_STARRED}"
+            )
+
+    def of(self, path: str, otherwise: Any) -> Any:
+        """The value of the first pattern that fits, or another."""
+        words = path.split(".")
+        ends = (".".join(words[start:]) for start in range(len(words)))
+        found = [self._ends[end] for end in ends if end in self._ends]
+        found += [self._whole[path]] if path in self._whole else []
+        found += [number for number, expression in self._starred if expression.fullmatch(path)]
+        return self._values[min(found)] if found else otherwise
 
 
-@cache
-def _expression(pattern: str) -> re.Pattern[str] | None:
-    """An end of a path, anchored or not; None for anything that could cost time."""
+def _plain(pattern: str) -> str:
+    """An end of a path, or a whole one, with `*` for `.*`; a ValueError for anything that could cost time."""
     plain = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".").replace(".*", "*")
     if _OTHER_STAR.search(pattern) or not _PLAIN.fullmatch(plain) or plain.count("*") > _MOST_STARS:
-        return None
-    before = "" if pattern.startswith("^") else r"(?:.*\.)?"
-    return re.compile(before + ".*".join(map(re.escape, plain.split("*"))))
+        raise ValueError(
+            f"metadata {METADATA_KEY}: alpha_pattern {shown(pattern, 60)!r} is an expression that is not run here; "
+            "expected ends of paths"
+        )
+    return plain
 
 
 def peft_config(component: str, modules: Mapping[str, Module]) -> dict[str, Any]:

@@ -168,8 +168,8 @@ def _fused(fusion: Fusion, modules: Mapping[str, Module]) -> Module:
 def _metadata(adapter: AdapterState, dialect: Dialect, family: str | None) -> dict[str, str]:
     kept = {key: text for key, text in adapter.metadata.items() if key not in (METADATA_KEY, AXIS_KEY)}
     kept.update(_dimensions(adapter, kept))
-    if family is not None and all(component.startswith("text_encoder") for component in adapter.components):
-        kept.setdefault(FAMILY_KEY, family)  # a T5 alone does not tell whether it is the second encoder or the third
+    if family is not None and any(component.startswith("text_encoder") for component in adapter.components):
+        kept.setdefault(FAMILY_KEY, family)  # a T5 does not tell whether it is the second encoder or the third
     axes = {module.axis for module in adapter.modules.values() if module.magnitude is not None}
     noted = {AXIS_KEY: next(iter(axes))} if len(axes) == 1 and not dialect.suffixes.flat_magnitude else {}
     if dialect.suffixes is not PEFT:

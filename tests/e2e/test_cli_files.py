@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,3 +175,53 @@ def test_strengths_are_split() -> None:
     assert split_adapter("a.safetensors:0.5") == (Path("a.safetensors"), 0.5)
     assert split_part("ink:unet.up_blocks=1.2") == ("ink", "unet.up_blocks", 1.2)
     assert all(about for about, _ in COMMANDS.values())
+
+
+def test_names_that_collide_stay_apart(capsys, tmp_path, files) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "ink.safetensors").write_bytes((files / "ink.safetensors").read_bytes())
+    (tmp_path / "a" / "ink-2.safetensors").write_bytes((files / "ink.safetensors").read_bytes())
+    names = ("a/ink-2", "a/ink", "b/ink")
+    adapters = [f"--adapter={tmp_path / name}.safetensors:0.25" for name in names]
+    target = tmp_path / "mix.safetensors"
+    run(capsys, "blend", target, *adapters, "--base", files / "base", "--mode", "additive")
+    assert load_adapter(target).ranks == (12,)
+
+
+def test_a_file_that_would_be_broken_leaves_the_old_one(capsys, tmp_path, files) -> None:
+    ink = load_adapter(files / "ink.safetensors")
+    big = {path: replace(module, up=1e6 * module.up) for path, module in ink.modules.items()}
+    path = save_adapter(replace(ink, modules=big), tmp_path / "big.safetensors")
+    before = path.read_bytes()
+    assert "NaN or infinite values, in torch.float16; nothing was written" in fails(
+        capsys, "convert", path, path, "--dtype", "fp16"
+    )
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_peft_folder_is_replaced_whole(capsys, tmp_path, files) -> None:
+    target = tmp_path / "peft"
+    run(capsys, "convert", files / "ink.safetensors", target, "--to", "peft")
+    assert load_adapter(target).components == ("unet", "text_encoder")
+    ink = load_adapter(files / "ink.safetensors")
+    unet = {path: module for path, module in ink.modules.items() if path.startswith("unet")}
+    save_adapter(replace(ink, modules=unet), target, format="peft")
+    assert load_adapter(target).components == ("unet",)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    assert "no adapter of PEFT's" in fails(
+        capsys, "convert", files / "ink.safetensors", tmp_path / "mine", "--to", "peft"
+    )
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
+
+
+def test_outputs_are_checked_before_the_work(capsys, tmp_path, files) -> None:
+    ink, base = files / "ink.safetensors", files / "base"
+    assert "ends in .safetensors" in fails(capsys, "convert", ink, tmp_path / "out", "--to", "kohya")
+    (tmp_path / "x.safetensors").mkdir()
+    assert "is a folder" in fails(capsys, "convert", ink, tmp_path / "x.safetensors")
+    assert "name a --rank, or a format" in fails(
+        capsys, "convert", ink, tmp_path / "y.safetensors", "--lora", "--base", base
+    )
+    assert "a whole model by its" in fails(capsys, "inspect", base / "unet" / "diffusion_pytorch_model.safetensors")

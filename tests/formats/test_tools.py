@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from dora_diffusion.formats import detect_format, load_adapter, save_adapter
-from dora_diffusion.state import FactoredState, ModuleState
+from dora_diffusion.state import AdapterState, FactoredState, ModuleState
 from tests.tolerances import assert_identical
 
 ATTN = "transformer_blocks.0.attn1.to_q"
@@ -252,3 +252,45 @@ def test_hashes_and_ranks_in_metadata_are_those_of_the_file_that_is_written(tmp_
     assert told["modelspec.hash_sha256"] == "0x" + told["sshs_model_hash"]
     assert told["sshs_legacy_hash"] == hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
     assert (told["ss_network_dim"], told["ss_network_alpha"], told["ss_note"]) == ("2", "1", "kept")
+
+
+@pytest.mark.parametrize("format", ["kohya", "comfyui", "lycoris", "omi", "onetrainer-legacy", "diffusers"])
+def test_a_t5_beside_a_part_of_flux_stays_the_second_encoder(tmp_path, format: str) -> None:
+    layers = {f"transformer.transformer_blocks.0.attn.{name}": 3072 for name in ("to_q", "to_k", "to_v")}
+    sizes = {**layers, f"text_encoder_2.{T5}": 4096}
+    modules = {path: ModuleState(numbers(1, size), numbers(size, 1), 1.0) for path, size in sizes.items()}
+    adapter = AdapterState(modules, {"dora_diffusion.family": "flux"})
+    read = load_adapter(save_adapter(adapter, tmp_path / "a.safetensors", format=format))
+    assert read.modules.keys() == modules.keys()
+
+
+def test_a_layer_in_two_forms_is_refused_and_so_are_numbers_that_are_none(tmp_path) -> None:
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    whole = kohya(layer, scale=False)
+    wrong = {
+        "a pair and as a whole difference": {f"{layer}.diff": numbers(6, 4)},
+        "both magnitude and dora_scale": {f"{layer}.dora_scale": numbers(6, 1), f"{layer}.magnitude": numbers(6)},
+        "expected floating-point numbers": {f"{layer}.lora_up.weight": numbers(6, 2).to(torch.complex64)},
+    }
+    for message, change in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            load_adapter(written(tmp_path / "a.safetensors", {**whole, **change}))
+
+
+def test_scales_are_folded_where_the_dtype_has_the_digits(tmp_path) -> None:
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    path = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    for dtype in (torch.float16, torch.float8_e4m3fn):
+        down, up = (
+            numbers(64, 8).to(dtype),
+            (1e-4 * numbers(8, 64) if dtype == torch.float16 else numbers(8, 64)).to(dtype),
+        )
+        tensors = {
+            f"{layer}.lora_down.weight": down,
+            f"{layer}.lora_up.weight": up,
+            f"{layer}.alpha": torch.tensor(1.0),
+        }
+        read = load_adapter(written(tmp_path / "a.safetensors", tensors))
+        again = load_adapter(save_adapter(read, tmp_path / "b.safetensors")).modules[path].to(dtype=torch.float32)
+        exact = read.modules[path].to(dtype=torch.float32).delta()
+        assert (again.delta() - exact).norm() <= 1e-3 * exact.norm()
