@@ -71,7 +71,7 @@ def examine(path: str | Path) -> Examined:
         keys = [f"{file.parent.name}/{key}" for file in weights for key in read_header(file) if key != "__metadata__"]
         return Examined("peft", len(keys), (), len({key.rpartition(".lora_")[0] for key in keys}))
     with Container(path) as file:
-        return _examined(path, file, _taken_apart(file))
+        return _examined(path, file, _taken_apart(path, file))
 
 
 def _examined(path: Path, file: Container, reading: Reading) -> Examined:
@@ -133,7 +133,7 @@ def load_examined(path: str | Path, *, base: WeightOf | None = None) -> tuple[Ad
         found = examine(path)
         return with_origin(peft.read_folder(path, base), found.format), found
     with Container(path) as file:  # a large file of another kind is known by its header
-        reading = _taken_apart(file)
+        reading = _taken_apart(path, file)
         found = _examined(path, file, reading)
         tensors, metadata = file.tensors(), file.metadata
     try:
@@ -142,8 +142,11 @@ def load_examined(path: str | Path, *, base: WeightOf | None = None) -> tuple[Ad
         raise ValueError(f"{shown(path, 300)}: {error}") from None
 
 
-def _taken_apart(file: Container) -> Reading:
-    return take_apart({key: file.header[key]["shape"] for key in file.keys}, file.metadata)
+def _taken_apart(path: Path, file: Container) -> Reading:
+    try:
+        return take_apart({key: file.header[key]["shape"] for key in file.keys}, file.metadata)
+    except ValueError as error:
+        raise ValueError(f"{shown(path, 300)}: {error}") from None
 
 
 def save_adapter(adapter: AdapterState, path: str | Path, *, format: str = "diffusers") -> Path:

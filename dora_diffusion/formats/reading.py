@@ -3,7 +3,7 @@
 Keys are taken apart, layers located, their parts put together, fused layers split. What belongs to no layer is kept.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.formats.assembly import Assembled, AxisHint, assemble
+from dora_diffusion.formats.container import shown
 from dora_diffusion.formats.fusing import split
 from dora_diffusion.formats.keys import Key, parse_key
 from dora_diffusion.formats.places import Place, locate
@@ -21,6 +22,7 @@ from dora_diffusion.functional import Axis
 from dora_diffusion.state import AdapterState, Module
 
 WeightOf = Callable[[str], Tensor]
+_MOST_HALVES = 200
 AXIS_KEY = "dora_diffusion.magnitude_axis"
 FAMILY_KEY = "dora_diffusion.family"
 
@@ -45,12 +47,21 @@ class Reading:
 def take_apart(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> Reading:
     """Keys of a file and their tensors' shapes, from its header alone."""
     parsed = {key: found for key in shapes if (found := parse_key(key)) is not None}
+    _check_halves(parsed.values())
     rows, columns = _sizes(parsed, shapes, "up", 0), _sizes(parsed, shapes, "down", 1)
     names = {
         name: (rows[name], columns[name]) if name in rows.keys() & columns.keys() else None
         for name in dict.fromkeys(found.name for found in parsed.values())
     }
     return Reading(parsed, locate(names, encoders=_told_encoders(metadata)))
+
+
+def _check_halves(keys: Iterable[Key]) -> None:
+    """A ValueError for a file in which pairs lack a half by the hundred, before its layers are looked up."""
+    downs = {key.name for key in keys if key.part == "down"}
+    ups = {key.name for key in keys if key.part == "up"}
+    if len(halves := downs ^ ups) > _MOST_HALVES:
+        raise ValueError(f"{len(halves)} layers lack half of their pair, such as {shown(min(halves))}")
 
 
 def _sizes(parsed: Mapping[str, Key], shapes: Mapping[str, Sequence[int]], part: str, dimension: int) -> dict[str, int]:
