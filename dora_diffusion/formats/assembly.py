@@ -262,6 +262,8 @@ def _scaled(layer: str, up: Tensor, scale: float) -> Tensor:
     if up.dtype.itemsize == 1:
         return exact
     folded = exact.to(up.dtype)
+    if folded.is_meta:  # an estimate of sizes
+        return folded
     if not torch.isfinite(folded).all():
         raise ValueError(
             f"{layer}: B times its scale {scale:g}, which the format folds into B, does not fit into "
