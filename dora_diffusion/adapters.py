@@ -73,6 +73,10 @@ class AdapterManager:
         """Name -> what was loaded."""
         return {name: loaded.report for name, loaded in self._adapters.items()}
 
+    def paths(self, name: str) -> tuple[str, ...]:
+        """Everything that a loaded adapter changes: layers and parameters, by their full paths."""
+        return self._loaded(name).paths
+
     def _base_weight(self, path: str) -> Tensor:
         """What tells the axis of a magnitude when its file does not."""
         return dense_weight(self._sites.layer(path)[1])

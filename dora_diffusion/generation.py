@@ -1,9 +1,10 @@
 """Draw a picture with a pipeline, watched and stoppable, and keep how it was made inside the PNG."""
 
+import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 import dora_diffusion
+from dora_diffusion.canvases import DEFAULT_STRENGTH, Start, start_on
+from dora_diffusion.canvases import Canvas as Canvas
 from dora_diffusion.families import Family, family_of_pipeline, pixel_multiple
+from dora_diffusion.prompts import LoraTag, prompt_arguments
+from dora_diffusion.samplers import DEFAULT as DEFAULT_SAMPLER
+from dora_diffusion.samplers import SAMPLERS, sampling
 from dora_diffusion.storage import write_atomically
 
 METADATA_CHUNK = "dora_diffusion"
@@ -21,7 +27,17 @@ METADATA_CHUNK = "dora_diffusion"
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """What to draw. Width and height in pixels; None is the model's own size."""
+    """What to draw.
+
+    Attributes:
+        prompt, negative_prompt: `(more:1.2)` and `[less]` weigh words where the family can; see `prompts`.
+        seed: of the starting noise.
+        steps: of a whole run; one that starts from a picture takes `strength` of them.
+        guidance_scale: how strongly the prompt is followed; 1 is without guidance.
+        width, height: in pixels; None is the model's own size.
+        sampler: a name of `samplers.SAMPLERS`; "default" is the pipeline's own scheduler.
+        strength: how much of a canvas's picture is drawn anew, above 0 up to 1; None is DEFAULT_STRENGTH.
+    """
 
     prompt: str
     negative_prompt: str = ""
@@ -30,6 +46,8 @@ class GenerationSettings:
     guidance_scale: float = 4.0
     width: int | None = None
     height: int | None = None
+    sampler: str = DEFAULT_SAMPLER
+    strength: float | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= 1000:
@@ -41,6 +59,10 @@ class GenerationSettings:
         for name, side in (("width", self.width), ("height", self.height)):
             if side is not None and (side % 8 or not 64 <= side <= 4096):
                 raise ValueError(f"{name} must be a multiple of 8 in 64..4096, got {side}")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler {self.sampler!r} is unknown: expected one of {', '.join(SAMPLERS)}")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise ValueError(f"strength must lie above 0 and up to 1, got {self.strength}")
 
 
 @dataclass(frozen=True)
@@ -54,12 +76,23 @@ class StepReport:
 
 @dataclass(frozen=True)
 class AdapterUse:
-    """An adapter's part in a picture."""
+    """An adapter's part in a picture.
+
+    Attributes:
+        name: what it was loaded under.
+        sha256: of its file.
+        weight: its strength, or one for each part.
+        mode: how adapters were mixed, a key of `mixing.MODES`.
+        schedule: (progress, factor) points, or None for a constant strength.
+        mask: `picture_sha256` of where it drew, or None for everywhere.
+    """
 
     name: str
     sha256: str | None
     weight: float | Mapping[str, float]
     mode: str = "additive"
+    schedule: tuple[tuple[float, float], ...] | None = None
+    mask: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +103,23 @@ class WordUse:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What else a picture came from.
+
+    Attributes:
+        canvas, canvas_mask: `picture_sha256` of what it was drawn on, and of where; None without one.
+        tags: of the prompt, whose adapters are among the picture's.
+    """
+
+    canvas: str | None = None
+    canvas_mask: str | None = None
+    tags: tuple[LoraTag, ...] = ()
+
+
+NOTHING_ELSE = Origin()
+
+
 class GenerationStopped(Exception):
     """The drawing was stopped on request; nothing is wrong."""
 
@@ -78,47 +128,72 @@ def generate(
     pipe: Any,
     settings: GenerationSettings,
     *,
+    canvas: Canvas | None = None,
     on_step: Callable[[StepReport], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     preview_every: int = 0,
 ) -> Image.Image:
     """Draw one picture.
 
-    The starting noise is made on the CPU, so a seed draws the same picture on every device up to rounding.
+    The starting noise is made on the CPU, so a seed draws the same picture on every device up to rounding. The
+    pipeline's scheduler is put back after, whatever sampler was asked for and however the drawing ends.
 
     Args:
         pipe: a diffusers pipeline, with whatever adapters its manager has set.
         settings: what to draw.
+        canvas: a picture to start from, and where it may change.
         on_step: called after every step.
         should_stop: asked after every step.
         preview_every: decode a preview every so many steps; 0 never.
 
     Raises:
+        ValueError: a size, sampler, weighted word or canvas that this model cannot draw: one line.
         GenerationStopped: within a step of `should_stop` answering yes.
     """
-
     family = family_of_pipeline(pipe)
-    height, width = _sides(pipe, family, settings)
+    height, width = sides = _sides(pipe, family, settings)
+    canvas = None if canvas is None else canvas.fitted(width, height)
+    with sampling(pipe, settings.sampler):
+        start = _start(pipe, family, settings, canvas, sides)
 
-    def report(index: int, latents: Tensor) -> None:
-        if should_stop is not None and should_stop():
-            raise GenerationStopped
-        if on_step is not None:
-            wanted = preview_every > 0 and (index + 1) % preview_every == 0 and index + 1 < settings.steps
-            preview = _preview(pipe, family, latents[:1], (height, width)) if wanted else None
-            on_step(StepReport(index + 1, settings.steps, preview))
+        def after_step(index: int, latents: Tensor) -> Tensor:
+            if should_stop is not None and should_stop():
+                raise GenerationStopped
+            total = getattr(start.pipe, "num_timesteps", settings.steps)  # samplers may call the model twice a step
+            if on_step is not None:
+                wanted = preview_every > 0 and (index + 1) % preview_every == 0 and index + 1 < total
+                on_step(StepReport(index + 1, total, _preview(pipe, family, latents[:1], sides) if wanted else None))
+            return latents if start.outside is None else start.outside.kept(latents, pipe.scheduler, index, total)
 
-    pipe.set_progress_bar_config(disable=True)
-    result = pipe(
-        **family.arguments(pipe, settings),
-        num_inference_steps=settings.steps,
-        width=width,
-        height=height,
-        generator=torch.Generator().manual_seed(settings.seed),
-        **_callback(pipe, report),
-    )
+        start.pipe.set_progress_bar_config(disable=True)
+        result = start.pipe(
+            **_words(pipe, family, settings),
+            **start.arguments,
+            num_inference_steps=settings.steps,
+            generator=torch.Generator().manual_seed(settings.seed),
+            **_callback(start.pipe, after_step),
+        )
     picture: Image.Image = result.images[0]
-    return picture
+    return picture if canvas is None else canvas.kept_outside(picture)
+
+
+def _words(pipe: Any, family: Family, settings: GenerationSettings) -> dict[str, Any]:
+    """Prompts and guidance as the pipeline's arguments."""
+    prompt, negative, embeddings = prompt_arguments(pipe, family, settings.prompt, settings.negative_prompt)
+    arguments = family.arguments(pipe, replace(settings, prompt=prompt, negative_prompt=negative))
+    return {**arguments, "prompt": None, "negative_prompt": None, **embeddings} if embeddings else arguments
+
+
+def _start(
+    pipe: Any, family: Family, settings: GenerationSettings, canvas: Canvas | None, sides: tuple[int, int]
+) -> Start:
+    """The pipeline that draws and what it starts from; `canvas` is fitted to `sides`, (height, width)."""
+    if canvas is None:
+        return Start(pipe, {"width": sides[1], "height": sides[0]})
+    strength = DEFAULT_STRENGTH if settings.strength is None else settings.strength
+    if int(settings.steps * strength) < 1:
+        raise ValueError(f"strength {strength:g} of {settings.steps} steps leaves no step to draw; raise one of them")
+    return start_on(pipe, family, canvas, strength=strength, seed=settings.seed)
 
 
 def _sides(pipe: Any, family: Family, settings: GenerationSettings) -> tuple[int, int]:
@@ -130,18 +205,17 @@ def _sides(pipe: Any, family: Family, settings: GenerationSettings) -> tuple[int
     return settings.height or native, settings.width or native
 
 
-def _callback(pipe: Any, report: Callable[[int, Tensor], None]) -> dict[str, Any]:
-    """`report` as the pipeline calls back after a step: by today's name, or by the older one that PixArt still has."""
+def _callback(pipe: Any, after_step: Callable[[int, Tensor], Tensor]) -> dict[str, Any]:
+    """`after_step` as the pipeline calls it: by today's name, or PixArt's older one, which takes nothing back."""
     if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
 
         def today(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            report(index, tensors["latents"])
-            return tensors
+            return {**tensors, "latents": after_step(index, tensors["latents"])}
 
         return {"callback_on_step_end": today}
 
     def older(index: int, timestep: Any, latents: Tensor) -> None:
-        report(index, latents)
+        after_step(index, latents)
 
     return {"callback": older}
 
@@ -170,12 +244,14 @@ def parameters_text(settings: GenerationSettings, *, model: str, adapters: Seque
         lines.append(f"Negative prompt: {settings.negative_prompt}")
     facts = {
         "Steps": settings.steps,
-        "Sampler": "model default",
+        "Sampler": SAMPLERS[settings.sampler].title,
         "CFG scale": f"{settings.guidance_scale:g}",
         "Seed": settings.seed,
         "Model": model,
         "Version": f"dora_diffusion {dora_diffusion.__version__}",
     }
+    if settings.strength is not None:
+        facts["Denoising strength"] = f"{settings.strength:g}"
     if settings.width and settings.height:
         facts["Size"] = f"{settings.width}x{settings.height}"
     if hashes := [f"{use.name}: {use.sha256}" for use in adapters if use.sha256]:
@@ -184,7 +260,12 @@ def parameters_text(settings: GenerationSettings, *, model: str, adapters: Seque
 
 
 def picture_metadata(
-    settings: GenerationSettings, *, model: str, adapters: Sequence[AdapterUse], words: Sequence[WordUse] = ()
+    settings: GenerationSettings,
+    *,
+    model: str,
+    adapters: Sequence[AdapterUse],
+    words: Sequence[WordUse] = (),
+    origin: Origin = NOTHING_ELSE,
 ) -> PngInfo:
     """PNG text chunks: A1111's `parameters`, and a JSON chunk `dora_diffusion` that loses nothing."""
     record = {
@@ -193,6 +274,9 @@ def picture_metadata(
         "settings": asdict(settings),
         "adapters": [{**asdict(use), "weight": _plain(use.weight)} for use in adapters],
         "words": [asdict(use) for use in words],
+        "blend": adapters[0].mode if adapters else "additive",
+        "canvas": {"picture": origin.canvas, "mask": origin.canvas_mask} if origin.canvas else None,
+        "tags": [{"name": tag.name, "weight": _plain(tag.weight)} for tag in origin.tags],
     }
     info = PngInfo()
     info.add_itxt("parameters", parameters_text(settings, model=model, adapters=adapters))
@@ -204,6 +288,12 @@ def _plain(weight: float | Mapping[str, float]) -> float | dict[str, float]:
     return dict(weight) if isinstance(weight, Mapping) else weight
 
 
+def picture_sha256(image: Image.Image) -> str:
+    """SHA-256 of a picture's mode, size and pixels, however it is stored."""
+    head = f"{image.mode} {image.width}x{image.height}\n".encode()
+    return hashlib.sha256(head + image.tobytes()).hexdigest()
+
+
 def save_picture(
     image: Image.Image,
     path: str | Path,
@@ -212,6 +302,7 @@ def save_picture(
     model: str,
     adapters: Sequence[AdapterUse],
     words: Sequence[WordUse] = (),
+    origin: Origin = NOTHING_ELSE,
 ) -> Path:
     """Write a PNG with its metadata, atomically; a ValueError when the path is no .png."""
     import io
@@ -220,6 +311,7 @@ def save_picture(
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path}: pictures are written as PNG; give a name that ends in .png")
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", pnginfo=picture_metadata(settings, model=model, adapters=adapters, words=words))
+    info = picture_metadata(settings, model=model, adapters=adapters, words=words, origin=origin)
+    image.save(buffer, format="PNG", pnginfo=info)
     write_atomically(path, buffer.getvalue())
     return path

@@ -19,6 +19,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=default.output, help="where pictures go (%(default)s)")
     parser.add_argument("--host", default=default.host, help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=default.port, help="port to listen on (%(default)s)")
+    parser.add_argument(
+        "--datasets",
+        type=Path,
+        nargs="+",
+        default=default.datasets,
+        help="where pictures to train on lie (examples datasets)",
+    )
+    parser.add_argument("--runs", type=Path, default=default.runs, help="where training runs go (%(default)s)")
     return parser
 
 
@@ -28,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     given = _parser().parse_args(arguments)
     try:
-        options = UiOptions(given.model, given.adapters, given.output, given.host, given.port)
+        options = UiOptions(
+            given.model, given.adapters, given.output, given.host, given.port, tuple(given.datasets), given.runs
+        )
         from ui.app import launch
 
         launch(options)

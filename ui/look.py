@@ -1,18 +1,25 @@
-"""How the app looks, and the one shortcut it has."""
+"""How the app looks, and the shortcuts that it has. Every part of the page brings its own styles."""
 
 import gradio as gr
 
-CTRL_ENTER = """
+from ui import cards, form, history, inspect_html, leave_out, rack, restore, stage, train_widgets, weightmap
+
+HEAD = """
 <script>
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
   event.preventDefault();
   document.querySelector("#generate")?.click();
 }, true);
+window.addEventListener("load", () => {
+  if (window.innerWidth >= 768) return;
+  const close = () => document.querySelector(".sidebar.open .toggle-button")?.click();
+  setTimeout(close, 400);
+});
 </script>
 """
 
-CSS = """
+_PAGE = """
 .gradio-container { width: 100%; max-width: 1280px !important; margin: 0 auto; }
 #title h1 { margin: 0; font-size: 1.35rem; }
 #title p { margin: 0; color: var(--body-text-color-subdued); }
@@ -41,12 +48,22 @@ CSS = """
 .chip.bad { border-color: #dc2626; border-radius: .4rem; }
 .broken { font-size: .85rem; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
 .broken ul { margin: 0; padding-left: 1.2rem; }
+.news { margin: 0; font-size: .85rem; color: var(--body-text-color-subdued); }
+.meter table, .meter tr, .meter td, .meter th { border: 0 !important; }
+#tabs { margin-top: 1rem; }
+@media (max-width: 767px) {
+  #tabs .row > * { min-width: min(100%, 16rem) !important; }
+}
 """
+
+CSS = _PAGE + "".join(
+    part.CSS for part in (cards, form, history, inspect_html, leave_out, rack, restore, stage, train_widgets, weightmap)
+)
 
 
 def theme() -> gr.themes.Base:
     """System fonts only: nothing is fetched from elsewhere."""
-    return gr.themes.Default(
+    plain = gr.themes.Default(
         primary_hue="teal",
         neutral_hue="slate",
         font=["system-ui", "sans-serif"],
@@ -54,3 +71,5 @@ def theme() -> gr.themes.Base:
         spacing_size="sm",
         radius_size="md",
     )
+    # gradio's subdued text has too little contrast to be read
+    return plain.set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300")

@@ -14,6 +14,8 @@ class UiOptions:
         output: where pictures are saved; the only folder the browser may read from.
         host: the address to listen on. Anything but loopback lets other machines use the app: it has no login.
         port: TCP port.
+        datasets: folders under which pictures to train on, and recipes, are looked for; those not there are left out.
+        runs: the folder of training runs.
     """
 
     model: str = "pocket"
@@ -21,6 +23,8 @@ class UiOptions:
     output: Path = Path("outputs")
     host: str = "127.0.0.1"
     port: int = 7860
+    datasets: tuple[Path, ...] = (Path("examples"), Path("datasets"))
+    runs: Path = Path("runs")
 
     def __post_init__(self) -> None:
         if not self.adapters.is_dir():
@@ -29,3 +33,5 @@ class UiOptions:
             raise ValueError(f"output: got {self.output}, which is a file; name a folder with --output")
         if not 1 <= self.port <= 65535:
             raise ValueError(f"port: got {self.port}, expected 1 to 65535; choose one with --port")
+        if self.runs.exists() and not self.runs.is_dir():
+            raise ValueError(f"runs: got {self.runs}, which is a file; name a folder with --runs")

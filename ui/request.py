@@ -1,15 +1,35 @@
 """One press of Generate, checked: what a browser sends is not to be trusted, whatever the widgets allow."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from dora_diffusion.generation import GenerationSettings
+from PIL import Image
+
+from dora_diffusion.generation import Canvas, GenerationSettings
+from dora_diffusion.mixing import MODES
+from dora_diffusion.samplers import DEFAULT as DEFAULT_SAMPLER
+from dora_diffusion.samplers import SAMPLERS
 
 MAX_STRENGTH = 2.0
 MAX_STEPS = 100
 MAX_GUIDANCE = 30.0
 MAX_SEED = 2**32 - 1
 MAX_PROMPT = 2000
+MAX_COUNT = 16
+MAX_CURVE_POINTS = 32
+MIN_SIDE, MAX_SIDE = 64, 2048
+ADDITIVE = "additive"
+
+Curve = tuple[tuple[float, float], ...]
+NAMED_CURVES: Mapping[str, Curve | None] = {
+    "constant": None,
+    "fade in": ((0.0, 0.0), (1.0, 1.0)),
+    "fade out": ((0.0, 1.0), (1.0, 0.0)),
+    "early": ((0.0, 1.0), (0.4, 1.0), (0.6, 0.0)),
+    "late": ((0.4, 0.0), (0.6, 1.0)),
+}
 
 
 @dataclass(frozen=True)
@@ -22,6 +42,10 @@ class SlotValues:
         strength: for all components, unless `apart`.
         apart: whether the components have strengths of their own.
         denoiser, text_encoders: those strengths.
+        blocks: a factor on the denoiser's strength for each of `Parts.blocks`, 1 leaves it; None leaves all.
+        curve: over the run, as `parse_curve` takes it; "" is constant.
+        mask: white where the adapter draws; a picture, a path to one that the app itself wrote, or None for everywhere.
+        solo: while any slot that takes part is solo, only such slots do.
     """
 
     file: str | None
@@ -30,30 +54,87 @@ class SlotValues:
     apart: bool
     denoiser: float
     text_encoders: float
+    blocks: tuple[float, ...] | None = None
+    curve: str = ""
+    mask: Image.Image | Path | str | None = None
+    solo: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """A group of the denoiser's layers: what to call it, and what the paths of its layers begin with."""
+
+    label: str
+    prefixes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What the base calls its components: `unet` or `transformer`, and its text encoders."""
+    """What the base calls its components: `unet` or `transformer`, its text encoders, and the denoiser's blocks."""
 
     denoiser: str
     text_encoders: tuple[str, ...]
+    blocks: tuple[Block, ...] = ()
 
 
 @dataclass(frozen=True)
 class AdapterChoice:
-    """An adapter that takes part: its library name and its strength, or one strength per component."""
+    """An adapter that takes part.
+
+    Attributes:
+        file: its library name.
+        weight: its strength, or one strength per component and block.
+        curve: (progress, factor) points over the run; None is constant.
+        mask: L, white where it draws; None is everywhere.
+    """
 
     file: str
     weight: float | dict[str, float]
+    curve: Curve | None = None
+    mask: Image.Image | None = None
 
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """Everything that decides a picture, apart from the base."""
+    """Everything that decides pictures, apart from the base.
+
+    Attributes:
+        settings: of the first picture; its prompt may hold `<lora:name:0.8>` tags.
+        adapters: who takes part, in an order that counts for some modes.
+        blend: a key of `mixing.MODES`.
+        count: how many pictures; each has the seed after the one before.
+        canvas: a picture to start from, or None.
+    """
 
     settings: GenerationSettings
-    adapters: tuple[AdapterChoice, ...]
+    adapters: tuple[AdapterChoice, ...] = ()
+    blend: str = ADDITIVE
+    count: int = 1
+    canvas: Canvas | None = None
+
+    def __post_init__(self) -> None:
+        """A ValueError of one line for a mode, a number of pictures or a mixture that cannot be."""
+        if self.blend not in MODES:
+            raise ValueError(f"blend: got {shown(self.blend)}, expected one of {', '.join(MODES)}")
+        check_whole("count", self.count, low=1, high=MAX_COUNT)
+        check_whole("last seed", self.settings.seed + self.count - 1, low=0, high=2**63 - 1)
+        moving = next((choice for choice in self.adapters if choice.curve or choice.mask), None)
+        if self.blend != ADDITIVE and moving is not None:
+            thing = "a curve" if moving.curve else "a mask"
+            raise ValueError(
+                f"{moving.file}: has {thing}, and the mode {self.blend!r} is folded into the weights before drawing; "
+                "take it off or blend additively"
+            )
+
+
+@dataclass(frozen=True)
+class DetailValues:
+    """The further widgets of the form, as they came from the browser; None is the model's own."""
+
+    sampler: Any = DEFAULT_SAMPLER
+    width: Any = None
+    height: Any = None
+    strength: Any = None
 
 
 def check_number(name: str, value: object, *, low: float, high: float) -> float:
@@ -64,7 +145,7 @@ def check_number(name: str, value: object, *, low: float, high: float) -> float:
     """
     if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
         return float(value)
-    raise ValueError(f"{name}: got {_shown(value)}, expected a number from {low:g} to {high:g}")
+    raise ValueError(f"{name}: got {shown(value)}, expected a number from {low:g} to {high:g}")
 
 
 def check_whole(name: str, value: object, *, low: int, high: int) -> int:
@@ -75,7 +156,7 @@ def check_whole(name: str, value: object, *, low: int, high: int) -> int:
     """
     if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high and value == int(value):
         return int(value)
-    raise ValueError(f"{name}: got {_shown(value)}, expected a whole number from {low} to {high}")
+    raise ValueError(f"{name}: got {shown(value)}, expected a whole number from {low} to {high}")
 
 
 def check_text(name: str, value: object) -> str:
@@ -87,14 +168,19 @@ def check_text(name: str, value: object) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise ValueError(f"{name}: got {_shown(value)}, expected text")
+        raise ValueError(f"{name}: got {shown(value)}, expected text")
     if len(value) > MAX_PROMPT:
         raise ValueError(f"{name}: got {len(value)} characters, expected at most {MAX_PROMPT}")
     return value.strip()
 
 
 def check_settings(
-    prompt: object, negative: object, seed: object, steps: object, guidance: object
+    prompt: object,
+    negative: object,
+    seed: object,
+    steps: object,
+    guidance: object,
+    details: DetailValues = DetailValues(),  # noqa: B008  (frozen)
 ) -> GenerationSettings:
     """The form above the rack; `ValueError` names the field that is wrong."""
     return GenerationSettings(
@@ -103,38 +189,172 @@ def check_settings(
         seed=check_whole("seed", seed, low=0, high=MAX_SEED),
         steps=check_whole("steps", steps, low=1, high=MAX_STEPS),
         guidance_scale=check_number("guidance", guidance, low=0.0, high=MAX_GUIDANCE),
+        width=_check_side("width", details.width),
+        height=_check_side("height", details.height),
+        sampler=_check_sampler(details.sampler),
+        strength=None
+        if details.strength is None
+        else check_number("denoising strength", details.strength, low=0.01, high=1.0),
     )
+
+
+def _check_side(name: str, value: object) -> int | None:
+    side = None if value in (None, 0) else check_whole(name, value, low=MIN_SIDE, high=MAX_SIDE)
+    if side is not None and side % 8:
+        raise ValueError(f"{name}: got {side}, expected a multiple of 8 from {MIN_SIDE} to {MAX_SIDE}")
+    return side
+
+
+def _check_sampler(value: object) -> str:
+    if value is None or value == "":
+        return DEFAULT_SAMPLER
+    if not isinstance(value, str) or value not in SAMPLERS:
+        raise ValueError(f"sampler: got {shown(value)}, expected one of {', '.join(SAMPLERS)}")
+    return value
+
+
+def check_canvas(image: object, mask: object = None) -> Canvas | None:
+    """A picture to start from, and where it is drawn anew; None without a picture. Masks are white there.
+
+    Raises:
+        ValueError: not a picture, or a mask without a picture to draw in.
+    """
+    picture, area = check_picture("picture", image), check_picture("mask", mask)
+    if picture is None and area is not None:
+        raise ValueError("mask: there is no picture to draw in; give one, or take the mask off")
+    if picture is None:
+        return None
+    return Canvas(picture.convert("RGB"), None if area is None else area.convert("L"))
+
+
+def check_picture(name: str, value: object) -> Image.Image | None:
+    """A picture out of a widget: PIL, or a path that Gradio gave to an upload. None stays None.
+
+    Raises:
+        ValueError: not a picture, or one with more pixels than are drawn here at most.
+    """
+    if value is None or value == "":
+        return None
+    if isinstance(value, str | Path):
+        try:
+            with Image.open(value, formats=["PNG", "JPEG", "WEBP"]) as opened:
+                _check_pixels(name, opened)
+                return opened.copy()
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{name}: not a picture that can be read ({type(error).__name__})") from None
+    if not isinstance(value, Image.Image):
+        raise ValueError(f"{name}: got {shown(value)}, expected a picture")
+    _check_pixels(name, value)
+    return value
+
+
+def _check_pixels(name: str, picture: Image.Image) -> None:
+    most = 4 * MAX_SIDE
+    if not all(0 < side <= most for side in picture.size):
+        raise ValueError(f"{name}: got {picture.width} x {picture.height} pixels, expected at most {most} a side")
+
+
+def parse_curve(text: object, *, name: str = "curve") -> Curve | None:
+    """A strength's factor over the run: "0:0, 0.3:1" or a name of NAMED_CURVES; None is constant.
+
+    Raises:
+        ValueError: neither, progress that does not rise in 0..1, or a factor outside -2..2.
+    """
+    if text is None or (isinstance(text, str) and not text.strip()):
+        return None
+    if not isinstance(text, str):
+        raise ValueError(f"{name}: got {shown(text)}, expected text such as '0:0, 0.3:1'")
+    if text.strip().lower() in NAMED_CURVES:
+        return NAMED_CURVES[text.strip().lower()]
+    pieces = [piece for piece in text.split(",") if piece.strip()]
+    if not 1 <= len(pieces) <= MAX_CURVE_POINTS:
+        raise ValueError(f"{name}: got {len(pieces)} points, expected 1 to {MAX_CURVE_POINTS}")
+    points = tuple(_curve_point(piece, name) for piece in pieces)
+    for before, after in zip(points, points[1:], strict=False):
+        if after[0] < before[0]:
+            raise ValueError(f"{name}: progress falls from {before[0]:g} to {after[0]:g}; expected it to rise")
+    return points
+
+
+def _curve_point(piece: str, name: str) -> tuple[float, float]:
+    progress, _, factor = piece.partition(":")
+    try:
+        point = float(progress), float(factor)
+    except ValueError:
+        raise ValueError(
+            f"{name}: got {shown(piece.strip())}, expected points such as '0:0, 0.3:1' or one of "
+            f"{', '.join(NAMED_CURVES)}"
+        ) from None
+    check_number(f"{name}, progress", point[0], low=0.0, high=1.0)
+    check_number(f"{name}, factor", point[1], low=-MAX_STRENGTH, high=MAX_STRENGTH)
+    return point
+
+
+def curve_text(curve: Sequence[Sequence[float]] | None) -> str:
+    """What `parse_curve` reads back as this curve: its name, or its points."""
+    points = None if curve is None else tuple((float(progress), float(factor)) for progress, factor in curve)
+    for name, named in NAMED_CURVES.items():
+        if named == points:
+            return name
+    return ", ".join(f"{progress:g}:{factor:g}" for progress, factor in points or ())
 
 
 def check_adapters(slots: Sequence[SlotValues], parts: Parts) -> tuple[AdapterChoice, ...]:
     """Slots that are filled, enabled and not at strength 0, in the rack's order; strengths by the base's own parts.
 
     Raises:
-        ValueError: a strength outside -2..2, or one file in two slots.
+        ValueError: a strength outside -2..2, a curve or mask that is none, or one file in two slots.
     """
     chosen: dict[str, int] = {}
     choices = []
-    for number, slot in enumerate(slots, start=1):
-        if not slot.file or not slot.enabled:
-            continue
-        if slot.file in chosen:
-            raise ValueError(f"{slot.file}: in slots {chosen[slot.file]} and {number}, expected each adapter once")
-        chosen[slot.file] = number
+    active = [(number, slot) for number, slot in enumerate(slots, start=1) if slot.file and slot.enabled]
+    alone = any(slot.solo for _, slot in active)
+    for number, slot in active:
+        file = check_text(f"slot {number}, adapter", slot.file)
+        if file in chosen:
+            raise ValueError(f"{file}: in slots {chosen[file]} and {number}, expected each adapter once")
+        chosen[file] = number
         weight = _check_weight(number, slot, parts)
-        if any(weight.values()) if isinstance(weight, dict) else weight:
-            choices.append(AdapterChoice(slot.file, weight))
+        curve = parse_curve(slot.curve, name=f"slot {number}, curve")
+        mask = check_picture(f"slot {number}, mask", slot.mask)
+        if (slot.solo or not alone) and (any(weight.values()) if isinstance(weight, dict) else weight):
+            choices.append(AdapterChoice(file, weight, curve, None if mask is None else mask.convert("L")))
     return tuple(choices)
 
 
 def _check_weight(number: int, slot: SlotValues, parts: Parts) -> float | dict[str, float]:
+    factors = _check_blocks(number, slot.blocks, parts)
     if not slot.apart:
-        return check_number(f"slot {number}, strength", slot.strength, low=-MAX_STRENGTH, high=MAX_STRENGTH)
+        strength = check_number(f"slot {number}, strength", slot.strength, low=-MAX_STRENGTH, high=MAX_STRENGTH)
+        if not factors:
+            return strength
+        return {part: strength for part in (parts.denoiser, *parts.text_encoders)} | _times(strength, factors)
     wanted = {parts.denoiser: slot.denoiser} | dict.fromkeys(parts.text_encoders, slot.text_encoders)
-    return {
+    strengths = {
         part: check_number(f"slot {number}, {part} strength", value, low=-MAX_STRENGTH, high=MAX_STRENGTH)
         for part, value in wanted.items()
     }
+    return strengths | _times(strengths[parts.denoiser], factors)
 
 
-def _shown(value: object) -> str:
+def _check_blocks(number: int, blocks: Sequence[float] | None, parts: Parts) -> dict[str, float]:
+    """Prefix -> factor of the blocks that differ from 1."""
+    if blocks is None:
+        return {}
+    if len(blocks) != len(parts.blocks):
+        raise ValueError(f"slot {number}, blocks: got {len(blocks)} factors, expected {len(parts.blocks)}")
+    factors: dict[str, float] = {}
+    for block, value in zip(parts.blocks, blocks, strict=True):
+        factor = check_number(f"slot {number}, {block.label}", value, low=-MAX_STRENGTH, high=MAX_STRENGTH)
+        if factor != 1:
+            factors |= dict.fromkeys(block.prefixes, factor)
+    return factors
+
+
+def _times(strength: float, factors: Mapping[str, float]) -> dict[str, float]:
+    return {prefix: strength * factor for prefix, factor in factors.items()}
+
+
+def shown(value: object) -> str:
+    """A value that was sent, short enough for one line."""
     return "nothing" if value is None else repr(value)[:40]

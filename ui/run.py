@@ -19,8 +19,13 @@ class Update:
         phase: 'waiting' for another picture, 'loading' adapters, 'blend', 'base', then 'done' or 'stopped'.
         step, total: progress within the phase; total 0 before the first step.
         preview: a small RGB picture of the phase's drawing as it stands.
-        picture, base: finished pictures, saved.
+        picture: the newest finished picture, saved.
+        base: what `picture` is without adapters, saved.
         seconds: since the start.
+        ahead: while waiting, how many drawings are before this one.
+        pictures: all finished pictures of this run, in the order of their seeds.
+        count: how many there will be.
+        load_seconds, mix_seconds, draw_seconds: reading adapters, setting their strengths, drawing them; 0 until then.
     """
 
     phase: str = "waiting"
@@ -30,6 +35,12 @@ class Update:
     picture: Path | None = None
     base: Path | None = None
     seconds: float = 0.0
+    ahead: int = 0
+    pictures: tuple[Path, ...] = ()
+    count: int = 1
+    load_seconds: float = 0.0
+    mix_seconds: float = 0.0
+    draw_seconds: float = 0.0
 
     @property
     def is_last(self) -> bool:

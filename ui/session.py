@@ -1,83 +1,181 @@
-"""The app without its widgets: one pipeline, its adapters, one drawing at a time."""
+"""The app without its widgets: one base at a time, its adapters, one drawing at a time."""
 
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from diffusers import DiffusionPipeline
-
-from dora_diffusion.adapters import AdapterManager, LoadReport
+from dora_diffusion.adapters import LoadReport
+from dora_diffusion.base_weights import BaseWeights, base_weights
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.generation import (
     AdapterUse,
+    Canvas,
     GenerationSettings,
     GenerationStopped,
+    Origin,
     StepReport,
     generate,
+    picture_sha256,
     save_picture,
 )
-from ui.library import AdapterLibrary, Stamp, stamp_of
+from dora_diffusion.pipelines import load_pipeline
+from dora_diffusion.prompts import LoraTag
+from dora_diffusion.samplers import sampler_names
+from ui.engine import Engine, bases_offered
+from ui.library import AdapterLibrary
+from ui.metadata import keep_input
 from ui.request import AdapterChoice, DrawRequest, Parts
 from ui.run import Run
+from ui.tags import Resolved, resolve_tags
+from ui.turns import Turns
 
-MAX_LOADED = 8
 MAX_BASES = 64
+
+OnStep = Callable[[StepReport], None]
+ShouldStop = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture and all that it was made of; `Session.save` writes it.
+
+    Attributes:
+        image: RGB.
+        settings: as drawn: this picture's own seed, the prompt without tags.
+        adapters: who took part.
+        origin: canvas and tags.
+        model: the base.
+        seconds: of drawing.
+    """
+
+    image: Any
+    settings: GenerationSettings
+    adapters: tuple[AdapterUse, ...]
+    origin: Origin
+    model: str
+    seconds: float
 
 
 class Session:
-    """Shared by every tab. The lock guards pipeline and manager; a mix of adapters belongs to one request only."""
+    """Shared by every tab. Turns guard the base; a mix of adapters belongs to one request only."""
 
-    def __init__(self, pipe: DiffusionPipeline, *, model: str, folder: Path, output: Path) -> None:
-        self.model = model
+    def __init__(self, pipe: Any, *, model: str, folder: Path, output: Path, models: Path | None = None) -> None:
+        """
+        Args:
+            pipe: the base to begin with.
+            model: what it is called.
+            folder: of adapters.
+            output: where pictures are saved.
+            models: a folder of further bases to switch to: folders in diffusers' layout and `.safetensors` files.
+        """
         self.library = AdapterLibrary(folder)
         self.library.refresh()
-        self._pipe = pipe
-        self._output = output
-        self._manager = AdapterManager(pipe)
-        self._lock = threading.Lock()
-        self._loaded: OrderedDict[str, Stamp] = OrderedDict()
-        self._bases: OrderedDict[GenerationSettings, Path] = OrderedDict()
+        self.library.refresh()
+        self.output = output
+        self._engine = Engine(pipe, model=model, library=self.library)
+        self._first = model
+        self._models_folder = models
+        self._turns = Turns()
+        self._bases: OrderedDict[tuple[object, ...], Path] = OrderedDict()
         self._runs: dict[str, Run] = {}
         self._runs_lock = threading.Lock()
+        self._files_lock = threading.Lock()
+
+    @property
+    def model(self) -> str:
+        """What the present base is called."""
+        return self._engine.model
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Bases that `switch` takes: the first one, the embedded ones, and those of the models folder."""
+        return tuple(bases_offered(self._first, self._models_folder))
 
     @property
     def parts(self) -> Parts:
-        """The base's components that adapters may change."""
-        family = family_of_pipeline(self._pipe)
-        present = (part.name for part in family.text_encoders if getattr(self._pipe, part.name, None) is not None)
-        return Parts(family.denoiser.name, tuple(present))
+        """The base's components and blocks that adapters may change."""
+        return self._engine.parts
+
+    @property
+    def family(self) -> str:
+        """The name of the base's model family: `sd1`, `flux` ..."""
+        return family_of_pipeline(self._engine.pipe).name
+
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """Samplers that suit the base."""
+        return sampler_names(self._engine.pipe)
 
     @property
     def loaded(self) -> tuple[str, ...]:
         """Adapters held in memory, the longest unused first."""
-        return tuple(self._loaded)
+        return self._engine.loaded
 
     @property
     def busy(self) -> bool:
-        """Whether the pipeline is at work."""
-        return self._lock.locked()
+        """Whether the base is at work."""
+        return self._turns.waiting > 0
+
+    @property
+    def waiting(self) -> int:
+        """How many drawings there are: the one under way and those that wait."""
+        return self._turns.waiting
 
     def load(self, file: str) -> LoadReport:
-        """Load an adapter of the library unless it is loaded already; waits for a drawing under way.
+        """Load an adapter of the library unless it is loaded already; waits for a drawing under way, and no other.
 
         Raises:
             ValueError: not in the library, or not an adapter for this base.
         """
-        with self._lock:
-            return self._ensure_loaded(file, keep=())
+        with self._turns.turn(is_short=True):
+            return self._engine.ensure_loaded(file)
+
+    def switch(self, model: str, *, adapters: Sequence[str] | None = None) -> dict[str, str]:
+        """Put another base in the present one's place, when those that wait before have drawn.
+
+        Args:
+            model: one of `models`.
+            adapters: to load into it; None takes those that the present base holds.
+
+        Returns:
+            Each adapter that does not fit the new base -> why, in one line.
+
+        Raises:
+            ValueError: not one of `models`, or it cannot be loaded; the present base stays then.
+        """
+        sources = bases_offered(self._first, self._models_folder)
+        if model not in sources:
+            raise ValueError(f"model {str(model)[:80]!r} is not offered here; expected one of {', '.join(sources)}")
+        with self._turns.turn():
+            old = self._engine
+            if old.model == model:
+                return {}
+            wanted = old.loaded if adapters is None else tuple(adapters)
+            device = str(getattr(old.pipe, "device", "cpu"))
+            pipe = load_pipeline(sources[model], dtype=old.pipe.dtype, device=device)
+            self._engine = Engine(pipe, model=model, library=self.library)
+            old.close()
+            return self._misfits(wanted)
 
     def start(self, request: DrawRequest, *, owner: str) -> Run:
-        """Draw in the background: the blend, then the base unless it is known for these settings.
+        """Draw in the background: the blend of every seed, then the base of the last unless it is known.
 
         Args:
             request: what to draw.
             owner: whose run it is (a tab); a run the owner still has is stopped.
+
+        Raises:
+            ValueError: a tag in the prompt that names no adapter.
         """
-        run = Run(lambda run: self._work(request, run))
+        wanted = self._resolved(request)
+        engine = self._engine
+        run = Run(lambda run: self._work(wanted, engine, run))
         with self._runs_lock:
             if (earlier := self._runs.get(owner)) is not None:
                 earlier.stop()
@@ -92,100 +190,204 @@ class Session:
         if run is not None:
             run.stop()
 
+    def draw(
+        self, request: DrawRequest, *, should_stop: ShouldStop | None = None, on_step: OnStep | None = None
+    ) -> list[Drawn]:
+        """Draw every seed of a request and wait for it; nothing is saved, and no base is drawn.
+
+        Args:
+            request: what to draw.
+            should_stop: asked while waiting and after every step.
+            on_step: called after every step, without previews.
+
+        Raises:
+            ValueError: what the request asks for cannot be drawn.
+            GenerationStopped: `should_stop` said yes.
+        """
+        asked = should_stop or (lambda: False)
+        wanted, engine = self._resolved(request), self._engine
+        with self._turns.turn(should_stop=asked):
+            self._check_engine(engine)
+            uses = self._load_all(wanted.request, asked)
+            with engine.mixed(wanted.request):
+                return [
+                    self._drawn(settings, wanted, uses, should_stop=asked, on_step=on_step)
+                    for settings in _each_seed(wanted.request)
+                ]
+
+    def save(self, drawn: Drawn, folder: Path | None = None) -> Path:
+        """Write a picture with its metadata under a new name, into the output folder unless another is given."""
+        folder = self.output if folder is None else folder
+        folder.mkdir(parents=True, exist_ok=True)
+        with self._files_lock:
+            return save_picture(
+                drawn.image,
+                _new_file(folder, drawn.settings),
+                drawn.settings,
+                model=drawn.model,
+                adapters=drawn.adapters,
+                origin=drawn.origin,
+            )
+
+    @contextmanager
+    def weights(self) -> Iterator[BaseWeights]:
+        """The base's own weights, to be read within the block; drawings wait until it ends."""
+        with self._turns.turn(is_short=True):
+            yield base_weights(self._engine.pipe)
+
     def close(self) -> None:
         """Stop every run, then leave the pipeline as it was given."""
         with self._runs_lock:
             runs = tuple(self._runs.values())
         for run in runs:
             run.stop()
-        with self._lock:
-            self._manager.unload()
-            self._loaded.clear()
+        with self._turns.turn(is_short=True):
+            self._engine.close()
+        self.library.close()
 
-    def _work(self, request: DrawRequest, run: Run) -> None:
+    def _misfits(self, files: Sequence[str]) -> dict[str, str]:
+        reasons = {}
+        for file in files:
+            try:
+                self._engine.ensure_loaded(file, keep=files)
+            except ValueError as error:
+                reasons[file] = str(error)
+        return reasons
+
+    def _resolved(self, request: DrawRequest) -> Resolved:
+        return resolve_tags(request, self.library.usable, self.parts)
+
+    def _check_engine(self, engine: Engine) -> None:
+        """A request names the parts of the base that it was made for."""
+        if engine is not self._engine:
+            raise ValueError(f"the base was switched to {self.model} while this waited; press Generate again")
+
+    def _work(self, wanted: Resolved, engine: Engine, run: Run) -> None:
+        def on_wait(ahead: int) -> None:
+            run.post(replace(run.latest, ahead=ahead))
+
         try:
-            with self._turn(run):
-                self._draw_both(request, run)
+            with self._turns.turn(should_stop=run.is_stopping, on_wait=on_wait):
+                self._check_engine(engine)
+                self._draw_both(wanted, run)
             run.post(replace(run.latest, phase="done", preview=None))
         except GenerationStopped:
             run.post(replace(run.latest, phase="stopped"))
 
-    @contextmanager
-    def _turn(self, run: Run) -> Iterator[None]:
-        while not self._lock.acquire(timeout=0.1):
-            if run.is_stopping():
-                raise GenerationStopped
-        try:
-            yield
-        finally:
-            self._manager.set_adapters({})
-            self._lock.release()
-
-    def _draw_both(self, request: DrawRequest, run: Run) -> None:
-        base = self._known_base(request.settings)
-        run.post(replace(run.latest, phase="loading", base=base))
-        reports = [self._ensure_loaded(choice.file, keep=_files(request.adapters)) for choice in request.adapters]
+    def _draw_both(self, wanted: Resolved, run: Run) -> None:
+        request = wanted.request
+        every = _each_seed(request)
+        known = self._known_base(every[-1], request.canvas)
+        run.post(replace(run.latest, phase="loading", ahead=0, base=known, count=request.count))
+        started = time.perf_counter()
+        uses = self._load_all(request, run.is_stopping)
+        run.post(replace(run.latest, load_seconds=time.perf_counter() - started))
         if request.adapters:
-            self._manager.set_adapters({choice.file: choice.weight for choice in request.adapters})
-            uses = [
-                AdapterUse(name=choice.file, sha256=report.sha256, weight=choice.weight)
-                for choice, report in zip(request.adapters, reports, strict=True)
-            ]
-            picture = self._draw(request.settings, uses, run, phase="blend", folder=self._output)
-            run.post(replace(run.latest, picture=picture))
-        if base is None:
-            self._manager.set_adapters({})
-            base = self._draw(request.settings, [], run, phase="base", folder=self._output / "base")
-            self._remember_base(request.settings, base)
-        run.post(replace(run.latest, base=base, picture=run.latest.picture or base))
+            with self._engine.mixed(request) as mix_seconds:
+                run.post(replace(run.latest, mix_seconds=mix_seconds))
+                for settings in every:
+                    _tell(run, self._draw_and_save(settings, wanted, uses, run, "blend", self.output))
+        bare = replace(wanted, request=replace(request, adapters=()), tags=())
+        for settings in every[-1:] if request.adapters else every:
+            base = self._known_base(settings, request.canvas)
+            if base is None:
+                base = self._draw_and_save(settings, bare, (), run, "base", self.output / "base")
+                self._remember_base(settings, request.canvas, base)
+            if not request.adapters:
+                _tell(run, base)
+            run.post(replace(run.latest, base=base))
 
-    def _draw(
-        self, settings: GenerationSettings, uses: Sequence[AdapterUse], run: Run, *, phase: str, folder: Path
+    def _load_all(self, request: DrawRequest, should_stop: ShouldStop) -> tuple[AdapterUse, ...]:
+        files = [choice.file for choice in request.adapters]
+        uses = []
+        for choice in request.adapters:
+            if should_stop():
+                raise GenerationStopped
+            uses.append(self._use(choice, self._engine.ensure_loaded(choice.file, keep=files), request.blend))
+        return tuple(uses)
+
+    def _use(self, choice: AdapterChoice, report: LoadReport, blend: str) -> AdapterUse:
+        mask = None if choice.mask is None else picture_sha256(choice.mask)
+        return AdapterUse(choice.file, report.sha256, choice.weight, blend, choice.curve, mask)
+
+    def _draw_and_save(
+        self,
+        settings: GenerationSettings,
+        wanted: Resolved,
+        uses: tuple[AdapterUse, ...],
+        run: Run,
+        phase: str,
+        folder: Path,
     ) -> Path:
         run.post(replace(run.latest, phase=phase, step=0, total=settings.steps, preview=None))
 
         def on_step(report: StepReport) -> None:
             run.post(replace(run.latest, step=report.step, total=report.total, preview=report.preview))
 
-        picture = generate(self._pipe, settings, on_step=on_step, should_stop=run.is_stopping, preview_every=1)
-        folder.mkdir(parents=True, exist_ok=True)
-        return save_picture(picture, _new_file(folder, settings), settings, model=self.model, adapters=uses)
+        drawn = self._drawn(settings, wanted, uses, should_stop=run.is_stopping, on_step=on_step, preview_every=1)
+        self._keep_inputs(wanted.request)
+        run.post(replace(run.latest, draw_seconds=run.latest.draw_seconds + drawn.seconds))
+        return self.save(drawn, folder)
 
-    def _ensure_loaded(self, file: str, *, keep: Sequence[str]) -> LoadReport:
-        """Load, or load again when the file has changed; the longest unused beyond MAX_LOADED make room."""
-        path = self.library.find(file).path
-        try:
-            stamp = stamp_of(path)
-        except OSError as error:
-            raise ValueError(f"{file}: the file is gone ({error.strerror}); press Refresh") from error
-        if self._loaded.get(file) != stamp:
-            if file in self._loaded:
-                self._unload(file)
-            self._manager.load_adapter(path, name=file)
-            self._loaded[file] = stamp
-        self._loaded.move_to_end(file)
-        spare = [name for name in self._loaded if name not in (*keep, file)]
-        for oldest in spare[: max(0, len(self._loaded) - MAX_LOADED)]:
-            self._unload(oldest)
-        return self._manager.reports[file]
+    def _drawn(
+        self,
+        settings: GenerationSettings,
+        wanted: Resolved,
+        uses: tuple[AdapterUse, ...],
+        *,
+        should_stop: ShouldStop,
+        on_step: OnStep | None,
+        preview_every: int = 0,
+    ) -> Drawn:
+        canvas = wanted.request.canvas
+        started = time.perf_counter()
+        image = generate(
+            self._engine.pipe,
+            settings,
+            canvas=canvas,
+            on_step=on_step,
+            should_stop=should_stop,
+            preview_every=preview_every,
+        )
+        seconds = time.perf_counter() - started
+        return Drawn(image, settings, uses, _origin(canvas, wanted.tags), self.model, seconds)
 
-    def _unload(self, file: str) -> None:
-        self._manager.delete_adapter(file)
-        del self._loaded[file]
+    def _keep_inputs(self, request: DrawRequest) -> None:
+        """Store the pictures that metadata names by hash."""
+        canvas = request.canvas
+        own = () if canvas is None else (canvas.image, canvas.mask)
+        for picture in (*own, *(choice.mask for choice in request.adapters)):
+            if picture is not None:
+                keep_input(self.output, picture)
 
-    def _known_base(self, settings: GenerationSettings) -> Path | None:
-        path = self._bases.get(settings)
+    def _known_base(self, settings: GenerationSettings, canvas: Canvas | None) -> Path | None:
+        path = self._bases.get(self._base_key(settings, canvas))
         return path if path is not None and path.is_file() else None
 
-    def _remember_base(self, settings: GenerationSettings, path: Path) -> None:
-        self._bases[settings] = path
-        self._bases.move_to_end(settings)
+    def _remember_base(self, settings: GenerationSettings, canvas: Canvas | None, path: Path) -> None:
+        key = self._base_key(settings, canvas)
+        self._bases[key] = path
+        self._bases.move_to_end(key)
         while len(self._bases) > MAX_BASES:
             self._bases.popitem(last=False)
 
+    def _base_key(self, settings: GenerationSettings, canvas: Canvas | None) -> tuple[object, ...]:
+        return self.model, settings, _origin(canvas, ())
 
-def _files(adapters: Sequence[AdapterChoice]) -> tuple[str, ...]:
-    return tuple(choice.file for choice in adapters)
+
+def _tell(run: Run, picture: Path) -> None:
+    run.post(replace(run.latest, picture=picture, pictures=(*run.latest.pictures, picture)))
+
+
+def _each_seed(request: DrawRequest) -> list[GenerationSettings]:
+    return [replace(request.settings, seed=request.settings.seed + offset) for offset in range(request.count)]
+
+
+def _origin(canvas: Canvas | None, tags: tuple[LoraTag, ...]) -> Origin:
+    if canvas is None:
+        return Origin(tags=tags)
+    mask = None if canvas.mask is None else picture_sha256(canvas.mask)
+    return Origin(picture_sha256(canvas.image), mask, tags)
 
 
 def _new_file(folder: Path, settings: GenerationSettings) -> Path:

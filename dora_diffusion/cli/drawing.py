@@ -107,6 +107,10 @@ def add_ui(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="pocket", help=BASES)
     parser.add_argument("--adapters", type=Path, default=Path("."), help="folder to pick adapters from")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for pictures")
+    parser.add_argument(
+        "--datasets", type=Path, action="append", help="folder of picture sets and recipes; may be repeated"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of training runs (default: runs)")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=7860)
     parser.set_defaults(handler=_ui)
@@ -127,6 +131,8 @@ def _ui(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
             output=arguments.output,
             host=arguments.host,
             port=arguments.port,
+            datasets=tuple(arguments.datasets or UiOptions.datasets),
+            runs=arguments.runs,
         )
     )
     return 0

@@ -1,7 +1,7 @@
 """What the toolkit needs to know of a model family: which layers to adapt and how its base is asked to predict."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -147,6 +147,8 @@ class Family:
             predicts tokens (N, rows * columns, C), row by row; None when it predicts (N, C, h, w).
         scheduler_time: the timestep given to the denoiser -> the scheduler's.
         shift: a flow's scheduler, and a picture's tokens -> the shift of timesteps towards noise that it draws with.
+        embeds: names of `encode` -> the pipeline's arguments for them, where single words of a prompt can be weighed:
+            the first are the tokens' (N, tokens, width), text encoders side by side. Empty where they cannot.
     """
 
     name: str
@@ -165,6 +167,7 @@ class Family:
     grid: Callable[[Sequence[Any], Mapping[str, Any]], tuple[int, int] | None] = maps
     scheduler_time: Callable[[Tensor], Tensor] = same_time
     shift: Callable[[Any, int], float] = scheduler_shift
+    embeds: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def components(self) -> tuple[Component, ...]:

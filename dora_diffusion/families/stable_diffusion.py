@@ -103,6 +103,7 @@ STABLE_DIFFUSION_1 = Family(
     predict=predict,
     codec=SCALED,
     blank=blank,
+    embeds={"encoder_hidden_states": "prompt_embeds"},
     is_mine=projects_by_convolution,
 )
 
@@ -121,4 +122,5 @@ STABLE_DIFFUSION_XL = Family(
     predict=predict_xl,
     codec=SCALED,
     blank=blank_xl,
+    embeds={"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"},
 )

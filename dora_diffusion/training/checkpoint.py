@@ -1,7 +1,9 @@
 """Training checkpoints: safetensors and JSON only, saved whole or not at all, resumed bit for bit."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,11 @@ import torch
 from torch import Tensor
 
 from dora_diffusion import storage
+from dora_diffusion.formats import save_adapter
+from dora_diffusion.state import AdapterState
 from dora_diffusion.training.config import FlowConfig, OptimConfig, TrainConfig, WordsConfig
+
+ADAPTER = "adapter.safetensors"  # of a checkpoint, and of a run that is through
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,17 @@ def resumable_part(config: TrainConfig) -> dict[str, Any]:
     return parts
 
 
-def save(state: TrainingState, config: TrainConfig, *, step: int, folder: Path) -> Path:
+def save(
+    state: TrainingState, config: TrainConfig, *, step: int, folder: Path, adapter: AdapterState | None = None
+) -> Path:
     """Save a checkpoint after `step` optimiser steps; elders beyond `config.checkpoint.keep` go.
+
+    Args:
+        state: what a resumed run puts back.
+        config: the run's settings.
+        step: how many steps are done.
+        folder: of all checkpoints of the run.
+        adapter: what is learnt so far, saved beside it as a file to draw with; None when new words are learnt alone.
 
     Raises:
         ValueError: a value is not finite; nothing is written, and the elders stay.
@@ -57,16 +72,19 @@ def save(state: TrainingState, config: TrainConfig, *, step: int, folder: Path) 
     }
     tensors = storage.optimizer_tensors(state.optimizer)
     target = folder / f"step-{step:08d}"
-    storage.save_checkpoint(
-        target,
-        {
-            "parameters.safetensors": lambda path: storage.save_tensors(state.parameters, path),
-            "optimizer.safetensors": lambda path: storage.save_tensors(tensors, path),
-            "progress.json": lambda path: storage.write_atomically(path, json.dumps(progress).encode()),
-        },
-        keep=config.checkpoint.keep,
-    )
+    files: dict[str, Callable[[Path], None]] = {
+        "parameters.safetensors": lambda path: storage.save_tensors(state.parameters, path),
+        "optimizer.safetensors": lambda path: storage.save_tensors(tensors, path),
+        "progress.json": lambda path: storage.write_atomically(path, json.dumps(progress).encode()),
+    }
+    if adapter is not None:
+        files[ADAPTER] = partial(_write_adapter, adapter)
+    storage.save_checkpoint(target, files, keep=config.checkpoint.keep)
     return target
+
+
+def _write_adapter(adapter: AdapterState, path: Path) -> None:
+    save_adapter(adapter, path)
 
 
 @torch.no_grad()

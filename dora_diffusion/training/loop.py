@@ -16,6 +16,7 @@ from tqdm import tqdm
 from dora_diffusion.families import pixel_multiple
 from dora_diffusion.formats import save_adapter
 from dora_diffusion.objectives import weighted_squared_error
+from dora_diffusion.state import AdapterState
 from dora_diffusion.storage import write_atomically
 from dora_diffusion.tokens import save_words
 from dora_diffusion.training import checkpoint
@@ -144,7 +145,8 @@ class _Run:
             self.accelerator.log({"loss/train": loss, "learning_rate": rate}, step=step + 1)
             self._watch(step + 1)
             if _due(step + 1, self.config.checkpoint.every, steps) and self.accelerator.is_main_process:
-                checkpoint.save(self.state, self.config, step=step + 1, folder=self.folder / "checkpoints")
+                folder, adapter = self.folder / "checkpoints", self._adapter(step + 1)
+                checkpoint.save(self.state, self.config, step=step + 1, folder=folder, adapter=adapter)
         result = self._finish()
         self.accelerator.end_training()  # ends the process group too, so nothing may wait for another after it
         return result
@@ -220,13 +222,19 @@ class _Run:
                     losses.append(self._loss(batch, seed=seed).item())
         return sum(losses) / len(losses)
 
+    def _adapter(self, step: int) -> AdapterState | None:
+        """What is learnt after so many steps, as a file holds it; None when new words are learnt alone."""
+        if not self.subject.injections:
+            return None
+        return self.subject.adapter(adapter_metadata(self.config, self.subject.family, step=step))
+
     def _finish(self) -> TrainResult:
-        adapter = self.folder / "adapter.safetensors" if self.subject.injections else None
+        learnt = self._adapter(self.config.optim.steps)
+        adapter = self.folder / checkpoint.ADAPTER if learnt is not None else None
         words: list[Path] = []
         if self.accelerator.is_main_process:
-            if adapter is not None:
-                metadata = adapter_metadata(self.config, self.subject.family, step=self.config.optim.steps)
-                save_adapter(self.subject.adapter(metadata), adapter)
+            if learnt is not None and adapter is not None:
+                save_adapter(learnt, adapter)
             if self.subject.words is not None:
                 words = save_words(self.subject.words.state(), self.folder / "words")
             save_strip(self.folder / "samples")

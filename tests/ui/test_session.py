@@ -1,6 +1,8 @@
 """The app without a browser: what is drawn, saved, cached, stopped, and kept apart between tabs."""
 
 import json
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +11,11 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from dora_diffusion.adapters import AdapterManager
-from dora_diffusion.generation import GenerationSettings, generate
+from dora_diffusion.generation import Canvas, GenerationSettings, GenerationStopped, generate
+from dora_diffusion.prompts import LoraTag
 from dora_diffusion.storage import sha256_of
-from ui import session as session_module
+from ui import engine as engine_module
+from ui.metadata import find_input, metadata_text, read_metadata
 from ui.request import AdapterChoice, DrawRequest
 from ui.run import Update
 from ui.session import Session
@@ -167,9 +171,188 @@ def test_a_changed_file_is_loaded_again(session: Session, adapters: Path) -> Non
 def test_unused_adapters_make_room(
     session: Session, pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_module, "MAX_LOADED", 1)
+    monkeypatch.setattr(engine_module, "MAX_LOADED", 1)
     session.load("ink")
     session.load("lego")
     assert [*session.loaded] == ["lego"]
     assert _finish(session, DrawRequest(SETTINGS, (INK, LEGO))).phase == "done"
     assert [*session.loaded] == ["ink", "lego"]
+
+
+SMALL = replace(SETTINGS, width=64, height=64)
+FADE = ((0.0, 0.0), (1.0, 1.0))
+LEFT = Image.new("L", (64, 64))
+LEFT.paste(255, (0, 0, 32, 64))
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+
+
+def test_a_batch_has_a_picture_for_every_seed(session: Session) -> None:
+    last = _finish(session, DrawRequest(SMALL, (INK,), count=3))
+    assert last.count == 3 and len(last.pictures) == 3 and last.picture == last.pictures[-1]
+    alone = [_finish(session, DrawRequest(replace(SMALL, seed=seed), (INK,))) for seed in (3, 4, 5)]
+    for together, single in zip(last.pictures, alone, strict=True):
+        np.testing.assert_array_equal(_pixels(together), _pixels(single.picture))
+    assert last.base == alone[-1].base
+
+
+def test_a_batch_without_adapters(session: Session) -> None:
+    last = _finish(session, DrawRequest(SMALL, count=2))
+    assert len(set(last.pictures)) == 2 and last.picture == last.base == last.pictures[-1]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        DrawRequest(SMALL, (INK, LEGO), blend="compose"),
+        DrawRequest(SMALL, (INK, AdapterChoice("lego", 0.5, curve=FADE))),
+        DrawRequest(SMALL, (AdapterChoice("ink", 1.0, mask=LEFT),)),
+        DrawRequest(replace(SMALL, sampler="dpm++ 2m"), (INK,)),
+        DrawRequest(replace(SMALL, prompt="a (cat:1.4)"), (INK,)),
+        DrawRequest(replace(SMALL, strength=0.6), (INK,), canvas=Canvas(PICTURE, LEFT)),
+        DrawRequest(SMALL, (AdapterChoice("ink", {"unet": 1.0, "unet.mid_block": 0.5, "text_encoder": 0.0}),)),
+    ],
+    ids=["mode", "curve", "mask", "sampler", "weights", "canvas", "blocks"],
+)
+def test_a_request_is_what_the_library_draws_and_leaves_nothing(
+    session: Session, pipe: StableDiffusionPipeline, adapters: Path, request_: DrawRequest
+) -> None:
+    scheduler = pipe.scheduler
+    plain = session.draw(DrawRequest(SMALL))[0].image
+    manager = AdapterManager(pipe)
+    session.close()
+    for choice in request_.adapters:
+        manager.load_adapter(adapters / f"{choice.file}.safetensors", name=choice.file)
+    manager.set_adapters({choice.file: choice.weight for choice in request_.adapters}, blend=request_.blend)
+    for choice in request_.adapters:
+        if choice.curve:
+            manager.set_schedule(choice.file, choice.curve)
+        if choice.mask:
+            manager.set_mask(choice.file, choice.mask)
+    expected = generate(pipe, request_.settings, canvas=request_.canvas)
+    manager.unload()
+    last = _finish(session, request_)
+    np.testing.assert_array_equal(_pixels(last.picture), np.asarray(expected))
+    assert not np.array_equal(_pixels(last.picture), _pixels(last.base))
+    assert session.draw(DrawRequest(SMALL))[0].image.tobytes() == plain.tobytes()
+    assert pipe.scheduler is scheduler
+    assert not pipe.unet._forward_hooks and not pipe.unet._forward_pre_hooks
+
+
+def test_tags_become_adapters_and_the_rack_wins(session: Session) -> None:
+    tagged = replace(SMALL, prompt="a cat <lora:INK:0.8> on red <lora:lego:1.5>")
+    last = _finish(session, DrawRequest(tagged, (AdapterChoice("lego", 0.25),)))
+    same = _finish(session, DrawRequest(replace(SMALL, prompt="a cat on red"), (AdapterChoice("lego", 0.25), INK)))
+    np.testing.assert_array_equal(_pixels(last.picture), _pixels(same.picture))
+    assert last.picture is not None
+    record = read_metadata(last.picture)
+    assert record is not None and record.settings.prompt == "a cat on red"
+    assert {use.name: use.weight for use in record.adapters} == {"ink": 0.8, "lego": 0.25}
+    assert record.origin.tags == (LoraTag("INK", 0.8), LoraTag("lego", 1.5))
+    with pytest.raises(ValueError, match="^prompt: no adapter named 'lgo' for <lora:...>; nearest: lego$"):
+        session.start(DrawRequest(replace(SMALL, prompt="<lora:lgo:1>")), owner="tab")
+
+
+def test_metadata_loses_nothing(session: Session, adapters: Path, tmp_path: Path) -> None:
+    settings = replace(SMALL, sampler="euler a", strength=0.6)
+    choice = AdapterChoice("ink", {"unet": 1.0, "unet.mid_block": 0.5}, curve=FADE, mask=LEFT)
+    last = _finish(session, DrawRequest(settings, (choice,), canvas=Canvas(PICTURE, LEFT)))
+    assert last.picture is not None
+    record = read_metadata(last.picture)
+    assert record is not None
+    assert (record.settings, record.model, record.blend) == (settings, "random", "additive")
+    [use] = record.adapters
+    assert (use.name, use.weight, use.schedule) == ("ink", choice.weight, FADE)
+    assert use.sha256 == sha256_of(adapters / "ink.safetensors")
+    for sha256, picture in ((use.mask, LEFT), (record.origin.canvas, PICTURE), (record.origin.canvas_mask, LEFT)):
+        assert sha256 is not None
+        found = find_input(tmp_path / "out", sha256)
+        assert found is not None and found.tobytes() == picture.tobytes()
+    assert "Sampler: Euler a, " in record.parameters and "Denoising strength: 0.6" in record.parameters
+    assert "euler a" in metadata_text(last.picture)
+
+
+def test_broken_metadata_is_one_line(tmp_path: Path) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    picture = tmp_path / "x.png"
+    for text in ("[" * 10_000, "{}", '{"settings": {"prompt": 7}, "adapters": [], "model": ""}', "7", "null"):
+        info = PngInfo()
+        info.add_itxt("dora_diffusion", text)
+        PICTURE.save(picture, pnginfo=info)
+        with pytest.raises(ValueError, match="^x.png: its metadata is not as this app writes it "):
+            read_metadata(picture)
+    PICTURE.save(picture)
+    assert read_metadata(picture) is None
+    picture.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="^x.png: not a picture that can be read"):
+        read_metadata(picture)
+
+
+def test_those_that_wait_know_how_many_are_before_them(session: Session) -> None:
+    runs = [session.start(DrawRequest(LONG), owner=str(number)) for number in range(3)]
+    while runs[2].latest.ahead != 2:
+        assert not runs[2].finished
+    assert runs[1].latest.ahead == 1
+    session.stop("0")
+    while runs[2].latest.ahead != 1:
+        assert not runs[2].finished
+    session.stop("1")
+    session.stop("2")
+    assert [list(run.updates())[-1].phase for run in runs] == ["stopped"] * 3
+    assert not session.busy
+
+
+def test_turns_come_in_order(session: Session, tmp_path: Path) -> None:
+    quick = replace(SMALL, steps=1)
+    runs = [session.start(DrawRequest(replace(quick, seed=seed)), owner=str(seed)) for seed in range(4)]
+    last = [list(run.updates())[-1].picture for run in runs]
+    times = [path.stat().st_mtime_ns for path in last if path is not None]
+    assert times == sorted(times) and len(times) == 4
+
+
+def test_draw_waits_for_its_turn_and_can_be_stopped(session: Session) -> None:
+    session.start(DrawRequest(LONG), owner="tab")
+    with pytest.raises(GenerationStopped):
+        session.draw(DrawRequest(SMALL), should_stop=lambda: True)
+    threading.Timer(0.3, session.stop, ("tab",)).start()
+    [drawn] = session.draw(DrawRequest(SMALL, (INK,)))
+    assert drawn.seconds > 0 and drawn.adapters[0].name == "ink"
+    record = read_metadata(session.save(drawn))
+    assert record is not None and record.settings == SMALL
+
+
+def test_times_are_told(session: Session) -> None:
+    last = _finish(session, DrawRequest(SMALL, (INK,)))
+    assert 0 < last.mix_seconds < last.load_seconds < last.draw_seconds < last.seconds
+
+
+def test_another_base_is_switched_to(session: Session, tmp_path: Path) -> None:
+    assert session.models[:2] == ("random", "pocket")
+    assert session.parts.blocks[0].prefixes == ("unet.down_blocks",)
+    session.load("ink")
+    with pytest.raises(ValueError, match=r"^model '/etc' is not offered here; expected one of random, pocket"):
+        session.switch("/etc")
+    misfits = session.switch("pocket-dit")
+    assert session.model == "pocket-dit" and session.parts.denoiser == "transformer"
+    assert [block.label for block in session.parts.blocks] == ["early blocks", "middle blocks", "late blocks"]
+    assert list(misfits) == ["ink"] and "\n" not in misfits["ink"]
+    last = _finish(session, DrawRequest(replace(SMALL, steps=1)))
+    assert last.picture is not None
+    record = read_metadata(last.picture)
+    assert record is not None and record.model == "pocket-dit"
+    with pytest.raises(ValueError, match="ink"):
+        _finish(session, DrawRequest(SMALL, (INK,)))
+
+
+def test_a_request_made_for_another_base_is_refused(session: Session) -> None:
+    long = session.start(DrawRequest(LONG), owner="long")
+    switching = threading.Thread(target=session.switch, args=("pocket",))
+    switching.start()
+    while session.waiting < 2:
+        assert switching.is_alive()
+    late = session.start(DrawRequest(SMALL, (INK,)), owner="late")
+    session.stop("long")
+    assert list(long.updates())[-1].phase == "stopped"
+    with pytest.raises(ValueError, match="^the base was switched to pocket while this waited; press Generate again$"):
+        list(late.updates())
+    switching.join()

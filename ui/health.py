@@ -1,0 +1,119 @@
+"""Whether the app is well, as JSON for those who watch it; and ending it so that nothing is left."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+from fastapi import FastAPI
+
+import dora_diffusion
+from ui.session import Session
+
+CLOSING_SECONDS = 10.0
+HEALTH = "/health"
+
+
+def health(session: Session, *, started: float) -> dict[str, Any]:
+    """What GET /health answers; nothing in it tells what is drawn, or where files lie.
+
+    Args:
+        session: the app's.
+        started: `time.monotonic()` at the app's start.
+    """
+    return {
+        "status": "ok",
+        "version": dora_diffusion.__version__,
+        "model": Path(session.model).name or session.model,
+        "busy": session.busy,
+        "queue": session.waiting,
+        "adapters": {
+            "usable": len(session.library.usable),
+            "broken": len(session.library.broken),
+            "loaded": len(session.loaded),
+        },
+        "memory": {"process_bytes": process_bytes(), "gpu_bytes": gpu_bytes()},
+        "uptime_seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def health_route(app: FastAPI, session: Session) -> None:
+    """Serve `health` at /health of a launched app; it waits for no drawing."""
+    started = time.monotonic()
+
+    def answer() -> dict[str, Any]:
+        return health(session, started=started)
+
+    app.add_api_route(HEALTH, answer, methods=["GET"], include_in_schema=False)
+
+
+def process_bytes() -> int | None:
+    """Memory that this process holds; None where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def gpu_bytes() -> int | None:
+    """Memory of tensors on the current CUDA device; None without one."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else None
+
+
+def close_all(closers: Sequence[Callable[[], object]], *, seconds: float = CLOSING_SECONDS) -> bool:
+    """Call every closer, in order, whatever the ones before did; whether all of them ended in time.
+
+    What raises is told on stderr in one line.
+    """
+
+    def run() -> None:
+        for close in closers:
+            try:
+                close()
+            except Exception as error:
+                name = getattr(close, "__qualname__", type(close).__name__)
+                print(f"closing, {name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+
+    worker = threading.Thread(target=run, name="closing", daemon=True)
+    worker.start()
+    worker.join(seconds)
+    return not worker.is_alive()
+
+
+def on_shutdown(demo: gr.Blocks, session: Session, closers: Sequence[Callable[[], object]] = ()) -> None:
+    """Stay until Ctrl+C or SIGTERM, then end everything: drawings within a step, the server, what `closers` hold.
+
+    What has not ended after CLOSING_SECONDS (a step of a large model) is cut off: files are written atomically, so
+    none is left half. A second Ctrl+C does that at once. Call it from the main thread.
+
+    Args:
+        demo: launched, with `prevent_thread_lock`.
+        session: the app's.
+        closers: called first, each without arguments: child processes are ended here.
+    """
+    asked = threading.Event()
+
+    def ask(number: int, frame: object) -> None:
+        if asked.is_set():
+            os._exit(128 + number)
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while demo.is_running and not asked.wait(0.2):
+            pass
+        print("Closing …", flush=True)
+        if not close_all([*closers, session.close, session.library.close, lambda: demo.close(verbose=False)]):
+            print(f"A drawing did not end within {CLOSING_SECONDS:g} s and was cut off.", file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            os._exit(0)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

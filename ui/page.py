@@ -1,0 +1,206 @@
+"""The whole page: where its parts stand, and what they tell one another."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+
+from ui.api import add_api, told
+from ui.browser import Browser, add_word, build_browser
+from ui.desk import Desk
+from ui.export import build_export
+from ui.form import Form, build_form, build_prompt
+from ui.history import build_history
+from ui.inspect_page import build_inspect_page
+from ui.leave_out import build_leave_out, wire_leave_out
+from ui.options import UiOptions
+from ui.presets import build_presets
+from ui.rack import Rack, build_rack
+from ui.recipes import RecipeWidgets
+from ui.request import DrawRequest, check_adapters
+from ui.restore import build_restore
+from ui.session import Session
+from ui.stage import Screenplay, Stage, build_stage, status_html
+from ui.train import Train, build_train
+from ui.weightmap import WeightMap, build_weight_map, picked_slots, wire_weight_map
+
+TABS_AT_ONCE = 8
+NEWS_SECONDS = 3
+Values = Mapping[Component, Any]
+Updates = Mapping[Component, Any]
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the app needs of the page after it is built.
+
+    Attributes:
+        train: the tab whose process ends with the app.
+    """
+
+    train: Train
+
+
+def build_page(session: Session, options: UiOptions, demo: gr.Blocks) -> Page:
+    """Lay out the page inside the open block, wired to the session."""
+    with gr.Sidebar(open=True, width=330, elem_id="sidebar"):
+        model, news = _build_model(session)
+        browser = build_browser(session, demo)
+    above = build_prompt()
+    with gr.Row():
+        with gr.Column(scale=6, min_width=300, elem_id="stage"):
+            stage = build_stage()
+            leave_out = build_leave_out()
+        with gr.Column(scale=5, min_width=300):
+            form = build_form(session, above)
+            rack = build_rack(session, demo)
+    read = Desk(form.inputs | rack.inputs, _reader(session, form, rack), rack.read)
+    kept = RecipeWidgets(form, rack)
+    with gr.Tabs(elem_id="tabs"):
+        with gr.Tab("History", elem_id="tab-history"):
+            build_presets(session, kept)
+            build_history(session, kept, demo)
+            build_restore(session, kept)
+        with gr.Tab("Weight map", elem_id="tab-map"):
+            board = build_weight_map(session)
+        with gr.Tab("Merge", elem_id="tab-merge"):
+            export = build_export(session, kept)
+        with gr.Tab("Train", elem_id="tab-train"):
+            train = build_train(session, options)
+        with gr.Tab("Inspect", elem_id="tab-inspect"):
+            build_inspect_page(session)
+    _wire_draw(session, read, form, stage)
+    wire_leave_out(leave_out, session, read)
+    wire_weight_map(board, session, read)
+    _wire_map(board, rack)
+    _wire_browser(browser, form, rack)
+    _wire_new_files(session, train.sent, export.exported, rack)
+    _wire_model(session, model, news, form, rack)
+    add_api(session, demo)
+    return Page(train)
+
+
+def _reader(session: Session, form: Form, rack: Rack) -> Callable[[Values], DrawRequest]:
+    def read(values: Values) -> DrawRequest:
+        return DrawRequest(
+            form.read(values),
+            check_adapters(rack.read(values), session.parts),
+            blend=rack.blend(values),
+            count=form.count_of(values),
+            canvas=form.canvas_of(values),
+        )
+
+    return read
+
+
+def _build_model(session: Session) -> tuple[gr.Dropdown, gr.HTML]:
+    gr.HTML("<h1>DoRA diffusion</h1>", elem_id="title")
+    model = gr.Dropdown(list(session.models), value=session.model, label="Base", elem_id="model")
+    return model, gr.HTML(news_html(session), elem_id="news")
+
+
+def news_html(session: Session) -> str:
+    """The base, and how many drawings there are, in one line."""
+    waiting = session.waiting
+    queue = "nothing is drawn" if not waiting else "drawing" if waiting == 1 else f"drawing, {waiting - 1} waiting"
+    loaded = len(session.loaded)
+    return f'<p class="news" role="status">{escape(session.family)} · {queue} · {loaded} adapters in memory</p>'
+
+
+def _or_told(work: Callable[[], Any]) -> Any:
+    """What a handler gives, or its mistake as one line in the browser."""
+    try:
+        return work()
+    except Exception as error:
+        raise told(error) from error
+
+
+def _wire_draw(session: Session, read: Desk, form: Form, stage: Stage) -> None:
+    def draw(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:
+        try:
+            screenplay = Screenplay(stage)
+            run = session.start(read.request(values), owner=str(request.session_hash))
+            for update in run.updates():
+                yield screenplay.changes(update) | {form.stop: gr.Button(interactive=not update.is_last)}
+        except Exception as error:
+            yield {form.stop: gr.Button(interactive=False), stage.status: status_html("Nothing was drawn.")}
+            raise told(error) from error
+
+    def stop(request: gr.Request) -> None:
+        session.stop(str(request.session_hash))
+
+    form.generate.click(
+        draw,
+        set(read.inputs),
+        [*stage.outputs, form.stop],
+        show_progress="hidden",
+        concurrency_limit=TABS_AT_ONCE,
+        api_visibility="private",
+    )
+    form.stop.click(stop, queue=False, api_visibility="private")
+
+
+def _wire_map(board: WeightMap, rack: Rack) -> None:
+    def load(picked: object, cells: object) -> Updates:
+        return _or_told(lambda: rack.updates(picked_slots(picked, cells))) if picked else {}
+
+    board.picked.change(
+        load, [board.picked, board.cells], list(rack.outputs), show_progress="hidden", api_visibility="private"
+    )
+
+
+def _wire_browser(browser: Browser, form: Form, rack: Rack) -> None:
+    def add(values: dict[Component, Any]) -> Updates:
+        return _or_told(lambda: rack.add(values, values[browser.picked]))
+
+    browser.when_picked.success(
+        add, rack.inputs | {browser.picked}, list(rack.outputs), show_progress="hidden", api_visibility="private"
+    )
+    browser.when_word.success(
+        lambda prompt, word: add_word(prompt or "", word),
+        [form.prompt, browser.word],
+        form.prompt,
+        show_progress="hidden",
+        queue=False,
+        api_visibility="private",
+    )
+
+
+def _wire_new_files(session: Session, sent: gr.Textbox, exported: gr.Textbox, rack: Rack) -> None:
+    """An adapter that was trained or merged here goes into the rack, when it is sent there."""
+
+    def add(values: dict[Component, Any]) -> Updates:
+        name = values[sent]
+        if not name:
+            return {}
+        session.library.refresh()
+        return _or_told(lambda: rack.add(values, name))
+
+    sent.change(add, rack.inputs | {sent}, list(rack.outputs), show_progress="hidden", api_visibility="private")
+    exported.change(lambda: session.library.refresh(), None, None, queue=False, api_visibility="private")
+
+
+def _wire_model(session: Session, model: gr.Dropdown, news: gr.HTML, form: Form, rack: Rack) -> None:
+    def switch(values: dict[Component, Any]) -> dict[Component, Any]:
+        misfits = _or_told(lambda: session.switch(values[model]))
+        for file, reason in list(misfits.items())[:3]:
+            gr.Warning(f"{file}: {reason}"[:300])
+        samplers = list(session.samplers)
+        return {
+            **rack.switched(values),
+            form.sampler: gr.Dropdown(samplers, value=samplers[0]),
+            news: news_html(session),
+        }
+
+    model.input(
+        switch,
+        rack.inputs | {model},
+        [*rack.outputs, form.sampler, news],
+        show_progress="minimal",
+        api_visibility="private",
+    )
+    timer = gr.Timer(NEWS_SECONDS)
+    timer.tick(lambda: news_html(session), outputs=news, show_progress="hidden", queue=False, api_visibility="private")
