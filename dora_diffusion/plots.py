@@ -93,6 +93,7 @@ def _bars(axes: Any, blocks: Sequence[str], values: Mapping[str, Sequence[float]
         axes.barh(places, of, height=height, label=name)
     axes.set_yticks(range(len(blocks)), blocks, fontsize=8)
     axes.grid(axis="x", alpha=0.3)
+    axes.locator_params(axis="x", nbins=4)
 
 
 def _png(canvas: Any) -> bytes:

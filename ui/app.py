@@ -10,10 +10,9 @@ from dataclasses import dataclass
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio reads it while it is imported
 
 import gradio as gr
-from starlette.middleware import Middleware
 
 from dora_diffusion.pipelines import load_pipeline
-from ui.guard import HostGuard
+from ui.guard import guards
 from ui.health import health_route, on_shutdown
 from ui.look import CSS, HEAD, theme
 from ui.options import UiOptions
@@ -37,6 +36,7 @@ class RunningApp:
         """Stop training, drawing and serving."""
         self.page.train.close()
         self.session.close()
+        self.session.library.close()
         self.demo.close(verbose=False)
 
 
@@ -46,7 +46,7 @@ def build_app(session: Session, options: UiOptions) -> tuple[gr.Blocks, Page]:
         title="DoRA diffusion", analytics_enabled=False, delete_cache=(PREVIEW_SWEEP_SECONDS, PREVIEW_SECONDS)
     ) as demo:
         page = build_page(session, options, demo)
-    return demo.queue(default_concurrency_limit=TABS_AT_ONCE), page
+    return demo.queue(api_open=False, default_concurrency_limit=TABS_AT_ONCE), page
 
 
 def launch(options: UiOptions, *, block: bool = True) -> RunningApp:
@@ -82,7 +82,7 @@ def launch(options: UiOptions, *, block: bool = True) -> RunningApp:
             footer_links=[],
             max_file_size=MAX_UPLOAD_BYTES,
             allowed_paths=[str(options.output.resolve())],
-            app_kwargs={"middleware": [Middleware(HostGuard, host=options.host)]},
+            app_kwargs={"middleware": guards(options.host, most_upload_bytes=MAX_UPLOAD_BYTES)},
             theme=theme(),
             css=CSS,
             head=HEAD,

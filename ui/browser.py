@@ -252,18 +252,15 @@ def _wire_looks(widgets: _Widgets, looker: Looker, demo: gr.Blocks) -> None:
         more = f"{state} and pictures" if waiting else gr.skip()
         return [more, *[gr.skip()] * len(widgets.choices)]
 
+    asked = (widgets.text, widgets.family, widgets.kind, widgets.tag, widgets.only_fitting, widgets.order)
     gr.on(
-        [
-            widgets.text.input,
-            *(filtered.change for filtered in (widgets.family, widgets.kind, widgets.tag, widgets.order)),
-            *(changed.change for changed in (widgets.only_fitting, widgets.page, widgets.seen)),
-        ],
+        [changed.change for changed in (*asked, widgets.page, widgets.seen)],
         show,
         [widgets.filters, *widgets.asked],
         [*widgets.answered, widgets.filters, widgets.waiting],
         show_progress="hidden",
         trigger_mode="always_last",
-        concurrency_limit=TABS_AT_ONCE,
+        queue=False,
         api_visibility="private",
     )
     known = [widgets.seen, *widgets.choices]

@@ -11,11 +11,14 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
   document.querySelector("#generate")?.click();
 }, true);
-window.addEventListener("load", () => {
-  if (window.innerWidth >= 768) return;
-  const close = () => document.querySelector(".sidebar.open .toggle-button")?.click();
-  setTimeout(close, 400);
-});
+if (window.innerWidth < 768) {  // there the open sidebar would cover the page
+  let tries = 0;
+  const waiting = setInterval(() => {
+    const toggle = document.querySelector(".sidebar.open .toggle-button, .sidebar.open > button");
+    if (toggle) toggle.click();
+    if (toggle || ++tries > 100) clearInterval(waiting);
+  }, 200);
+}
 </script>
 """
 
@@ -51,6 +54,8 @@ _PAGE = """
 .news { margin: 0; font-size: .85rem; color: var(--body-text-color-subdued); }
 .meter table, .meter tr, .meter td, .meter th { border: 0 !important; }
 #tabs { margin-top: 1rem; }
+#presets { align-items: center; }
+#presets button { flex: 0 0 auto; }
 @media (max-width: 767px) {
   #tabs .row > * { min-width: min(100%, 16rem) !important; }
 }

@@ -29,6 +29,7 @@ from ui.weightmap import WeightMap, build_weight_map, picked_slots, wire_weight_
 
 TABS_AT_ONCE = 8
 NEWS_SECONDS = 3
+_LOOK_AGAIN = "() => { document.querySelector('#history-refresh')?.click(); }"
 Values = Mapping[Component, Any]
 Updates = Mapping[Component, Any]
 
@@ -60,7 +61,7 @@ def build_page(session: Session, options: UiOptions, demo: gr.Blocks) -> Page:
     read = Desk(form.inputs | rack.inputs, _reader(session, form, rack), rack.read)
     kept = RecipeWidgets(form, rack)
     with gr.Tabs(elem_id="tabs"):
-        with gr.Tab("History", elem_id="tab-history"):
+        with gr.Tab("History", elem_id="tab-history") as history:
             build_presets(session, kept)
             build_history(session, kept, demo)
             build_restore(session, kept)
@@ -72,6 +73,7 @@ def build_page(session: Session, options: UiOptions, demo: gr.Blocks) -> Page:
             train = build_train(session, options)
         with gr.Tab("Inspect", elem_id="tab-inspect"):
             build_inspect_page(session)
+    history.select(None, js=_LOOK_AGAIN, queue=False, api_visibility="private")
     _wire_draw(session, read, form, stage)
     wire_leave_out(leave_out, session, read)
     wire_weight_map(board, session, read)
@@ -107,7 +109,8 @@ def news_html(session: Session) -> str:
     waiting = session.waiting
     queue = "nothing is drawn" if not waiting else "drawing" if waiting == 1 else f"drawing, {waiting - 1} waiting"
     loaded = len(session.loaded)
-    return f'<p class="news" role="status">{escape(session.family)} · {queue} · {loaded} adapters in memory</p>'
+    held = f"{loaded} adapter{'' if loaded == 1 else 's'} in memory"
+    return f'<p class="news" role="status">{escape(session.family)} · {queue} · {held}</p>'
 
 
 def _or_told(work: Callable[[], Any]) -> Any:
@@ -132,7 +135,7 @@ def _wire_draw(session: Session, read: Desk, form: Form, stage: Stage) -> None:
     def stop(request: gr.Request) -> None:
         session.stop(str(request.session_hash))
 
-    form.generate.click(
+    drawn = form.generate.click(
         draw,
         set(read.inputs),
         [*stage.outputs, form.stop],
@@ -140,6 +143,7 @@ def _wire_draw(session: Session, read: Desk, form: Form, stage: Stage) -> None:
         concurrency_limit=TABS_AT_ONCE,
         api_visibility="private",
     )
+    drawn.then(None, js=_LOOK_AGAIN, queue=False, api_visibility="private")
     form.stop.click(stop, queue=False, api_visibility="private")
 
 

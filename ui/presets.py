@@ -160,7 +160,7 @@ class Presets:
 
 def build_presets(session: Session, widgets: RecipeWidgets) -> Presets:
     """Lay out the presets inside the open block and wire them to the form and the rack."""
-    with gr.Row(elem_id="presets", equal_height=True):
+    with gr.Row(elem_id="presets"):
         name = gr.Dropdown(
             list(list_presets(session.output)), value=None, label="Preset", allow_custom_value=True,
             info="Pick one, or type a new name to save under.", elem_id="preset-name", min_width=200, scale=3,
