@@ -37,10 +37,11 @@ MODES = ("additive", "compose", "direction-magnitude", "peft", "comfyui")
 SAMPLERS = ("default", "euler", "euler a", "dpm++ 2m", "unipc")
 SMALL = GenerationSettings("a cat", steps=2, guidance_scale=2.0, width=64, height=64)
 LONG = replace(SMALL, steps=100)
-_WHAT = """A random pocket base, 64 x 64 pixels, on a processor. Concurrent: random mixes, modes, curves, masks, canvases,
-weights and samplers; each picture is, bit for bit, the one drawn alone. Cancels: at random moments; how long until the drawing has
-ended, how many steps it still took, and the next picture is a fresh app's. Faults: an adapter cut short, replaced or
-deleted at a random moment; the picture is that of the file whose hash its metadata names, or the error has one line."""
+_WHAT = """A random pocket base, 64 x 64 pixels, on a processor. Concurrent: random mixes, modes, curves, masks,
+canvases, weights and samplers; each picture is, bit for bit, the one drawn alone. Cancels: at random moments; how long
+until the drawing has ended, how many steps it still took, and the next picture is a fresh app's. Faults: an adapter cut
+short, replaced or deleted at a random moment; the picture is that of the file whose hash its metadata names, or the
+error has one line."""
 
 
 @dataclass(frozen=True)

@@ -193,6 +193,8 @@ MODES: Mapping[str, Callable[[Tensor, Sequence[Term]], Tensor]] = {
 
 # To these an adapter at strength 0 is not one that is not there, as in the tools that they follow.
 ACTIVE_AT_ZERO = frozenset({"peft", "lycoris"})
+# In these one adapter after another meets the weight, and their order changes it.
+IN_ORDER = frozenset({"peft", "comfyui", "a1111"})
 
 MODE_SENTENCES: Mapping[str, str] = {
     "additive": "Adds what each adapter changes, times its strength; order does not matter.",

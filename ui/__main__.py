@@ -26,6 +26,7 @@ def _parser() -> argparse.ArgumentParser:
         default=default.datasets,
         help="where pictures to train on lie (examples datasets)",
     )
+    parser.add_argument("--models", type=Path, help="folder of further bases to switch to")
     parser.add_argument("--runs", type=Path, default=default.runs, help="where training runs go (%(default)s)")
     return parser
 
@@ -37,7 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         options = UiOptions(
-            given.model, given.adapters, given.output, given.host, given.port, tuple(given.datasets), given.runs
+            model=given.model,
+            adapters=given.adapters,
+            output=given.output,
+            host=given.host,
+            port=given.port,
+            datasets=tuple(given.datasets),
+            runs=given.runs,
+            models=given.models,
         )
         from ui.app import launch
 

@@ -4,6 +4,7 @@ Nothing of the app leaves the machine: no analytics, no sharing, no history; the
 and no other.
 """
 
+import gc
 import os
 from dataclasses import dataclass
 
@@ -64,7 +65,8 @@ def launch(options: UiOptions, *, block: bool = True) -> RunningApp:
     """
     options.output.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(options.model)
-    session = Session(pipe, model=options.model, folder=options.adapters, output=options.output)
+    gc.freeze()  # what has been loaded stays: looking through it again and again is what made ten thousand files slow
+    session = Session(pipe, model=options.model, folder=options.adapters, output=options.output, models=options.models)
     demo, page = build_app(session, options)
     try:
         served, url, _ = demo.launch(

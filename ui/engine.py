@@ -12,6 +12,7 @@ from torch import nn
 
 from dora_diffusion.adapters import AdapterManager, LoadReport
 from dora_diffusion.families import family_of_pipeline
+from dora_diffusion.mixing import IN_ORDER
 from dora_diffusion.pipelines import EMBEDDED
 from ui.library import AdapterLibrary, Stamp, stamp_of
 from ui.request import AdapterChoice, Block, DrawRequest, Parts
@@ -61,7 +62,13 @@ class Engine:
         """
         started = time.perf_counter()
         try:
-            weights = {choice.file: self._fitting(choice) for choice in request.adapters}
+            # sums of floats have an order: where a mode has none, the rack's must not show in the last bit
+            choices = (
+                request.adapters
+                if request.blend in IN_ORDER
+                else sorted(request.adapters, key=lambda choice: choice.file)
+            )
+            weights = {choice.file: self._fitting(choice) for choice in choices}
             self._manager.set_adapters(weights, blend=request.blend)
             for choice in request.adapters:
                 if choice.curve is not None:

@@ -16,6 +16,7 @@ class UiOptions:
         port: TCP port.
         datasets: folders under which pictures to train on, and recipes, are looked for; those not there are left out.
         runs: the folder of training runs.
+        models: a folder of further bases to switch to, or None: diffusers folders and `.safetensors` files.
     """
 
     model: str = "pocket"
@@ -25,10 +26,13 @@ class UiOptions:
     port: int = 7860
     datasets: tuple[Path, ...] = (Path("examples"), Path("datasets"))
     runs: Path = Path("runs")
+    models: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.adapters.is_dir():
             raise ValueError(f"adapters: got {self.adapters}, expected an existing folder; name one with --adapters")
+        if self.models is not None and not self.models.is_dir():
+            raise ValueError(f"models: got {self.models}, expected an existing folder; name one with --models")
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"output: got {self.output}, which is a file; name a folder with --output")
         if not 1 <= self.port <= 65535:

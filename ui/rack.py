@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from dora_diffusion.mixing import MODE_SENTENCES, MODES
+from dora_diffusion.mixing import IN_ORDER, MODE_SENTENCES, MODES
 from ui import curves, masks, meter, slots
 from ui.curves import curve_html, name_of_text, text_of_name
 from ui.library import AdapterLibrary
@@ -37,7 +37,6 @@ from ui.slots import (
 
 SLOTS = 8
 MOST_BROKEN = 20
-IN_ORDER = ("peft", "comfyui", "a1111")
 _fresh = itertools.count(1)
 
 Values = Mapping[Component, Any]

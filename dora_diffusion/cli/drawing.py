@@ -110,6 +110,7 @@ def add_ui(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--datasets", type=Path, action="append", help="folder of picture sets and recipes; may be repeated"
     )
+    parser.add_argument("--models", type=Path, help="folder of further bases to switch to")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of training runs (default: runs)")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=7860)
@@ -133,6 +134,7 @@ def _ui(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
             port=arguments.port,
             datasets=tuple(arguments.datasets or UiOptions.datasets),
             runs=arguments.runs,
+            models=arguments.models,
         )
     )
     return 0
