@@ -164,7 +164,15 @@ class Screenplay:
         if update.picture is not None and self._is_new("picture", update.picture):
             changes[stage.blend] = str(update.picture)
             changes[stage.metadata] = metadata_text(update.picture)
-        return changes | self._pair(update) | self._batch(update)
+        return changes | self._at_the_end(update) | self._pair(update) | self._batch(update)
+
+    def _at_the_end(self, update: Update) -> dict[Component, Any]:
+        """Both pictures once more: the page loses one now and then that follows a preview closely (gradio 6.31)."""
+        if not update.is_last:
+            return {}
+        stage = self._stage
+        pairs = ((stage.base, update.base), (stage.blend, update.picture))
+        return {widget: str(path) for widget, path in pairs if path is not None}
 
     def _pair(self, update: Update) -> dict[Component, Any]:
         """Both pictures for the slider, once there are both: the base is that of the last seed."""

@@ -54,6 +54,19 @@ def test_blends_two_adapters(tab: Tab, adapters: Path, tmp_path: Path) -> None:
     expect(page.locator("#metadata textarea")).to_have_value(f"{parameters}\n\n{json.dumps(record, indent=2)}")
 
 
+def test_quick_drawings_all_show(tab: Tab) -> None:
+    page = tab.page
+    tab.pick(1, "ink")
+    for seed, steps in enumerate(("2", "1", "2", "3", "2")):
+        tab.set_number("steps", steps)
+        page.locator("#seed input").fill(str(seed))
+        page.locator("#generate").click()
+        page.wait_for_timeout(300)
+        expect(page.locator("#status")).to_contain_text("Done in", timeout=PATIENCE_MS)
+        expect(page.locator("#blend img")).to_be_visible()
+        expect(page.locator("#base img")).to_be_visible()
+
+
 def test_stop_ends_a_long_run(tab: Tab, tmp_path: Path) -> None:
     page = tab.page
     tab.set_number("steps", "100")

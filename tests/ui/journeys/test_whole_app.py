@@ -21,6 +21,7 @@ def test_from_a_card_to_a_merged_file_and_back(tab: Tab, adapters: Path, tmp_pat
     tab.set_number("slot-2-strength", "-0.35")
     page.locator("#prompt textarea").press("Control+Enter")
     expect(page.locator("#status")).to_contain_text("Done in", timeout=PATIENCE_MS)
+    expect(page.locator("#blend img")).to_be_visible()
     tab.snap("whole-drawn")
 
     # what does each adapter do?
