@@ -14,7 +14,7 @@ from dora_diffusion.families import Family
 STEP = 1.1
 LARGEST_WEIGHT = 10.0
 
-_TAG = re.compile(r"\s*<(?:lora|lyco):([^<>:]+)((?::[^<>:]*){0,2})>")
+_TAG = re.compile(r"<(?:lora|lyco):([^<>:]+)((?::[^<>:]*){0,2})>")
 _TOKEN = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|\)|\]|[^\\()\[\]:]+|:")
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,7 +32,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write to that takes the place of `path`, synced to disk, when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")  # of this writer alone
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -45,7 +46,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 def replace_path(new: Path, path: Path) -> None:
     """Put a finished file or folder in the place of another; a folder that was there is removed last."""
-    before = path.with_name(f".{path.name}.{os.getpid()}.before")
+    before = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.before")
     shutil.rmtree(before, ignore_errors=True)  # of one that was killed
     if path.is_dir():  # a folder cannot be replaced by another in one step
         os.rename(path, before)

@@ -29,8 +29,8 @@ from ui.request import (
 
 MAX_CHARACTERS = 100_000
 _NEGATIVE = "Negative prompt:"
-_FACT = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
-_ALL_HASHES = re.compile(r",?\s*\bHashes:\s*(\{[^{}]*\})")
+_FACT = re.compile(r'(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_ALL_HASHES = re.compile(r"\bHashes: ?(\{[^{}]{0,8000}\})")
 _SIZE = re.compile(r"(\d{1,5})\s*x\s*(\d{1,5})")
 # Settings of other tools that change pictures and that nothing here does.
 _NOT_DONE_HERE = ("Clip skip", "Hires upscale", "Refiner", "ControlNet 0", "ADetailer model", "Variation seed", "VAE")
@@ -68,7 +68,7 @@ def parse_a1111(text: str) -> Parameters:
     lines = text.strip().splitlines()
     last = lines[-1] if lines else ""
     hashes = _civitai_hashes(last)
-    facts = {key: _unquoted(value) for key, value in _FACT.findall(_ALL_HASHES.sub("", last))}
+    facts = {key: _unquoted(value) for key, value in _FACT.findall(_ALL_HASHES.sub("", " ".join(last.split())))}
     if "Steps" in facts or len(facts) >= 3:
         lines = lines[:-1]
     else:

@@ -5,7 +5,6 @@ are uploads of this app's own run; no path of the caller's is opened.
 """
 
 import re
-import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,7 +50,6 @@ def told(error: Exception) -> gr.Error:
 
 def add_api(session: Session, demo: gr.Blocks) -> None:
     """Add the endpoints to the open block; `/?view=api` and `Client.view_api()` show them."""
-    saving = threading.Lock()
 
     def generate(
         prompt: str,
@@ -91,7 +89,7 @@ def add_api(session: Session, demo: gr.Blocks) -> None:
     ) -> dict[str, Any]:
         """Merge adapters into one new file of the adapter folder: adapters as for generate, name without a suffix."""
         try:
-            return _blended(session, saving, (adapters, name), mode=mode, format=format, rank=rank)
+            return _blended(session, (adapters, name), mode=mode, format=format, rank=rank)
         except Exception as error:
             raise told(error) from error
 
@@ -227,9 +225,7 @@ def _described(file: AdapterFile, session: Session) -> dict[str, Any]:
     }
 
 
-def _blended(
-    session: Session, saving: threading.Lock, named: tuple[Any, Any], *, mode: Any, format: Any, rank: Any
-) -> dict[str, Any]:
+def _blended(session: Session, named: tuple[Any, Any], *, mode: Any, format: Any, rank: Any) -> dict[str, Any]:
     choices = choices_of(named[0], session.parts)
     if not choices:
         raise ValueError("adapters: none has a strength; name at least one, such as {'ink': 0.8}")
@@ -244,7 +240,7 @@ def _blended(
     with session.weights() as base:
         weights = {choice.file: choice.weight for choice in choices}
         blended = dd.blend_with_report(states, weights, base=base, mode=check_text("mode", mode), rank=limit)
-    with saving:
+    with session.naming:
         _new_adapter(session.library.folder, named[1])  # another call may have taken the name meanwhile
         dd.save_adapter(blended.adapter, path, format=format)
     session.library.refresh()

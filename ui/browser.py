@@ -6,6 +6,7 @@ Every tab looks at the same library; what it asks for is checked, and names and 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -192,7 +193,7 @@ def _or_toast(work: Callable[[], Any]) -> Any:
     try:
         return work()
     except ValueError as error:
-        raise gr.Error(str(error), print_exception=False) from error
+        raise gr.Error(escape(str(error), quote=False), print_exception=False) from error
 
 
 def _lay_out() -> _Widgets:

@@ -112,6 +112,7 @@ def _as_adapter(session: Session, request: DrawRequest, options: ExportOptions) 
     path = session.library.folder / (options.name if is_folder else f"{options.name}.safetensors")
     _check_free(path)
     (live,) = session.draw(request)
+    written = False
     try:
         with session.weights() as base:
             states, weights = _mix(session, request, live, base)
@@ -119,13 +120,17 @@ def _as_adapter(session: Session, request: DrawRequest, options: ExportOptions) 
                 states, weights, base=base, mode=options.mode, rank=options.rank,
                 options=BlendOptions(density=options.density),
             )  # fmt: skip
-        save_adapter(blended.adapter, path, format=options.format)
+        with session.naming:  # another tab may have taken the name meanwhile
+            _check_free(path)
+            save_adapter(blended.adapter, path, format=options.format)
+            written = True
         session.library.refresh()
         name = next((file.name for file in session.library.files if file.path == path), options.name)
         (again,) = session.draw(replace(request, adapters=(AdapterChoice(name, 1.0),), blend=ADDITIVE))
     except BaseException:
-        _remove(path)
-        session.library.refresh()
+        if written:
+            _remove(path)
+            session.library.refresh()
         raise
     return _compared(session, live, again, path, name=name, told=blended.report.sentence())
 
@@ -137,14 +142,19 @@ def _as_model(session: Session, request: DrawRequest, options: ExportOptions) ->
     path = session.output / MODELS / (f"{options.name}.safetensors" if source.is_file() else options.name)
     _check_free(path)
     (live,) = session.draw(request)
+    written = False
     try:
         with session.weights() as base:  # one at a time works on a base, and this needs the memory of another
             states, weights = _mix(session, request, live, base)
             path.parent.mkdir(parents=True, exist_ok=True)
-            report = bake(source, states, weights, path, mode=options.mode)
+            with session.naming:
+                _check_free(path)
+                report = bake(source, states, weights, path, mode=options.mode)
+                written = True
             image = generate(load_pipeline(path), live.settings, canvas=request.canvas)
     except BaseException:
-        _remove(path)
+        if written:
+            _remove(path)
         raise
     again = replace(live, image=image, adapters=(), model=options.name)
     return _compared(session, live, again, path, name="", told=f"{report.layers} layers changed")
@@ -178,7 +188,7 @@ def _fitting(choice: AdapterChoice, state: AdapterState) -> float | dict[str, fl
 
 
 def _source_of(session: Session) -> Path:
-    source = EMBEDDED.get(session.model, Path(session.model))
+    source = EMBEDDED.get(session.model, Path(session.source))
     if not source.exists():
         raise ValueError(f"{session.model}: the base is not a file or folder here; write an adapter instead")
     return source

@@ -133,7 +133,7 @@ def build_prompt() -> tuple[gr.Textbox, gr.Textbox, gr.Button, gr.Button]:
             negative = gr.Textbox(label="Negative prompt", lines=1, elem_id="negative")
         with gr.Column(scale=1, min_width=160, elem_id="actions"):
             generate = gr.Button("Generate", variant="primary", elem_id="generate")
-            stop = gr.Button("Stop", variant="stop", elem_id="stop", interactive=False)
+            stop = gr.Button("Stop", variant="stop", elem_id="stop")
     return prompt, negative, generate, stop
 
 

@@ -58,7 +58,7 @@ def build_page(session: Session, options: UiOptions, demo: gr.Blocks) -> Page:
         with gr.Column(scale=5, min_width=300):
             form = build_form(session, above)
             rack = build_rack(session, demo)
-    read = Desk(form.inputs | rack.inputs, _reader(session, form, rack), rack.read)
+    read = Desk(form.inputs | rack.inputs | {model}, _reader(session, model, form, rack), rack.read)
     kept = RecipeWidgets(form, rack)
     with gr.Tabs(elem_id="tabs"):
         with gr.Tab("History", elem_id="tab-history") as history:
@@ -80,13 +80,15 @@ def build_page(session: Session, options: UiOptions, demo: gr.Blocks) -> Page:
     _wire_map(board, rack)
     _wire_browser(browser, form, rack)
     _wire_new_files(session, train.sent, export.exported, rack)
-    _wire_model(session, model, news, form, rack)
+    _wire_model(session, model, news, form, rack, demo)
     add_api(session, demo)
     return Page(train)
 
 
-def _reader(session: Session, form: Form, rack: Rack) -> Callable[[Values], DrawRequest]:
+def _reader(session: Session, model: gr.Dropdown, form: Form, rack: Rack) -> Callable[[Values], DrawRequest]:
     def read(values: Values) -> DrawRequest:
+        if values[model] != session.model:  # its blocks and samplers are not those on this page
+            raise ValueError(f"the base is {session.model} now: another tab has switched it; reload this page")
         return DrawRequest(
             form.read(values),
             check_adapters(rack.read(values), session.parts),
@@ -118,7 +120,13 @@ def _or_told(work: Callable[[], Any]) -> Any:
     try:
         return work()
     except Exception as error:
-        raise told(error) from error
+        raise _shown(error) from error
+
+
+def _shown(error: Exception) -> gr.Error:
+    """An error as the page shows it: gradio takes its text for HTML."""
+    text = escape(str(told(error).message), quote=False)
+    return gr.Error(text, print_exception=not isinstance(error, ValueError))
 
 
 def _wire_draw(session: Session, read: Desk, form: Form, stage: Stage) -> None:
@@ -127,10 +135,10 @@ def _wire_draw(session: Session, read: Desk, form: Form, stage: Stage) -> None:
             screenplay = Screenplay(stage)
             run = session.start(read.request(values), owner=str(request.session_hash))
             for update in run.updates():
-                yield screenplay.changes(update) | {form.stop: gr.Button(interactive=not update.is_last)}
+                yield screenplay.changes(update)
         except Exception as error:
-            yield {form.stop: gr.Button(interactive=False), stage.status: status_html("Nothing was drawn.")}
-            raise told(error) from error
+            yield {stage.status: status_html("Nothing more was drawn.")}
+            raise _shown(error) from error
 
     def stop(request: gr.Request) -> None:
         session.stop(str(request.session_hash))
@@ -138,7 +146,7 @@ def _wire_draw(session: Session, read: Desk, form: Form, stage: Stage) -> None:
     drawn = form.generate.click(
         draw,
         set(read.inputs),
-        [*stage.outputs, form.stop],
+        list(stage.outputs),
         show_progress="hidden",
         concurrency_limit=TABS_AT_ONCE,
         api_visibility="private",
@@ -187,23 +195,37 @@ def _wire_new_files(session: Session, sent: gr.Textbox, exported: gr.Textbox, ra
     exported.change(lambda: session.library.refresh(), None, None, queue=False, api_visibility="private")
 
 
-def _wire_model(session: Session, model: gr.Dropdown, news: gr.HTML, form: Form, rack: Rack) -> None:
-    def switch(values: dict[Component, Any]) -> dict[Component, Any]:
-        misfits = _or_told(lambda: session.switch(values[model]))
-        for file, reason in list(misfits.items())[:3]:
-            gr.Warning(f"{file}: {reason}"[:300])
+def _wire_model(session: Session, model: gr.Dropdown, news: gr.HTML, form: Form, rack: Rack, demo: gr.Blocks) -> None:
+    def shown(values: Values) -> dict[Component, Any]:
+        """The page as the present base has it."""
         samplers = list(session.samplers)
         return {
             **rack.switched(values),
             form.sampler: gr.Dropdown(samplers, value=samplers[0]),
+            model: session.model,
             news: news_html(session),
         }
+
+    def switch(values: dict[Component, Any]) -> dict[Component, Any]:
+        misfits = _or_told(lambda: session.switch(values[model]))
+        for file, reason in list(misfits.items())[:3]:
+            gr.Warning(escape(f"{file}: {reason}"[:300], quote=False))
+        return shown(values)
 
     model.input(
         switch,
         rack.inputs | {model},
-        [*rack.outputs, form.sampler, news],
+        [*rack.outputs, form.sampler, model, news],
         show_progress="minimal",
+        api_visibility="private",
+    )
+    # a page that is opened after another tab has switched the base
+    demo.load(
+        shown,
+        rack.inputs | {model},
+        [*rack.outputs, form.sampler, model, news],
+        show_progress="hidden",
+        queue=False,
         api_visibility="private",
     )
     timer = gr.Timer(NEWS_SECONDS)

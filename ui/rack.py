@@ -213,7 +213,7 @@ def _mistakes_told(handler: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return handler(*values)
         except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise gr.Error(escape(str(error), quote=False), print_exception=False) from error
 
     return told
 
@@ -297,6 +297,8 @@ def _wire_masks(rack: Rack) -> None:
 
     painter.canvas.input(painted_told, painter.target, [*states, *(slot.mask_view for slot in rack.slots)], **plain)
     painter.target.input(_mistakes_told(aim), [painter.target, *states], painter.canvas, **plain)
+    # what moves or empties slots changes `asked`: the painter shows the mask that its slot has now
+    rack.asked.change(_mistakes_told(aim), [painter.target, *states], painter.canvas, **plain)
     for slot in rack.slots:
         _wire_mask(slot, painter, plain)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 FRAME_SECONDS = 1 / 6
+NEWS_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,14 @@ class Run:
                 raise self._error
         finally:
             self.stop()
-            self._worker.join()
+            if self._finished:  # of a closed tab the work ends within a step; waiting for it would hold up every tab
+                self._worker.join()
 
     def _next(self) -> Update | None:
         with self._news:
-            self._news.wait_for(lambda: self._unread or self._finished)
+            # now and then without news, too: only between two updates can a closed tab's generator be closed
+            if not self._news.wait_for(lambda: self._unread or self._finished, timeout=NEWS_SECONDS):
+                return self._latest
             if not self._unread:
                 return None
             self._unread = False

@@ -86,11 +86,17 @@ class Session:
         self._runs: dict[str, Run] = {}
         self._runs_lock = threading.Lock()
         self._files_lock = threading.Lock()
+        self.naming = threading.Lock()  # held from the look whether a name is free until its file is there
 
     @property
     def model(self) -> str:
         """What the present base is called."""
         return self._engine.model
+
+    @property
+    def source(self) -> str | Path:
+        """Where the present base lies, as `load_pipeline` takes it."""
+        return bases_offered(self._first, self._models_folder)[self._engine.model]
 
     @property
     def models(self) -> tuple[str, ...]:

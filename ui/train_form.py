@@ -136,4 +136,4 @@ def wire_form(form: Form, session: Session, options: UiOptions) -> None:
 
 def config_of(form: Form, values: Mapping[Component, Any], session: Session, options: UiOptions) -> TrainConfig:
     """The run that the fields describe, on the base that the app has; `ValueError` names the field that is wrong."""
-    return build_config(form.read(values), model=session.model, roots=options.datasets, runs=options.runs)
+    return build_config(form.read(values), model=str(session.source), roots=options.datasets, runs=options.runs)

@@ -106,6 +106,10 @@ def build_weight_map(session: Session) -> WeightMap:
     status = gr.HTML(status_html(_IDLE), elem_id="map-status")
     sheet = gr.HTML(elem_id="map", js_on_load=_PICK)
     picked = gr.Textbox(visible="hidden", elem_id="map-picked")
+    files.focus(
+        lambda: gr.Dropdown(list(session.library.usable)), None, files, queue=False, show_progress="hidden",
+        api_visibility="private",
+    )  # fmt: skip
     return WeightMap(kind, files, across, down, alone, draw, stop, status, sheet, file, gr.State(()), picked)
 
 

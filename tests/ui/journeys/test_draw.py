@@ -70,7 +70,6 @@ def test_quick_drawings_all_show(tab: Tab) -> None:
 def test_stop_ends_a_long_run(tab: Tab, tmp_path: Path) -> None:
     page = tab.page
     tab.set_number("steps", "100")
-    expect(page.locator("#stop")).to_be_disabled()
     page.locator("#generate").click()
     expect(page.locator("#base img")).to_be_visible(timeout=PATIENCE_MS)
     expect(page.locator("#status")).to_contain_text("of 100")
@@ -78,7 +77,6 @@ def test_stop_ends_a_long_run(tab: Tab, tmp_path: Path) -> None:
     pressed = time.monotonic()
     expect(page.locator("#status")).to_contain_text("Stopped at step", timeout=PATIENCE_MS)
     assert time.monotonic() - pressed < 2
-    expect(page.locator("#stop")).to_be_disabled()
     assert not (tmp_path / "out" / "base").exists()
 
 
@@ -103,7 +101,6 @@ def test_a_mistake_is_one_line(tab: Tab) -> None:
     toast = page.get_by_test_id("toast-body")
     expect(toast).to_contain_text("ink: in slots 1 and 2, expected each adapter once", timeout=PATIENCE_MS)
     expect(toast).not_to_contain_text("Traceback")
-    expect(page.locator("#stop")).to_be_disabled()
 
 
 def test_refresh_offers_new_files(tab: Tab, adapters: Path) -> None:
