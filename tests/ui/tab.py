@@ -18,8 +18,10 @@ SWITCHES = [
     "--disable-sync",
     "--no-first-run",
 ]
-PATIENCE_MS = 20_000
+PATIENCE_MS = 60_000  # a machine that does other things as well
 PHONE = {"width": 390, "height": 844}
+
+expect.set_options(timeout=20_000)
 
 
 @dataclass

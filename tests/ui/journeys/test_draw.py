@@ -67,9 +67,16 @@ def test_quick_drawings_all_show(tab: Tab) -> None:
         expect(page.locator("#base img")).to_be_visible()
 
 
+def slow_down(tab: Tab) -> None:
+    """A drawing that lasts, also on a machine where the page lags behind."""
+    tab.set_number("steps", "100")
+    for side in ("width", "height"):
+        tab.page.locator(f"#{side} input").fill("256")
+
+
 def test_stop_ends_a_long_run(tab: Tab, tmp_path: Path) -> None:
     page = tab.page
-    tab.set_number("steps", "100")
+    slow_down(tab)
     page.locator("#generate").click()
     expect(page.locator("#base img")).to_be_visible(timeout=PATIENCE_MS)
     expect(page.locator("#status")).to_contain_text("of 100")
@@ -82,7 +89,7 @@ def test_stop_ends_a_long_run(tab: Tab, tmp_path: Path) -> None:
 
 def test_a_closed_tab_stops_its_run(tab: Tab, app: RunningApp) -> None:
     page = tab.page
-    tab.set_number("steps", "100")
+    slow_down(tab)
     page.locator("#generate").click()
     expect(page.locator("#status")).to_contain_text("of 100", timeout=PATIENCE_MS)
     assert app.session.busy
