@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from dora_diffusion.formats.layouts import LAYOUTS, Fusion, Layout
+from dora_diffusion.formats.layouts.flux import FLUX
 from dora_diffusion.formats.names import unflatten
 
 # Prefix -> what lies behind it. "any": its first words tell. Longer ones first.
@@ -28,6 +29,7 @@ _DOTTED = {
     **{"clip_l.": "te1", "clip_g.": "te2", "t5.": "t5"},
 }
 _ENCODERS = {"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3", "t5": "text_encoder_3"}
+_BY_ROOT = {"single_transformer_blocks": FLUX.encoders}
 # First words of layers, in diffusers' models and in transformers'.
 _UNET = (
     *("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "conv_norm_out"),
@@ -163,11 +165,11 @@ def _piece(layout: Layout, layer: str) -> Fusion | None:
 
 
 def _encoders_of(layout: Layout | None, read: Iterable[_Read]) -> Mapping[str, str]:
-    """FLUX has its T5 second; kohya calls it te3 all the same."""
-    is_flux = layout is not None and "flux" in layout.families
-    if is_flux or any(found.layer.startswith("single_transformer_blocks.") for found in read):
-        return {"te3": "text_encoder_2", "t5": "text_encoder_2"}
-    return {}
+    """What the denoiser's layers tell of the text encoders' numbers; in diffusers' names, by their first word."""
+    if layout is not None:
+        return layout.encoders
+    roots = {found.layer.split(".", 1)[0] for found in read}
+    return next((encoders for root, encoders in _BY_ROOT.items() if root in roots), {})
 
 
 def _place(read: _Read, layout: Layout | None, encoders: Mapping[str, str]) -> Place | None:

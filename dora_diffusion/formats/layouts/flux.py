@@ -60,4 +60,7 @@ def fits(original: str, rows: int, columns: int) -> bool:
     return not original.endswith(".linear1") or rows == 7 * columns
 
 
-FLUX = Layout("flux", ("flux",), "transformer", _TABLE.of_original, _TABLE.of_path, fits)
+# Its T5 is the second encoder; kohya calls it te3 all the same.
+ENCODERS = {"te3": "text_encoder_2", "t5": "text_encoder_2"}
+
+FLUX = Layout("flux", ("flux",), "transformer", _TABLE.of_original, _TABLE.of_path, fits, ENCODERS)

@@ -1,7 +1,7 @@
 """What a model's makers call its layers, beside what diffusers calls them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Layout:
         of_path: a path in diffusers, without the component -> the fusion that it is part of, or None.
         fits: a name in the makers' code, rows and columns of its weight -> whether it can be this model's: tells models
             apart whose makers use the same names.
+        encoders: what tools call a text encoder ("te3", "t5") -> the pipeline's attribute, where it is another than the
+            number says.
     """
 
     name: str
@@ -52,3 +54,4 @@ class Layout:
     of_original: Callable[[str], Fusion | None]
     of_path: Callable[[str], Fusion | None]
     fits: Callable[[str, int, int], bool] = _any_shape
+    encoders: Mapping[str, str] = field(default_factory=dict)
