@@ -66,7 +66,7 @@ def parse_prompt(text: str) -> Prompt:
         ValueError: a tag whose strength is no number, or a weight beyond -10..10.
     """
     tags = tuple(_tag(match) for match in _TAG.finditer(text))
-    bare = _TAG.sub("", text).strip() if tags else text
+    bare = re.sub(r"\s{2,}", " ", _TAG.sub("", text)).strip() if tags else text
     fragments, has_numbers = _fragments(bare)
     return Prompt(bare, tags, fragments, has_numbers)
 

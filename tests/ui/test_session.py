@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,6 +113,9 @@ def test_leaving_the_page_stops_the_work(session: Session, tmp_path: Path) -> No
     updates = run.updates()
     next(updates)
     updates.close()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 10  # it ends within a step; nobody waits for it
+    while not run.finished and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert run.finished
     assert run.latest.phase == "stopped"
     assert not (tmp_path / "out").exists()
