@@ -79,15 +79,23 @@ def kronecker_factor(factors: Factors, number: int) -> Tensor:
 
 def kronecker_delta(factors: Factors) -> Tensor:
     """LoKr: D = kron(w1, w2), (out, in[, kh, kw]); flat where a convolution's w2 is, (o2, i2 kh kw)."""
-    first, second = kronecker_factor(factors, 1), kronecker_factor(factors, 2).contiguous()
-    return torch.kron(first.reshape(*first.shape, *[1] * (second.dim() - first.dim())), second)
+    return _kron(kronecker_factor(factors, 1), kronecker_factor(factors, 2))
+
+
+def _kron(first: Tensor, second: Tensor) -> Tensor:
+    """(o1, i1[, ...]) and (o2, i2[, kh, kw]) -> (o1 o2, i1 i2[, kh, kw]).
+
+    torch.kron fails on some strides of dimensions of one element, which `contiguous()` leaves as they are.
+    """
+    (o1, i1), (o2, i2, *kernel) = first.shape[:2], second.shape
+    wide = first.reshape(o1, 1, i1, 1, *[1] * len(kernel)) * second.reshape(1, o2, 1, i2, *kernel)
+    return wide.reshape(o1 * o2, i1 * i2, *kernel)
 
 
 def kronecker_pair(factors: Factors) -> Pair:
     """kron(P1 Q1, P2 Q2) = kron(P1, P2) kron(Q1, Q2)."""
     first, second = _kronecker_half(factors, 1), _kronecker_half(factors, 2)
-    left = torch.kron(first.left.contiguous(), second.left.contiguous())
-    return Pair(left, torch.kron(first.right.contiguous(), second.right.contiguous()))
+    return Pair(_kron(first.left, second.left), _kron(first.right, second.right))
 
 
 def _kronecker_half(factors: Factors, number: int) -> Pair:
