@@ -108,7 +108,7 @@ def test_the_base_is_not_asked_when_shapes_tell(tmp_path) -> None:
     def base(name: str) -> Tensor:
         raise AssertionError(name)
 
-    load_adapter(written(tmp_path, square(numbers(8, 1).abs())), base=base)
+    assert load_adapter(written(tmp_path, square(numbers(8, 1).abs())), base=base).modules[PATH].axis == "out"
 
 
 def test_magnitudes_of_lengths_that_fit_nothing_are_refused(tmp_path) -> None:
