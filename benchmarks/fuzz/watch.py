@@ -20,6 +20,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dora_diffusion.formats import detect_format, load_adapter
 from dora_diffusion.formats.container import shown
 from dora_diffusion.inspection import describe, inspect_adapter
@@ -129,6 +131,7 @@ class Watch:
 
 def _serve(theirs: Connection, ours: Connection, readers: dict[str, Reader]) -> None:
     ours.close()  # else the end of the parent's would never be seen
+    torch.set_num_threads(1)  # a fork has none of its parent's threads, and would wait for them for ever
     gc.freeze()
     warnings.simplefilter("error")  # what makes a library warn should have been refused
     while True:
