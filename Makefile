@@ -1,5 +1,6 @@
 # `make demo` and `make test` are the only two commands needed; each sets up .venv first.
-# Overridable: PYTHON (makes the environment), VENV, MODEL (pocket or pocket-dit), DEMO_FLAGS, PYTEST_FLAGS, BENCH_FLAGS, FULL_SIZE_FLAGS, INTERCHANGE_FLAGS, FUZZ_FLAGS.
+# Overridable: PYTHON (makes the environment), VENV, MODEL (pocket or pocket-dit), JOBS (test processes), DEMO_FLAGS,
+# PYTEST_FLAGS, BENCH_FLAGS, FULL_SIZE_FLAGS, INTERCHANGE_FLAGS, FUZZ_FLAGS.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -7,6 +8,7 @@ READY := $(VENV)/.ready
 MODEL ?= pocket
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
+JOBS ?= auto
 BENCH_FLAGS ?=
 FULL_SIZE_FLAGS ?=
 INTERCHANGE_FLAGS ?=
@@ -27,8 +29,9 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(PY) examples/demo.py --model $(MODEL) $(DEMO_FLAGS)
 
+# One process a core, but no more than four: each may hold a pipeline and a Chromium. JOBS=0 runs all in one.
 test: setup browser
-	$(PY) -m pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --maxprocesses 4 --dist loadfile $(PYTEST_FLAGS)
 
 # The quantisation libraries are no part of setup: they are large, and diffusers imports them once they are there.
 test-quantised: setup
