@@ -1,6 +1,6 @@
 # `make demo` and `make test` are the only two commands needed; each sets up .venv first.
 # Overridable: PYTHON (makes the environment), VENV, MODEL (pocket or pocket-dit), JOBS (test processes), DEMO_FLAGS,
-# PYTEST_FLAGS, BENCH_FLAGS, FULL_SIZE_FLAGS, INTERCHANGE_FLAGS, FUZZ_FLAGS.
+# PYTEST_FLAGS, BENCH_FLAGS, FULL_SIZE_FLAGS, INTERCHANGE_FLAGS, FUZZ_FLAGS, PAYLOADS_FLAGS.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -13,8 +13,9 @@ BENCH_FLAGS ?=
 FULL_SIZE_FLAGS ?=
 INTERCHANGE_FLAGS ?=
 FUZZ_FLAGS ?=
+PAYLOADS_FLAGS ?=
 
-.PHONY: setup demo test test-quantised families bench interchange fuzz full-size check format browser
+.PHONY: setup demo test test-quantised families bench interchange fuzz payloads full-size check format browser
 
 setup: $(READY)
 
@@ -31,7 +32,7 @@ demo: setup
 
 # One process a core, but no more than four: each may hold a pipeline and a Chromium. JOBS=0 runs all in one.
 test: setup browser
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --maxprocesses 4 --dist loadfile $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 # The quantisation libraries are no part of setup: they are large, and diffusers imports them once they are there.
 test-quantised: setup
@@ -53,6 +54,10 @@ interchange: setup
 # More than ten thousand broken adapter files, read under watch -> docs/results/fuzz.md
 fuzz: setup
 	$(PY) -m benchmarks.fuzz $(FUZZ_FLAGS)
+
+# Hostile requests and files against a served app -> docs/results/payloads.md
+payloads: setup
+	$(PY) -m benchmarks.app_payloads $(PAYLOADS_FLAGS)
 
 # The published models at their real size, without weights; some twenty minutes on one core.
 full-size: setup

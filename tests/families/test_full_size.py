@@ -1,12 +1,16 @@
 """The published models at their real size, on the meta device: found, matched whole, and a step runs on shapes."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
+from inspect import signature
 from typing import Any
 
+import diffusers
 import pytest
 
 from benchmarks.full_size import adapter_numbers, config_of, estimate, pipeline_of
-from benchmarks.published import PUBLISHED, Published
+from benchmarks.published import PUBLISHED, Part, Published
 from dora_diffusion.families import FAMILIES, component_of_model, coverage, family_of_pipeline
 from dora_diffusion.training.subject import prepare_subject
 
@@ -35,7 +39,15 @@ LAYERS = {
     "Z-Image": (136, 238, 274),
     "Qwen-Image": (480, 720, 844),
 }
-QUICK = ("SD 1.5", "FLUX.2 Klein 4B")
+DEPTH = 4
+DEPTHS = (
+    "num_layers",
+    "num_single_layers",
+    "num_mmdit_layers",
+    "num_single_dit_layers",
+    "n_layers",
+    "num_hidden_layers",
+)
 
 
 @cache
@@ -45,6 +57,23 @@ def pipeline(name: str) -> Any:
 
 def published(name: str) -> Published:
     return next(model for model in PUBLISHED if model.name == name)
+
+
+def shallow(model: Published) -> Published:
+    """With at most DEPTH blocks of each kind in every part that is a stack of them."""
+    return replace(model, parts={name: replace(part, config=_cut(part)) for name, part in model.parts.items()})
+
+
+def _cut(part: Part) -> dict[str, Any]:
+    known = signature(getattr(diffusers, part.kind)).parameters if part.library == "diffusers" else {}
+    defaults = {name: known[name].default for name in DEPTHS if name in known}
+    return _cut_depths({**defaults, **part.config})
+
+
+def _cut_depths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Configs of models with several towers hold one for each."""
+    cut = {name: _cut_depths(value) if isinstance(value, Mapping) else value for name, value in config.items()}
+    return {**cut, **{name: min(DEPTH, cut[name]) for name in DEPTHS if isinstance(cut.get(name), int)}}
 
 
 def test_every_family_has_a_published_model_and_every_model_a_family() -> None:
@@ -86,10 +115,18 @@ def test_the_size_of_an_adapter_is_that_of_its_parameters(name) -> None:
     assert trained == adapter_numbers(denoiser, "all-linear", 1)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_training_step_runs_on_the_shapes(name) -> None:
-    found = estimate(published(name), config_of())
+    """Of a few blocks of every kind, at their real width: `make full-size` takes the step of the whole depth."""
+    found = estimate(shallow(published(name)), config_of())
     assert found.moments["a step of 1"] > found.gradients > 0
     assert found.total > sum(found.weights.values())
+
+
+def test_depth_is_all_that_a_shallow_model_lacks() -> None:
+    whole, cut = (
+        pipeline_of(model).transformer for model in (published("FLUX.2 dev"), shallow(published("FLUX.2 dev")))
+    )
+    assert len(cut.single_transformer_blocks) == DEPTH < len(whole.single_transformer_blocks)
+    shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
+    assert all(shapes[name] == parameter.shape for name, parameter in cut.named_parameters())
