@@ -76,7 +76,11 @@ def notes_of(adapter: AdapterState, examined: Examined) -> list[str]:
         "have a rank above the sides of their weight": [p for p, m in adapter.modules.items() if m.rank > min(m.shape)],
         "have a difference of 0 everywhere": [p for p, m in adapter.modules.items() if _is_nothing(m)],
     }
-    notes = [f"{len(paths)} layers {what}, such as {paths[0]}" for what, paths in found.items() if paths]
+    notes = [
+        f"{len(paths)} of {len(adapter.modules)} layers {what}, such as {paths[0]}"
+        for what, paths in found.items()
+        if paths
+    ]
     orphans = [key for key in adapter.extra if key.endswith(("dora_scale", "lora_magnitude_vector", "alpha"))]
     if orphans:
         notes.append(f"{len(orphans)} tensors belong to no pair, such as {orphans[0]}")

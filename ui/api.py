@@ -16,6 +16,7 @@ import dora_diffusion as dd
 from dora_diffusion.formats import FORMATS
 from dora_diffusion.generation import Canvas
 from ui.library import AdapterFile
+from ui.mistakes import told
 from ui.request import (
     ADDITIVE,
     AdapterChoice,
@@ -41,13 +42,6 @@ SINGLE_FILE_FORMATS = tuple(name for name in FORMATS if name != "peft")  # PEFT'
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,79}")
 
 
-def told(error: Exception) -> gr.Error:
-    """What a caller sees: a mistake of theirs in full; of anything else the kind, the terminal has the traceback."""
-    if isinstance(error, ValueError):
-        return gr.Error(str(error), print_exception=False)
-    return gr.Error(f"{type(error).__name__}; the terminal that runs the app says more")
-
-
 def add_api(session: Session, demo: gr.Blocks) -> None:
     """Add the endpoints to the open block; `/?view=api` and `Client.view_api()` show them."""
 
@@ -67,13 +61,11 @@ def add_api(session: Session, demo: gr.Blocks) -> None:
         "picture", "mask", "strength"}, the last three to start from an uploaded picture. Cancelling the job stops
         the drawing.
         """
-        try:
+        with told(is_markup=False):
             settings = {"seed": seed, "steps": steps, "guidance": guidance}
             request = draw_request(session.parts, (prompt, negative_prompt), settings, adapters, options, demo)
             for update in session.start(request, owner=f"api-{uuid.uuid4()}").updates():
                 yield _answer(update)
-        except Exception as error:
-            raise told(error) from error
 
     def list_adapters() -> list[dict[str, Any]]:
         """What the adapter folder holds: name, kind, base, rank, trigger words, and why a file cannot be used."""
@@ -88,10 +80,8 @@ def add_api(session: Session, demo: gr.Blocks) -> None:
         rank: int | None = None,
     ) -> dict[str, Any]:
         """Merge adapters into one new file of the adapter folder: adapters as for generate, name without a suffix."""
-        try:
+        with told(is_markup=False):
             return _blended(session, (adapters, name), mode=mode, format=format, rank=rank)
-        except Exception as error:
-            raise told(error) from error
 
     for endpoint in (generate, list_adapters, blend):
         gr.api(  # type: ignore[attr-defined]
@@ -226,7 +216,8 @@ def _described(file: AdapterFile, session: Session) -> dict[str, Any]:
 
 
 def _blended(session: Session, named: tuple[Any, Any], *, mode: Any, format: Any, rank: Any) -> dict[str, Any]:
-    choices = choices_of(named[0], session.parts)
+    parts = session.parts
+    choices = [choice for choice in choices_of(named[0], parts) if choice.draws]
     if not choices:
         raise ValueError("adapters: none has a strength; name at least one, such as {'ink': 0.8}")
     moving = next((choice.file for choice in choices if choice.curve or choice.mask), None)
@@ -236,9 +227,11 @@ def _blended(session: Session, named: tuple[Any, Any], *, mode: Any, format: Any
     if format not in SINGLE_FILE_FORMATS:
         raise ValueError(f"format: got {str(format)[:40]!r}, expected one of {', '.join(SINGLE_FILE_FORMATS)}")
     limit = None if rank is None else check_whole("rank", rank, low=1, high=MAX_RANK)
-    states = {choice.file: dd.load_adapter(session.library.find(choice.file).path) for choice in choices}
+    files = {choice.file: session.library.find(choice.file).path for choice in choices}
     with session.weights() as base:
-        weights = {choice.file: choice.weight for choice in choices}
+        states = {name: dd.load_adapter(path, base=base) for name, path in files.items()}
+        paths = {name: (*state.modules, *state.vectors) for name, state in states.items()}
+        weights = {choice.file: choice.weight_on(paths[choice.file], parts) for choice in choices}
         blended = dd.blend_with_report(states, weights, base=base, mode=check_text("mode", mode), rank=limit)
     with session.naming:
         _new_adapter(session.library.folder, named[1])  # another call may have taken the name meanwhile

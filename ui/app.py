@@ -9,6 +9,8 @@ import os
 from dataclasses import dataclass
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio reads it while it is imported
+# Gradio sums up all calls so far after every call, for a page of figures that is not served: 20 ms of each.
+os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(10**9))
 
 import gradio as gr
 
@@ -30,6 +32,7 @@ class RunningApp:
 
     demo: gr.Blocks
     session: Session
+    options: UiOptions
     page: Page
     url: str
 
@@ -37,7 +40,6 @@ class RunningApp:
         """Stop training, drawing and serving."""
         self.page.train.close()
         self.session.close()
-        self.session.library.close()
         self.demo.close(verbose=False)
 
 
@@ -50,23 +52,17 @@ def build_app(session: Session, options: UiOptions) -> tuple[gr.Blocks, Page]:
     return demo.queue(api_open=False, default_concurrency_limit=TABS_AT_ONCE), page
 
 
-def launch(options: UiOptions, *, block: bool = True) -> RunningApp:
-    """Load the base and serve the app.
+def serve(session: Session, options: UiOptions) -> RunningApp:
+    """Serve the page over a session, with its guards and /health; returns at once.
 
     Args:
-        options: what to serve and where.
-        block: stay until Ctrl+C; False returns at once.
-
-    Returns:
-        The app with its address; `close()` ends it.
+        session: whose output folder the browser may read, and no other.
+        options: where to listen; where training data and runs lie.
 
     Raises:
-        ValueError: the base cannot be loaded, or the port is taken.
+        ValueError: the port is taken.
     """
-    options.output.mkdir(parents=True, exist_ok=True)
-    pipe = load_pipeline(options.model)
-    gc.freeze()  # what has been loaded stays: looking through it again and again is what made ten thousand files slow
-    session = Session(pipe, model=options.model, folder=options.adapters, output=options.output, models=options.models)
+    session.output.mkdir(parents=True, exist_ok=True)
     demo, page = build_app(session, options)
     try:
         served, url, _ = demo.launch(
@@ -83,16 +79,39 @@ def launch(options: UiOptions, *, block: bool = True) -> RunningApp:
             pwa=False,
             footer_links=[],
             max_file_size=MAX_UPLOAD_BYTES,
-            allowed_paths=[str(options.output.resolve())],
+            allowed_paths=[str(session.output.resolve())],
             app_kwargs={"middleware": guards(options.host, most_upload_bytes=MAX_UPLOAD_BYTES)},
             theme=theme(),
             css=CSS,
             head=HEAD,
+            # gradio's last look at its own page, which gives up after 3 s: a busy machine takes longer, and the server
+            # has answered by then
+            _frontend=False,
         )
     except OSError as error:
         raise ValueError(f"port {options.port} of {options.host}: {str(error).splitlines()[0]}") from error
     health_route(served, session)
-    print(f"DoRA diffusion is at {url} (Ctrl+C ends it)", flush=True)
+    return RunningApp(demo, session, options, page, url)
+
+
+def launch(options: UiOptions, *, block: bool = True) -> RunningApp:
+    """Load the base and serve the app.
+
+    Args:
+        options: what to serve and where.
+        block: stay until Ctrl+C; False returns at once.
+
+    Returns:
+        The app with its address; `close()` ends it.
+
+    Raises:
+        ValueError: the base cannot be loaded, or the port is taken.
+    """
+    pipe = load_pipeline(options.model)
+    gc.freeze()  # what has been loaded stays: looking through it again and again is what made ten thousand files slow
+    session = Session(pipe, model=options.model, folder=options.adapters, output=options.output, models=options.models)
+    app = serve(session, options)
+    print(f"DoRA diffusion is at {app.url} (Ctrl+C ends it)", flush=True)
     if block:
-        on_shutdown(demo, session, [page.train.close])
-    return RunningApp(demo, session, page, url)
+        on_shutdown(app.demo, session, [app.page.train.close])
+    return app

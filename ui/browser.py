@@ -6,7 +6,6 @@ Every tab looks at the same library; what it asks for is checked, and names and 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import gradio as gr
@@ -16,6 +15,7 @@ from gradio.events import Dependency
 from ui.cards import CSS, ON_LOAD, cards_html, status_html
 from ui.catalogue import ORDERS, Query, check_query, choices_of, shown_of
 from ui.library import AdapterLibrary
+from ui.mistakes import told
 from ui.thumbnails import Thumbnails
 
 __all__ = ["CSS", "Browser", "add_word", "build_browser"]
@@ -168,10 +168,12 @@ def build_browser(session: Any, demo: gr.Blocks) -> Browser:
     _wire_looks(widgets, looker, demo)
 
     def pick(event: gr.EventData) -> str:
-        return _or_toast(lambda: looker.pick(_sent(event, "name")))
+        with told():
+            return looker.pick(_sent(event, "name"))
 
     def offer(event: gr.EventData) -> str:
-        return _or_toast(lambda: looker.word(_sent(event, "name"), _sent(event, "word")))
+        with told():
+            return looker.word(_sent(event, "name"), _sent(event, "word"))
 
     when_picked = widgets.cards.pick(pick, None, picked, show_progress="hidden", api_visibility="private")
     when_word = widgets.cards.word(offer, None, word, show_progress="hidden", api_visibility="private")
@@ -187,13 +189,6 @@ def _query(asked: Sequence[Any]) -> Query:
 def _sent(event: gr.EventData, field: str) -> Any:
     """A field of what a click told; None where the browser sent something else."""
     return event._data.get(field) if isinstance(event._data, dict) else None
-
-
-def _or_toast(work: Callable[[], Any]) -> Any:
-    try:
-        return work()
-    except ValueError as error:
-        raise gr.Error(escape(str(error), quote=False), print_exception=False) from error
 
 
 def _lay_out() -> _Widgets:
@@ -238,7 +233,8 @@ def _wire_looks(widgets: _Widgets, looker: Looker, demo: gr.Blocks) -> None:
 
     def show(had: Any, *asked: Any) -> list[Any]:
         filters = json.dumps(asked[:-1])
-        answered, waiting = _or_toast(lambda: looker.look(*asked[:-1], asked[-1] if filters == had else 0))
+        with told():
+            answered, waiting = looker.look(*asked[:-1], asked[-1] if filters == had else 0)
         return [*answered, filters, waiting]
 
     def look_again(*chosen: Any) -> list[Any]:

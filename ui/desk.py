@@ -1,9 +1,9 @@
-"""What stands on the page, for the parts that draw variations of it: the form and the rack, read together."""
+"""The form and the rack, read and filled together; and the drawing of variations of what they hold."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ from urllib.parse import quote
 from gradio.components import Component
 
 from dora_diffusion.generation import GenerationStopped
+from ui.form import Form
+from ui.rack import Rack
+from ui.recipes import Recipe
 from ui.request import AdapterChoice, DrawRequest, SlotValues
 from ui.session import Session
 
@@ -20,17 +23,53 @@ Values = Mapping[Component, Any]
 
 @dataclass(frozen=True)
 class Desk:
-    """How to read the page.
+    """What decides the picture on one page.
 
     Attributes:
-        inputs: the widgets that decide the picture.
-        request: what they ask for, checked; a ValueError of one line when that cannot be.
-        slots: the rack's slots, unchecked.
+        session: whose base draws.
+        model: holds the base that the page shows.
+        form, rack: the widgets.
     """
 
-    inputs: set[Component]
-    request: Callable[[Values], DrawRequest]
-    slots: Callable[[Values], tuple[SlotValues, ...]]
+    session: Session
+    model: Component
+    form: Form
+    rack: Rack
+
+    @property
+    def inputs(self) -> set[Component]:
+        """The widgets that decide the picture."""
+        return self.form.inputs | self.rack.inputs | {self.model}
+
+    @property
+    def outputs(self) -> set[Any]:
+        """The widgets that `updates` and a restored canvas change."""
+        # told apart from `updates`, which makes widgets: inside an open block they would become part of the page
+        return {*self.form.shown, self.form.canvas, self.form.strength, self.form.fold, *self.rack.outputs}
+
+    def slots(self, values: Values) -> tuple[SlotValues, ...]:
+        """The rack's slots, unchecked."""
+        return self.rack.read(values)
+
+    def request(self, values: Values) -> DrawRequest:
+        """What the browser asks for, checked; a ValueError of one line when that cannot be drawn."""
+        if values[self.model] != self.session.model:  # its blocks and samplers are not those on this page
+            raise ValueError(f"the base is {self.session.model} now: another tab has switched it; reload this page")
+        asked = self._recipe(values).request(self.session.parts, self.form.canvas_of(values))
+        return replace(asked, count=self.form.count_of(values))
+
+    def recipe(self, values: Values) -> Recipe:
+        """What can be kept and brought back: without empty slots. What cannot be drawn is refused as by `request`."""
+        self.request(values)
+        recipe = self._recipe(values)
+        return replace(recipe, slots=tuple(slot for slot in recipe.slots if slot.file))
+
+    def updates(self, recipe: Recipe) -> dict[Any, Any]:
+        """What shows a recipe."""
+        return {**self.form.updates(recipe.settings), **self.rack.updates(recipe.slots, recipe.blend)}
+
+    def _recipe(self, values: Values) -> Recipe:
+        return Recipe(self.form.read(values), self.slots(values), self.rack.blend(values))
 
 
 @dataclass

@@ -4,7 +4,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,27 @@ from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.mixing import IN_ORDER
 from dora_diffusion.pipelines import EMBEDDED
 from ui.library import AdapterLibrary, Stamp, stamp_of
-from ui.request import AdapterChoice, Block, DrawRequest, Parts
+from ui.request import Block, DrawRequest, Parts
 
 MAX_LOADED = 8
 READS = 3
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An adapter in memory.
+
+    Attributes:
+        report: what was found in its file.
+        model: the base that holds it.
+        stamp: the state of the file as it was read.
+        seconds: how long reading took; None when it was there already.
+    """
+
+    report: LoadReport
+    model: str
+    stamp: Stamp
+    seconds: float | None
 
 
 class Engine:
@@ -36,6 +53,12 @@ class Engine:
     def loaded(self) -> tuple[str, ...]:
         """Adapters held in memory, the longest unused first."""
         return tuple(self._loaded)
+
+    def load(self, file: str) -> Loaded:
+        """As `ensure_loaded`, and of which state of the file it is."""
+        before, started = self._loaded.get(file), time.perf_counter()
+        report, stamp = self.ensure_loaded(file), self._loaded[file]
+        return Loaded(report, self.model, stamp, None if stamp == before else time.perf_counter() - started)
 
     def ensure_loaded(self, file: str, *, keep: Sequence[str] = ()) -> LoadReport:
         """Load, or load again when the file has changed; the longest unused beyond MAX_LOADED make room.
@@ -68,7 +91,9 @@ class Engine:
                 if request.blend in IN_ORDER
                 else sorted(request.adapters, key=lambda choice: choice.file)
             )
-            weights = {choice.file: self._fitting(choice) for choice in choices}
+            weights = {
+                choice.file: choice.weight_on(self._manager.paths(choice.file), self.parts) for choice in choices
+            }
             self._manager.set_adapters(weights, blend=request.blend)
             for choice in request.adapters:
                 if choice.curve is not None:
@@ -104,18 +129,6 @@ class Engine:
     def _unload(self, file: str) -> None:
         self._manager.delete_adapter(file)
         del self._loaded[file]
-
-    def _fitting(self, choice: AdapterChoice) -> float | dict[str, float]:
-        """The strength without blocks of the base where this adapter has no layers."""
-        if not isinstance(choice.weight, Mapping):
-            return choice.weight
-        blocks = set(chain.from_iterable(block.prefixes for block in self.parts.blocks))
-        paths = self._manager.paths(choice.file)
-        return {
-            part: strength
-            for part, strength in choice.weight.items()
-            if part not in blocks or any(path.startswith(part + ".") for path in paths)
-        }
 
 
 def bases_offered(first: str, folder: Path | None) -> Mapping[str, str | Path]:

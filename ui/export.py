@@ -10,12 +10,13 @@ from gradio.components import Component
 
 from dora_diffusion.blending import BLEND_SENTENCES
 from dora_diffusion.formats import FORMATS
+from dora_diffusion.generation import GenerationStopped
+from ui.desk import Desk, Stops
 from ui.export_files import AS_DRAWN, TARGETS, Exported, ExportOptions, check_options, export_mix
-from ui.recipes import RecipeWidgets
+from ui.mistakes import told
 from ui.request import check_number, check_whole
 from ui.session import Session
 from ui.stage import status_html
-from ui.train_widgets import told
 
 __all__ = ["Export", "ExportOptions", "Exported", "build_export", "export_mix"]
 
@@ -27,11 +28,14 @@ class Export:
     """The tab.
 
     Attributes:
+        go, stop: begin and end an export.
         exported: a hidden widget that holds the library name of the adapter written last; its `change` tells of one.
         status: what is going on, and what came of it.
         live, again: the rack's own picture, and the one drawn with what was written.
     """
 
+    go: gr.Button
+    stop: gr.Button
     exported: gr.Textbox
     status: gr.HTML
     live: gr.Image
@@ -60,11 +64,14 @@ class _Fields:
         )
 
 
-def build_export(session: Session, widgets: RecipeWidgets) -> Export:
+def build_export(session: Session, desk: Desk) -> Export:
     """Lay out the tab inside the open block and wire it."""
     fields = _build_fields()
     sentence = gr.HTML(_sentence(AS_DRAWN), elem_id="export-sentence")
-    button = gr.Button("Export", variant="primary", elem_id="export-go")
+    fields.mode.input(_sentence, fields.mode, sentence, queue=False, show_progress="hidden", api_visibility="private")
+    with gr.Row():  # always enabled: gradio may lose an update that follows another closely
+        go = gr.Button("Export", variant="primary", elem_id="export-go", min_width=160)
+        stop = gr.Button("Stop export", variant="stop", elem_id="export-stop", min_width=110)
     status = gr.HTML(elem_id="export-status")
     with gr.Row():
         live, again = (
@@ -74,30 +81,45 @@ def build_export(session: Session, widgets: RecipeWidgets) -> Export:
             )
             for label, elem_id in (("The rack", "export-live"), ("What was written", "export-again"))
         )  # fmt: skip
-    export = Export(gr.Textbox(visible=False, elem_id="exported"), status, live, again)
+    export = Export(go, stop, gr.Textbox(visible=False, elem_id="exported"), status, live, again)
+    _wire(export, fields, session, desk)
+    return export
 
-    def run(values: dict[Component, Any]) -> Iterator[dict[Component, Any]]:
-        line = "Drawing, writing, and drawing with what was written …"
-        yield {status: status_html(line), live: None, again: None, button: gr.Button(interactive=False)}
-        try:
-            with told():
-                recipe = widgets.read(values)
-                request = recipe.request(session.parts, widgets.form.canvas_of(values))
-                done = export_mix(session, request, fields.read(values))
-        except BaseException:
-            yield {status: status_html("Nothing was exported."), button: gr.Button(interactive=True)}
-            raise
-        shown = {status: status_html(done.sentence, kind="good"), button: gr.Button(interactive=True)}
-        changes: dict[Component, Any] = {**shown, live: str(done.pictures[0]), again: str(done.pictures[1])}
+
+def _wire(export: Export, fields: _Fields, session: Session, desk: Desk) -> None:
+    stops = Stops()
+
+    def run(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:
+        yield {
+            export.status: status_html("Drawing, writing, and drawing with what was written …"),
+            **{export.live: None, export.again: None},
+        }
+        with told():
+            try:
+                with stops.running(str(request.session_hash)) as stop:
+                    done = export_mix(session, desk.request(values), fields.read(values), should_stop=stop.is_set)
+            except GenerationStopped:
+                yield {export.status: status_html("Stopped; nothing was exported.", kind="warn")}
+                return
+            except Exception:
+                yield {export.status: status_html("Nothing was exported.")}
+                raise
+        live, again = (str(path) for path in done.pictures)
+        changes = {export.status: status_html(done.sentence, kind="good"), export.live: live, export.again: again}
         yield changes | ({export.exported: done.name} if done.name else {})
 
-    inputs = {*widgets.inputs, *(getattr(fields, name) for name in fields.__dataclass_fields__)}
-    button.click(
-        run, inputs, [status, live, again, button, export.exported],
-        show_progress="hidden", concurrency_limit=2, api_visibility="private",
-    )  # fmt: skip
-    fields.mode.input(_sentence, fields.mode, sentence, queue=False, show_progress="hidden", api_visibility="private")
-    return export
+    def halt(request: gr.Request) -> None:
+        stops.stop(str(request.session_hash))
+
+    export.go.click(
+        run,
+        desk.inputs | {getattr(fields, name) for name in fields.__dataclass_fields__},
+        [export.status, export.live, export.again, export.exported],
+        show_progress="hidden",
+        concurrency_limit=2,
+        api_visibility="private",
+    )
+    export.stop.click(halt, queue=False, api_visibility="private")
 
 
 def _build_fields() -> _Fields:

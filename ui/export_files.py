@@ -1,7 +1,7 @@
 """The rack written to disk, as one adapter or as a whole model, then drawn from disk and compared pixel by pixel."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,15 @@ from dora_diffusion.baking import bake
 from dora_diffusion.base_weights import EMBEDDED, BaseWeights
 from dora_diffusion.blending import BLEND_SENTENCES, BlendOptions, blend_with_report
 from dora_diffusion.formats import FORMATS, load_adapter, save_adapter
-from dora_diffusion.generation import generate
+from dora_diffusion.generation import GenerationStopped, generate
 from dora_diffusion.mixing import MODES
 from dora_diffusion.pipelines import load_pipeline
 from dora_diffusion.state import AdapterState
 from dora_diffusion.storage import sha256_of
 from ui.history import largest_difference
-from ui.request import ADDITIVE, AdapterChoice, DrawRequest
-from ui.session import Drawn, Session
+from ui.request import ADDITIVE, AdapterChoice, DrawRequest, check_name
+from ui.session import Drawn, Session, ShouldStop
 from ui.tags import resolve_tags
-from ui.train_recipes import check_name
 
 AS_DRAWN = ""
 TARGETS = ("an adapter", "a whole model")
@@ -83,7 +82,9 @@ def check_options(options: ExportOptions) -> ExportOptions:
     return replace(options, name=name.removesuffix(".safetensors"))
 
 
-def export_mix(session: Session, request: DrawRequest, options: ExportOptions) -> Exported:
+def export_mix(
+    session: Session, request: DrawRequest, options: ExportOptions, *, should_stop: ShouldStop | None = None
+) -> Exported:
     """Draw a mix, write it, draw with what was written, and compare the two.
 
     Args:
@@ -91,10 +92,12 @@ def export_mix(session: Session, request: DrawRequest, options: ExportOptions) -
             the output folder.
         request: of one picture; its adapters are what is written.
         options: how.
+        should_stop: asked while waiting, after every step of a drawing, and after every layer or tensor.
 
     Raises:
         ValueError: one line: nothing to write, a name that is taken, a curve or mask, which no file can hold, or a mode
             or format that cannot hold the mix. Nothing is left behind then.
+        GenerationStopped: `should_stop` said yes. Nothing is left behind then either.
     """
     options = check_options(options)
     wanted = replace(resolve_tags(request, session.library.usable, session.parts).request, count=1)
@@ -104,21 +107,21 @@ def export_mix(session: Session, request: DrawRequest, options: ExportOptions) -
         raise ValueError(f"{moving[0]}: has a curve or a mask, which no file can hold; take it off to export")
     options = replace(options, mode=options.mode or wanted.blend)
     write = _as_adapter if options.target == TARGETS[0] else _as_model
-    return write(session, wanted, options)
+    return write(session, wanted, options, should_stop or (lambda: False))
 
 
-def _as_adapter(session: Session, request: DrawRequest, options: ExportOptions) -> Exported:
+def _as_adapter(session: Session, request: DrawRequest, options: ExportOptions, should_stop: ShouldStop) -> Exported:
     is_folder = options.format == "peft"
     path = session.library.folder / (options.name if is_folder else f"{options.name}.safetensors")
     _check_free(path)
-    (live,) = session.draw(request)
+    (live,) = session.draw(request, should_stop=should_stop)
     written = False
     try:
         with session.weights() as base:
             states, weights = _mix(session, request, live, base)
             blended = blend_with_report(
                 states, weights, base=base, mode=options.mode, rank=options.rank,
-                options=BlendOptions(density=options.density),
+                options=BlendOptions(density=options.density), progress=_asking(should_stop),
             )  # fmt: skip
         with session.naming:  # another tab may have taken the name meanwhile
             _check_free(path)
@@ -126,22 +129,23 @@ def _as_adapter(session: Session, request: DrawRequest, options: ExportOptions) 
             written = True
         session.library.refresh()
         name = next((file.name for file in session.library.files if file.path == path), options.name)
-        (again,) = session.draw(replace(request, adapters=(AdapterChoice(name, 1.0),), blend=ADDITIVE))
+        merged = replace(request, adapters=(AdapterChoice(name, 1.0),), blend=ADDITIVE)
+        (again,) = session.draw(merged, should_stop=should_stop)
+        return _compared(session, live, again, path, name=name, told=blended.report.sentence())
     except BaseException:
         if written:
             _remove(path)
             session.library.refresh()
         raise
-    return _compared(session, live, again, path, name=name, told=blended.report.sentence())
 
 
-def _as_model(session: Session, request: DrawRequest, options: ExportOptions) -> Exported:
+def _as_model(session: Session, request: DrawRequest, options: ExportOptions, should_stop: ShouldStop) -> Exported:
     if options.mode not in MODES:
         raise ValueError(f"mode: {options.mode!r} makes adapters only; a whole model is one of {', '.join(MODES)}")
     source = _source_of(session)
     path = session.output / MODELS / (f"{options.name}.safetensors" if source.is_file() else options.name)
     _check_free(path)
-    (live,) = session.draw(request)
+    (live,) = session.draw(request, should_stop=should_stop)
     written = False
     try:
         with session.weights() as base:  # one at a time works on a base, and this needs the memory of another
@@ -149,15 +153,15 @@ def _as_model(session: Session, request: DrawRequest, options: ExportOptions) ->
             path.parent.mkdir(parents=True, exist_ok=True)
             with session.naming:
                 _check_free(path)
-                report = bake(source, states, weights, path, mode=options.mode)
+                report = bake(source, states, weights, path, mode=options.mode, on_progress=_asking(should_stop))
                 written = True
-            image = generate(load_pipeline(path), live.settings, canvas=request.canvas)
+            image = generate(load_pipeline(path), live.settings, canvas=request.canvas, should_stop=should_stop)
+        again = replace(live, image=image, adapters=(), model=options.name)
+        return _compared(session, live, again, path, name="", told=f"{report.layers} layers changed")
     except BaseException:
         if written:
             _remove(path)
         raise
-    again = replace(live, image=image, adapters=(), model=options.name)
-    return _compared(session, live, again, path, name="", told=f"{report.layers} layers changed")
 
 
 def _mix(
@@ -171,20 +175,19 @@ def _mix(
         state = load_adapter(path, base=base)
         if use.sha256 is not None and sha256_of(path) != use.sha256:
             raise ValueError(f"{choice.file}: the file has changed since it was drawn with; export again")
-        states[choice.file], weights[choice.file] = state, _fitting(choice, state)
+        states[choice.file] = state
+        weights[choice.file] = choice.weight_on((*state.modules, *state.vectors), session.parts)
     return states, weights
 
 
-def _fitting(choice: AdapterChoice, state: AdapterState) -> float | dict[str, float]:
-    """The strength without blocks of the base where the adapter has no layers, which a blend would refuse."""
-    if not isinstance(choice.weight, Mapping):
-        return choice.weight
-    paths = (*state.modules, *state.vectors)
-    return {
-        part: strength
-        for part, strength in choice.weight.items()
-        if "." not in part or any(path.startswith(part + ".") for path in paths)
-    }
+def _asking(should_stop: ShouldStop) -> Callable[..., None]:
+    """A callback for progress of any kind that ends the work when a stop is asked for."""
+
+    def progress(*at: object) -> None:
+        if should_stop():
+            raise GenerationStopped
+
+    return progress
 
 
 def _source_of(session: Session) -> Path:

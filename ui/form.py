@@ -7,10 +7,11 @@ from typing import Any
 
 import gradio as gr
 from gradio.components import Component
-from PIL import Image
 
 from dora_diffusion.canvases import Canvas
 from dora_diffusion.generation import GenerationSettings
+from ui import canvas as canvases
+from ui.canvas import CanvasReader, build_canvas, has_picture
 from ui.request import (
     MAX_COUNT,
     MAX_GUIDANCE,
@@ -18,22 +19,27 @@ from ui.request import (
     MAX_SIDE,
     MAX_STEPS,
     DetailValues,
-    check_canvas,
     check_settings,
     check_whole,
 )
 from ui.session import Session
 
-CSS = """
+_CSS = """
 #seed-row { align-items: center; }
 #canvas-fold .hint { color: var(--body-text-color-subdued); font-size: .85rem; }
 """
+CSS = canvases.CSS + _CSS
 _HINT = "Without paint the whole picture is drawn anew, from as much noise as the strength says; with paint only there."
 
 
 @dataclass(frozen=True)
 class Form:
-    """The widgets above the rack."""
+    """The widgets above the rack.
+
+    Attributes:
+        canvas: holds the names that `canvases` reads.
+        fold: around canvas and strength.
+    """
 
     prompt: gr.Textbox
     negative: gr.Textbox
@@ -47,8 +53,10 @@ class Form:
     sampler: gr.Dropdown
     width: gr.Number
     height: gr.Number
-    canvas: gr.ImageEditor
+    canvas: gr.HTML
     strength: gr.Slider
+    fold: gr.Accordion
+    canvases: CanvasReader
 
     @property
     def inputs(self) -> set[Component]:
@@ -60,12 +68,11 @@ class Form:
 
     def read(self, values: Mapping[Component, Any]) -> GenerationSettings:
         """What the browser sent, checked; `ValueError` names the field that is wrong."""
-        has_canvas = self.canvas_of(values) is not None
         details = DetailValues(
             sampler=values[self.sampler],
             width=values[self.width],
             height=values[self.height],
-            strength=values[self.strength] if has_canvas else None,
+            strength=values[self.strength] if has_picture(values[self.canvas]) else None,
         )
         return check_settings(
             values[self.prompt],
@@ -82,10 +89,7 @@ class Form:
 
     def canvas_of(self, values: Mapping[Component, Any]) -> Canvas | None:
         """The picture to start from, and where it was painted on."""
-        sent = values[self.canvas]
-        if not isinstance(sent, dict) or sent.get("background") is None:
-            return None
-        return check_canvas(sent["background"], _painted(sent.get("layers") or []))
+        return self.canvases.read(values[self.canvas])
 
     def updates(self, settings: GenerationSettings, *, count: int = 1) -> dict[Component, Any]:
         """What shows these settings."""
@@ -110,18 +114,6 @@ class Form:
         ]
 
 
-def _painted(layers: list[Any]) -> Image.Image | None:
-    """Where any layer of the editor is painted, white; None where nothing is."""
-    pictures = [layer for layer in layers if isinstance(layer, Image.Image)]
-    if not pictures:
-        return None
-    mask = Image.new("L", pictures[0].size)
-    for layer in pictures:
-        alpha = layer.convert("RGBA").getchannel("A")
-        mask.paste(255, mask=alpha.point(lambda value: 255 if value > 127 else 0))
-    return mask if mask.getbbox() is not None else None
-
-
 def build_prompt() -> tuple[gr.Textbox, gr.Textbox, gr.Button, gr.Button]:
     """Prompt, negative prompt, Generate and Stop."""
     with gr.Row(equal_height=True):
@@ -137,7 +129,7 @@ def build_prompt() -> tuple[gr.Textbox, gr.Textbox, gr.Button, gr.Button]:
     return prompt, negative, generate, stop
 
 
-def build_form(session: Session, above: tuple[gr.Textbox, gr.Textbox, gr.Button, gr.Button]) -> Form:
+def build_form(session: Session, above: tuple[gr.Textbox, gr.Textbox, gr.Button, gr.Button], demo: gr.Blocks) -> Form:
     """Lay out seeds, steps, size and canvas inside the open block, under what `build_prompt` made."""
     with gr.Row(elem_id="seed-row"):
         seed = gr.Number(
@@ -159,15 +151,12 @@ def build_form(session: Session, above: tuple[gr.Textbox, gr.Textbox, gr.Button,
         height = gr.Number(
             value=0, label="Height", precision=0, minimum=0, maximum=MAX_SIDE, step=8, elem_id="height", min_width=100
         )
-    with gr.Accordion("Start from a picture (img2img, inpaint)", open=False, elem_id="canvas-fold"):
-        canvas = gr.ImageEditor(
-            type="pil", image_mode="RGBA", label="Picture; paint where it should change", elem_id="canvas",
-            brush=gr.Brush(default_color="#ff3355", colors=["#ff3355"], color_mode="fixed"), layers=False,
-            sources=["upload", "clipboard"], height=300,
-        )  # fmt: skip
-        strength = gr.Slider(0.05, 1.0, value=0.6, step=0.05, label="Denoising strength", elem_id="denoise")
+    with gr.Accordion("Start from a picture (img2img, inpaint)", open=False, elem_id="canvas-fold") as fold:
+        canvas = build_canvas(session.output)
+        strength = gr.Slider(0.01, 1.0, value=0.6, step=0.01, label="Denoising strength", elem_id="denoise")
         gr.HTML(f'<p class="hint">{_HINT}</p>')
 
-    form = Form(*above, seed, new_seed, count, steps, guidance, sampler, width, height, canvas, strength)
+    reader = CanvasReader(session.output, lambda: demo.upload_file_set)
+    form = Form(*above, seed, new_seed, count, steps, guidance, sampler, width, height, canvas, strength, fold, reader)
     new_seed.click(lambda: random.randint(0, MAX_SEED), outputs=seed, queue=False, api_visibility="private")
     return form

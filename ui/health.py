@@ -1,5 +1,6 @@
 """Whether the app is well, as JSON for those who watch it; and ending it so that nothing is left."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -7,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import gradio as gr
 import torch
@@ -18,6 +19,7 @@ from ui.session import Session
 
 CLOSING_SECONDS = 10.0
 HEALTH = "/health"
+_HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # not every system has it
 
 
 def health(session: Session, *, started: float) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def close_all(closers: Sequence[Callable[[], object]], *, seconds: float = CLOSI
                 close()
             except Exception as error:
                 name = getattr(close, "__qualname__", type(close).__name__)
-                print(f"closing, {name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                _tell(f"closing, {name}: {type(error).__name__}: {error}", file=sys.stderr)
 
     worker = threading.Thread(target=run, name="closing", daemon=True)
     worker.start()
@@ -88,32 +90,40 @@ def close_all(closers: Sequence[Callable[[], object]], *, seconds: float = CLOSI
 
 
 def on_shutdown(demo: gr.Blocks, session: Session, closers: Sequence[Callable[[], object]] = ()) -> None:
-    """Stay until Ctrl+C or SIGTERM, then end everything: drawings within a step, the server, what `closers` hold.
+    """Stay until Ctrl+C, SIGTERM or SIGHUP, then end everything: drawings within a step, the server, `closers`.
 
-    What has not ended after CLOSING_SECONDS (a step of a large model) is cut off: files are written atomically, so
-    none is left half. A second Ctrl+C does that at once. Call it from the main thread.
+    SIGHUP says that the terminal was closed; under `nohup`, which ignores it, the app stays. What has not ended after
+    CLOSING_SECONDS (a step of a large model) is cut off: files are written atomically, so none is left half. A second
+    Ctrl+C does that at once. Call it from the main thread.
 
     Args:
         demo: launched, with `prevent_thread_lock`.
         session: the app's.
         closers: called first, each without arguments: child processes are ended here.
     """
-    asked = threading.Event()
+    asked: list[int] = []  # no Event: a handler must take no lock
 
     def ask(number: int, frame: object) -> None:
-        if asked.is_set():
+        if asked and number != _HANGUP:  # which comes twice: from the terminal, and from the shell in it
             os._exit(128 + number)
-        asked.set()
+        asked.append(number)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    stays = _HANGUP is not None and signal.getsignal(_HANGUP) == signal.SIG_IGN
+    ending = [signal.SIGINT, signal.SIGTERM, *([] if _HANGUP is None or stays else [_HANGUP])]
+    before = {number: signal.signal(number, ask) for number in ending}
     try:
-        while demo.is_running and not asked.wait(0.2):
-            pass
-        print("Closing …", flush=True)
-        if not close_all([*closers, session.close, session.library.close, lambda: demo.close(verbose=False)]):
-            print(f"A drawing did not end within {CLOSING_SECONDS:g} s and was cut off.", file=sys.stderr, flush=True)
-            sys.stdout.flush()
+        while demo.is_running and not asked:
+            time.sleep(0.2)
+        _tell("Closing …", file=sys.stdout)
+        if not close_all([*closers, session.close, lambda: demo.close(verbose=False)]):
+            _tell(f"A drawing did not end within {CLOSING_SECONDS:g} s and was cut off.", file=sys.stderr)
             os._exit(0)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _tell(line: str, *, file: TextIO) -> None:
+    """Print a line, if there is still a terminal to read it."""
+    with contextlib.suppress(OSError):
+        print(line, file=file, flush=True)

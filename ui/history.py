@@ -11,12 +11,12 @@ import gradio as gr
 from gradio.components import Component
 from PIL import Image, ImageChops
 
+from ui.desk import Desk
 from ui.metadata import metadata_text, read_metadata
-from ui.recipes import RecipeWidgets
+from ui.mistakes import told
 from ui.request import check_whole
 from ui.restore import restore_from, restored_updates
 from ui.session import Session
-from ui.train_widgets import told
 
 PAGE = 24
 MAX_PAGE = 1_000_000
@@ -48,7 +48,7 @@ class Page:
         """Where one is."""
         if not self.found:
             return "Nothing is drawn yet."
-        return f"{self.found} pictures, page {self.number + 1} of {self.pages}"
+        return f"{self.found} picture{'' if self.found == 1 else 's'}, page {self.number + 1} of {self.pages}"
 
 
 def list_pictures(output: Path, page: object = 0) -> Page:
@@ -143,7 +143,7 @@ class History:
     pinned: gr.State
 
 
-def build_history(session: Session, widgets: RecipeWidgets, demo: gr.Blocks) -> History:
+def build_history(session: Session, desk: Desk, demo: gr.Blocks) -> History:
     """Lay out the gallery inside the open block and wire it to the form and the rack."""
     with gr.Row(elem_id="history-nav"):
         look = gr.Button("Look again", size="sm", elem_id="history-refresh", min_width=100)
@@ -171,7 +171,7 @@ def build_history(session: Session, widgets: RecipeWidgets, demo: gr.Blocks) -> 
     names, chosen, pinned = gr.State(()), gr.State(None), gr.State(None)
     history = History(gallery, page, place, facts, report, metadata, compare, names, chosen, pinned)
     _wire_pages(history, session, [look.click, demo.load], (newer, older))
-    _wire_picture(history, session, widgets, restore=restore, pin=pin)
+    _wire_picture(history, session, desk, restore=restore, pin=pin)
     return history
 
 
@@ -197,9 +197,7 @@ def _wire_pages(history: History, session: Session, looks: list[Any], turns: tup
         )  # fmt: skip
 
 
-def _wire_picture(
-    history: History, session: Session, widgets: RecipeWidgets, *, restore: gr.Button, pin: gr.Button
-) -> None:
+def _wire_picture(history: History, session: Session, desk: Desk, *, restore: gr.Button, pin: gr.Button) -> None:
     def select(names: tuple[str, ...], pinned: str | None, event: gr.SelectData) -> dict[Component, Any]:
         with told():
             index = check_whole("picture", event.index, low=0, high=max(0, len(names) - 1))
@@ -216,7 +214,7 @@ def _wire_picture(
             session.library.refresh()
             path = find_picture(session.output, chosen)
             restored = restore_from(path, session.library, session.parts, output=session.output)
-            return restored_updates(restored, widgets, session, history.report)
+            return restored_updates(restored, desk, session, history.report)
 
     def keep(chosen: str | None) -> tuple[str, str]:
         with told():
@@ -229,7 +227,7 @@ def _wire_picture(
         [history.chosen, history.facts, history.metadata, history.compare, history.report],
         show_progress="hidden", api_visibility="private",
     )  # fmt: skip
-    restore.click(bring_back, history.chosen, [*widgets.outputs, history.report], api_visibility="private")
+    restore.click(bring_back, history.chosen, [*desk.outputs, history.report], api_visibility="private")
     pin.click(keep, history.chosen, [history.pinned, history.report], queue=False, api_visibility="private")
 
 

@@ -11,9 +11,9 @@ from dora_diffusion.inspection import inspect_adapter
 from dora_diffusion.plots import plot_adapters
 from ui.inspect_html import CSS, facts_html
 from ui.meter import measure, meter_html
+from ui.mistakes import told
 from ui.session import Session
 from ui.stage import status_html
-from ui.train_widgets import told
 
 __all__ = ["CSS", "InspectPage", "build_inspect_page"]
 
@@ -48,8 +48,8 @@ def build_inspect_page(session: Session) -> InspectPage:
     status = gr.HTML(elem_id="inspect-status")
     facts = gr.HTML(elem_id="inspect-facts")
     picture = gr.Image(
-        label="Turned and stretched, by block", format="png", type="filepath", interactive=False, visible=False,
-        elem_id="inspect-picture", buttons=["download", "fullscreen"],
+        label="Turned and stretched, by block", show_label=False, format="png", type="filepath", interactive=False,
+        visible=False, elem_id="inspect-picture", buttons=["download", "fullscreen"],
     )  # fmt: skip
     meter = gr.HTML(elem_id="inspect-meter")
     page = InspectPage(file, beside, refresh, plot, compare, status, facts, picture, meter)

@@ -12,11 +12,11 @@ from PIL import Image, ImageChops, ImageStat
 
 from dora_diffusion.generation import GenerationStopped
 from ui.desk import Desk, Stops, Variations, picture_html
-from ui.request import DrawRequest, SlotValues
+from ui.mistakes import told
+from ui.request import DrawRequest, SlotValues, taking_part
 from ui.session import Session
 from ui.stage import status_html
 from ui.tags import resolve_tags
-from ui.train_widgets import told
 
 WITHOUT = "without"  # the folder of these pictures in the output folder
 
@@ -90,7 +90,8 @@ def leave_each_out(request: DrawRequest, names: Sequence[str], draw: Variations)
 
 def names_in(request: DrawRequest, slots: Sequence[SlotValues]) -> list[str]:
     """ "#2 lego" for an adapter of the rack's second slot; those of the prompt's tags by name alone."""
-    places = {slot.file: number for number, slot in reversed(list(enumerate(slots, start=1))) if slot.enabled}
+    heard = [id(slot) for slot in taking_part(slots)]
+    places = {slot.file: number for number, slot in enumerate(slots, start=1) if id(slot) in heard}
     return [
         f"#{places[choice.file]} {choice.file}" if choice.file in places else f"{choice.file} (of the prompt)"
         for choice in request.adapters
@@ -143,6 +144,7 @@ def _drawing(
     board: LeaveOut, wanted: DrawRequest, names: Sequence[str], draw: Variations
 ) -> Iterator[dict[Component, Any]]:
     total = len(names) + 1
+    row: tuple[Without, ...] = ()
     yield {board.status: status_html("Drawing …", share=0.0), board.stop: gr.Button(visible=True), board.row: ""}
     try:
         for row in leave_each_out(wanted, names, draw):
@@ -151,5 +153,8 @@ def _drawing(
     except GenerationStopped:
         yield {board.status: status_html("Stopped.", kind="warn")}
         return
+    except Exception:
+        yield {board.status: status_html(f"Nothing more was drawn: {len(row)} of {total} pictures", kind="bad")}
+        raise
     furthest = max(row[1:], key=lambda entry: entry.difference or 0)
     yield {board.status: status_html(f"The mix changes most {furthest.caption}.", kind="good")}

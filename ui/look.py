@@ -43,7 +43,8 @@ _PAGE = """
 .slot .tick, .slot .strength { border: 0 !important; padding: 0 !important; background: none !important; }
 .slot .form { border: 0; background: none; gap: .5rem; }
 .slot .badge, .slot .badge > div { padding: 0 !important; min-height: 0 !important; }
-#seed-row { align-items: center; }
+input[type=range]::-webkit-slider-thumb { box-shadow: 0 0 0 1px var(--neutral-400), var(--input-shadow) !important; }
+input[type=range]::-moz-range-thumb { box-shadow: 0 0 0 1px var(--neutral-400), var(--input-shadow) !important; }
 .chip { display: inline-block; padding: .05rem .5rem; margin: .2rem .3rem .2rem 0; border-radius: 1rem;
   font-size: .8rem;
   background: var(--background-fill-primary); border: 1px solid var(--border-color-primary); overflow-wrap: anywhere; }
@@ -76,5 +77,9 @@ def theme() -> gr.themes.Base:
         spacing_size="sm",
         radius_size="md",
     )
-    # gradio's subdued text has too little contrast to be read
-    return plain.set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300")
+    # gradio's subdued text, and its empty checkboxes in the dark, have too little contrast to be seen
+    return plain.set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        checkbox_border_color_dark="*neutral_400",
+    )

@@ -41,12 +41,24 @@ class PictureRecord:
 
 
 def metadata_text(path: Path) -> str:
-    """The PNG's own text chunks, read back from the file: the `parameters` line, then the JSON in full."""
+    """The PNG's own text chunks, read back from the file: the `parameters` line, then the JSON in full.
+
+    Raises:
+        ValueError: no picture, or its texts are too long to be read.
+    """
     texts = picture_texts(path)
     parts = [texts.get("parameters", "")]
     if METADATA_CHUNK in texts:
-        parts.append(json.dumps(json.loads(texts[METADATA_CHUNK]), indent=2, ensure_ascii=False))
+        parts.append(_laid_out(texts[METADATA_CHUNK]))
     return "\n\n".join(part for part in parts if part)
+
+
+def _laid_out(text: str) -> str:
+    """JSON over many lines; what is none, or nested too deeply for that, as one line that says so."""
+    try:
+        return json.dumps(json.loads(text), indent=2, ensure_ascii=False)
+    except (ValueError, RecursionError) as error:
+        return f"{METADATA_CHUNK}: {len(text)} characters that cannot be read as JSON ({type(error).__name__})"
 
 
 def picture_texts(path: Path) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The whole page: where its parts stand, and what they tell one another."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from ui.api import add_api, told
+from ui.api import add_api
 from ui.browser import Browser, add_word, build_browser
 from ui.desk import Desk
 from ui.export import build_export
@@ -16,11 +16,10 @@ from ui.form import Form, build_form, build_prompt
 from ui.history import build_history
 from ui.inspect_page import build_inspect_page
 from ui.leave_out import build_leave_out, wire_leave_out
+from ui.mistakes import told
 from ui.options import UiOptions
 from ui.presets import build_presets
 from ui.rack import Rack, build_rack
-from ui.recipes import RecipeWidgets
-from ui.request import DrawRequest, check_adapters
 from ui.restore import build_restore
 from ui.session import Session
 from ui.stage import Screenplay, Stage, build_stage, status_html
@@ -56,48 +55,32 @@ def build_page(session: Session, options: UiOptions, demo: gr.Blocks) -> Page:
             stage = build_stage()
             leave_out = build_leave_out()
         with gr.Column(scale=5, min_width=300):
-            form = build_form(session, above)
+            form = build_form(session, above, demo)
             rack = build_rack(session, demo)
-    read = Desk(form.inputs | rack.inputs | {model}, _reader(session, model, form, rack), rack.read)
-    kept = RecipeWidgets(form, rack)
+    desk = Desk(session, model, form, rack)
     with gr.Tabs(elem_id="tabs"):
         with gr.Tab("History", elem_id="tab-history") as history:
-            build_presets(session, kept)
-            build_history(session, kept, demo)
-            build_restore(session, kept)
+            build_presets(session, desk)
+            build_history(session, desk, demo)
+            build_restore(session, desk)
         with gr.Tab("Weight map", elem_id="tab-map"):
             board = build_weight_map(session)
         with gr.Tab("Merge", elem_id="tab-merge"):
-            export = build_export(session, kept)
+            export = build_export(session, desk)
         with gr.Tab("Train", elem_id="tab-train"):
             train = build_train(session, options)
         with gr.Tab("Inspect", elem_id="tab-inspect"):
             build_inspect_page(session)
     history.select(None, js=_LOOK_AGAIN, queue=False, api_visibility="private")
-    _wire_draw(session, read, form, stage)
-    wire_leave_out(leave_out, session, read)
-    wire_weight_map(board, session, read)
+    _wire_draw(session, desk, stage)
+    wire_leave_out(leave_out, session, desk)
+    wire_weight_map(board, session, desk)
     _wire_map(board, rack)
     _wire_browser(browser, form, rack)
     _wire_new_files(session, train.sent, export.exported, rack)
     _wire_model(session, model, news, form, rack, demo)
     add_api(session, demo)
     return Page(train)
-
-
-def _reader(session: Session, model: gr.Dropdown, form: Form, rack: Rack) -> Callable[[Values], DrawRequest]:
-    def read(values: Values) -> DrawRequest:
-        if values[model] != session.model:  # its blocks and samplers are not those on this page
-            raise ValueError(f"the base is {session.model} now: another tab has switched it; reload this page")
-        return DrawRequest(
-            form.read(values),
-            check_adapters(rack.read(values), session.parts),
-            blend=rack.blend(values),
-            count=form.count_of(values),
-            canvas=form.canvas_of(values),
-        )
-
-    return read
 
 
 def _build_model(session: Session) -> tuple[gr.Dropdown, gr.HTML]:
@@ -115,49 +98,37 @@ def news_html(session: Session) -> str:
     return f'<p class="news" role="status">{escape(session.family)} · {queue} · {held}</p>'
 
 
-def _or_told(work: Callable[[], Any]) -> Any:
-    """What a handler gives, or its mistake as one line in the browser."""
-    try:
-        return work()
-    except Exception as error:
-        raise _shown(error) from error
-
-
-def _shown(error: Exception) -> gr.Error:
-    """An error as the page shows it: gradio takes its text for HTML."""
-    text = escape(str(told(error).message), quote=False)
-    return gr.Error(text, print_exception=not isinstance(error, ValueError))
-
-
-def _wire_draw(session: Session, read: Desk, form: Form, stage: Stage) -> None:
+def _wire_draw(session: Session, desk: Desk, stage: Stage) -> None:
     def draw(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:
-        try:
-            screenplay = Screenplay(stage)
-            run = session.start(read.request(values), owner=str(request.session_hash))
-            for update in run.updates():
-                yield screenplay.changes(update)
-        except Exception as error:
-            yield {stage.status: status_html("Nothing more was drawn.")}
-            raise _shown(error) from error
+        with told():
+            try:
+                screenplay = Screenplay(stage)
+                run = session.start(desk.request(values), owner=str(request.session_hash))
+                for update in run.updates():
+                    yield screenplay.changes(update)
+            except Exception:
+                yield {stage.status: status_html("Nothing more was drawn.")}
+                raise
 
     def stop(request: gr.Request) -> None:
         session.stop(str(request.session_hash))
 
-    drawn = form.generate.click(
+    drawn = desk.form.generate.click(
         draw,
-        set(read.inputs),
+        {*desk.inputs},
         list(stage.outputs),
         show_progress="hidden",
         concurrency_limit=TABS_AT_ONCE,
         api_visibility="private",
     )
     drawn.then(None, js=_LOOK_AGAIN, queue=False, api_visibility="private")
-    form.stop.click(stop, queue=False, api_visibility="private")
+    desk.form.stop.click(stop, queue=False, api_visibility="private")
 
 
 def _wire_map(board: WeightMap, rack: Rack) -> None:
     def load(picked: object, cells: object) -> Updates:
-        return _or_told(lambda: rack.updates(picked_slots(picked, cells))) if picked else {}
+        with told():
+            return rack.updates(picked_slots(picked, cells)) if picked else {}
 
     board.picked.change(
         load, [board.picked, board.cells], list(rack.outputs), show_progress="hidden", api_visibility="private"
@@ -166,7 +137,8 @@ def _wire_map(board: WeightMap, rack: Rack) -> None:
 
 def _wire_browser(browser: Browser, form: Form, rack: Rack) -> None:
     def add(values: dict[Component, Any]) -> Updates:
-        return _or_told(lambda: rack.add(values, values[browser.picked]))
+        with told():
+            return rack.add(values, values[browser.picked])
 
     browser.when_picked.success(
         add, rack.inputs | {browser.picked}, list(rack.outputs), show_progress="hidden", api_visibility="private"
@@ -188,8 +160,9 @@ def _wire_new_files(session: Session, sent: gr.Textbox, exported: gr.Textbox, ra
         name = values[sent]
         if not name:
             return {}
-        session.library.refresh()
-        return _or_told(lambda: rack.add(values, name))
+        with told():
+            session.library.refresh()
+            return rack.add(values, name)
 
     sent.change(add, rack.inputs | {sent}, list(rack.outputs), show_progress="hidden", api_visibility="private")
     exported.change(lambda: session.library.refresh(), None, None, queue=False, api_visibility="private")
@@ -207,7 +180,8 @@ def _wire_model(session: Session, model: gr.Dropdown, news: gr.HTML, form: Form,
         }
 
     def switch(values: dict[Component, Any]) -> dict[Component, Any]:
-        misfits = _or_told(lambda: session.switch(values[model]))
+        with told():
+            misfits = session.switch(values[model])
         for file, reason in list(misfits.items())[:3]:
             gr.Warning(escape(f"{file}: {reason}"[:300], quote=False))
         return shown(values)

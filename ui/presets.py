@@ -13,15 +13,24 @@ from PIL import Image
 from dora_diffusion.generation import GenerationSettings
 from dora_diffusion.mixing import MODES
 from dora_diffusion.storage import write_atomically
+from ui.desk import Desk
 from ui.hashes import Missing, Wanted, find_all, hash_of
 from ui.library import AdapterLibrary
 from ui.metadata import find_input, keep_input
-from ui.recipes import Recipe, RecipeWidgets
-from ui.request import ADDITIVE, DetailValues, Parts, SlotValues, check_adapters, check_picture, check_settings
+from ui.mistakes import told
+from ui.recipes import Recipe
+from ui.request import (
+    ADDITIVE,
+    DetailValues,
+    Parts,
+    SlotValues,
+    check_adapters,
+    check_name,
+    check_picture,
+    check_settings,
+)
 from ui.restore import Restored, restored_updates
 from ui.session import Session
-from ui.train_recipes import check_name
-from ui.train_widgets import told
 
 FOLDER = "presets"
 MAX_BYTES = 1 << 20
@@ -158,7 +167,7 @@ class Presets:
     report: gr.HTML
 
 
-def build_presets(session: Session, widgets: RecipeWidgets) -> Presets:
+def build_presets(session: Session, desk: Desk) -> Presets:
     """Lay out the presets inside the open block and wire them to the form and the rack."""
     with gr.Row(elem_id="presets"):
         name = gr.Dropdown(
@@ -169,18 +178,17 @@ def build_presets(session: Session, widgets: RecipeWidgets) -> Presets:
         save = gr.Button("Save", size="sm", elem_id="preset-save", min_width=70)
         delete = gr.Button("Delete", size="sm", variant="stop", elem_id="preset-delete", min_width=70)
     presets = Presets(name, save, load, delete, gr.HTML(elem_id="preset-report"))
-    _wire(presets, session, widgets)
+    _wire(presets, session, desk)
     return presets
 
 
-def _wire(presets: Presets, session: Session, widgets: RecipeWidgets) -> None:
+def _wire(presets: Presets, session: Session, desk: Desk) -> None:
     def choices(value: str | None) -> gr.Dropdown:
         return gr.Dropdown(list(list_presets(session.output)), value=value)
 
     def save(values: dict[Component, Any]) -> tuple[gr.Dropdown, str]:
         with told():
-            recipe = widgets.read(values)
-            recipe.request(session.parts)  # what cannot be drawn is not kept
+            recipe = desk.recipe(values)
             path = save_preset(
                 values[presets.name], recipe, session.library, model=session.model, output=session.output
             )
@@ -190,7 +198,7 @@ def _wire(presets: Presets, session: Session, widgets: RecipeWidgets) -> None:
         with told():
             session.library.refresh()
             restored = load_preset(name, session.library, session.parts, output=session.output)
-            return restored_updates(restored, widgets, session, presets.report)
+            return restored_updates(restored, desk, session, presets.report)
 
     def delete(name: object) -> tuple[gr.Dropdown, str]:
         with told():
@@ -198,8 +206,8 @@ def _wire(presets: Presets, session: Session, widgets: RecipeWidgets) -> None:
         return choices(None), '<p class="kept" role="status">Deleted.</p>'
 
     told_in = [presets.name, presets.report]
-    presets.save.click(save, {presets.name, *widgets.inputs}, told_in, api_visibility="private")
-    presets.load.click(load, presets.name, [*widgets.outputs, presets.report], api_visibility="private")
+    presets.save.click(save, {presets.name, *desk.inputs}, told_in, api_visibility="private")
+    presets.load.click(load, presets.name, [*desk.outputs, presets.report], api_visibility="private")
     presets.delete.click(delete, presets.name, told_in, api_visibility="private")
     presets.name.focus(lambda: gr.Dropdown(list(list_presets(session.output))), None, presets.name,
                        queue=False, show_progress="hidden", api_visibility="private")  # fmt: skip

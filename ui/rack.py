@@ -17,8 +17,9 @@ from dora_diffusion.mixing import IN_ORDER, MODE_SENTENCES, MODES
 from ui import curves, masks, meter, slots
 from ui.curves import curve_html, name_of_text, text_of_name
 from ui.library import AdapterLibrary
-from ui.masks import Painter, build_painter, canvas_value, read_painted
+from ui.masks import Painter, build_painter, canvas_value, read_painted, targets
 from ui.meter import measure, meter_html
+from ui.mistakes import told
 from ui.request import ADDITIVE, SlotValues, check_whole
 from ui.session import Session
 from ui.slots import (
@@ -194,7 +195,7 @@ def build_rack(session: Session, demo: gr.Blocks) -> Rack:
     painter = build_painter(SLOTS)
     with gr.Accordion("Interference", open=False, elem_id="interference-fold"):
         ask = gr.Button("Measure the rack's adapters", size="sm", elem_id="measure-interference")
-        told = gr.HTML(elem_id="interference")
+        answer = gr.HTML(elem_id="interference")
     rack = Rack(session, every, mode, sentence, painter, Badges(session), gr.State(()))
     for index in range(SLOTS):
         _wire_file(rack, index)
@@ -202,20 +203,8 @@ def build_rack(session: Session, demo: gr.Blocks) -> Rack:
         _wire_fine(rack, index)
     _wire_masks(rack)
     _wire_refresh(rack, (refresh.click, demo.load), broken)
-    _wire_rest(rack, ask, told)
+    _wire_rest(rack, ask, answer)
     return rack
-
-
-def _mistakes_told(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """The handler, with a user's mistake as one line in the page."""
-
-    def told(*values: Any) -> Any:
-        try:
-            return handler(*values)
-        except ValueError as error:
-            raise gr.Error(escape(str(error), quote=False), print_exception=False) from error
-
-    return told
 
 
 def _wire_file(rack: Rack, index: int) -> None:
@@ -247,7 +236,7 @@ def _wire_moves(rack: Rack, index: int) -> None:
     )
     for button, deed in deeds:
         button.click(
-            _mistakes_told(deed),
+            told()(deed),
             {*rack.inputs},
             list(rack.outputs),
             show_progress="hidden",
@@ -275,9 +264,7 @@ def _wire_fine(rack: Rack, index: int) -> None:
     slot.apart.input(
         set_apart, [slot.apart, slot.strength], [slot.strength, slot.denoiser, slot.text_encoders], **plain
     )
-    slot.curve_name.input(
-        _mistakes_told(name_curve), [slot.curve_name, slot.curve], [slot.curve, slot.curve_plot], **plain
-    )
+    slot.curve_name.input(told()(name_curve), [slot.curve_name, slot.curve], [slot.curve, slot.curve_plot], **plain)
     slot.curve.input(write_curve, slot.curve, [slot.curve_name, slot.curve_plot], trigger_mode="always_last", **plain)
 
 
@@ -292,22 +279,25 @@ def _wire_masks(rack: Rack) -> None:
     def aim(target: int, *held: masks.Mask) -> str:
         return canvas_value(held[check_whole("mask of", target, low=1, high=SLOTS) - 1])
 
-    def painted_told(target: int, event: gr.EventData) -> Updates:
-        return _mistakes_told(painted)(target, event)
+    painter.canvas.input(told()(painted), painter.target, [*states, *(slot.mask_view for slot in rack.slots)], **plain)
+    painter.target.input(told()(aim), [painter.target, *states], painter.canvas, **plain)
+    files = [slot.file for slot in rack.slots]
 
-    painter.canvas.input(painted_told, painter.target, [*states, *(slot.mask_view for slot in rack.slots)], **plain)
-    painter.target.input(_mistakes_told(aim), [painter.target, *states], painter.canvas, **plain)
+    def moved(target: int, *held: Any) -> Updates:
+        named = gr.Dropdown(targets(held[:SLOTS]))
+        return {painter.canvas: told()(aim)(target, *held[SLOTS:]), painter.target: named}
+
     # what moves or empties slots changes `asked`: the painter shows the mask that its slot has now
-    rack.asked.change(_mistakes_told(aim), [painter.target, *states], painter.canvas, **plain)
+    rack.asked.change(moved, [painter.target, *files, *states], [painter.canvas, painter.target], **plain)
     for slot in rack.slots:
-        _wire_mask(slot, painter, plain)
+        _wire_mask(slot, painter, files, plain)
 
 
-def _wire_mask(slot: Slot, painter: Painter, plain: Mapping[str, Any]) -> None:
-    def paint(mask: masks.Mask) -> Updates:
+def _wire_mask(slot: Slot, painter: Painter, files: Sequence[gr.Dropdown], plain: Mapping[str, Any]) -> None:
+    def paint(mask: masks.Mask, *chosen: str | None) -> Updates:
         return {
             painter.fold: gr.Accordion(open=True),
-            painter.target: slot.number,
+            painter.target: gr.Dropdown(targets(chosen), value=slot.number),
             painter.canvas: canvas_value(mask),
         }
 
@@ -315,7 +305,7 @@ def _wire_mask(slot: Slot, painter: Painter, plain: Mapping[str, Any]) -> None:
         shown = {painter.canvas: canvas_value(None)} if target == slot.number else {}
         return with_mask(slot, None) | shown
 
-    slot.paint.click(paint, slot.mask, [painter.fold, painter.target, painter.canvas], **plain)
+    slot.paint.click(paint, [slot.mask, *files], [painter.fold, painter.target, painter.canvas], **plain)
     slot.unmask.click(unmask, painter.target, [slot.mask, slot.mask_view, painter.canvas], **plain)
 
 
@@ -347,7 +337,7 @@ def _wire_refresh(rack: Rack, events: Sequence[Any], broken: gr.HTML) -> None:
         )
 
 
-def _wire_rest(rack: Rack, ask: gr.Button, told: gr.HTML) -> None:
+def _wire_rest(rack: Rack, ask: gr.Button, answer: gr.HTML) -> None:
     files = [slot.file for slot in rack.slots]
 
     def load_asked(asked: tuple[Any, ...]) -> Iterator[Updates]:
@@ -371,14 +361,14 @@ def _wire_rest(rack: Rack, ask: gr.Button, told: gr.HTML) -> None:
         api_visibility="private",
     )
     rack.mode.input(
-        _mistakes_told(mode_html),
+        told()(mode_html),
         rack.mode,
         rack.sentence,
         show_progress="hidden",
         queue=False,
         api_visibility="private",
     )
-    ask.click(interfere, files, told, show_progress="hidden", api_visibility="private")
+    ask.click(interfere, files, answer, show_progress="hidden", api_visibility="private")
 
 
 CSS = slots.CSS + curves.CSS + masks.CSS + meter.CSS

@@ -1,10 +1,7 @@
-"""What decides pictures, apart from widgets: settings, slots, mode; and the widgets that hold it on this page."""
+"""What decides pictures, apart from widgets: settings, slots, mode."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
-
-from gradio.components import Component
 
 from dora_diffusion.canvases import Canvas
 from dora_diffusion.generation import GenerationSettings
@@ -19,7 +16,7 @@ class Recipe:
 
     Attributes:
         settings: of the drawing.
-        slots: of the rack, those without a file left out.
+        slots: of the rack.
         blend: how adapters are mixed.
     """
 
@@ -30,88 +27,6 @@ class Recipe:
     def request(self, parts: Parts, canvas: Canvas | None = None) -> DrawRequest:
         """One picture of it, checked; `ValueError` names the field that is wrong."""
         return DrawRequest(self.settings, check_adapters(self.slots, parts), self.blend, canvas=canvas)
-
-
-class FormWidgets(Protocol):
-    """What is needed of the form above the rack."""
-
-    @property
-    def inputs(self) -> set[Component]:
-        """The widgets that decide the picture."""
-
-    @property
-    def canvas(self) -> Component:
-        """The editor of the picture to start from."""
-
-    @property
-    def strength(self) -> Component:
-        """How much of that is drawn anew."""
-
-    def read(self, values: Mapping[Component, Any]) -> GenerationSettings:
-        """What the browser sent, checked."""
-
-    def canvas_of(self, values: Mapping[Component, Any]) -> Canvas | None:
-        """The picture to start from."""
-
-    @property
-    def shown(self) -> Sequence[Component]:
-        """The widgets that `updates` changes."""
-
-    def updates(self, settings: GenerationSettings) -> dict[Component, Any]:
-        """What shows these settings."""
-
-
-class RackWidgets(Protocol):
-    """What is needed of the rack."""
-
-    @property
-    def slots(self) -> Sequence[Any]:
-        """As many as there are."""
-
-    @property
-    def inputs(self) -> set[Component]:
-        """The widgets that decide the picture."""
-
-    @property
-    def outputs(self) -> set[Any]:
-        """The widgets that `updates` changes."""
-
-    def read(self, values: Mapping[Component, Any]) -> tuple[SlotValues, ...]:
-        """What the browser sent for each slot, unchecked."""
-
-    def blend(self, values: Mapping[Component, Any]) -> str:
-        """The mode that the browser sent, unchecked."""
-
-    def updates(self, slots: Sequence[SlotValues], blend: str) -> Mapping[Component, Any]:
-        """What shows these slots."""
-
-
-@dataclass(frozen=True)
-class RecipeWidgets:
-    """The form and the rack, as the parts of the page see them that keep things and bring them back."""
-
-    form: FormWidgets
-    rack: RackWidgets
-
-    @property
-    def inputs(self) -> set[Component]:
-        """The widgets that decide the picture."""
-        return self.form.inputs | self.rack.inputs
-
-    @property
-    def outputs(self) -> set[Component]:
-        """The widgets that `updates` changes."""
-        # told apart from `updates`, which makes widgets: inside an open block they would become part of the page
-        return {*self.form.shown, self.form.canvas, self.form.strength, *self.rack.outputs}
-
-    def read(self, values: Mapping[Component, Any]) -> Recipe:
-        """What the browser sent; settings are checked, slots are checked when they are drawn."""
-        slots = tuple(slot for slot in self.rack.read(values) if slot.file)
-        return Recipe(self.form.read(values), slots, self.rack.blend(values))
-
-    def updates(self, recipe: Recipe) -> dict[Component, Any]:
-        """What shows a recipe."""
-        return {**self.form.updates(recipe.settings), **self.rack.updates(recipe.slots, recipe.blend)}
 
 
 @dataclass(frozen=True)

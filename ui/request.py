@@ -1,6 +1,7 @@
 """One press of Generate, checked: what a browser sends is not to be trusted, whatever the widgets allow."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ MAX_COUNT = 16
 MAX_CURVE_POINTS = 32
 MIN_SIDE, MAX_SIDE = 64, 2048
 ADDITIVE = "additive"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Curve = tuple[tuple[float, float], ...]
 NAMED_CURVES: Mapping[str, Curve | None] = {
@@ -93,6 +95,25 @@ class AdapterChoice:
     curve: Curve | None = None
     mask: Image.Image | None = None
 
+    @property
+    def draws(self) -> bool:
+        """Whether any of its strengths is other than 0."""
+        return any(self.weight.values()) if isinstance(self.weight, dict) else bool(self.weight)
+
+    def weight_on(self, paths: Collection[str], parts: Parts) -> float | dict[str, float]:
+        """The strength without blocks of the base where the adapter, whose layers are `paths`, has none.
+
+        The rack and the API name every block of the base; an adapter of text encoders, say, has nothing there.
+        """
+        if not isinstance(self.weight, dict):
+            return self.weight
+        blocks = {prefix for block in parts.blocks for prefix in block.prefixes}
+        return {
+            part: strength
+            for part, strength in self.weight.items()
+            if part not in blocks or any(path.startswith(f"{part}.") for path in paths)
+        }
+
 
 @dataclass(frozen=True)
 class DrawRequest:
@@ -100,7 +121,8 @@ class DrawRequest:
 
     Attributes:
         settings: of the first picture; its prompt may hold `<lora:name:0.8>` tags.
-        adapters: who takes part, in an order that counts for some modes.
+        adapters: who takes part, in an order that counts for some modes; one at strength 0 is not drawn, and keeps the
+            prompt's tags from drawing it.
         blend: a key of `mixing.MODES`.
         count: how many pictures; each has the seed after the one before.
         canvas: a picture to start from, or None.
@@ -118,7 +140,7 @@ class DrawRequest:
             raise ValueError(f"blend: got {shown(self.blend)}, expected one of {', '.join(MODES)}")
         check_whole("count", self.count, low=1, high=MAX_COUNT)
         check_whole("last seed", self.settings.seed + self.count - 1, low=0, high=2**63 - 1)
-        moving = next((choice for choice in self.adapters if choice.curve or choice.mask), None)
+        moving = next((choice for choice in self.adapters if choice.draws and (choice.curve or choice.mask)), None)
         if self.blend != ADDITIVE and moving is not None:
             thing = "a curve" if moving.curve else "a mask"
             raise ValueError(
@@ -172,6 +194,18 @@ def check_text(name: str, value: object) -> str:
     if len(value) > MAX_PROMPT:
         raise ValueError(f"{name}: got {len(value)} characters, expected at most {MAX_PROMPT}")
     return value.strip()
+
+
+def check_name(what: str, value: object) -> str:
+    """A name that can be a file's, without folders.
+
+    Raises:
+        ValueError: it is not of letters, digits, `.`, `_` and `-`, or too long.
+    """
+    if isinstance(value, str) and _NAME.fullmatch(value.strip()):
+        return value.strip()
+    got = "nothing" if value in (None, "") else repr(value)[:60]
+    raise ValueError(f"{what}: got {got}, expected up to 64 letters, digits, dots, - and _, a letter or digit first")
 
 
 def check_settings(
@@ -299,8 +333,14 @@ def curve_text(curve: Sequence[Sequence[float]] | None) -> str:
     return ", ".join(f"{progress:g}:{factor:g}" for progress, factor in points or ())
 
 
+def taking_part(slots: Sequence[SlotValues]) -> list[SlotValues]:
+    """Slots that are filled and on, or of these the solo ones where any is solo; whatever their strengths."""
+    filled = [slot for slot in slots if slot.file and slot.enabled]
+    return [slot for slot in filled if slot.solo] or filled
+
+
 def check_adapters(slots: Sequence[SlotValues], parts: Parts) -> tuple[AdapterChoice, ...]:
-    """Slots that are filled, enabled and not at strength 0, in the rack's order; strengths by the base's own parts.
+    """Slots that take part, those at strength 0 too, in the rack's order; strengths by the base's own parts.
 
     Raises:
         ValueError: a strength outside -2..2, a curve or mask that is none, or one file in two slots.
@@ -317,7 +357,7 @@ def check_adapters(slots: Sequence[SlotValues], parts: Parts) -> tuple[AdapterCh
         weight = _check_weight(number, slot, parts)
         curve = parse_curve(slot.curve, name=f"slot {number}, curve")
         mask = check_picture(f"slot {number}, mask", slot.mask)
-        if (slot.solo or not alone) and (any(weight.values()) if isinstance(weight, dict) else weight):
+        if slot.solo or not alone:
             choices.append(AdapterChoice(file, weight, curve, None if mask is None else mask.convert("L")))
     return tuple(choices)
 

@@ -13,16 +13,18 @@ import gradio as gr
 from gradio.components import Component
 
 from dora_diffusion.canvases import Canvas
-from dora_diffusion.generation import AdapterUse, GenerationSettings, picture_sha256
+from dora_diffusion.generation import AdapterUse, GenerationSettings
 from dora_diffusion.mixing import MODES
 from ui.a1111 import Parameters, parse_a1111, settings_of
+from ui.canvas import canvas_value
+from ui.desk import Desk
 from ui.hashes import Missing, Wanted, by_name, find_all
 from ui.library import AdapterLibrary
-from ui.metadata import INPUTS, PictureRecord, find_input, picture_texts, read_metadata
-from ui.recipes import Recipe, RecipeWidgets, cut_to_rack, placed
+from ui.metadata import PictureRecord, find_input, picture_texts, read_metadata
+from ui.mistakes import told
+from ui.recipes import Recipe, cut_to_rack, placed
 from ui.request import ADDITIVE, DetailValues, Parts, SlotValues, check_settings
 from ui.session import Session
-from ui.train_widgets import told
 
 CSS = """
 .kept { font-size: .9rem; overflow-wrap: anywhere; }
@@ -179,28 +181,18 @@ def _missing_html(one: Missing) -> str:
     return f"<b>{escape(one.name)}</b>{hash}: {escape(one.reason)}"
 
 
-def restored_updates(
-    restored: Restored, widgets: RecipeWidgets, session: Session, report: gr.HTML
-) -> dict[Component, Any]:
+def restored_updates(restored: Restored, desk: Desk, session: Session, report: gr.HTML) -> dict[Component, Any]:
     """What shows a restored picture: form, rack and the report below."""
-    recipe, left_out = cut_to_rack(restored.recipe, len(widgets.rack.slots))
+    recipe, left_out = cut_to_rack(restored.recipe, len(desk.rack.slots))
     shown = replace(restored, slots=recipe.slots, notes=(*restored.notes, *left_out))
-    if restored.canvas is not None and restored.canvas.mask is not None:
-        shown = replace(shown, notes=(*shown.notes, "Only a part was drawn anew: paint over that part again"))
-    changes = {**widgets.updates(recipe), report: report_html(shown, model=session.model)}
+    changes = {**desk.updates(recipe), report: report_html(shown, model=session.model)}
     if restored.tells_canvas:
-        changes[widgets.form.canvas] = _canvas_value(restored.canvas, session.output)
+        changes[desk.form.canvas] = canvas_value(restored.canvas)
+    if restored.canvas is not None:
+        changes[desk.form.fold] = gr.Accordion(open=True)
     if restored.settings.strength is not None:
-        changes[widgets.form.strength] = restored.settings.strength
+        changes[desk.form.strength] = restored.settings.strength
     return changes
-
-
-def _canvas_value(canvas: Canvas | None, output: Path) -> dict[str, Any] | None:
-    """A canvas's picture, as its kept file, for gradio's editor; layers of paint that are sent to it do not show."""
-    if canvas is None:
-        return None
-    background = output / INPUTS / f"{picture_sha256(canvas.image)}.png"
-    return {"background": str(background), "layers": [], "composite": None}
 
 
 @dataclass(frozen=True)
@@ -211,7 +203,7 @@ class Restore:
     report: gr.HTML
 
 
-def build_restore(session: Session, widgets: RecipeWidgets) -> Restore:
+def build_restore(session: Session, desk: Desk) -> Restore:
     """Lay out the drop inside the open block and wire it: a picture dropped fills the form and the rack."""
     with gr.Row():
         # not gr.Image: that one encodes what is dropped anew, or leaves its file open
@@ -227,7 +219,7 @@ def build_restore(session: Session, widgets: RecipeWidgets) -> Restore:
                 raise ValueError("no picture came; drop one")
             session.library.refresh()
             restored = restore_from(Path(path), session.library, session.parts, output=session.output)
-            return restored_updates(restored, widgets, session, report)
+            return restored_updates(restored, desk, session, report)
 
-    picture.upload(restore, picture, [*widgets.outputs, report], api_visibility="private")
+    picture.upload(restore, picture, [*desk.outputs, report], api_visibility="private")
     return Restore(picture, report)

@@ -27,7 +27,7 @@ from dora_diffusion.generation import (
 from dora_diffusion.pipelines import load_pipeline
 from dora_diffusion.prompts import LoraTag
 from dora_diffusion.samplers import sampler_names
-from ui.engine import Engine, bases_offered
+from ui.engine import Engine, Loaded, bases_offered
 from ui.library import AdapterLibrary
 from ui.metadata import keep_input
 from ui.request import AdapterChoice, DrawRequest, Parts
@@ -133,14 +133,14 @@ class Session:
         """How many drawings there are: the one under way and those that wait."""
         return self._turns.waiting
 
-    def load(self, file: str) -> LoadReport:
+    def load(self, file: str) -> Loaded:
         """Load an adapter of the library unless it is loaded already; waits for a drawing under way, and no other.
 
         Raises:
             ValueError: not in the library, or not an adapter for this base.
         """
         with self._turns.turn(is_short=True):
-            return self._engine.ensure_loaded(file)
+            return self._engine.load(file)
 
     def switch(self, model: str, *, adapters: Sequence[str] | None = None) -> dict[str, str]:
         """Put another base in the present one's place, when those that wait before have drawn.

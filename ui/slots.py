@@ -1,6 +1,5 @@
 """One slot of the rack: its widgets, what they hold, and what is told of the adapter in it."""
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -11,7 +10,7 @@ from gradio.components import Component
 
 from dora_diffusion.adapters import LoadReport
 from ui.curves import CONSTANT, CURVE_NAMES, curve_html, name_of_text
-from ui.library import AdapterFile, AdapterLibrary
+from ui.library import AdapterFile, AdapterLibrary, Stamp, stamp_of
 from ui.masks import Mask, mask_html
 from ui.request import MAX_STRENGTH, Parts, SlotValues
 from ui.session import Session
@@ -103,32 +102,28 @@ class Badges:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._known: dict[tuple[object, ...], str] = {}
+        self._known: dict[tuple[str, str, Stamp], str] = {}  # by base, name, and state of the file
 
     def known(self, file: str | None) -> str:
         """The badge of a file that was loaded into this base, a line that says "loading", or nothing for no file."""
-        return self._known.get(self._key(file), LOADING) if file else ""
+        if not file:
+            return ""
+        try:
+            stamp = stamp_of(self._session.library.find(file).path)
+        except (OSError, ValueError):  # `load` says why
+            return LOADING
+        return self._known.get((self._session.model, file, stamp), LOADING)
 
     def load(self, file: str) -> str:
         """Load the adapter unless it is loaded already; its badge, or why it cannot be used."""
-        key = self._key(file)
-        had = file in self._session.loaded
-        waited = self._session.busy
-        started = time.perf_counter()
         try:
-            report = self._session.load(file)
+            loaded, header = self._session.load(file), self._session.library.find(file)
         except ValueError as error:
             return problem_badge(str(error))
-        seconds = time.perf_counter() - started
-        is_timed = not (had or waited)  # else the time is of waiting, or of another tab's load
-        if is_timed or key not in self._known:
-            found = self._session.library.find(file)
-            self._known[key] = badge(report, found, seconds=seconds if is_timed else None)
+        key = loaded.model, file, loaded.stamp  # of what was read: while this waited, the file may have been replaced
+        if loaded.seconds is not None or key not in self._known:
+            self._known[key] = badge(loaded.report, header, seconds=loaded.seconds)
         return self._known[key]
-
-    def _key(self, file: str | None) -> tuple[object, ...]:
-        stamps = {known.name: known.stamp for known in self._session.library.files if known.name == file}
-        return self._session.model, file, stamps.get(str(file))
 
 
 def badge(report: LoadReport, file: AdapterFile | None = None, *, seconds: float | None = None) -> str:

@@ -13,16 +13,18 @@ class Resolved:
     """A request whose tags have become adapters.
 
     Attributes:
-        request: without tags in its prompt, with their adapters after the rack's.
+        request: without tags in its prompt, with the adapters that draw: the rack's, then those of the tags.
         tags: as the prompt had them.
+        tagged: their adapters, with those for which the rack counts.
     """
 
     request: DrawRequest
     tags: tuple[LoraTag, ...]
+    tagged: tuple[AdapterChoice, ...] = ()
 
 
 def resolve_tags(request: DrawRequest, names: Sequence[str], parts: Parts) -> Resolved:
-    """Let `<lora:name:0.8>` tags of the prompt become adapters; where the rack has the adapter, the rack counts.
+    """Let `<lora:name:0.8>` tags of the prompt become adapters; what is at strength 0 is left out.
 
     Args:
         request: as the form gave it.
@@ -35,17 +37,21 @@ def resolve_tags(request: DrawRequest, names: Sequence[str], parts: Parts) -> Re
     if parse_prompt(request.settings.negative_prompt).tags:
         raise ValueError("negative prompt: holds a <lora:...> tag; write it into the prompt, with a negative strength")
     prompt = parse_prompt(request.settings.prompt)
-    if not prompt.tags:
-        return Resolved(request, ())
-    choices = {choice.file: choice for choice in request.adapters}
-    for tag in prompt.tags:
-        file = _file_of_tag(tag.name, names)
-        choice = AdapterChoice(file, _weight_of_tag(tag, parts))
-        is_something = any(choice.weight.values()) if isinstance(choice.weight, dict) else choice.weight
-        if is_something:
-            choices.setdefault(file, choice)
+    tagged = tuple(AdapterChoice(_file_of_tag(tag.name, names), _weight_of_tag(tag, parts)) for tag in prompt.tags)
     settings = replace(request.settings, prompt=prompt.text)
-    return Resolved(replace(request, settings=settings, adapters=tuple(choices.values())), prompt.tags)
+    drawn = replace(request, settings=settings, adapters=with_tagged(request.adapters, tagged))
+    return Resolved(drawn, prompt.tags, tagged)
+
+
+def with_tagged(rack: Sequence[AdapterChoice], tagged: Sequence[AdapterChoice]) -> tuple[AdapterChoice, ...]:
+    """The rack's adapters and the tags', without those at strength 0.
+
+    Where a slot that takes part has the adapter, that slot counts, at strength 0 too; of several tags the first.
+    """
+    choices: dict[str, AdapterChoice] = {}
+    for choice in (*rack, *tagged):
+        choices.setdefault(choice.file, choice)
+    return tuple(choice for choice in choices.values() if choice.draws)
 
 
 def _file_of_tag(name: str, names: Sequence[str]) -> str:

@@ -10,16 +10,18 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
+from ui.mistakes import told
 from ui.options import UiOptions
 from ui.session import Session
 from ui.stage import status_html
 from ui.train_compare import build_compare, wire_compare
 from ui.train_form import Form, build_form, config_of, wire_form
 from ui.train_pictures import build_pictures, wire_pictures
+from ui.train_plan import Planner
 from ui.train_process import Trainer
 from ui.train_runs import find_run, list_runs
 from ui.train_watch import Watch, build_watch, wire_watch
-from ui.train_widgets import CSS, told
+from ui.train_widgets import CSS
 
 __all__ = ["CSS", "Train", "build_train"]
 
@@ -31,14 +33,17 @@ class Train:
     Attributes:
         sent: a hidden widget that holds the library name of a checkpoint sent to the rack. Its `change` comes twice at
             each press: first with "" (to be left alone), then with the name.
-        trainer: the process that trains; `close` it with the app.
+        trainer: the process that trains.
+        planner: the process that tells what a run would need.
     """
 
     sent: gr.Textbox
     trainer: Trainer
+    planner: Planner
 
     def close(self) -> None:
-        """End a training run that is under way."""
+        """End what is under way with the app: planning at once, training with a checkpoint."""
+        self.planner.close()
         self.trainer.close()
 
 
@@ -49,7 +54,7 @@ def build_train(session: Session, options: UiOptions) -> Train:
         session: whose base is trained on, whose library gets checkpoints, and who draws the grid.
         options: where pictures, recipes and runs lie.
     """
-    trainer = Trainer()
+    trainer, planner = Trainer(), Planner()
     with gr.Row():
         with gr.Column(scale=6, min_width=300):
             pictures = build_pictures(options)
@@ -61,11 +66,11 @@ def build_train(session: Session, options: UiOptions) -> Train:
         with gr.Column(scale=5, min_width=300):
             compare = build_compare()
     wire_pictures(pictures, form.instance_prompt, options)
-    wire_form(form, session, options)
+    wire_form(form, planner, session, options)
     wire_watch(watch, compare.checkpoint, trainer, options)
     wire_compare(compare, watch.run, session, options)
     _wire_trainer(form, watch, trainer, session, options)
-    return Train(compare.sent, trainer)
+    return Train(compare.sent, trainer, planner)
 
 
 def _wire_trainer(form: Form, watch: Watch, trainer: Trainer, session: Session, options: UiOptions) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.generation import GenerationStopped
+from ui.desk import Stops
+from ui.mistakes import told
 from ui.options import UiOptions
 from ui.request import DrawRequest, check_settings
 from ui.session import Session
 from ui.stage import status_html
 from ui.train_grid import Cell, Draw, check_weights, draw_grid
 from ui.train_runs import find_run, run_config, send_to_library
-from ui.train_widgets import told
 
 GUIDANCE = 4.0
 GRIDS = "grids"  # their folder in the output folder
@@ -73,7 +74,7 @@ def build_compare() -> Compare:
 def wire_compare(board: Compare, run: gr.Dropdown, session: Session, options: UiOptions) -> None:
     """Connect the widgets to the library and to the session's drawing."""
     _wire_send(board, run, session, options)
-    stops: dict[str, threading.Event] = {}
+    stops = Stops()
 
     def draw(
         chosen: object, prompt: object, weights: object, steps: object, seed: object, request: gr.Request
@@ -82,23 +83,19 @@ def wire_compare(board: Compare, run: gr.Dropdown, session: Session, options: Ui
             folder = find_run(options.runs, chosen)
             values = check_weights(weights)
             settings = check_settings(prompt or _first_prompt(folder), "", seed, steps, GUIDANCE)
-            event = stops[str(request.session_hash)] = threading.Event()
-            yield gr.Gallery([], columns=1 + len(values)), (), status_html("Drawing the base …")
-            cells: tuple[Cell, ...] = ()
-            try:
-                for cells in draw_grid(folder, session.library, settings, values, _drawer(session, event)):
-                    yield _shown(cells), _steps(cells), status_html(f"{cells[-1].label}: drawn")
-            except GenerationStopped:
-                yield gr.skip(), gr.skip(), status_html("Stopped.", kind="warn")
-                return
-            finally:
-                event.set()  # of a closed tab, too
-                stops.pop(str(request.session_hash), None)
+            with stops.running(str(request.session_hash)) as stop:
+                yield gr.Gallery([], columns=1 + len(values)), (), status_html("Drawing the base …")
+                cells: tuple[Cell, ...] = ()
+                try:
+                    for cells in draw_grid(folder, session.library, settings, values, _drawer(session, stop)):
+                        yield _shown(cells), _steps(cells), status_html(f"{cells[-1].label}: drawn")
+                except GenerationStopped:
+                    yield gr.skip(), gr.skip(), status_html("Stopped.", kind="warn")
+                    return
             yield _shown(cells), _steps(cells), status_html(f"{len(cells)} pictures", kind="good")
 
     def halt(request: gr.Request) -> None:
-        if (event := stops.get(str(request.session_hash))) is not None:
-            event.set()
+        stops.stop(str(request.session_hash))
 
     def pick(rows: object, event: gr.SelectData) -> Any:
         steps = rows if isinstance(rows, tuple) else ()

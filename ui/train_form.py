@@ -8,10 +8,11 @@ import gradio as gr
 from gradio.components import Component
 
 from dora_diffusion.training.config import TrainConfig
+from ui.mistakes import told
 from ui.options import UiOptions
 from ui.request import MAX_SEED
 from ui.session import Session
-from ui.train_process import plan
+from ui.train_plan import Planner
 from ui.train_recipes import (
     MAX_RANK,
     MAX_RUN_STEPS,
@@ -22,7 +23,7 @@ from ui.train_recipes import (
     list_recipes,
     recipe_settings,
 )
-from ui.train_widgets import report_html, told
+from ui.train_widgets import report_html
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _form_values(recipe: object, options: UiOptions) -> dict[str, Any]:
     }
 
 
-def wire_form(form: Form, session: Session, options: UiOptions) -> None:
+def wire_form(form: Form, planner: Planner, session: Session, options: UiOptions) -> None:
     """A recipe fills the fields; a button tells the plan."""
     filled = tuple(_form_values(PLAIN, options))
 
@@ -126,7 +127,7 @@ def wire_form(form: Form, session: Session, options: UiOptions) -> None:
 
     def estimate(values: dict[Component, Any]) -> str:
         with told():
-            return report_html(plan(config_of(form, values, session, options)))
+            return report_html(planner.plan(config_of(form, values, session, options)))
 
     form.recipe.input(
         fill, form.recipe, [getattr(form, name) for name in filled], show_progress="hidden", api_visibility="private"

@@ -11,10 +11,11 @@ from PIL import Image
 
 from dora_diffusion.training.doctor import examine, format_report
 from dora_diffusion.training.images import read_image
+from ui.mistakes import told
 from ui.options import UiOptions
 from ui.request import check_text, check_whole
 from ui.train_data import Captioned, find_dataset, find_picture, list_datasets, list_pictures, save_caption
-from ui.train_widgets import report_html, told
+from ui.train_widgets import report_html
 
 PAGE = 48
 THUMBNAIL = 256

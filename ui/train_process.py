@@ -4,25 +4,23 @@ A process, not a thread: drawing stays quick beside it, a crash leaves the app a
 """
 
 import atexit
-import contextlib
-import os
-import signal
+import shutil
 import subprocess
-import sys
-import tempfile
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from dora_diffusion.storage import write_atomically
 from dora_diffusion.training.checkpoint import ADAPTER
 from dora_diffusion.training.config import TrainConfig
-from ui.train_runs import CONFIG, LOG, run_config
+from ui.train_child import end, spawn
+from ui.train_log import last_line, last_reason
+from ui.train_runs import CONFIG, LOG, forget_attempt, run_config
 
 GRACE_SECONDS = 8.0
-PLAN_SECONDS = 300.0
-_TAIL_BYTES = 8192
-_NICENESS = 5
+_STOPPED = 130  # the exit status of a run that was interrupted
+_FULL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -31,13 +29,32 @@ class TrainState:
 
     Attributes:
         run: name of the run folder; None before the first start.
-        phase: 'idle', 'running', 'done', 'stopped' or 'failed'.
+        phase: 'idle', 'running', 'stopping', 'done', 'stopped' or 'failed'.
         message: the last line it wrote; why it failed.
+        number: how many starts there were, which tells two runs apart that ended alike.
+        since: `time.time()` of the last start.
     """
 
     run: str | None = None
     phase: str = "idle"
     message: str = ""
+    number: int = 0
+    since: float = 0.0
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a process is there."""
+        return self.phase in ("running", "stopping")
+
+
+@dataclass(frozen=True)
+class _Start:
+    """A process, what it trains, and which start it was."""
+
+    process: subprocess.Popen[bytes]
+    run: Path
+    number: int
+    since: float
 
 
 class Trainer:
@@ -45,16 +62,15 @@ class Trainer:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._run: Path | None = None
-        self._stopped = False
+        self._last: _Start | None = None
+        self._stopped: _Start | None = None
         self._closed = False
         atexit.register(self.close)
 
     @property
     def running(self) -> bool:
         """Whether a training run is under way."""
-        return self._process is not None and self._process.poll() is None
+        return self._last is not None and self._last.process.poll() is None
 
     def start(self, config: TrainConfig) -> Path:
         """Train anew; returns the run folder.
@@ -65,8 +81,9 @@ class Trainer:
         with self._lock:
             self._refuse_second()
             run = config.output_dir
-            if any(run.glob("checkpoints/step-*")) or (run / ADAPTER).exists():
+            if _has_learnt(run):
                 raise ValueError(f"{run.name}: there is such a run already; resume it, or choose another name")
+            forget_attempt(run)
             write_atomically(run / CONFIG, config.to_yaml().encode())
             self._spawn(run)
         return run
@@ -80,20 +97,18 @@ class Trainer:
         with self._lock:
             self._refuse_second()
             run_config(run)
+            if not _has_learnt(run):  # it begins anew
+                forget_attempt(run)
             self._spawn(run, "--resume", "latest")
 
     def stop(self) -> None:
-        """Interrupt the trainer; kill it and all that it started when it does not end in time."""
+        """Interrupt the trainer, so that it saves its step and ends; kill it when it does not in time."""
         with self._lock:
-            process = self._process
-            if process is None or process.poll() is not None:
+            if self._last is None:
                 return
-            self._stopped = True
-            _signal_group(process, signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_SECONDS)
-            _signal_group(process, signal.SIGKILL)
-            process.wait()
+            if self.running:
+                self._stopped = self._last
+            end(self._last.process, grace=GRACE_SECONDS)
 
     def close(self) -> None:
         """End it with the app; nothing can be started afterwards."""
@@ -103,89 +118,50 @@ class Trainer:
 
     def state(self) -> TrainState:
         """What it is at now."""
-        process, run = self._process, self._run
-        if process is None or run is None:
+        last = self._last
+        if last is None:
             return TrainState()
-        code, message = process.poll(), last_line(run / LOG)
-        if code is None:
-            return TrainState(run.name, "running", message)
-        if code == 0:
-            return TrainState(run.name, "done", message)
-        if self._stopped:
-            return TrainState(run.name, "stopped", message)
-        if code < 0:
-            message = f"killed by signal {-code}, perhaps for want of memory; its last line: {message}"
-        return TrainState(run.name, "failed", message)
+        code = last.process.poll()
+        phase = _phase(code, stopped=self._stopped is last)
+        message = _why(last.run, code) if phase == "failed" and code else last_line(last.run / LOG)
+        return TrainState(last.run.name, phase, message, last.number, last.since)
 
     def _refuse_second(self) -> None:
         if self._closed:
             raise ValueError("training: the app is closing; start it again")
-        if self.running and self._run is not None:
-            raise ValueError(f"training: {self._run.name} is under way; stop it first, or wait until it is done")
+        if self.running and self._last is not None:
+            raise ValueError(f"training: {self._last.run.name} is under way; stop it first, or wait until it is done")
 
     def _spawn(self, run: Path, *flags: str) -> None:
-        self._stopped = False
-        self._run = run
+        before = self._last
+        since = time.time()
         with open(run / LOG, "wb") as log:
-            self._process = subprocess.Popen(
-                _command(run / CONFIG, *flags),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=_environment(),
-                start_new_session=True,
-            )
-        with contextlib.suppress(OSError):  # ended already
-            os.setpriority(os.PRIO_PROCESS, self._process.pid, _NICENESS)
+            process = spawn(run / CONFIG, *flags, stdout=log, stderr=subprocess.STDOUT)
+        self._last = _Start(process, run, 1 if before is None else before.number + 1, since)
+        if before is not None:
+            end(before.process, grace=0)  # ended already; its pipe is closed
 
 
-def plan(config: TrainConfig) -> str:
-    """What a run would do and need, by `train --dry-run`: memory, sizes, steps; nothing is trained.
-
-    Raises:
-        ValueError: the run itself would be refused; its one line.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / CONFIG
-        write_atomically(file, config.to_yaml().encode())
-        command = _command(file, "--dry-run")
-        try:
-            done = subprocess.run(command, capture_output=True, timeout=PLAN_SECONDS, env=_environment(), check=False)
-        except subprocess.TimeoutExpired:
-            raise ValueError(f"plan: not known after {PLAN_SECONDS:.0f} s; try a smaller base") from None
-    if done.returncode:
-        raise ValueError(_newest_line(done.stderr))
-    return done.stdout.decode(errors="replace").strip()
+def _has_learnt(run: Path) -> bool:
+    return any(run.glob("checkpoints/step-*")) or (run / ADAPTER).exists()
 
 
-def last_line(log: Path) -> str:
-    """The last line of a log that is not blank; of a progress bar, its newest state."""
+def _phase(code: int | None, *, stopped: bool) -> str:
+    if code is None:
+        return "stopping" if stopped else "running"
+    if code == 0:
+        return "done"
+    return "stopped" if stopped or code == _STOPPED else "failed"
+
+
+def _why(run: Path, code: int) -> str:
+    """Why a run failed: what its log says, and what it could not say."""
+    reason = last_reason(run / LOG) or "it wrote nothing"
+    if code < 0:
+        guess = ", perhaps for want of memory" if code == -9 else ""
+        reason = f"killed by signal {-code}{guess}; its last line: {last_line(run / LOG) or 'none'}"
     try:
-        with open(log, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
-            return _newest_line(file.read())
+        full = shutil.disk_usage(run).free < _FULL_BYTES
     except OSError:
-        return ""
-
-
-def _newest_line(output: bytes) -> str:
-    lines = output.decode(errors="replace").replace("\r", "\n").splitlines()
-    newest = next((line.strip() for line in reversed(lines) if line.strip()), "it wrote nothing")
-    return newest.removeprefix("dora-diffusion: ")[:500]
-
-
-def _command(config: Path, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "dora_diffusion.cli", "train", str(config.resolve()), *flags]
-
-
-def _environment() -> dict[str, str]:
-    """Half of the cores, so that drawing has the others; what the user has set stays."""
-    threads = str(max(1, (os.cpu_count() or 2) // 2))
-    limits = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-    return limits | dict(os.environ) | {"PYTHONUNBUFFERED": "1"}
-
-
-def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    """To the trainer and all that it started; its group has its own number, for it began a session."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
+        return f"its folder was removed; {reason}"
+    return f"the disk of {run} is full; {reason}" if full else reason

@@ -1,6 +1,5 @@
 """From a recipe and the fields of the tab to a checked configuration of a run."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dora_diffusion.training.config import TrainConfig
-from ui.request import MAX_PROMPT, MAX_SEED, check_number, check_text, check_whole
+from ui.request import MAX_PROMPT, MAX_SEED, check_name, check_number, check_text, check_whole
 from ui.train_data import find_dataset
 
 PLAIN = "plain"
@@ -18,7 +17,6 @@ MAX_RANK = 1024
 MAX_SIDE = 2048
 MAX_SAMPLES = 8
 KEPT_CHECKPOINTS = 50
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 # What any small set of pictures can start from, on any base.
 _PLAIN_SETTINGS: dict[str, Any] = {
@@ -63,18 +61,6 @@ class Fields:
     dora: object
     samples: object
     every: object
-
-
-def check_name(what: str, value: object) -> str:
-    """A name that can be a file's, without folders.
-
-    Raises:
-        ValueError: it is not of letters, digits, `.`, `_` and `-`, or too long.
-    """
-    if isinstance(value, str) and NAME.fullmatch(value.strip()):
-        return value.strip()
-    got = "nothing" if value in (None, "") else repr(value)[:60]
-    raise ValueError(f"{what}: got {got}, expected up to 64 letters, digits, dots, - and _, a letter or digit first")
 
 
 def list_recipes(roots: Sequence[Path]) -> dict[str, Path]:

@@ -12,35 +12,48 @@ from dora_diffusion.storage import MANIFEST, atomic_file, sha256_of
 from dora_diffusion.training.checkpoint import ADAPTER
 from dora_diffusion.training.config import TrainConfig
 from ui.library import AdapterLibrary
-from ui.train_recipes import check_name
+from ui.request import check_name
 
-CONFIG, LOG = "config.yaml", "train.log"
+CONFIG, LOG, OUTCOME = "config.yaml", "train.log", "validation.json"
 _MAX_EVENT = 1 << 20
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Step -> loss, in the order of the steps."""
+    """Step -> loss, in the order of the steps.
+
+    Attributes:
+        train, validation: of the optimised pictures, and on fixed noise.
+        written: `time.time()` of the newest loss; 0 before the first.
+    """
 
     train: dict[int, float] = field(default_factory=dict)
     validation: dict[int, float] = field(default_factory=dict)
+    written: float = 0.0
 
 
 class LossReader:
     """The losses of one run, from the TensorBoard files in its folder; each byte is read once."""
 
     def __init__(self, run: Path) -> None:
-        self._logs = run / "logs"
+        self._run = run
+        self._forget()
+
+    def _forget(self) -> None:
         self._read: dict[Path, int] = {}
         self._begun: set[Path] = set()
         self._losses: dict[str, dict[int, float]] = {"loss/train": {}, "loss/validation": {}}
+        self._written = 0.0
 
     def losses(self) -> Losses:
         """All that is written so far; what is done again after a resumption takes the place of the first time."""
-        for file in sorted(self._logs.rglob("events.out.tfevents.*"), key=lambda path: path.name):
+        files = sorted(_event_files(self._run), key=lambda path: path.name)
+        if not self._read.keys() <= set(files):  # the folder was removed; there may be another run of its name
+            self._forget()
+        for file in files:
             self._take(file)
         train, validation = (dict(sorted(values.items())) for values in self._losses.values())
-        return Losses(train, validation)
+        return Losses(train, validation, self._written)
 
     def _take(self, file: Path) -> None:
         start = self._read.get(file, 0)
@@ -61,6 +74,7 @@ class LossReader:
                         self._forget_from(event.step)
                         self._begun.add(file)
                     self._losses[value.tag][event.step] = value.simple_value
+                    self._written = max(self._written, event.wall_time)
             self._read[file] = start + end
 
     def _forget_from(self, step: int) -> None:
@@ -81,10 +95,33 @@ def _records(data: bytes) -> Iterator[tuple[bytes, int]]:
         at = end
 
 
+def _event_files(run: Path) -> Iterator[Path]:
+    return (run / "logs").rglob("events.out.tfevents.*")
+
+
+def forget_attempt(run: Path) -> None:
+    """Remove the losses and samples of a start that learnt nothing, lest they are shown as the next one's."""
+    for file in (*_event_files(run), *(path for _, path in list_samples(run))):
+        file.unlink(missing_ok=True)
+
+
 def list_runs(runs: Path) -> list[str]:
     """The names of run folders, the newest first."""
     found = [path.parent for path in runs.glob(f"*/{CONFIG}") if not path.parent.name.startswith(".")]
-    return [path.name for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
+    return [path.name for path in sorted(found, key=changed_at, reverse=True)]
+
+
+def changed_at(path: Path) -> float:
+    """Its time of modification; 0 when it was removed meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def is_through(run: Path) -> bool:
+    """Whether training came to its end and left its files; the losses alone do not tell."""
+    return (run / OUTCOME).is_file() and ((run / ADAPTER).is_file() or (run / "words").is_dir())
 
 
 def find_run(runs: Path, name: object) -> Path:

@@ -1,10 +1,12 @@
 """A run in the page while it goes on: progress, losses, samples, checkpoints. Read from its folder, once a second."""
 
 import base64
+import hashlib
 import io
+import json
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ from dora_diffusion.training.images import read_image
 from ui.options import UiOptions
 from ui.stage import status_html
 from ui.train_plot import loss_plot
-from ui.train_process import Trainer, TrainState, last_line
+from ui.train_process import Trainer, TrainState
 from ui.train_runs import (
-    LOG,
     Losses,
     LossReader,
+    changed_at,
+    is_through,
     list_checkpoints,
     list_runs,
     list_samples,
@@ -32,7 +35,7 @@ _MOST_READERS = 16
 
 @dataclass(frozen=True)
 class Watch:
-    """The widgets of a run."""
+    """The widgets of a run; `seen` is hidden and tells a tick what the page shows."""
 
     run: gr.Dropdown
     start: gr.Button
@@ -42,7 +45,7 @@ class Watch:
     plot: gr.HTML
     samples: gr.HTML
     timer: gr.Timer
-    seen: gr.State
+    seen: gr.Textbox
 
 
 class Readers:
@@ -73,95 +76,127 @@ def build_watch(options: UiOptions) -> Watch:
     status = gr.HTML(status_html("No run on show."), elem_id="train-status")
     plot = gr.HTML(elem_id="train-loss")
     samples = gr.HTML(elem_id="train-strip")
-    return Watch(run, start, resume, stop, status, plot, samples, gr.Timer(SECONDS), gr.State(None))
+    seen = gr.Textbox(visible="hidden", elem_id="train-seen")
+    return Watch(run, start, resume, stop, status, plot, samples, gr.Timer(SECONDS), seen)
 
 
 def wire_watch(board: Watch, checkpoint: gr.Dropdown, trainer: Trainer, options: UiOptions) -> None:
-    """Show the chosen run at every tick, sending what has changed."""
+    """Show the chosen run at every tick, sending what has changed.
+
+    What the page shows is remembered by the page itself: an answer that gets lost is sent again, and whatever another
+    handler has put there meanwhile is replaced, since a start counts as a change even when it has ended already.
+    """
     readers = Readers()
 
-    def tick(run: object, seen: object) -> list[Any]:
+    def tick(chosen: object, seen: object) -> list[Any]:
         state, names = trainer.state(), list_runs(options.runs)
-        before = seen if isinstance(seen, Moment) else Moment()
-        buttons = _buttons(state) if state.phase != before.phase else [gr.skip(), gr.skip()]
-        if not isinstance(run, str) or run not in names:  # a new page, or the folder is gone: show what goes on
-            under_way = state.run if state.phase == "running" else None
-            now = replace(Moment(), phase=state.phase, names=tuple(names))
-            choice = gr.skip() if now == before else gr.Dropdown(names, value=under_way)
-            return [choice, *[gr.skip()] * 4, *buttons, now]
-        folder = options.runs / run
-        losses = readers.losses(folder)
-        now = _moment(folder, state, losses, names)
-        makers: dict[str, Callable[[], Any]] = {
-            "names": lambda: gr.Dropdown(names),
-            "status": lambda: _status(folder, state, losses),
-            "counts": lambda: loss_plot(losses, total=_total(folder)),
-            "samples": lambda: _strip(folder),
-            "checkpoints": lambda: _checkpoints(folder),
-        }
-        old = before if before.run == run else replace(Moment(), names=before.names)
-        changed = [gr.skip() if getattr(old, part) == getattr(now, part) else make() for part, make in makers.items()]
-        return [*changed, *buttons, now if now != before else gr.skip()]
+        run = options.runs / chosen if isinstance(chosen, str) and chosen in names else None
+        parts = _parts(run, state, names, readers.losses(run) if run else Losses())
+        shown, now = _read(seen), {name: part.mark for name, part in parts.items()}
+        changed = [gr.skip() if shown.get(name) == part.mark else part.make() for name, part in parts.items()]
+        return [*changed, gr.skip() if shown == now else json.dumps(now)]
 
     board.timer.tick(
         tick, [board.run, board.seen],
         [board.run, board.status, board.plot, board.samples, checkpoint, board.start, board.stop, board.seen],
         show_progress="hidden", trigger_mode="once", queue=False, api_visibility="private",
+        preprocess=False,  # gradio would refuse a run that is listed no more, at every tick of a page that shows it
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What a tab was shown last: one part for each widget, None before the first time."""
+class Part:
+    """A widget of a run: a short text that changes when what it shows does, and what it shows."""
 
-    run: str | None = None
-    phase: str | None = None
-    names: tuple[str, ...] | None = None
-    status: tuple[Any, ...] | None = None
-    counts: tuple[Any, ...] | None = None
-    samples: tuple[Any, ...] | None = None
-    checkpoints: tuple[int, ...] | None = None
+    mark: str
+    make: Callable[[], Any]
 
 
-def _buttons(state: TrainState) -> list[Any]:
-    running = state.phase == "running"
-    return [gr.Button(interactive=not running), gr.Button(interactive=running)]
+def _parts(run: Path | None, state: TrainState, names: list[str], losses: Losses) -> dict[str, Part]:
+    """The outputs of a tick, in their order; they depend on nothing but what is so now."""
+    name = run.name if run else None
+    under_way = state.run if state.under_way and state.run in names else None
+    choice = gr.Dropdown(names) if run else gr.Dropdown(names, value=under_way)  # a new page shows what goes on
+    status = _status(run, state, losses) if run else _status_of_none(state, names)
+    total = _plan(run)[0] if run else 0
+    counts = len(losses.train), len(losses.validation), list(losses.train.items())[-1:]
+    samples = [(step, changed_at(path)) for step, path in list_samples(run)] if run else []
+    steps = list(list_checkpoints(run)) if run else []
+    busy = state.under_way
+    return {
+        "run": Part(_mark(names, None if run else (under_way, state.number)), lambda: choice),
+        "status": Part(_mark(status, state.number), lambda: status),
+        "plot": Part(_mark(name, total, counts), lambda: loss_plot(losses, total=total) if run else ""),
+        "samples": Part(_mark(name, samples), lambda: _strip(run) if run else ""),
+        "checkpoint": Part(_mark(name, steps), lambda: _checkpoints(steps)),
+        "start": Part(_mark(busy, state.number), lambda: gr.Button(interactive=not busy)),
+        "stop": Part(_mark(state.phase, state.number), lambda: gr.Button(interactive=state.phase == "running")),
+    }
 
 
-def _moment(run: Path, state: TrainState, losses: Losses, names: list[str]) -> Moment:
-    mine = (state.phase, state.message) if state.run == run.name else ("idle", "")
-    counts = (len(losses.train), len(losses.validation), *list(losses.train.items())[-1:])
-    samples = tuple((step, path.stat().st_mtime_ns) for step, path in list_samples(run))
-    checkpoints = tuple(list_checkpoints(run))
-    return Moment(run.name, state.phase, tuple(names), (*mine, counts, checkpoints), counts, samples, checkpoints)
+def _mark(*values: object) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
-def _total(run: Path) -> int:
+def _read(seen: object) -> dict[str, Any]:
+    """What the page says it shows; nothing when it says no such thing."""
     try:
-        return run_config(run).optim.steps
-    except ValueError:
-        return 0
+        told = json.loads(seen) if isinstance(seen, str) else None
+    except (ValueError, RecursionError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def _plan(run: Path) -> tuple[int, str]:
+    """How many steps a run shall have, and ""; or 0, and why its configuration cannot be used any more."""
+    try:
+        return run_config(run).optim.steps, ""
+    except ValueError as error:
+        return 0, str(error)
+
+
+def _status_of_none(state: TrainState, names: list[str]) -> str:
+    if state.under_way and state.run not in names:
+        line = f"{state.run}: its folder was removed while it trains; stop it, what it learns is not listed"
+        return status_html(line, kind="bad")
+    return status_html("No run on show.")
 
 
 def _status(run: Path, state: TrainState, losses: Losses) -> str:
     """A line that says where the run is, with a bar."""
-    step, total = max(losses.train, default=0), _total(run)
-    at = f"step {step} of {total}"
-    if state.run != run.name or state.phase == "idle":
-        steps = list(list_checkpoints(run))
-        rest = f"it can be resumed from step {steps[-1]}" if steps else "no checkpoint; Resume begins anew"
-        done = step >= total > 0
-        text = f"{run.name}: {'done, ' if done else ''}{at}{'' if done else f'; {rest}'}"
-        return status_html(text, share=step / max(total, 1), kind="good" if done else "")
+    step, steps, total = max(losses.train, default=0), list(list_checkpoints(run)), _plan(run)[0]
+    newest = steps[-1] if steps else 0
+    if state.run != run.name:
+        return _status_at_rest(run, state, step)
+    begun = losses.written >= state.since and step > 0
+    if not begun:  # what is written is of an earlier start
+        step = newest
+    at, share = _at(step, total), step / max(total, 1)
+    if state.phase == "running" and not begun:
+        return status_html(f"{run.name}: {at}: getting ready … {state.message}", share=share)
     if state.phase == "running":
-        loss = f", loss {losses.train[step]:.4f}" if step else f": getting ready … {state.message}"
-        return status_html(f"{run.name}: {at}{loss}", share=step / max(total, 1))
+        return status_html(f"{run.name}: {at}, loss {losses.train[step]:.4f}", share=share)
+    if state.phase == "stopping":
+        return status_html(f"{run.name}: {at}: stopping …", share=share, kind="warn")
     if state.phase == "failed":
-        return status_html(f"{run.name} failed at {at}: {state.message or last_line(run / LOG)}", kind="bad")
+        return status_html(f"{run.name} failed at {at}: {state.message}", kind="bad")
     if state.phase == "stopped":
-        steps = list(list_checkpoints(run))
-        return status_html(f"{run.name}: stopped at {at}; Resume goes on from step {steps[-1] if steps else 0}")
+        return status_html(f"{run.name}: stopped at {at}; Resume goes on from step {newest}")
     return status_html(f"{run.name}: done, {at}", share=1.0, kind="good")
+
+
+def _status_at_rest(run: Path, state: TrainState, step: int) -> str:
+    """Of a run that this app has not started last."""
+    (total, problem), steps = _plan(run), list(list_checkpoints(run))
+    at, other = _at(step, total), f" ({state.run} is under way)" if state.under_way else ""
+    if step >= total and is_through(run):
+        return status_html(f"{run.name}: done, {at}{other}", share=1.0, kind="good")
+    rest = f"it can be resumed from step {steps[-1]}" if steps else "no checkpoint; Resume begins anew"
+    return status_html(f"{run.name}: {at}; {problem or rest}{other}", share=step / max(total, step, 1))
+
+
+def _at(step: int, total: int) -> str:
+    return f"step {step} of {total}" if total else f"step {step}"
 
 
 def _strip(run: Path) -> str:
@@ -180,7 +215,6 @@ def _strip(run: Path) -> str:
     return f'<div class="train-strip" tabindex="0" aria-label="samples">{"".join(rows)}</div>' if rows else ""
 
 
-def _checkpoints(run: Path) -> Any:
+def _checkpoints(steps: list[int]) -> Any:
     """The dropdown of checkpoints, the newest chosen."""
-    steps = list(list_checkpoints(run))
     return gr.Dropdown([(f"step {step}", step) for step in steps], value=steps[-1] if steps else None)

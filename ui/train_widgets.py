@@ -1,10 +1,6 @@
-"""What the parts of the Train tab share: how a mistake is told, and how the tab looks."""
+"""What the parts of the Train tab share: how the tab looks, and lines of text in it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from html import escape
-
-import gradio as gr
 
 CSS = """
 .train-report pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; margin: 0; }
@@ -28,15 +24,6 @@ CSS = """
 .train-strip figcaption { font-size: .85rem; color: var(--body-text-color-subdued); }
 .train-none { color: var(--body-text-color-subdued); }
 """
-
-
-@contextmanager
-def told() -> Iterator[None]:
-    """A user's mistake goes to the browser as one line, with nothing in it that the browser would take for markup."""
-    try:
-        yield
-    except ValueError as error:
-        raise gr.Error(escape(str(error), quote=False), print_exception=False) from error
 
 
 def report_html(text: str, *, bad: bool = False) -> str:

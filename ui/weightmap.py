@@ -13,11 +13,11 @@ from gradio.components import Component
 from dora_diffusion.generation import GenerationStopped
 from ui.axes import parse_range
 from ui.desk import Desk, Stops, Values, Variations, picture_html
+from ui.mistakes import told
 from ui.request import Parts, SlotValues
 from ui.session import Session
 from ui.stage import status_html
 from ui.tags import Resolved, resolve_tags
-from ui.train_widgets import told
 from ui.weightmap_cells import A_B, ADAPTER_WEIGHT, KINDS, MAPS, Axes, Cell, plan, request_of, save_sheet
 
 MAX_FILES = 16
@@ -233,10 +233,14 @@ def _drawing(board: WeightMap, session: Session, wanted: _Plan, draw: Variations
                 board.status: status_html(f"Cell {len(pictures)} of {total}", share=len(pictures) / total),
                 board.sheet: map_html(wanted.rows, pictures),
             }
+        file = save_sheet(wanted.rows, pictures, wanted.resolved, wanted.axes, session)
     except GenerationStopped:
         yield {board.status: status_html(f"Stopped after {len(pictures)} of {total} cells", kind="warn")}
         return
-    file = save_sheet(wanted.rows, pictures, wanted.resolved, wanted.axes, session)
+    except Exception:
+        line = f"Nothing more was drawn: {len(pictures)} of {total} cells are there, and no sheet"
+        yield {board.status: status_html(line, kind="bad")}
+        raise
     yield {
         board.status: status_html(
             f"{total} cells in {time.monotonic() - started:.1f} s, the sheet is saved as {file}", kind="good"

@@ -14,9 +14,9 @@ from dora_diffusion.generation import picture_metadata
 from dora_diffusion.sheets import grid
 from dora_diffusion.storage import write_atomically
 from ui.axes import MAX_CELLS
-from ui.request import DrawRequest, Parts, SlotValues, check_adapters
+from ui.request import DrawRequest, Parts, SlotValues, check_adapters, taking_part
 from ui.session import Session
-from ui.tags import Resolved
+from ui.tags import Resolved, with_tagged
 
 ADAPTER_WEIGHT, A_B = "Adapter × weight", "A × B"
 KINDS = (ADAPTER_WEIGHT, A_B)
@@ -31,7 +31,7 @@ class Cell:
     Attributes:
         row, column: what stands at the head of its row and column.
         slots: of the rack that draws it.
-        is_baseline: whether the column's adapter is off.
+        is_baseline: whether the column's adapter is left out.
     """
 
     row: str
@@ -54,7 +54,7 @@ class Axes:
         files: library names; of A × B the first two.
         across: strengths, left to right.
         down: strengths of A, top to bottom; not used by the other kind.
-        alone: whether the rack's other adapters are off.
+        alone: whether the others are off: the rack's, and those of the prompt's tags.
     """
 
     kind: str
@@ -65,7 +65,7 @@ class Axes:
 
 
 def plan(axes: Axes, slots: Sequence[SlotValues]) -> list[list[Cell]]:
-    """The rows of a map, each with the column's adapter off first.
+    """The rows of a map, each with the column's adapter left out first.
 
     Args:
         axes: what to vary.
@@ -83,18 +83,18 @@ def plan(axes: Axes, slots: Sequence[SlotValues]) -> list[list[Cell]]:
             f"weight map: {heads} x {len(axes.across) + 1} cells with the column of the baseline, expected at most "
             f"{MAX_CELLS}; take larger steps or fewer adapters"
         )
-    ground = _seated(_settled(slots, alone=axes.alone, files=files), files)
+    ground = _seated(_settled(slots, alone=axes.alone), files)
     if axes.kind == A_B:
         first, second = files
         rows = [(f"{first} {value:g}", second, _with(ground, first, value)) for value in axes.down]
     else:
-        rows = [(file, file, _off(ground, files) if axes.alone else tuple(ground)) for file in files]
+        rows = [(file, file, tuple(ground)) for file in files]
     return [_row(head, file, axes.across, values) for head, file, values in rows]
 
 
 def _files_of(axes: Axes, slots: Sequence[SlotValues]) -> tuple[str, ...]:
     """Those asked for, or else the rack's; of A × B two."""
-    files = tuple(dict.fromkeys(axes.files or (str(slot.file) for slot in active(slots))))
+    files = tuple(dict.fromkeys(axes.files or (str(slot.file) for slot in taking_part(slots))))
     needed = 2 if axes.kind == A_B else 1
     if len(files) < needed:
         raise ValueError(f"weight map: got {len(files)} adapters, expected {needed}; pick them here or in the rack")
@@ -105,31 +105,21 @@ def _files_of(axes: Axes, slots: Sequence[SlotValues]) -> tuple[str, ...]:
 
 def _row(head: str, file: str, across: Sequence[float], slots: Sequence[SlotValues]) -> list[Cell]:
     named = "" if file == head else f"{file} "
-    cells = [Cell(head, f"{named}off", _off(slots, [file]), is_baseline=True)]
+    # at strength 0, not switched off: the prompt's tag would bring back what no slot holds
+    cells = [Cell(head, f"{named}off", _with(slots, file, 0.0), is_baseline=True)]
     return cells + [Cell(head, f"{named}{value:g}", _with(slots, file, value)) for value in across]
 
 
-def active(slots: Sequence[SlotValues]) -> list[SlotValues]:
-    """Those that take part, whatever their strengths."""
-    filled = [slot for slot in slots if slot.file and slot.enabled]
-    return [slot for slot in filled if slot.solo] or filled
-
-
-def _settled(slots: Sequence[SlotValues], *, alone: bool, files: Sequence[str]) -> list[SlotValues]:
-    """The same mix without solo, and without the others when the map's files are alone."""
-    parts = {id(slot) for slot in active(slots)}
-    return [
-        replace(slot, solo=False, enabled=id(slot) in parts and (not alone or slot.file in files))
-        if slot.file
-        else slot
-        for slot in slots
-    ]
+def _settled(slots: Sequence[SlotValues], *, alone: bool) -> list[SlotValues]:
+    """The same mix without solo, or with every slot off when the map's adapters are alone."""
+    parts = set() if alone else {id(slot) for slot in taking_part(slots)}
+    return [replace(slot, solo=False, enabled=id(slot) in parts) if slot.file else slot for slot in slots]
 
 
 def _seated(slots: list[SlotValues], files: Sequence[str]) -> list[SlotValues]:
     """With every file in some slot; those that were not there are off."""
     for file in files:
-        if any(slot.file == file for slot in slots):
+        if _place(slots, file) is not None:
             continue
         free = next((index for index, slot in enumerate(slots) if not slot.file), None)
         if free is None:
@@ -140,20 +130,22 @@ def _seated(slots: list[SlotValues], files: Sequence[str]) -> list[SlotValues]:
 
 def _with(slots: Sequence[SlotValues], file: str, strength: float) -> tuple[SlotValues, ...]:
     """With one strength for all components of a file; its blocks, curve and mask stay."""
-    return tuple(
-        replace(slot, enabled=True, strength=strength, apart=False) if slot.file == file else slot for slot in slots
-    )
+    changed = list(slots)
+    if (place := _place(slots, file)) is not None:
+        changed[place] = replace(slots[place], enabled=True, strength=strength, apart=False)
+    return tuple(changed)
 
 
-def _off(slots: Sequence[SlotValues], files: Sequence[str]) -> tuple[SlotValues, ...]:
-    return tuple(replace(slot, enabled=False) if slot.file in files else slot for slot in slots)
+def _place(slots: Sequence[SlotValues], file: str) -> int | None:
+    """Which slot has a file: the one that takes part, or else the first."""
+    having = [index for index, slot in enumerate(slots) if slot.file == file]
+    return next((index for index in having if slots[index].enabled), having[0] if having else None)
 
 
 def request_of(cell: Cell, resolved: Resolved, parts: Parts, *, alone: bool) -> DrawRequest:
-    """What draws a cell: one picture, with the adapters of the prompt's tags unless the rack has them."""
-    seated = {slot.file for slot in cell.slots}
-    tagged = () if alone else tuple(choice for choice in resolved.request.adapters if choice.file not in seated)
-    return replace(resolved.request, adapters=(*check_adapters(cell.slots, parts), *tagged), count=1)
+    """What draws a cell: one picture, as the page would draw it with the cell's slots; alone, without the tags."""
+    adapters = with_tagged(check_adapters(cell.slots, parts), () if alone else resolved.tagged)
+    return replace(resolved.request, adapters=adapters, count=1)
 
 
 def save_sheet(

@@ -26,12 +26,20 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="YAML file; see examples/")
     parser.add_argument("--resume", choices=["latest"], help="go on from the newest valid checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="check data and settings, print the plan, train nothing")
+    parser.add_argument(
+        "--end-with-stdin",
+        action="store_true",
+        help="end as Ctrl+C does, with a checkpoint, when standard input closes; for programs that start a run",
+    )
     parser.set_defaults(handler=_train, takes_settings=True)
 
 
 def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from dora_diffusion.training.config import TrainConfig
+    from dora_diffusion.training.stopping import end_with_stdin
 
+    if arguments.end_with_stdin:
+        end_with_stdin()
     config = TrainConfig.from_yaml(arguments.config, TrainConfig.parse_overrides(rest))
     if arguments.dry_run:
         from dora_diffusion.training.plan import describe_plan

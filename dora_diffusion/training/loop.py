@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -27,6 +28,7 @@ from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.dataset import Example, check_words, checked_examples
 from dora_diffusion.training.noising import objective_of
 from dora_diffusion.training.previews import draw_previews, save_previews, save_strip
+from dora_diffusion.training.stopping import StopRequest, stop_requests
 from dora_diffusion.training.subject import (
     PRECISIONS,
     RateSchedule,
@@ -69,6 +71,7 @@ def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
 
     Raises:
         ValueError: data, settings or checkpoint are not usable; one line that says which and how to mend it.
+        KeyboardInterrupt: Ctrl+C, SIGTERM or SIGHUP came; after the step that was under way, and a checkpoint of it.
     """
     if resume not in (None, "latest"):
         raise ValueError(f"resume={resume!r}: expected 'latest'")
@@ -124,32 +127,35 @@ class _Run:
 
     def go(self, resume: bool) -> TrainResult:
         """Train to the last step, writing previews, checkpoints and logs on the way."""
-        steps = self.config.optim.steps
         done = checkpoint.resume(self.state, self.config, folder=self.folder / "checkpoints") if resume else 0
         if self.accelerator.is_main_process:
             write_atomically(self.folder / "config.yaml", self.config.to_yaml().encode())
         self.accelerator.init_trackers("run")
         if done == 0:
             self._watch(0)
-        bar = tqdm(
-            range(done, steps),
-            initial=done,
-            total=steps,
-            desc="training",
-            disable=not self.accelerator.is_main_process,
-        )
-        for step in bar:
-            rate = self.rates.set(step)
-            loss = self._optimise(step)
-            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}", refresh=False)
-            self.accelerator.log({"loss/train": loss, "learning_rate": rate}, step=step + 1)
-            self._watch(step + 1)
-            if _due(step + 1, self.config.checkpoint.every, steps) and self.accelerator.is_main_process:
-                folder, adapter = self.folder / "checkpoints", self._adapter(step + 1)
-                checkpoint.save(self.state, self.config, step=step + 1, folder=folder, adapter=adapter)
+        alone = self.accelerator.num_processes == 1  # several would have to agree on the step after which to stop
+        with stop_requests() if alone else nullcontext(StopRequest()) as stop:
+            self._steps(done, stop)
         result = self._finish()
         self.accelerator.end_training()  # ends the process group too, so nothing may wait for another after it
         return result
+
+    def _steps(self, done: int, stop: StopRequest) -> None:
+        """The steps after the first `done`; once a stop is asked for, a checkpoint and KeyboardInterrupt."""
+        steps, leads = self.config.optim.steps, self.accelerator.is_main_process
+        with tqdm(range(done, steps), initial=done, total=steps, desc="training", disable=not leads) as bar:
+            for step in bar:
+                rate = self.rates.set(step)
+                loss = self._optimise(step)
+                bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}", refresh=False)
+                self.accelerator.log({"loss/train": loss, "learning_rate": rate}, step=step + 1)
+                self._watch(step + 1)
+                stops = stop.asked and step + 1 < steps  # after the last step, only files are left to write
+                if leads and (stops or _due(step + 1, self.config.checkpoint.every, steps)):
+                    folder, adapter = self.folder / "checkpoints", self._adapter(step + 1)
+                    checkpoint.save(self.state, self.config, step=step + 1, folder=folder, adapter=adapter)
+                if stops:
+                    raise KeyboardInterrupt
 
     def _optimise(self, step: int) -> float:
         """One optimiser step over its micro-batches; returns the mean loss."""

@@ -1,6 +1,7 @@
 """Training runs on the pocket's architecture with random weights: the run folder, and resuming bit for bit."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from dora_diffusion.generation import GenerationSettings, generate
 from dora_diffusion.pipelines import load_pipeline
 from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.tokens import add_words, install_words, load_word
-from dora_diffusion.training import checkpoint
+from dora_diffusion.training import checkpoint, loop
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.loop import train
 from dora_diffusion.training.subject import load_base, prepare_subject
@@ -76,6 +77,35 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(base, images, tmp_
     assert_identical(load_file(resumed.adapter), load_file(whole.adapter))
     newest = "checkpoints/step-00000006/optimizer.safetensors"
     assert_identical(load_file(tmp_path / "stopped" / newest), load_file(tmp_path / "whole" / newest))
+
+
+def test_a_signal_leaves_a_checkpoint_of_the_step_under_way(base, images, tmp_path, monkeypatch) -> None:
+    whole = train(config(base, images, tmp_path / "whole"))
+    settings = config(base, images, tmp_path / "stopped")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "weighted_squared_error", _signalling(loop.weighted_squared_error))
+        train(settings)
+    assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["step-00000001"]
+    resumed = train(settings, resume="latest")
+    assert_identical(load_file(resumed.adapter), load_file(whole.adapter))
+
+
+def test_a_signal_in_the_last_step_does_not_keep_the_run_from_its_files(base, images, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(loop, "weighted_squared_error", _signalling(loop.weighted_squared_error))
+    assert train(config(base, images, tmp_path / "run", steps=1)).adapter.is_file()
+
+
+def _signalling(loss):
+    """SIGTERM in the first step, once; the validation before it is none."""
+    steps = []
+
+    def measure(*tensors):
+        if torch.is_grad_enabled() and not steps:
+            steps.append(1)
+            signal.raise_signal(signal.SIGTERM)
+        return loss(*tensors)
+
+    return measure
 
 
 def test_every_parameter_moves_and_the_run_folder_is_whole(base, images, tmp_path) -> None:

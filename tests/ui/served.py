@@ -1,4 +1,4 @@
-"""The app on a free port over a session of the tests, its documented endpoints and guards included."""
+"""The app as users get it, on a free port, over a session of the tests."""
 
 import socket
 from collections.abc import Iterator
@@ -10,10 +10,7 @@ from typing import Any
 import gradio as gr
 import httpx
 
-from ui.api import add_api
-from ui.app import MAX_UPLOAD_BYTES, build_app
-from ui.guard import guards
-from ui.health import health_route
+from ui.app import serve
 from ui.options import UiOptions
 from ui.session import Session
 
@@ -47,43 +44,19 @@ def free_port() -> int:
 @contextmanager
 def served(session: Session, folder: Path) -> Iterator[Served]:
     """Serve until the end of the block."""
-    output = session.output
-    output.mkdir(parents=True, exist_ok=True)
     options = UiOptions(
         model="random",
         adapters=session.library.folder,
-        output=output,
+        output=session.output,
         port=free_port(),
         datasets=(folder / "datasets",),
         runs=folder / "runs",
     )
-    demo, page = build_app(session, options)
-    if not any(fn.api_name == "generate" for fn in demo.fns.values()):
-        with demo:
-            add_api(session, demo)
-    app, url, _ = demo.launch(
-        server_name=options.host,
-        server_port=options.port,
-        prevent_thread_lock=True,
-        quiet=True,
-        share=False,
-        show_error=False,
-        enable_monitoring=False,
-        run_history=False,
-        ssr_mode=False,
-        mcp_server=False,
-        pwa=False,
-        max_file_size=MAX_UPLOAD_BYTES,
-        allowed_paths=[str(output.resolve())],
-        app_kwargs={"middleware": guards(options.host, most_upload_bytes=MAX_UPLOAD_BYTES)},
-    )
-    health_route(app, session)
+    running = serve(session, options)
     try:
         # no connection is kept: the server hangs up on idle ones while a test waits for another answer
         limits = httpx.Limits(max_keepalive_connections=0)
-        with httpx.Client(base_url=url, timeout=30, verify=False, limits=limits) as http:
-            yield Served(demo, session, url, http)
+        with httpx.Client(base_url=running.url, timeout=30, verify=False, limits=limits) as http:
+            yield Served(running.demo, session, running.url, http)
     finally:
-        page.train.close()
-        session.close()
-        demo.close(verbose=False)
+        running.close()

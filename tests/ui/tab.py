@@ -1,13 +1,14 @@
 """A page of the app in a real Chromium, for journeys: what a person can do with it, and what may not happen."""
 
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, ViewportSize, expect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SWITCHES = [
@@ -19,7 +20,9 @@ SWITCHES = [
     "--no-first-run",
 ]
 PATIENCE_MS = 60_000  # a machine that does other things as well
-PHONE = {"width": 390, "height": 844}
+DRAWN_MS = 3 * PATIENCE_MS
+DESKTOP: ViewportSize = {"width": 1280, "height": 900}
+PHONE: ViewportSize = {"width": 390, "height": 844}
 
 expect.set_options(timeout=20_000)
 
@@ -41,10 +44,52 @@ class Tab:
         if urlsplit(url).scheme not in ("data", "blob"):
             self.hosts.add(urlsplit(url).hostname)
 
+    def expect_loaded(self) -> None:
+        """Wait until the page has its cards and its history, which come after it has begun to show."""
+        expect(self.page.locator("#prompt textarea")).to_be_visible(timeout=PATIENCE_MS)
+        expect(self.page.locator("#browser-cards .card").first).to_be_visible(timeout=PATIENCE_MS)
+        expect(self.page.locator("#history-place")).to_contain_text(re.compile("drawn yet|page"), timeout=PATIENCE_MS)
+
+    def draw(self) -> None:
+        """Press Generate, the History open, and wait until the page has heard that the drawing is through.
+
+        "Done" in the status is not enough: gradio drops a press of Generate while the one before is under way, and it
+        is for a moment after its last news. The history looks again after that, and then it has another picture.
+        """
+        place = self.page.locator("#history-place")
+        before = place.inner_text()
+        self.page.locator("#generate").click()
+        expect(place).not_to_have_text(before, timeout=DRAWN_MS)
+        expect(self.page.locator("#status")).to_contain_text("Done in")
+
+    def open(self, name: str) -> None:
+        """Go to one of the page's tabs."""
+        self.page.get_by_role("tab", name=name, exact=True).click()
+        expect(self.page.get_by_role("tab", name=name, exact=True)).to_have_attribute("aria-selected", "true")
+
+    def choose(self, elem_id: str, name: str) -> None:
+        """Choose from a dropdown, and wait until it shows the choice."""
+        self.page.locator(f"#{elem_id} input").click()
+        self.page.locator(f"#{elem_id}").get_by_role("option", name=name, exact=True).click()
+        expect(self.page.locator(f"#{elem_id} input")).to_have_value(name)
+
+    def expect_toast(self, text: str) -> None:
+        """Wait for one that says so, and put it away."""
+        toast = self.page.get_by_test_id("toast-body").filter(has_text=text)
+        expect(toast).to_be_visible(timeout=PATIENCE_MS)
+        expect(toast).not_to_contain_text("Traceback")
+        toast.get_by_test_id("toast-close").click()
+        expect(toast).to_have_count(0)
+
+    def expect_fits_phone(self) -> None:
+        """Make the page as narrow as a phone: nothing may stick out."""
+        self.page.set_viewport_size(PHONE)
+        self.page.wait_for_timeout(300)
+        self.page.wait_for_function(f"document.documentElement.scrollWidth === {PHONE['width']}")
+
     def pick(self, slot: int, name: str) -> None:
         """Choose an adapter and wait for its badge."""
-        self.page.locator(f"#slot-{slot}-file input").click()
-        self.page.locator(f"#slot-{slot}-file").get_by_role("option", name=name, exact=True).click()
+        self.choose(f"slot-{slot}-file", name)
         expect(self.page.locator(f"#slot-{slot}-badge")).to_contain_text("88/88 keys matched", timeout=PATIENCE_MS)
 
     def set_number(self, elem_id: str, value: str) -> None:
@@ -52,6 +97,7 @@ class Tab:
         box = self.page.locator(f"#{elem_id} input[type=number]")
         box.fill(value)
         box.press("Tab")
+        expect(self.page.locator(f"#{elem_id} input[type=range]")).to_have_value(value)
 
     def snap(self, name: str) -> Path:
         """Keep a screenshot of the whole page; SCREENSHOTS says where (default: a temporary folder)."""
@@ -63,7 +109,7 @@ class Tab:
     def dark(self) -> None:
         """Reload in the dark theme."""
         self.page.goto(self.page.url.split("?")[0] + "?__theme=dark")
-        expect(self.page.locator("#prompt textarea")).to_be_visible(timeout=PATIENCE_MS)
+        self.expect_loaded()
 
     def press_on_slider(self, elem_id: str, key: str, times: int) -> None:
         """Move a slider by the keyboard."""

@@ -1,8 +1,10 @@
 """History, presets, restore by hash, export: what is kept comes back as it was, and what is missing is told."""
 
 import hashlib
+import itertools
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from dora_diffusion.canvases import Canvas
 from dora_diffusion.formats import FORMATS
-from dora_diffusion.generation import AdapterUse, GenerationSettings, save_picture
+from dora_diffusion.generation import AdapterUse, GenerationSettings, GenerationStopped, save_picture
 from dora_diffusion.prompts import LoraTag
 from dora_diffusion.storage import sha256_of
 from ui import hashes as hashes_module
@@ -366,17 +368,27 @@ def test_what_cannot_be_exported_leaves_nothing(
     drawn: list[DrawRequest] = []
     draw = session.draw
 
-    def fails_at_last(request: DrawRequest) -> object:
+    def fails_at_last(request: DrawRequest, *, should_stop: Callable[[], bool]) -> object:
         drawn.append(request)
         if len(drawn) == 2:
             raise ValueError("broken")
-        return draw(request)
+        return draw(request, should_stop=should_stop)
 
     monkeypatch.setattr(session, "draw", fails_at_last)
     with pytest.raises(ValueError, match="^broken$"):
         export_mix(session, DrawRequest(SETTINGS, (AdapterChoice("ink", 1.0),)), ExportOptions("a"))
     assert sorted(adapters.iterdir()) == before
     assert "a" not in session.library.usable
+
+
+@pytest.mark.parametrize("asks", [0, 1, 2, 3, 5, 40, 95])
+def test_a_stopped_export_leaves_nothing(session: Session, adapters: Path, asks: int) -> None:
+    before, asked = sorted(adapters.iterdir()), itertools.count()
+    request = DrawRequest(SETTINGS, (AdapterChoice("ink", 1.0), AdapterChoice("lego", 0.5)))
+    with pytest.raises(GenerationStopped):
+        export_mix(session, request, ExportOptions("both"), should_stop=lambda: next(asked) >= asks)
+    assert sorted(adapters.iterdir()) == before
+    assert not session.output.exists() and "both" not in session.library.usable
 
 
 def test_a_baked_model_draws_as_the_rack_did(session: Session, adapters: Path, tmp_path: Path, pipe: object) -> None:
@@ -387,4 +399,14 @@ def test_a_baked_model_draws_as_the_rack_did(session: Session, adapters: Path, t
     done = export_mix(own, request, ExportOptions("whole", target="a whole model"))
     assert done.path == tmp_path / "out" / "models" / "whole" and (done.path / "model_index.json").is_file()
     assert done.largest_difference <= 1 and done.name == ""
+    for asks in (3, 6, 20):  # while it draws, while it is written, while it draws again
+        asked = itertools.count()
+        with pytest.raises(GenerationStopped):
+            export_mix(
+                own,
+                request,
+                ExportOptions("again", target="a whole model"),
+                should_stop=lambda asked=asked, asks=asks: next(asked) >= asks,
+            )
+        assert [path.name for path in done.path.parent.iterdir()] == ["whole"]
     own.close()

@@ -2,6 +2,8 @@
 
 import base64
 import io
+import os
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +21,12 @@ from dora_diffusion.blending import Interference  # noqa: E402
 from dora_diffusion.generation import GenerationSettings  # noqa: E402
 from dora_diffusion.mixing import MODES  # noqa: E402
 from ui.curves import CONSTANT, OWN_POINTS, curve_html, name_of_text, text_of_name  # noqa: E402
+from ui.desk import Desk  # noqa: E402
+from ui.form import build_form, build_prompt  # noqa: E402
 from ui.masks import SIDE, canvas_value, mask_html, read_painted  # noqa: E402
 from ui.meter import measure, meter_html, verdict  # noqa: E402
 from ui.rack import IN_ORDER, SLOTS, Rack, broken_list, build_rack, mode_html  # noqa: E402
+from ui.recipes import Recipe  # noqa: E402
 from ui.request import NAMED_CURVES, DrawRequest, SlotValues, check_adapters  # noqa: E402
 from ui.session import Session  # noqa: E402
 from ui.slots import EMPTY, LOADING, badge, block_updates, choices_of, shown_slots  # noqa: E402
@@ -64,6 +69,28 @@ def test_what_is_put_in_is_read_back(rack: Rack) -> None:
     assert rack.blend(state) == "compose"
     (only,) = check_adapters(read, rack.session.parts)  # lego is solo
     assert (only.file, only.curve, only.mask is not None) == ("lego", ((0.0, 0.0), (1.0, 1.0)), True)
+
+
+def test_the_desk_asks_for_what_the_page_holds(session: Session) -> None:
+    with gr.Blocks() as demo:
+        form = build_form(session, build_prompt(), demo)
+        desk = Desk(session, gr.State("random"), form, build_rack(session, demo))
+    settings = GenerationSettings("a cat", "dog", 3, 2, 3.0, 64, 128, "euler")
+    changes = desk.updates(Recipe(settings, (EMPTY, INK), "additive"))
+    assert set(changes) <= desk.outputs
+    state = {widget: getattr(widget, "value", None) for widget in desk.inputs}
+    state |= {widget: _value(change) for widget, change in changes.items()} | {form.count: 3}
+    parts = session.parts
+    asked = DrawRequest(settings, check_adapters((replace(INK, blocks=(1.0, 1.0, 1.0)),), parts), count=3)
+    assert desk.request(state) == asked
+    kept = desk.recipe(state)
+    assert (kept.settings, kept.blend, [slot.file for slot in kept.slots]) == (settings, "additive", ["ink"])
+    state[desk.rack.slots[1].strength] = 9
+    for read in (desk.request, desk.recipe):
+        with pytest.raises(ValueError, match="^slot 2, strength: got 9"):
+            read(state)
+        with pytest.raises(ValueError, match="^the base is random now: another tab has switched it"):
+            read(state | {desk.model: "pocket"})
 
 
 def test_more_adapters_than_slots_are_refused(rack: Rack) -> None:
@@ -158,7 +185,7 @@ def test_badge_tells_type_rank_axis_format_and_time(session: Session, rack: Rack
     assert rack.badges.known("ink") == told
     assert "no such adapter" in rack.badges.load("<b>")
     assert "<b>" not in rack.badges.load("<b>")
-    report = replace(session.load("ink"), kind="<i>odd</i>", matched=87)
+    report = replace(session.load("ink").report, kind="<i>odd</i>", matched=87)
     assert "<i>" not in badge(report)
     assert "chip warn" in badge(report)
 
@@ -169,6 +196,27 @@ def test_a_replaced_file_loses_its_badge(rack: Rack, adapters: Path) -> None:
     rack.session.library.refresh()
     assert rack.badges.known("ink") == LOADING
     assert "LoRA" in rack.badges.load("ink")
+
+
+def test_a_file_replaced_while_it_waits_is_told_as_what_was_read(rack: Rack, adapters: Path) -> None:
+    session, ink = rack.session, adapters / "ink.safetensors"
+    before, after = ink.read_bytes(), (adapters / "lego.safetensors").read_bytes()
+    written = ink.stat().st_mtime_ns
+    told: list[str] = []
+    with session.weights():
+        waiting = threading.Thread(target=lambda: told.append(rack.badges.load("ink")))
+        waiting.start()
+        while session.waiting < 2:
+            assert waiting.is_alive()
+        ink.write_bytes(after)
+    waiting.join()
+    session.library.refresh()
+    assert "LoRA" in told[0] and rack.badges.known("ink") == told[0]
+    ink.write_bytes(before)
+    os.utime(ink, ns=(written, written))
+    session.library.refresh()
+    assert rack.badges.known("ink") == LOADING
+    assert "DoRA" in rack.badges.load("ink")
 
 
 def test_lists_are_short_and_hold_what_is_chosen(session: Session, adapters: Path) -> None:

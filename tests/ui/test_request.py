@@ -64,8 +64,10 @@ def test_slots_that_take_part() -> None:
         replace(SLOT, file="apart", apart=True, denoiser=-2, text_encoders=0),
         replace(SLOT, file="zeros", apart=True, denoiser=0, text_encoders=0),
     ]
-    expected = (AdapterChoice("ink", 0.5), AdapterChoice("apart", {"unet": -2.0, "text_encoder": 0.0}))
-    assert check_adapters(slots, POCKET) == expected
+    apart, zeros = {"unet": -2.0, "text_encoder": 0.0}, {"unet": 0.0, "text_encoder": 0.0}
+    expected = (("ink", 0.5, True), ("zero", 0.0, False), ("apart", apart, True), ("zeros", zeros, False))
+    taking_part = check_adapters(slots, POCKET)
+    assert tuple((choice.file, choice.weight, choice.draws) for choice in taking_part) == expected
 
 
 def test_strengths_go_to_the_bases_own_parts() -> None:
@@ -227,7 +229,36 @@ def test_tags_become_adapters() -> None:
     rack = AdapterChoice("ink", 0.125)
     assert resolve_tags(_tagged("<lora:ink:2>", rack), names, parts).request.adapters == (rack,)
     plain = _tagged("a  cat ")
-    assert resolve_tags(plain, names, parts).request is plain
+    assert resolve_tags(plain, names, parts).request == plain
+
+
+@pytest.mark.parametrize(
+    ("slots", "drawn"),
+    [
+        ((SLOT,), {"ink": 0.5}),
+        ((replace(SLOT, strength=0),), {}),
+        ((replace(SLOT, apart=True, denoiser=0, text_encoders=0),), {}),
+        ((replace(SLOT, enabled=False),), {"ink": 2.0}),
+        ((SLOT, replace(SLOT, file="lego", solo=True)), {"lego": 0.5, "ink": 2.0}),
+        ((replace(SLOT, strength=0, solo=True), replace(SLOT, file="lego")), {}),
+    ],
+    ids=["on", "at 0", "apart at 0", "off", "silenced by solo", "solo at 0"],
+)
+def test_a_slot_that_takes_part_counts_before_a_tag(slots: tuple[SlotValues, ...], drawn: dict[str, float]) -> None:
+    request = _tagged("<lora:ink:2>", *check_adapters(slots, POCKET))
+    resolved = resolve_tags(request, ("ink", "lego"), POCKET)
+    assert {choice.file: choice.weight for choice in resolved.request.adapters} == drawn
+    assert resolved.tagged == (AdapterChoice("ink", 2.0),)
+
+
+def test_of_several_tags_the_first_counts() -> None:
+    for prompt, drawn in (("<lora:ink:1><lora:ink:2>", (AdapterChoice("ink", 1.0),)), ("<lora:ink:0><lora:ink:2>", ())):
+        assert resolve_tags(_tagged(prompt), ("ink",), POCKET).request.adapters == drawn
+
+
+def test_what_is_at_strength_0_needs_no_mode() -> None:
+    silent = AdapterChoice("ink", {"unet": 0.0}, ((0.0, 1.0),))
+    assert DrawRequest(GenerationSettings("a"), (silent,), "peft").adapters == (silent,)
 
 
 @pytest.mark.parametrize(

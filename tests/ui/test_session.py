@@ -16,6 +16,7 @@ from dora_diffusion.generation import Canvas, GenerationSettings, GenerationStop
 from dora_diffusion.prompts import LoraTag
 from dora_diffusion.storage import sha256_of
 from ui import engine as engine_module
+from ui.library import stamp_of
 from ui.metadata import find_input, metadata_text, read_metadata
 from ui.request import AdapterChoice, DrawRequest
 from ui.run import Update
@@ -151,7 +152,8 @@ def test_an_error_reaches_the_tab_and_frees_the_pipeline(session: Session) -> No
 
 
 def test_load_reports_and_refuses(session: Session, adapters: Path) -> None:
-    report = session.load("ink")
+    loaded = session.load("ink")
+    report = loaded.report
     assert (report.kind, report.ranks, report.matched, report.total) == (
         "DoRA",
         (4,),
@@ -159,14 +161,16 @@ def test_load_reports_and_refuses(session: Session, adapters: Path) -> None:
         88,
     )  # 8 projections of 9 UNet blocks, 4 of 4 text layers
     assert report.sha256 == sha256_of(adapters / "ink.safetensors")
+    assert (loaded.model, loaded.stamp) == ("random", stamp_of(adapters / "ink.safetensors"))
+    assert loaded.seconds and session.load("ink").seconds is None
     with pytest.raises(ValueError, match=r"^broken: not a safetensors file, or cut short \(14 bytes\)$"):
         session.load("broken")
 
 
 def test_a_changed_file_is_loaded_again(session: Session, adapters: Path) -> None:
-    assert session.load("ink").kind == "DoRA"
+    assert session.load("ink").report.kind == "DoRA"
     (adapters / "ink.safetensors").write_bytes((adapters / "lego.safetensors").read_bytes())
-    assert session.load("ink").kind == "LoRA"
+    assert session.load("ink").report.kind == "LoRA"
     (adapters / "ink.safetensors").unlink()
     with pytest.raises(ValueError, match="^ink: the file is gone"):
         session.load("ink")
@@ -289,6 +293,21 @@ def test_broken_metadata_is_one_line(tmp_path: Path) -> None:
     assert read_metadata(picture) is None
     picture.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="^x.png: not a picture that can be read"):
+        read_metadata(picture)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "[" * 900 + "]" * 900, "no JSON", "{"])
+def test_json_that_cannot_be_laid_out_is_one_line(tmp_path: Path, text: str) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    picture, info = tmp_path / "x.png", PngInfo()
+    info.add_itxt("dora_diffusion", text)
+    info.add_text("parameters", "a cat")
+    PICTURE.save(picture, pnginfo=info)
+    shown, _, line = metadata_text(picture).partition("\n\n")
+    assert shown == "a cat"
+    assert line == "" or line.startswith("[") or "\n" not in line
+    with pytest.raises(ValueError, match="^x.png: its metadata is not as this app writes it "):
         read_metadata(picture)
 
 

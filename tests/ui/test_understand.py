@@ -1,26 +1,32 @@
 """Ranges, the cells of a map, the mix without each adapter, and what an adapter's page says; without a browser."""
 
+import itertools
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import gradio as gr
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dora_diffusion.generation import GenerationSettings, GenerationStopped
+from ui import leave_out, weightmap
 from ui.axes import MAX_CELLS, parse_range
 from ui.desk import Stops, Variations
 from ui.inspect_page import facts_of, meter_of, plot_of
 from ui.leave_out import leave_each_out, mean_difference, names_in, row_html
-from ui.request import AdapterChoice, DrawRequest, SlotValues, check_adapters
+from ui.request import AdapterChoice, DrawRequest, Parts, SlotValues, check_adapters
 from ui.run import Update
 from ui.session import Session
 from ui.stage import Screenplay, build_stage, status_of
 from ui.tags import resolve_tags
-from ui.weightmap import map_html, picked_slots
-from ui.weightmap_cells import A_B, ADAPTER_WEIGHT, Axes, plan, request_of, save_sheet
+from ui.weightmap import build_weight_map, map_html, picked_slots
+from ui.weightmap_cells import A_B, ADAPTER_WEIGHT, Axes, Cell, plan, request_of, save_sheet
 
+PARTS = Parts("unet", ("text_encoder",))
 SETTINGS = GenerationSettings("a cat", seed=3, steps=2)
 
 
@@ -101,11 +107,9 @@ def test_a_map_of_two_crosses_their_weights() -> None:
     assert rows[0][1].label == "lego -1: ink 0.25"
 
 
-def _mix(cell: object) -> dict[str, float]:
-    from ui.request import Parts
-
-    choices = check_adapters(cell.slots, Parts("unet", ("text_encoder",)))  # type: ignore[attr-defined]
-    return {choice.file: choice.weight for choice in choices}  # type: ignore[misc]
+def _mix(cell: Cell) -> dict[str, Any]:
+    """What a cell's slots draw."""
+    return {choice.file: choice.weight for choice in check_adapters(cell.slots, PARTS) if choice.draws}
 
 
 def test_a_map_takes_solo_off_and_other_adapters_into_free_slots() -> None:
@@ -162,6 +166,49 @@ def test_the_map_is_drawn_saved_and_picked(session: Session, tmp_path: Path) -> 
             picked_slots(wrong, known)
 
 
+def _first_cells(session: Session, failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the drawing numbered `failing`, from 0, fail."""
+    draw, drawn = session.draw, itertools.count()
+
+    def fails(request: DrawRequest, **options: Any) -> Any:
+        if next(drawn) == failing:
+            raise ValueError("lego: the file is gone")
+        return draw(request, **options)
+
+    monkeypatch.setattr(session, "draw", fails)
+
+
+def test_a_map_that_breaks_off_says_so(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    with gr.Blocks():
+        board = build_weight_map(session)
+    resolved = resolve_tags(DrawRequest(SETTINGS), session.library.usable, PARTS)
+    rows = plan(Axes(ADAPTER_WEIGHT, ("ink",), (1.0, 2.0)), RACK)
+    wanted = weightmap._Plan(Axes(ADAPTER_WEIGHT, ("ink",), (1.0, 2.0)), rows, resolved, session.parts)
+    _first_cells(session, 2, monkeypatch)
+    told = weightmap._drawing(board, session, wanted, Variations(session, session.output / "maps", threading.Event()))
+    last: dict[Any, Any] = {}
+    with pytest.raises(ValueError, match="the file is gone"):
+        for changes in told:
+            last |= changes
+    assert "Nothing more was drawn: 2 of 3 cells are there, and no sheet" in last[board.status]
+    assert last[board.sheet].count("<img") == 2
+
+
+def test_a_row_that_breaks_off_says_so(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    with gr.Blocks():
+        board = leave_out.build_leave_out()
+    request = DrawRequest(SETTINGS, (AdapterChoice("ink", 0.8), AdapterChoice("lego", -0.5)))
+    _first_cells(session, 1, monkeypatch)
+    told = leave_out._drawing(
+        board, request, ["#1 ink", "#2 lego"], Variations(session, session.output, threading.Event())
+    )
+    last: dict[Any, Any] = {}
+    with pytest.raises(ValueError, match="the file is gone"):
+        for changes in told:
+            last |= changes
+    assert "Nothing more was drawn: 1 of 3 pictures" in last[board.status]
+
+
 def test_cells_have_the_tags_of_the_prompt_unless_alone(session: Session) -> None:
     request = DrawRequest(GenerationSettings("a cat <lora:lego:0.7>", steps=2))
     resolved = resolve_tags(request, session.library.usable, session.parts)
@@ -172,10 +219,69 @@ def test_cells_have_the_tags_of_the_prompt_unless_alone(session: Session) -> Non
     assert [choice.file for choice in request_of(cell, resolved, session.parts, alone=True).adapters] == ["ink"]
 
 
+def _drawn(
+    axes: Axes, rack: tuple[SlotValues, ...], prompt: str = "a <lora:ink:0.25> <lora:lego:0.75>"
+) -> list[list[dict[str, Any]]]:
+    """What the cells of a map draw."""
+    request = DrawRequest(GenerationSettings(prompt), check_adapters(rack, PARTS))
+    resolved = resolve_tags(request, ("ink", "lego", "clay"), PARTS)
+    rows = [[request_of(cell, resolved, PARTS, alone=axes.alone) for cell in row] for row in plan(axes, rack)]
+    return [[{choice.file: choice.weight for choice in cell.adapters} for cell in row] for row in rows]
+
+
+@pytest.mark.parametrize("silent", [_slot("lego", enabled=False), _slot("lego")], ids=["off", "silenced by solo"])
+def test_cells_have_the_tags_of_slots_that_take_no_part(silent: SlotValues) -> None:
+    rack = (replace(_slot("clay", 0.5), solo=silent.enabled), silent, _slot(None))
+    assert _drawn(Axes(ADAPTER_WEIGHT, ("ink",), (1.0,)), rack) == [
+        [{"clay": 0.5, "lego": 0.75}, {"clay": 0.5, "ink": 1.0, "lego": 0.75}]
+    ]
+    assert _drawn(Axes(ADAPTER_WEIGHT, ("ink",), (1.0,), alone=True), rack) == [[{}, {"ink": 1.0}]]
+
+
+def test_a_tag_brings_no_varied_adapter_back() -> None:
+    for rack in ((_slot(None), _slot(None)), (_slot("ink", 0.8, enabled=False), _slot("lego", 0.5))):
+        lego = 0.5 if rack[1].file else 0.75
+        for alone, others in ((False, {"lego": lego}), (True, {})):
+            axes = Axes(ADAPTER_WEIGHT, ("ink",), (0.0, 1.0), alone=alone)
+            assert _drawn(axes, rack) == [[others, others, {**others, "ink": 1.0}]]
+
+
+def test_a_row_varies_its_own_adapter_only() -> None:
+    rack = (_slot(None), _slot(None))
+    assert _drawn(Axes(ADAPTER_WEIGHT, ("ink", "clay"), (1.0,)), rack) == [
+        [{"lego": 0.75}, {"lego": 0.75, "ink": 1.0}],
+        [{"ink": 0.25, "lego": 0.75}, {"clay": 1.0, "ink": 0.25, "lego": 0.75}],
+    ]
+
+
+@pytest.mark.parametrize(("alone", "others"), [(False, {"clay": 0.5}), (True, {})])
+def test_a_map_of_two_has_neither_by_its_tag(alone: bool, others: dict[str, float]) -> None:
+    rack = (_slot("clay", 0.5), _slot("ink", 0.0), _slot("lego", enabled=False))
+    axes = Axes(A_B, ("ink", "lego"), (1.0,), (0.0, 2.0), alone=alone)
+    assert _drawn(axes, rack) == [
+        [others, {**others, "lego": 1.0}],
+        [{**others, "ink": 2.0}, {**others, "ink": 2.0, "lego": 1.0}],
+    ]
+
+
+def test_a_map_draws_what_the_page_would_with_the_cell_in_its_rack() -> None:
+    rack = (_slot("clay", 0.5), _slot("ink", enabled=False), _slot("ink", 0.8), _slot("lego", enabled=False))
+    page = DrawRequest(GenerationSettings("a <lora:ink:0.25> <lora:lego:0.75>"), check_adapters(rack, PARTS))
+    resolved = resolve_tags(page, ("ink", "lego", "clay"), PARTS)
+    for kind, files in ((ADAPTER_WEIGHT, ("ink", "lego")), (A_B, ("lego", "ink"))):
+        axes = Axes(kind, files, (0.0, 1.0), (0.0, 1.0))
+        for cell in (cell for row in plan(axes, rack) for cell in row):
+            drawn = request_of(cell, resolved, PARTS, alone=False)
+            loaded = replace(page, adapters=check_adapters(cell.slots, PARTS))
+            assert drawn == resolve_tags(loaded, ("ink", "lego", "clay"), PARTS).request
+
+
 def test_leave_one_out_says_what_each_does(session: Session, tmp_path: Path) -> None:
     request = DrawRequest(SETTINGS, (AdapterChoice("ink", 0.8), AdapterChoice("lego", -0.5)))
     names = names_in(request, (_slot(None), _slot("ink"), _slot("lego")))
     assert names == ["#2 ink", "#3 lego"]
+    silenced = (_slot("clay", solo=True), _slot("ink"), _slot("lego", solo=True))
+    assert names_in(request, silenced) == ["ink (of the prompt)", "#3 lego"]
     *_, row = leave_each_out(request, names, Variations(session, tmp_path / "out", threading.Event()))
     assert [entry.caption for entry in row] == ["all of them", "without #2 ink", "without #3 lego"]
     assert row[0].difference is None
@@ -252,8 +358,6 @@ def test_the_status_tells_times_and_the_queue() -> None:
 
 
 def test_a_finished_run_fills_slider_and_batch(session: Session) -> None:
-    import gradio as gr
-
     with gr.Blocks():
         stage = build_stage()
     screenplay = Screenplay(stage)

@@ -1,21 +1,28 @@
-"""The app on a free port, and a tab that shows it. Journeys are skipped aloud without a Chromium."""
+"""The app as a user gets it, on a free port, and a tab that shows it. Journeys are skipped aloud without a Chromium.
 
-import socket
+`app` is one for each journey. A module whose journeys leave one another alone overrides it with `shared_app`.
+"""
+
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from diffusers import StableDiffusionPipeline
 
+from dora_diffusion.pretrain.scenes import background
 from ui.options import UiOptions
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install dora-diffusion[ui]")
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 
-from playwright.sync_api import expect, sync_playwright  # noqa: E402  (after the skips above)
+from playwright.sync_api import BrowserContext, sync_playwright  # noqa: E402  (after the skips above)
 
-from tests.ui.tab import CHROMIUM, PATIENCE_MS, SWITCHES, Tab  # noqa: E402
+from tests.ui.served import free_port  # noqa: E402
+from tests.ui.tab import CHROMIUM, DESKTOP, SWITCHES, Tab  # noqa: E402
 from ui.app import RunningApp, launch  # noqa: E402
+
+CATS = ("red", "blue", "meadow")  # pictures to train on
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,28 +47,66 @@ def base(pipe: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
+@contextmanager
+def _started(base: Path, folder: Path) -> Iterator[RunningApp]:
+    """The app over `folder`: its adapters, its pictures to train on, its runs, its output."""
+    (folder / "sets" / "cats").mkdir(parents=True)
+    for name in CATS:
+        background(name, 64).save(folder / "sets" / "cats" / f"{name}.png")
+    options = UiOptions(
+        model=str(base),
+        adapters=folder / "adapters",
+        output=folder / "out",
+        port=free_port(),
+        datasets=(folder / "sets",),
+        runs=folder / "runs",
+    )
+    running = launch(options, block=False)
+    try:
+        yield running
+    finally:
+        running.close()
+
+
 @pytest.fixture
 def app(base: Path, adapters: Path, tmp_path: Path) -> Iterator[RunningApp]:
-    """The app on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = UiOptions(model=str(base), adapters=adapters, output=tmp_path / "out", port=port)
-    running = launch(options, block=False)
-    yield running
-    running.close()
+    """An app of one journey's own."""
+    assert adapters == tmp_path / "adapters"
+    with _started(base, tmp_path) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def shared_app(
+    base: Path, adapter_bytes: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningApp]:
+    """One app for a module: for `app` in a module whose journeys leave one another alone."""
+    folder = tmp_path_factory.mktemp("app")
+    (folder / "adapters").mkdir()
+    for name, content in adapter_bytes.items():
+        (folder / "adapters" / name).write_bytes(content)
+    (folder / "adapters" / "broken.safetensors").write_bytes(b"not an adapter")
+    with _started(base, folder) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[BrowserContext]:
+    """A browser for a module: its tabs share what they have fetched of the page, and nothing else."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
+        yield browser.new_context(viewport=DESKTOP)
+        browser.close()
 
 
 @pytest.fixture
-def tab(app: RunningApp) -> Iterator[Tab]:
-    """A tab that shows the app; at the end nothing may have left loopback or gone wrong in the page."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
-        tab = Tab(browser.new_page(viewport={"width": 1280, "height": 900}))
-        tab.watch()
-        tab.page.goto(app.url)
-        expect(tab.page.locator("#prompt textarea")).to_be_visible(timeout=PATIENCE_MS)
-        yield tab
-        browser.close()
+def tab(app: RunningApp, chromium: BrowserContext) -> Iterator[Tab]:
+    """A fresh tab that shows the app; at the end nothing may have left loopback or gone wrong in the page."""
+    tab = Tab(chromium.new_page())
+    tab.watch()
+    tab.page.goto(app.url)
+    tab.expect_loaded()
+    yield tab
+    tab.page.close()
     assert tab.hosts == {"127.0.0.1"}
     assert tab.errors == []

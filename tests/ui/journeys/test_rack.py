@@ -1,30 +1,35 @@
 """The rack in a browser: blocks, curve, mask and solo reach the picture; moving changes nothing; the meter measures."""
 
 import json
-from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
-from tests.ui.tab import PATIENCE_MS, PHONE, Tab
+from tests.ui.tab import PATIENCE_MS, Tab
+from ui.app import RunningApp
 
-DRAWN_MS = 3 * PATIENCE_MS
+_LEVEL = "c => c.getContext('2d').getImageData(128, 128, 1, 1).data[0]"
+_BLACK = f"() => ({_LEVEL})(document.querySelector('#mask-canvas canvas')) === 0"
 
 
-def _draw(tab: Tab, folder: Path, *, pictures: int) -> tuple[np.ndarray, list[dict]]:
-    """Press Generate; the newest picture's pixels and adapters once there are so many."""
-    tab.page.locator("#generate").click()
-    for _ in range(DRAWN_MS // 100):
-        if len(list(folder.glob("*.png"))) == pictures:
-            break
-        tab.page.wait_for_timeout(100)
-    expect(tab.page.locator("#status")).to_contain_text("Done in", timeout=DRAWN_MS)
-    with Image.open(max(folder.glob("*.png"), key=lambda path: path.stat().st_mtime_ns)) as picture:
+@pytest.fixture(scope="module")
+def app(shared_app: RunningApp) -> RunningApp:
+    """One for all of these journeys."""
+    return shared_app
+
+
+def _draw(tab: Tab, app: RunningApp) -> tuple[np.ndarray, list[dict]]:
+    """Press Generate; the new picture's pixels and adapters."""
+    had = set(app.session.output.glob("*.png"))
+    tab.draw()
+    (new,) = set(app.session.output.glob("*.png")) - had
+    with Image.open(new) as picture:
         return np.asarray(picture), json.loads(picture.info["dora_diffusion"])["adapters"]
 
 
-def test_fine_settings_reach_the_picture_and_move_with_their_slot(tab: Tab, tmp_path: Path) -> None:
+def test_fine_settings_reach_the_picture_and_move_with_their_slot(tab: Tab, app: RunningApp) -> None:
     page = tab.page
     tab.set_number("steps", "2")
     expect(page.locator("#slot-2")).to_be_hidden()
@@ -46,7 +51,7 @@ def test_fine_settings_reach_the_picture_and_move_with_their_slot(tab: Tab, tmp_
     expect(page.locator("#slot-1-mask")).to_contain_text("draws in 50%")
     tab.snap("rack")
 
-    before, (ink, lego) = _draw(tab, tmp_path / "out", pictures=1)
+    before, (ink, lego) = _draw(tab, app)
     assert (ink["name"], ink["weight"], ink["schedule"]) == ("ink", 1.0, [[0.0, 0.0], [1.0, 1.0]])
     assert ink["mask"]
     assert lego["weight"] == {"unet": 1.0, "text_encoder": 1.0, "unet.mid_block": 0.5}
@@ -56,12 +61,12 @@ def test_fine_settings_reach_the_picture_and_move_with_their_slot(tab: Tab, tmp_
     expect(page.locator("#slot-2-file input")).to_have_value("ink")
     expect(page.locator("#blend-sentence")).to_contain_text("Moved, which changes nothing in the picture.")
     expect(page.locator("#slot-2-badge")).to_contain_text("88/88 keys matched")
-    after, uses = _draw(tab, tmp_path / "out", pictures=2)
+    after, uses = _draw(tab, app)
     assert np.array_equal(before, after)
     assert uses == [lego, ink]
 
     page.locator("#slot-1-solo input").check()
-    alone, uses = _draw(tab, tmp_path / "out", pictures=3)
+    alone, uses = _draw(tab, app)
     assert uses == [lego]
     assert not np.array_equal(before, alone)
 
@@ -80,11 +85,10 @@ def test_a_stroke_paints_and_no_mask_wipes(tab: Tab) -> None:
     page.mouse.move(box["x"] + 0.8 * box["width"], box["y"] + 0.5 * box["height"], steps=4)
     page.mouse.up()
     expect(page.locator("#slot-1-mask")).to_contain_text("draws in 1")
-    assert canvas.evaluate("c => c.getContext('2d').getImageData(128, 128, 1, 1).data[0]") == 255
+    assert canvas.evaluate(_LEVEL) == 255
     page.locator("#slot-1-unmask").click()
     expect(page.locator("#slot-1-mask")).to_contain_text("draws everywhere")
-    page.wait_for_timeout(300)
-    assert canvas.evaluate("c => c.getContext('2d').getImageData(128, 128, 1, 1).data[0]") == 0
+    page.wait_for_function(_BLACK)
 
 
 def test_the_meter_the_mode_and_removing(tab: Tab) -> None:
@@ -104,6 +108,4 @@ def test_the_meter_the_mode_and_removing(tab: Tab) -> None:
     expect(page.locator("#slot-1-file input")).to_have_value("none")
     expect(page.locator("#slot-1-strength")).to_be_hidden()
     expect(page.locator("#slot-2-file input")).to_have_value("lego")
-    page.set_viewport_size(PHONE)  # type: ignore[arg-type]
-    page.wait_for_timeout(300)
-    assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+    tab.expect_fits_phone()

@@ -1,5 +1,7 @@
-"""What hostile pages, clients and files send. `{secret}` and the like are filled in by the test that sends them."""
+"""What hostile pages, clients and files send. `{secret}` and the like are filled in when it is sent."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 Headers = dict[str, str]
@@ -242,13 +244,68 @@ SCRIPTS: tuple[str, ...] = (
 )
 
 
-def count() -> int:
-    """Payloads, each counted once, however many endpoints it is sent to."""
-    groups = (TRAVERSALS, FETCHES, STRANGERS, CALLS, NAMES, JUNK, ADDRESSES, SCRIPTS)
-    return sum(len(group) for group in groups)
+# What stands for all arguments of a documented endpoint.
+SHAPES: tuple[Any, ...] = ([], [1], [None] * 50, "abc", {"a": 1}, None)
+
+# Numbers of handlers that are not there.
+NUMBERS: tuple[Any, ...] = (-1, 10**9, "x", None, 1.5, [0])
 
 
-def filled(value: Any, words: dict[str, str]) -> Any:
+@dataclass(frozen=True)
+class Body:
+    """A body that is too long, or of another kind than JSON.
+
+    Attributes:
+        name: what it is.
+        path: where it is posted.
+        content: `start`, and `filler` so many `times` after it.
+        status: which must come back.
+        kind: its Content-Type, if it has one.
+        encoding: its Content-Encoding, if it has one.
+    """
+
+    name: str
+    path: str
+    start: bytes
+    status: int
+    filler: bytes = b""
+    times: int = 0
+    kind: str = ""
+    encoding: str = ""
+
+    @property
+    def headers(self) -> Headers:
+        """Its headers but for the length."""
+        named = {"Content-Type": self.kind, "Content-Encoding": self.encoding}
+        return {name: value for name, value in named.items() if value}
+
+    @property
+    def content(self) -> bytes:
+        """All of it; some are of many megabytes."""
+        return self.start + self.filler * self.times
+
+
+JOIN = "/gradio_api/queue/join"
+PARTS = "multipart/form-data; boundary=x"
+FORM = "application/x-www-form-urlencoded"
+BODIES: tuple[Body, ...] = (
+    Body("long", JOIN, b'"', 413, b"a", 5 << 20),
+    Body("long text", "/gradio_api/run/generate", b"", 413, b"a", 5 << 20, kind="text/plain"),
+    Body("deep", JOIN, b"", 400, b"[", 1_000_000),
+    Body("nan", JOIN, b'{"data": [NaN', 400, b",Infinity", 1000),
+    Body("pickle", JOIN, b"\x80\x04cos\nsystem\n.", 400, kind="application/x-pickle"),
+    Body("gzip", JOIN, b"\x1f\x8b\x08", 400, b"\0", 100, encoding="gzip"),
+    Body("upload", "/gradio_api/upload", b"--x\r\n", 413, b"a", 16 << 20, kind=PARTS),
+    Body("longer upload", "/gradio_api/upload", b"--x\r\n", 413, b"a", 25 << 20, kind=PARTS),
+    Body("recording", "/gradio_api/process_recording", b"--x--", 404, kind=PARTS),
+    Body("login", "/login", b"username=a&password=b", 404, kind=FORM),
+)
+
+# Names under which a page with a script is uploaded.
+UPLOADS: tuple[str, ...] = ("../../escaped.png", "/tmp/escaped.png", "a\\..\\b.png", "<script>.html", "x.svg")
+
+
+def filled(value: Any, words: Mapping[str, str]) -> Any:
     """The payload with its `{secret}` and the like filled in, at any depth."""
     if isinstance(value, str):
         for name, word in words.items():

@@ -1,0 +1,1 @@
+"""What hostile pages, clients and files send to the app, and what it must come to."""
