@@ -158,13 +158,20 @@ def _wire_new_files(session: Session, sent: gr.Textbox, exported: gr.Textbox, ra
 
     def add(values: dict[Component, Any]) -> Updates:
         name = values[sent]
-        if not name:
-            return {}
+        if not name:  # emptied before each press, so that the same name again is a change
+            return {rack.sentence: gr.skip()}  # of an empty dict gradio says that values are missing
         with told():
             session.library.refresh()
             return rack.add(values, name)
 
-    sent.change(add, rack.inputs | {sent}, list(rack.outputs), show_progress="hidden", api_visibility="private")
+    sent.change(
+        add,
+        rack.inputs | {sent},
+        list(rack.outputs),
+        show_progress="hidden",
+        trigger_mode="always_last",  # the name follows the emptying at once, and must not be dropped for it
+        api_visibility="private",
+    )
     exported.change(lambda: session.library.refresh(), None, None, queue=False, api_visibility="private")
 
 
@@ -193,9 +200,13 @@ def _wire_model(session: Session, model: gr.Dropdown, news: gr.HTML, form: Form,
         show_progress="minimal",
         api_visibility="private",
     )
-    # a page that is opened after another tab has switched the base
+
+    def opened(values: dict[Component, Any]) -> dict[Component, Any]:
+        """Nothing anew unless another tab has switched the base: what was chosen meanwhile would be lost."""
+        return {news: news_html(session)} if values[model] == session.model else shown(values)
+
     demo.load(
-        shown,
+        opened,
         rack.inputs | {model},
         [*rack.outputs, form.sampler, model, news],
         show_progress="hidden",

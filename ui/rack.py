@@ -315,9 +315,12 @@ def _wire_refresh(rack: Rack, events: Sequence[Any], broken: gr.HTML) -> None:
     def look_again(*chosen: str) -> Updates:
         library.refresh()
         kept = [name if name in library.usable else "" for name in chosen]
-        changes = rack.shown(kept) | {broken: broken_list(library)}
+        # what stands is not sent back: by the time this arrives the user may have made another choice
+        changes = {
+            broken: broken_list(library),
+            **({} if kept == [name or "" for name in chosen] else rack.shown(kept)),
+        }
         for slot, name, had in zip(rack.slots, kept, chosen, strict=True):
-            # a choice that stands is not sent back: by the time this arrives the user may have made another
             lost = bool(had) and not name
             choices = choices_of(library, name)
             changes[slot.file] = gr.Dropdown(choices, value="") if lost else gr.Dropdown(choices)

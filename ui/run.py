@@ -99,7 +99,8 @@ class Run:
         try:
             while (update := self._next()) is not None:
                 yield update
-                time.sleep(FRAME_SECONDS)
+                if not update.is_last:  # while this is not through, the page drops a press of Generate
+                    time.sleep(FRAME_SECONDS)
             if self._error is not None:
                 raise self._error
         finally:

@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -50,17 +52,23 @@ class Tab:
         expect(self.page.locator("#browser-cards .card").first).to_be_visible(timeout=PATIENCE_MS)
         expect(self.page.locator("#history-place")).to_contain_text(re.compile("drawn yet|page"), timeout=PATIENCE_MS)
 
-    def draw(self) -> None:
-        """Press Generate, the History open, and wait until the page has heard that the drawing is through.
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Start a drawing in the block, the History open: at its end the page has heard that the drawing is through.
 
         "Done" in the status is not enough: gradio drops a press of Generate while the one before is under way, and it
         is for a moment after its last news. The history looks again after that, and then it has another picture.
         """
-        place = self.page.locator("#history-place")
+        place = self.page.locator("#history-place .kept")
         before = place.inner_text()
-        self.page.locator("#generate").click()
+        yield
         expect(place).not_to_have_text(before, timeout=DRAWN_MS)
         expect(self.page.locator("#status")).to_contain_text("Done in")
+
+    def draw(self) -> None:
+        """Press Generate and wait as `drawing` does."""
+        with self.drawing():
+            self.page.locator("#generate").click()
 
     def open(self, name: str) -> None:
         """Go to one of the page's tabs."""
