@@ -54,7 +54,9 @@ class Desk:
     def request(self, values: Values) -> DrawRequest:
         """What the browser asks for, checked; a ValueError of one line when that cannot be drawn."""
         if values[self.model] != self.session.model:  # its blocks and samplers are not those on this page
-            raise ValueError(f"the base is {self.session.model} now: another tab has switched it; reload this page")
+            raise ValueError(
+                f"the base is {self.session.model} now: another tab has switched it; choose it as this page's base, too"
+            )
         asked = self._recipe(values).request(self.session.parts, self.form.canvas_of(values))
         return replace(asked, count=self.form.count_of(values))
 

@@ -131,6 +131,8 @@ def _as_adapter(session: Session, request: DrawRequest, options: ExportOptions, 
         name = next((file.name for file in session.library.files if file.path == path), options.name)
         merged = replace(request, adapters=(AdapterChoice(name, 1.0),), blend=ADDITIVE)
         (again,) = session.draw(merged, should_stop=should_stop)
+        if again.model != live.model:
+            raise ValueError(f"the base was switched to {again.model} meanwhile; export again")
         return _compared(session, live, again, path, name=name, told=blended.report.sentence())
     except BaseException:
         if written:
@@ -168,6 +170,8 @@ def _mix(
     session: Session, request: DrawRequest, live: Drawn, base: BaseWeights
 ) -> tuple[dict[str, AdapterState], Weights]:
     """The adapters that drew `live`, and their strengths."""
+    if session.model != live.model:
+        raise ValueError(f"the base was switched to {session.model} meanwhile; export again")
     states: dict[str, AdapterState] = {}
     weights: Weights = {}
     for choice, use in zip(request.adapters, live.adapters, strict=True):

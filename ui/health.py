@@ -99,7 +99,7 @@ def on_shutdown(demo: gr.Blocks, session: Session, closers: Sequence[Callable[[]
     Args:
         demo: launched, with `prevent_thread_lock`.
         session: the app's.
-        closers: called first, each without arguments: child processes are ended here.
+        closers: called once drawings have been told to stop, each without arguments: child processes are ended here.
     """
     asked: list[int] = []  # no Event: a handler must take no lock
 
@@ -115,7 +115,7 @@ def on_shutdown(demo: gr.Blocks, session: Session, closers: Sequence[Callable[[]
         while demo.is_running and not asked:
             time.sleep(0.2)
         _tell("Closing …", file=sys.stdout)
-        if not close_all([*closers, session.close, lambda: demo.close(verbose=False)]):
+        if not close_all([session.stop_all, *closers, session.close, lambda: demo.close(verbose=False)]):
             _tell(f"A drawing did not end within {CLOSING_SECONDS:g} s and was cut off.", file=sys.stderr)
             os._exit(0)
     finally:

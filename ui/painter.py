@@ -5,7 +5,6 @@ what it sends is a PNG, white where there is paint, that is read and checked her
 """
 
 import base64
-import binascii
 import io
 
 from PIL import Image
@@ -44,11 +43,13 @@ def read_png(data: object, *, most_side: int, most_characters: int) -> Image.Ima
     try:
         content = base64.b64decode(data.removeprefix(_START), validate=True)
         with Image.open(io.BytesIO(content), formats=["PNG"]) as opened:
-            if max(opened.size) > most_side:
-                raise ValueError(f"mask: got {opened.width} x {opened.height} pixels, expected at most {most_side}")
-            return opened.convert("L")
-    except (OSError, SyntaxError, binascii.Error, Image.DecompressionBombError) as error:
+            size = opened.size
+            mask = opened.convert("L") if max(size) <= most_side else None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # binascii's is a ValueError
         raise ValueError(f"mask: not a PNG that can be read ({type(error).__name__})") from None
+    if mask is None:
+        raise ValueError(f"mask: got {size[0]} x {size[1]} pixels, expected at most {most_side}")
+    return mask
 
 
 def template(label: str, clear: str, *, above: str = "", tools: str = "") -> str:

@@ -279,7 +279,9 @@ def _wire_masks(rack: Rack) -> None:
     def aim(target: int, *held: masks.Mask) -> str:
         return canvas_value(held[check_whole("mask of", target, low=1, high=SLOTS) - 1])
 
-    painter.canvas.input(told()(painted), painter.target, [*states, *(slot.mask_view for slot in rack.slots)], **plain)
+    # every stroke: by default gradio drops those that come while it still answers the one before
+    views = [slot.mask_view for slot in rack.slots]
+    painter.canvas.input(told()(painted), painter.target, [*states, *views], trigger_mode="multiple", **plain)
     painter.target.input(told()(aim), [painter.target, *states], painter.canvas, **plain)
     files = [slot.file for slot in rack.slots]
 

@@ -12,6 +12,7 @@ from dora_diffusion.generation import Canvas, GenerationSettings
 from dora_diffusion.mixing import MODES
 from dora_diffusion.samplers import DEFAULT as DEFAULT_SAMPLER
 from dora_diffusion.samplers import SAMPLERS
+from dora_diffusion.training.images import read_image
 
 MAX_STRENGTH = 2.0
 MAX_STEPS = 100
@@ -272,20 +273,25 @@ def check_picture(name: str, value: object) -> Image.Image | None:
     if isinstance(value, str | Path):
         try:
             with Image.open(value, formats=["PNG", "JPEG", "WEBP"]) as opened:
-                _check_pixels(name, opened)
-                return opened.copy()
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+                size = opened.size
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{name}: not a picture that can be read ({type(error).__name__})") from None
+        _check_pixels(name, size)
+        try:
+            return read_image(value)  # turned and laid on white as everywhere
+        except ValueError as error:
+            told = str(error).rpartition(f"{Path(value).name}: ")[2]
+            raise ValueError(f"{name}: not a picture that can be read ({told})") from None
     if not isinstance(value, Image.Image):
         raise ValueError(f"{name}: got {shown(value)}, expected a picture")
-    _check_pixels(name, value)
+    _check_pixels(name, value.size)
     return value
 
 
-def _check_pixels(name: str, picture: Image.Image) -> None:
+def _check_pixels(name: str, size: tuple[int, int]) -> None:
     most = 4 * MAX_SIDE
-    if not all(0 < side <= most for side in picture.size):
-        raise ValueError(f"{name}: got {picture.width} x {picture.height} pixels, expected at most {most} a side")
+    if not all(0 < side <= most for side in size):
+        raise ValueError(f"{name}: got {size[0]} x {size[1]} pixels, expected at most {most} a side")
 
 
 def parse_curve(text: object, *, name: str = "curve") -> Curve | None:
@@ -330,7 +336,12 @@ def curve_text(curve: Sequence[Sequence[float]] | None) -> str:
     for name, named in NAMED_CURVES.items():
         if named == points:
             return name
-    return ", ".join(f"{progress:g}:{factor:g}" for progress, factor in points or ())
+    return ", ".join(f"{_shortest(progress)}:{_shortest(factor)}" for progress, factor in points or ())
+
+
+def _shortest(value: float) -> str:
+    """As few digits as read back as the very same number."""
+    return repr(value).removesuffix(".0")
 
 
 def taking_part(slots: Sequence[SlotValues]) -> list[SlotValues]:

@@ -10,6 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from dora_diffusion.adapters import LoadReport
 from dora_diffusion.base_weights import BaseWeights, base_weights
 from dora_diffusion.families import family_of_pipeline
@@ -52,6 +54,7 @@ class Drawn:
         origin: canvas and tags.
         model: the base.
         seconds: of drawing.
+        inputs: pictures that the metadata name by hash: canvas and masks.
     """
 
     image: Any
@@ -60,6 +63,7 @@ class Drawn:
     origin: Origin
     model: str
     seconds: float
+    inputs: tuple[Image.Image, ...] = ()
 
 
 class Session:
@@ -85,6 +89,7 @@ class Session:
         self._bases: OrderedDict[tuple[object, ...], Path] = OrderedDict()
         self._runs: dict[str, Run] = {}
         self._runs_lock = threading.Lock()
+        self._closing = threading.Event()
         self._files_lock = threading.Lock()
         self.naming = threading.Lock()  # held from the look whether a name is free until its file is there
 
@@ -210,7 +215,11 @@ class Session:
             ValueError: what the request asks for cannot be drawn.
             GenerationStopped: `should_stop` said yes.
         """
-        asked = should_stop or (lambda: False)
+        asks = should_stop or (lambda: False)
+
+        def asked() -> bool:
+            return self._closing.is_set() or asks()
+
         wanted, engine = self._resolved(request), self._engine
         with self._turns.turn(should_stop=asked):
             self._check_engine(engine)
@@ -222,8 +231,13 @@ class Session:
                 ]
 
     def save(self, drawn: Drawn, folder: Path | None = None) -> Path:
-        """Write a picture with its metadata under a new name, into the output folder unless another is given."""
+        """Write a picture with its metadata under a new name, into the output folder unless another is given.
+
+        The pictures that its metadata name by hash are kept beside, in the output folder.
+        """
         folder = self.output if folder is None else folder
+        for picture in drawn.inputs:
+            keep_input(self.output, picture)
         folder.mkdir(parents=True, exist_ok=True)
         with self._files_lock:
             return save_picture(
@@ -241,12 +255,17 @@ class Session:
         with self._turns.turn(is_short=True):
             yield base_weights(self._engine.pipe)
 
-    def close(self) -> None:
-        """Stop every run, then leave the pipeline as it was given."""
+    def stop_all(self) -> None:
+        """Stop whatever draws, within a step, for good: nothing is drawn afterwards."""
+        self._closing.set()
         with self._runs_lock:
             runs = tuple(self._runs.values())
         for run in runs:
             run.stop()
+
+    def close(self) -> None:
+        """Stop whatever draws, then leave the pipeline as it was given."""
+        self.stop_all()
         with self._turns.turn(is_short=True):
             self._engine.close()
         self.library.close()
@@ -331,7 +350,6 @@ class Session:
             run.post(replace(run.latest, step=report.step, total=report.total, preview=report.preview))
 
         drawn = self._drawn(settings, wanted, uses, should_stop=run.is_stopping, on_step=on_step, preview_every=1)
-        self._keep_inputs(wanted.request)
         run.post(replace(run.latest, draw_seconds=run.latest.draw_seconds + drawn.seconds))
         return self.save(drawn, folder)
 
@@ -356,15 +374,7 @@ class Session:
             preview_every=preview_every,
         )
         seconds = time.perf_counter() - started
-        return Drawn(image, settings, uses, _origin(canvas, wanted.tags), self.model, seconds)
-
-    def _keep_inputs(self, request: DrawRequest) -> None:
-        """Store the pictures that metadata names by hash."""
-        canvas = request.canvas
-        own = () if canvas is None else (canvas.image, canvas.mask)
-        for picture in (*own, *(choice.mask for choice in request.adapters)):
-            if picture is not None:
-                keep_input(self.output, picture)
+        return Drawn(image, settings, uses, _origin(canvas, wanted.tags), self.model, seconds, _inputs(wanted.request))
 
     def _known_base(self, settings: GenerationSettings, canvas: Canvas | None) -> Path | None:
         path = self._bases.get(self._base_key(settings, canvas))
@@ -387,6 +397,12 @@ def _tell(run: Run, picture: Path) -> None:
 
 def _each_seed(request: DrawRequest) -> list[GenerationSettings]:
     return [replace(request.settings, seed=request.settings.seed + offset) for offset in range(request.count)]
+
+
+def _inputs(request: DrawRequest) -> tuple[Image.Image, ...]:
+    canvas = request.canvas
+    own = () if canvas is None else (canvas.image, canvas.mask)
+    return tuple(picture for picture in (*own, *(choice.mask for choice in request.adapters)) if picture is not None)
 
 
 def _origin(canvas: Canvas | None, tags: tuple[LoraTag, ...]) -> Origin:

@@ -18,7 +18,8 @@ from ui.train_child import end, spawn
 from ui.train_log import last_line, last_reason
 from ui.train_runs import CONFIG, LOG, forget_attempt, run_config
 
-GRACE_SECONDS = 8.0
+GRACE_SECONDS = 60.0  # a step of a large model, its previews and its checkpoint
+CLOSING_SECONDS = 8.0  # the app waits no longer when it ends itself
 _STOPPED = 130  # the exit status of a run that was interrupted
 _FULL_BYTES = 1 << 20
 
@@ -103,17 +104,20 @@ class Trainer:
 
     def stop(self) -> None:
         """Interrupt the trainer, so that it saves its step and ends; kill it when it does not in time."""
+        self._end(GRACE_SECONDS)
+
+    def _end(self, grace: float) -> None:
         with self._lock:
             if self._last is None:
                 return
             if self.running:
                 self._stopped = self._last
-            end(self._last.process, grace=GRACE_SECONDS)
+            end(self._last.process, grace=grace)
 
     def close(self) -> None:
         """End it with the app; nothing can be started afterwards."""
         self._closed = True
-        self.stop()
+        self._end(CLOSING_SECONDS)
         atexit.unregister(self.close)
 
     def state(self) -> TrainState:

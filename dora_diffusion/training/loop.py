@@ -149,8 +149,10 @@ class _Run:
                 loss = self._optimise(step)
                 bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}", refresh=False)
                 self.accelerator.log({"loss/train": loss, "learning_rate": rate}, step=step + 1)
-                self._watch(step + 1)
                 stops = stop.asked and step + 1 < steps  # after the last step, only files are left to write
+                if not stops:  # previews may take longer than whoever asked is ready to wait
+                    self._watch(step + 1)
+                    stops = stop.asked and step + 1 < steps
                 if leads and (stops or _due(step + 1, self.config.checkpoint.every, steps)):
                     folder, adapter = self.folder / "checkpoints", self._adapter(step + 1)
                     checkpoint.save(self.state, self.config, step=step + 1, folder=folder, adapter=adapter)

@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw
 
 from dora_diffusion.generation import GenerationSettings, generate
 from dora_diffusion.sheets import grid
+from dora_diffusion.storage import atomic_file
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.subject import Subject
 
@@ -30,7 +31,7 @@ def save_previews(pictures: Sequence[Image.Image], folder: Path, *, step: int) -
     """All prompts' pictures of a step side by side: `samples/step-00000100.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.png"
-    grid([pictures]).save(path)
+    _save(grid([pictures]), path)
     return path
 
 
@@ -50,5 +51,10 @@ def save_strip(folder: Path) -> Path | None:
         draw.rectangle((0, y, 66, y + 14), fill="white")
         draw.text((3, y + 1), f"step {int(file.stem[5:])}", fill="black")
     path = folder / "strip.png"
-    sheet.save(path)
+    _save(sheet, path)
     return path
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    with atomic_file(path) as file:
+        picture.save(file, format="PNG")

@@ -53,6 +53,8 @@ def end_with_stdin(*, seconds: float = SECONDS_TO_END) -> None:
     For a program that starts a run and holds the other end of a pipe: the system closes it however that program ends,
     killed or not. It takes the place of reading standard input.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as of what a script starts in its background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_after_stdin, args=(seconds,), name="end-with-stdin", daemon=True).start()
 
 

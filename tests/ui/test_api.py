@@ -31,6 +31,7 @@ from ui.request import DetailValues, DrawRequest, SlotValues, check_adapters, ch
 from ui.session import Session  # noqa: E402
 
 pytestmark = [
+    pytest.mark.usefixtures("plain_signals"),
     # what gradio 6.31's queue asks of pandas, pandas 3 calls deprecated
     pytest.mark.filterwarnings("ignore:'future.no_silent_downcasting' is deprecated"),
     pytest.mark.filterwarnings("ignore:The copy keyword is deprecated"),
@@ -271,7 +272,7 @@ class Demo:
         return True
     def close(self, verbose):
         Path({folder!r}, "demo").touch()
-session = SimpleNamespace(close=lambda: Path({folder!r}, "session").touch())
+session = SimpleNamespace(stop_all=lambda: None, close=lambda: Path({folder!r}, "session").touch())
 def fail():
     time.sleep(2)  # a shell hands the signal on: it comes twice
     raise OSError("no")

@@ -280,3 +280,19 @@ def test_bad_tags(prompt: str, message: str) -> None:
 def test_tags_in_the_negative_prompt_are_refused() -> None:
     with pytest.raises(ValueError, match="^negative prompt: holds a <lora:...> tag"):
         resolve_tags(DrawRequest(GenerationSettings("a", "<lora:ink:1>")), ("ink",), POCKET)
+
+
+def test_a_curve_loses_no_digit() -> None:
+    curve = ((0.0, -2.0), (1 / 3, 0.123456789), (1.0, 1.0))
+    assert parse_curve(curve_text(curve)) == curve
+
+
+def test_a_picture_by_path_is_upright_and_on_white(tmp_path: Path) -> None:
+    turned, clear = Image.new("RGB", (40, 20), "red"), Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # a quarter turn, as phones write it
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    clear.save(tmp_path / "clear.png")
+    upright, white = check_canvas(tmp_path / "turned.jpg"), check_canvas(tmp_path / "clear.png")
+    assert upright is not None and upright.image.size == (20, 40)
+    assert white is not None and white.image.getpixel((0, 0)) == (255, 255, 255)

@@ -238,10 +238,12 @@ def test_a_request_is_what_the_library_draws_and_leaves_nothing(
             manager.set_mask(choice.file, choice.mask)
     expected = generate(pipe, request_.settings, canvas=request_.canvas)
     manager.unload()
+    session = Session(pipe, model="random", folder=adapters, output=session.output)
     last = _finish(session, request_)
     np.testing.assert_array_equal(_pixels(last.picture), np.asarray(expected))
     assert not np.array_equal(_pixels(last.picture), _pixels(last.base))
     assert session.draw(DrawRequest(SMALL))[0].image.tobytes() == plain.tobytes()
+    session.close()
     assert pipe.scheduler is scheduler
     assert not pipe.unet._forward_hooks and not pipe.unet._forward_pre_hooks
 
@@ -346,7 +348,8 @@ def test_draw_waits_for_its_turn_and_can_be_stopped(session: Session) -> None:
 
 def test_times_are_told(session: Session) -> None:
     last = _finish(session, DrawRequest(SMALL, (INK,)))
-    assert 0 < last.mix_seconds < last.load_seconds < last.draw_seconds < last.seconds
+    parts = (last.load_seconds, last.mix_seconds, last.draw_seconds)
+    assert min(parts) > 0 and sum(parts) < last.seconds
 
 
 def test_another_base_is_switched_to(session: Session, tmp_path: Path) -> None:
@@ -379,3 +382,35 @@ def test_a_request_made_for_another_base_is_refused(session: Session) -> None:
     with pytest.raises(ValueError, match="^the base was switched to pocket while this waited; press Generate again$"):
         list(late.updates())
     switching.join()
+
+
+def test_what_variations_were_drawn_on_is_kept_with_them(session: Session) -> None:
+    canvas = Canvas(Image.new("RGB", (64, 64), "navy"), Image.new("L", (64, 64), 255))
+    mask = Image.linear_gradient("L").resize((64, 64))
+    request = DrawRequest(replace(SETTINGS, strength=0.6), (replace(INK, mask=mask),), canvas=canvas)
+    (drawn,) = session.draw(request)
+    record = read_metadata(session.save(drawn, session.output / "maps"))
+    assert record is not None and record.origin.canvas is not None and record.origin.canvas_mask is not None
+    for name, picture in (
+        (record.origin.canvas, canvas.image),
+        (record.origin.canvas_mask, canvas.mask),
+        (record.adapters[0].mask, mask),
+    ):
+        kept = find_input(session.output, str(name))
+        assert kept is not None and picture is not None and np.array_equal(np.asarray(kept), np.asarray(picture))
+
+
+def test_closing_stops_variations_too(pipe: StableDiffusionPipeline, adapters: Path, tmp_path: Path) -> None:
+    session = Session(pipe, model="random", folder=adapters, output=tmp_path / "out")
+    steps: list[int] = []
+
+    def on_step(report: object) -> None:
+        steps.append(1)
+        session.stop_all()
+
+    with pytest.raises(GenerationStopped):
+        session.draw(DrawRequest(LONG), on_step=on_step)
+    assert len(steps) <= 2
+    session.close()
+    with pytest.raises(GenerationStopped):
+        session.draw(DrawRequest(SETTINGS))

@@ -24,6 +24,8 @@ from ui.train_plan import Planner  # noqa: E402
 from ui.train_process import Trainer  # noqa: E402
 from ui.train_runs import LOG, LossReader, list_checkpoints  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("plain_signals")
+
 
 @pytest.fixture
 def options(adapters: Path, tmp_path: Path) -> UiOptions:
@@ -86,7 +88,7 @@ class Demo:
         return True
     def close(self, verbose):
         pass
-on_shutdown(Demo(), SimpleNamespace(close=lambda: None), [planner.close, trainer.close])
+on_shutdown(Demo(), SimpleNamespace(stop_all=lambda: None, close=lambda: None), [planner.close, trainer.close])
 """
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from dora_diffusion.training.stopping import stop_requests
 
+pytestmark = pytest.mark.usefixtures("plain_signals")
+
 SCRIPT = """
 import time
 from dora_diffusion.training.stopping import end_with_stdin
