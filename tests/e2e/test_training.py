@@ -90,6 +90,16 @@ def test_a_signal_leaves_a_checkpoint_of_the_step_under_way(base, images, tmp_pa
     assert_identical(load_file(resumed.adapter), load_file(whole.adapter))
 
 
+def test_a_stop_does_not_wait_for_previews(base, images, tmp_path, monkeypatch) -> None:
+    watched: list[int] = []
+    monkeypatch.setattr(loop._Run, "_watch", lambda run, step: watched.append(step))
+    monkeypatch.setattr(loop, "weighted_squared_error", _signalling(loop.weighted_squared_error))
+    with pytest.raises(KeyboardInterrupt):
+        train(config(base, images, tmp_path / "run"))
+    assert watched == [0]
+    assert (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir()
+
+
 def test_a_signal_in_the_last_step_does_not_keep_the_run_from_its_files(base, images, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(loop, "weighted_squared_error", _signalling(loop.weighted_squared_error))
     assert train(config(base, images, tmp_path / "run", steps=1)).adapter.is_file()
