@@ -5,11 +5,9 @@ rounded once, to the dtype that the base has; every tensor and file that no adap
 be done is found from the headers, before anything is written.
 """
 
-import contextlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +21,7 @@ from dora_diffusion.formats.checkpoints import Checkpoint, Place, main_weights, 
 from dora_diffusion.formats.tensor_file import BLOCK_BYTES, TensorFile, write_tensor_file
 from dora_diffusion.mixing import ACTIVE_AT_ZERO, MODES, Term
 from dora_diffusion.state import AdapterState, Module
-from dora_diffusion.storage import atomic_file, sync_folder
+from dora_diffusion.storage import atomic_file, atomic_path
 from dora_diffusion.strengths import Weight, check_strength, is_meant, strength_at
 
 NOTE = "dora_diffusion.baked"
@@ -139,11 +137,11 @@ def bake(
     copied, left_out = _other_files(plan) if source.is_dir() else ([], [])
     rewritten = [file for file in plan.base.files if plan.of(file)]
     progress = _Counter(on_progress, rewritten, copied)
-    with _taking_the_place_of(target) as staging:
+    with atomic_path(target) as new:
         for path in copied:
-            _copy(path, staging / path.relative_to(source), progress)
+            _copy(path, new / path.relative_to(source), progress)
         for file in rewritten:
-            place = staging / file.path.relative_to(source) if source.is_dir() else staging
+            place = new / file.path.relative_to(source) if source.is_dir() else new
             write_tensor_file(place, file.slots, _tensors(plan, file, progress), metadata=_metadata(plan, file))
     everything = [change for changes in plan.changes.values() for change in changes]
     vectors = sum(all(isinstance(part.what, Tensor) for part in change.parts) for change in everything)
@@ -376,19 +374,3 @@ def _is_ours(path: Path) -> bool:
         return any(NOTE in file.metadata for file in open_checkpoint(path).files)
     except ValueError:
         return False
-
-
-@contextlib.contextmanager
-def _taking_the_place_of(output: Path) -> Iterator[Path]:
-    """A place to build in, beside `output`, which it becomes when the block ends without an error."""
-    staging = output.with_name(f".{output.name}.baking")
-    shutil.rmtree(staging, ignore_errors=True)  # of one that was killed
-    staging.mkdir(parents=True)
-    try:
-        yield staging / output.name
-        if output.is_dir():  # a folder cannot be replaced by another in one step
-            os.rename(output, staging / "before")
-        os.replace(staging / output.name, output)
-        sync_folder(output.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -6,9 +6,7 @@ only.
 """
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +22,7 @@ from dora_diffusion.formats.reading import read, take_apart
 from dora_diffusion.formats.scales import METADATA_KEY, peft_config
 from dora_diffusion.formats.told import LONGEST, json_object
 from dora_diffusion.state import AdapterState, Module, join
-from dora_diffusion.storage import replace_path, save_tensors, write_atomically
+from dora_diffusion.storage import atomic_path, save_tensors, write_atomically
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -135,18 +133,14 @@ def write_folder(adapter: AdapterState, path: Path) -> None:
             for inner, module in _under(adapter, component).items()
         }
         files[component] = _files(component, found)
-    staging = path.with_name(f".{path.name}.{os.getpid()}.peft")
-    try:
+    with atomic_path(path) as new:
         for folder, (tensors, config) in files.items():
-            save_tensors(tensors, staging / folder / WEIGHTS, {"format": "pt"})
-            write_atomically(staging / folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
+            save_tensors(tensors, new / folder / WEIGHTS, {"format": "pt"})
+            write_atomically(new / folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
         note = {key: text for key, text in adapter.metadata.items() if key not in (METADATA_KEY, "format")}
-        write_atomically(staging / _NOTE, json.dumps(note, indent=2, sort_keys=True).encode())
+        write_atomically(new / _NOTE, json.dumps(note, indent=2, sort_keys=True).encode())
         if adapter.extra:
-            save_tensors(dict(adapter.extra), staging / _EXTRA)
-        replace_path(staging, path)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            save_tensors(dict(adapter.extra), new / _EXTRA)
 
 
 def _under(adapter: AdapterState, component: str) -> dict[str, Module]:
