@@ -80,7 +80,6 @@ class Session:
         """
         self.library = AdapterLibrary(folder)
         self.library.refresh()
-        self.library.refresh()
         self.output = output
         self._engine = Engine(pipe, model=model, library=self.library)
         self._first = model

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from dora_diffusion.storage import write_atomically
+from dora_diffusion.storage import recover, write_atomically
 from dora_diffusion.training.checkpoint import ADAPTER
 from dora_diffusion.training.config import TrainConfig
 from ui.train_child import end, spawn
@@ -147,6 +147,7 @@ class Trainer:
 
 
 def _has_learnt(run: Path) -> bool:
+    recover(run / "checkpoints")
     return any(run.glob("checkpoints/step-*")) or (run / ADAPTER).exists()
 
 

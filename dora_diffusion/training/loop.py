@@ -18,7 +18,7 @@ from dora_diffusion.families import pixel_multiple
 from dora_diffusion.formats import save_adapter
 from dora_diffusion.objectives import weighted_squared_error
 from dora_diffusion.state import AdapterState
-from dora_diffusion.storage import write_atomically
+from dora_diffusion.storage import recover, write_atomically
 from dora_diffusion.tokens import save_words
 from dora_diffusion.training import checkpoint
 from dora_diffusion.training.batches import Batch, BatchSource, step_seed
@@ -76,6 +76,7 @@ def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
     if resume not in (None, "latest"):
         raise ValueError(f"resume={resume!r}: expected 'latest'")
     folder = config.output_dir
+    recover(folder / "checkpoints")
     if resume is None and any(folder.glob("checkpoints/step-*")):
         raise ValueError(
             f"{folder}: holds checkpoints of an earlier run; resume it with --resume latest or choose another"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import gradio as gr
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,11 +19,13 @@ from dora_diffusion.formats import FORMATS
 from dora_diffusion.generation import AdapterUse, GenerationSettings, GenerationStopped, save_picture
 from dora_diffusion.prompts import LoraTag
 from dora_diffusion.storage import sha256_of
+from tests.failing_disk import RENAMES, contents, failing_at
 from ui import hashes as hashes_module
 from ui.a1111 import parse_a1111, settings_of
 from ui.export_files import ExportOptions, export_mix
 from ui.hashes import EMPTY, Missing, Wanted, find_all
 from ui.history import PAGE, described, find_picture, largest_difference, list_pictures
+from ui.mistakes import told
 from ui.presets import delete_preset, list_presets, load_preset, save_preset
 from ui.recipes import Recipe, placed
 from ui.request import AdapterChoice, DrawRequest, SlotValues, check_adapters
@@ -379,6 +382,45 @@ def test_what_cannot_be_exported_leaves_nothing(
         export_mix(session, DrawRequest(SETTINGS, (AdapterChoice("ink", 1.0),)), ExportOptions("a"))
     assert sorted(adapters.iterdir()) == before
     assert "a" not in session.library.usable
+
+
+@pytest.mark.parametrize(("format", "calls"), [("diffusers", 1), ("peft", 6)])
+def test_an_export_that_cannot_be_written_leaves_nothing_and_is_one_line(
+    session: Session, adapters: Path, format: str, calls: int
+) -> None:
+    before = contents(adapters)
+    request = DrawRequest(SETTINGS, (AdapterChoice("ink", 1.0), AdapterChoice("lego", 0.5)))
+    for call in range(calls):
+        with failing_at(call, of=RENAMES) as tried, pytest.raises(gr.Error) as caught, told(is_markup=False):
+            export_mix(session, request, ExportOptions("both", format=format))
+        assert len(tried) == call + 1
+        assert contents(adapters) == before and not session.output.exists()
+        assert not caught.value.print_exception  # no traceback in the terminal: it was foreseen
+        assert "both" in caught.value.message and "No space left on device" in caught.value.message
+        assert "\n" not in caught.value.message and "staging" not in caught.value.message
+
+
+def test_a_model_that_cannot_be_written_leaves_nothing_and_is_one_line(
+    pipe: object, adapters: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    pipe.save_pretrained(base)  # type: ignore[attr-defined]
+    own = Session(pipe, model=str(base), folder=adapters, output=tmp_path / "out")
+    request = DrawRequest(SETTINGS, check_adapters((INK,), own.parts))
+    options = ExportOptions("whole", target="a whole model")
+    messages = []
+    for call in range(100):
+        with failing_at(call, of=RENAMES):
+            try:
+                with told(is_markup=False):
+                    export_mix(own, request, options)
+                break
+            except gr.Error as error:
+                assert list((tmp_path / "out" / "models").iterdir()) == [] or "png" in error.message
+                messages.append(error.message)
+    own.close()
+    assert len(messages) > 10
+    assert all("No space left on device" in text and "staging" not in text and "\n" not in text for text in messages)
 
 
 @pytest.mark.parametrize("asks", [0, 1, 2, 3, 5, 40, 95])

@@ -25,6 +25,7 @@ from dora_diffusion.mixing import MODES
 from dora_diffusion.pipelines import EMBEDDED, load_pipeline
 from dora_diffusion.state import AdapterState, FactoredState, ModuleState, join
 from tests import original_layouts
+from tests.failing_disk import RENAMES, fail_at_every_call
 from tests.families.pipelines import PIPELINES
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 from tests.tolerances import assert_close, assert_identical
@@ -366,6 +367,22 @@ def test_an_error_in_the_middle_leaves_nothing(folder: Path, adapters: dict[str,
     with pytest.raises(KeyboardInterrupt):
         bake(folder, adapters, WEIGHTS, tmp_path / "baked", on_progress=stop)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_whatever_call_fails_the_old_output_stays(
+    folder: Path, adapters: dict[str, AdapterState], tmp_path: Path, kind: str
+) -> None:
+    base, out = folder, tmp_path / "room" / "baked"
+    if kind == "file":
+        pipe = PIPELINES["sd1"].build()
+        adapters = {"ink": for_parts(pipe, "unet")}
+        base = original_layouts.save(original_layouts.stable_diffusion(pipe), tmp_path / "base.safetensors")
+        out = out.with_suffix(".safetensors")
+    bake(base, adapters, {"ink": 0.5}, out)
+    messages = fail_at_every_call(lambda: bake(base, adapters, {"ink": 1.0}, out), out.parent, of=RENAMES)
+    assert len(messages) >= 2 and all(str(out) in text and ".staging" not in text for text in messages)
+    assert verify(out, base, adapters, {"ink": 1.0}).error < 1e-6
 
 
 def test_a_kill_in_the_middle_leaves_no_output_and_the_next_bake_cleans_up(
