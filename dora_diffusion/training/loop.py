@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,9 +15,9 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 from tqdm import tqdm
 
-from dora_diffusion.families import pixel_multiple
+from dora_diffusion.families import family_of_pipeline, pixel_multiple
 from dora_diffusion.formats import save_adapter
-from dora_diffusion.objectives import weighted_squared_error
+from dora_diffusion.objectives import Objective, weighted_squared_error
 from dora_diffusion.state import AdapterState
 from dora_diffusion.storage import recover, write_atomically
 from dora_diffusion.tokens import save_words
@@ -88,12 +89,12 @@ def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
     instances, held_out = checked_examples(config)
     check_words(config, instances)
     pipe = load_base(config, accelerator.device)
-    objective_of(pipe, config, tokens=1)  # raises for a scheduler that cannot be trained, before anything is drawn
+    objective = _objective(pipe, config)  # raises for a scheduler that cannot be trained, before anything is drawn
     with accelerator.main_process_first():  # one process draws the class images, the others find them
         classes = ensure_class_examples(pipe, config)
     subject = prepare_subject(pipe, config)
     try:
-        return _Run(config, accelerator, subject, instances, classes, held_out).go(resume is not None)
+        return _Run(config, accelerator, subject, objective, instances, classes, held_out).go(resume is not None)
     finally:
         subject.eject()
 
@@ -106,16 +107,17 @@ class _Run:
         config: TrainConfig,
         accelerator: Accelerator,
         subject: Subject,
+        objective: Objective,
         instances: Sequence[Example],
         classes: Sequence[Example],
         held_out: Sequence[Example],
     ) -> None:
         self.config, self.accelerator, self.subject = config, accelerator, subject
         self.folder = config.output_dir
-        size = picture_size(subject, config)
+        size = picture_size(subject.pipe, subject.family, config)
         self.source = BatchSource(subject, config, size, instances=instances, classes=classes)
         self.watched = list(held_out or instances)
-        self.objective = objective_of(subject.pipe, config, tokens=_tokens(subject, size))
+        self.objective = objective
         self.optimizer = build_optimizer(subject, config)
         self.rates = RateSchedule(self.optimizer, config)
         for injection in subject.injections.values():
@@ -258,7 +260,9 @@ def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _tokens(subject: Subject, size: tuple[int, int]) -> int:
-    """How many tokens a picture is in the denoiser."""
-    multiple = pixel_multiple(subject.pipe, subject.family)
-    return (size[0] // multiple) * (size[1] // multiple)
+def _objective(pipe: Any, config: TrainConfig) -> Objective:
+    """The base's objective for pictures of the size that they are trained at."""
+    family = family_of_pipeline(pipe)
+    width, height = picture_size(pipe, family, config)
+    multiple = pixel_multiple(pipe, family)
+    return objective_of(pipe, config, tokens=(width // multiple) * (height // multiple))

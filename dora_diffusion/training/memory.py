@@ -204,7 +204,7 @@ def estimate_memory(subject: Subject, config: TrainConfig, *, device: Device) ->
         gradients=trained,
         optimiser=2 * trained,
         moments=moments,
-        side=picture_size(subject, config)[0],
+        side=picture_size(subject.pipe, subject.family, config)[0],
     )
 
 
@@ -231,7 +231,7 @@ def _without(some: Iterable[Tensor], tensors: Iterable[Tensor]) -> Iterator[Tens
 def _moments(subject: Subject, config: TrainConfig, watch: Watch) -> dict[str, int]:
     """Encode a picture, take a step, and decode a picture if the run draws any; the peak of each."""
     family, pipe = subject.family, subject.pipe
-    side, _ = picture_size(subject, config)
+    side, _ = picture_size(subject.pipe, subject.family, config)
     latents: list[Tensor] = []
     if config.optim.gradient_accumulation > 1:  # then a forward pass meets the gradients of the one before
         for parameter in subject.parameters():

@@ -195,12 +195,12 @@ def _targets(config: TrainConfig, is_denoiser: bool) -> str | list[str] | None:
     return targets if is_denoiser or targets in presets else None
 
 
-def picture_size(subject: Subject, config: TrainConfig) -> tuple[int, int]:
+def picture_size(pipe: Any, family: Family, config: TrainConfig) -> tuple[int, int]:
     """(width, height) of training pictures: the config's or the model's own; a ValueError when it cannot be drawn."""
-    side = config.data.resolution or subject.family.native_side(subject.pipe)
-    multiple = pixel_multiple(subject.pipe, subject.family)
+    side = config.data.resolution or family.native_side(pipe)
+    multiple = pixel_multiple(pipe, family)
     if side % multiple:
-        raise ValueError(f"data.resolution: got {side}, expected a multiple of {multiple} for {subject.family.name}")
+        raise ValueError(f"data.resolution: got {side}, expected a multiple of {multiple} for {family.name}")
     return side, side
 
 

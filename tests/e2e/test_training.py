@@ -19,7 +19,9 @@ from dora_diffusion.tokens import add_words, install_words, load_word
 from dora_diffusion.training import checkpoint, loop
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.loop import train
+from dora_diffusion.training.noising import objective_of
 from dora_diffusion.training.subject import load_base, prepare_subject
+from tests.failing_disk import contents
 from tests.pocket_random import random_pocket_pipeline
 from tests.tolerances import assert_identical
 
@@ -182,6 +184,32 @@ def test_resuming_with_other_settings_names_the_difference(base, images, tmp_pat
         train(config(base, images, tmp_path / "run", steps=1))
     with pytest.raises(ValueError, match="optim.learning_rate was 0.001 and is now 0.5"):
         train(config(base, images, tmp_path / "run", steps=1, learning_rate=0.5), resume="latest")
+
+
+def test_a_run_makes_its_objective_once(base, images, tmp_path, monkeypatch) -> None:
+    made: list[int] = []
+
+    def counted(pipe: object, config: TrainConfig, *, tokens: int) -> object:
+        made.append(tokens)
+        return objective_of(pipe, config, tokens=tokens)
+
+    monkeypatch.setattr(loop, "objective_of", counted)
+    train(config(base, images, tmp_path / "run", steps=1))
+    assert made == [16]  # 32 pixels, 8 a token
+
+
+def test_checkpoints_that_a_killed_save_had_set_aside_are_not_written_over(base, images, tmp_path) -> None:
+    settings = config(base, images, tmp_path / "run", steps=1)
+    train(settings)
+    folder = tmp_path / "run" / "checkpoints"
+    before = contents(folder)
+    aside = folder / ".step-00000001.01234567.staging"
+    (aside / "new" / "step-00000001").mkdir(parents=True)
+    (aside / "old").mkdir()
+    (folder / "step-00000001").rename(aside / "old" / "step-00000001")
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+        train(settings)
+    assert contents(folder) == before
 
 
 def test_no_whole_checkpoint_is_said_and_not_overwritten(base, images, tmp_path) -> None:

@@ -16,7 +16,7 @@ from dora_diffusion.generation import Canvas, GenerationSettings, GenerationStop
 from dora_diffusion.prompts import LoraTag
 from dora_diffusion.storage import sha256_of
 from ui import engine as engine_module
-from ui.library import stamp_of
+from ui.library import AdapterLibrary, stamp_of
 from ui.metadata import find_input, metadata_text, read_metadata
 from ui.request import AdapterChoice, DrawRequest
 from ui.run import Update
@@ -48,6 +48,17 @@ def _expected(pipe: StableDiffusionPipeline, adapters: Path, settings: Generatio
     picture = generate(pipe, settings)
     manager.unload()
     return np.asarray(picture)
+
+
+def test_a_session_looks_into_its_folder_once(
+    pipe: StableDiffusionPipeline, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Path] = []
+    refresh = AdapterLibrary.refresh
+    monkeypatch.setattr(AdapterLibrary, "refresh", lambda library: looked.append(library.folder) or refresh(library))
+    session = Session(pipe, model="random", folder=adapters, output=tmp_path / "out")
+    session.close()
+    assert looked == [adapters] and session.library.usable == ("ink", "lego")
 
 
 def test_blend_and_base_are_what_the_library_draws(
