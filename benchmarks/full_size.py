@@ -25,12 +25,12 @@ from benchmarks.published import PUBLISHED, Part, Published
 from dora_diffusion.bases import logical_shape
 from dora_diffusion.families import component_of_model, coverage, family_of_pipeline
 from dora_diffusion.injection import DoRAConfig, target_paths
-from dora_diffusion.storage import write_atomically
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.memory import Device, MemoryEstimate, estimate_memory
 from dora_diffusion.training.plan import file_bytes
 from dora_diffusion.training.skeleton import model_on_meta, pipeline_on_meta
 from dora_diffusion.training.subject import PRECISIONS, prepare_subject
+from dora_diffusion.utils.atomic import write_atomically
 
 RANKS = (4, 8, 16, 32, 64)
 PRESETS = ("attention", "all-linear")

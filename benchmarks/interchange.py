@@ -35,7 +35,7 @@ from dora_diffusion.formats import FORMATS
 from dora_diffusion.functional import initial_magnitude
 from dora_diffusion.injection import DoRAConfig, target_paths
 from dora_diffusion.state import AdapterState, ModuleState
-from dora_diffusion.storage import write_atomically
+from dora_diffusion.utils.atomic import write_atomically
 
 Shapes = Mapping[str, tuple[int, ...]]
 Steps = Callable[[int, int, str], None]

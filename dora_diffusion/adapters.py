@@ -30,8 +30,8 @@ from dora_diffusion.schedules import mask_of, schedule_of
 from dora_diffusion.slots import Slots
 from dora_diffusion.state import AdapterState, ModuleState
 from dora_diffusion.steering import Steering
-from dora_diffusion.storage import sha256_of
 from dora_diffusion.strengths import Weight, check_strength, is_meant, strength_at
+from dora_diffusion.utils.atomic import sha256_of
 
 __all__ = ["ADDITIVE", "AdapterManager", "LoadReport"]
 

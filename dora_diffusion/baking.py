@@ -23,8 +23,8 @@ from dora_diffusion.formats.checkpoints import Checkpoint, Place, main_weights, 
 from dora_diffusion.formats.tensor_file import BLOCK_BYTES, TensorFile, write_tensor_file
 from dora_diffusion.mixing import ACTIVE_AT_ZERO, MODES, Term
 from dora_diffusion.state import AdapterState, Module
-from dora_diffusion.storage import atomic_file, sync_folder
 from dora_diffusion.strengths import Weight, check_strength, is_meant, strength_at
+from dora_diffusion.utils.atomic import atomic_file, sync_folder
 
 NOTE = "dora_diffusion.baked"
 """The metadata key by which a baked file is known; its value is JSON."""

@@ -20,7 +20,7 @@ from dora_diffusion.families import Family, family_of_pipeline, pixel_multiple
 from dora_diffusion.prompts import LoraTag, prompt_arguments
 from dora_diffusion.samplers import DEFAULT as DEFAULT_SAMPLER
 from dora_diffusion.samplers import SAMPLERS, sampling
-from dora_diffusion.storage import write_atomically
+from dora_diffusion.utils.atomic import write_atomically
 
 METADATA_CHUNK = "dora_diffusion"
 

@@ -13,7 +13,7 @@ from dora_diffusion.fitting import kind_in_words
 from dora_diffusion.formats import Examined, load_examined
 from dora_diffusion.formats.kinship import family_of
 from dora_diffusion.state import AdapterState, Module
-from dora_diffusion.storage import sha256_of
+from dora_diffusion.utils.atomic import sha256_of
 
 _SHOWN = 3  # examples of what may be thousands
 

@@ -19,7 +19,7 @@ from dora_diffusion.formats import load_adapter
 from dora_diffusion.functional import TINY_NORM, rows
 from dora_diffusion.mixing import MODES, Term
 from dora_diffusion.state import AdapterState
-from dora_diffusion.storage import write_atomically
+from dora_diffusion.utils.atomic import write_atomically
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from dora_diffusion.pretrain.package import draw_batch
 from dora_diffusion.pretrain.pictures import held_out_pairs, scene_pictures
 from dora_diffusion.pretrain.run import Workshop, trained_dit_pipeline, trained_pipeline
 from dora_diffusion.pretrain.scenes import Scene, compose, vocabulary
-from dora_diffusion.sheets import grid
+from dora_diffusion.utils.image_grid import grid
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dora_diffusion.canvases import Canvas
 from dora_diffusion.generation import picture_sha256
-from dora_diffusion.training.images import read_image
+from dora_diffusion.utils.images import read_image
 from ui import painter
 from ui.metadata import INPUTS, find_input
 from ui.request import MAX_SIDE, check_canvas, check_picture, shown

@@ -16,7 +16,7 @@ from dora_diffusion.generation import GenerationStopped, generate
 from dora_diffusion.mixing import MODES
 from dora_diffusion.pipelines import load_pipeline
 from dora_diffusion.state import AdapterState
-from dora_diffusion.storage import sha256_of
+from dora_diffusion.utils.atomic import sha256_of
 from ui.history import largest_difference
 from ui.request import ADDITIVE, AdapterChoice, DrawRequest, check_name
 from ui.session import Drawn, Session, ShouldStop

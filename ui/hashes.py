@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from dora_diffusion.storage import sha256_of
+from dora_diffusion.utils.atomic import sha256_of
 from ui.library import AdapterFile, AdapterLibrary, Stamp, stamp_of
 
 SHORTEST = 8  # hex digits; A1111 writes 10 or 12 of 64

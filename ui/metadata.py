@@ -12,7 +12,7 @@ from PIL import Image
 
 from dora_diffusion.generation import METADATA_CHUNK, AdapterUse, GenerationSettings, Origin, picture_sha256
 from dora_diffusion.prompts import LoraTag
-from dora_diffusion.storage import write_atomically
+from dora_diffusion.utils.atomic import write_atomically
 
 INPUTS = "inputs"
 MAX_ADAPTERS = 64

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dora_diffusion.generation import GenerationSettings
 from dora_diffusion.mixing import MODES
-from dora_diffusion.storage import write_atomically
+from dora_diffusion.utils.atomic import write_atomically
 from ui.desk import Desk
 from ui.hashes import Missing, Wanted, find_all, hash_of
 from ui.library import AdapterLibrary

@@ -12,7 +12,7 @@ from dora_diffusion.generation import Canvas, GenerationSettings
 from dora_diffusion.mixing import MODES
 from dora_diffusion.samplers import DEFAULT as DEFAULT_SAMPLER
 from dora_diffusion.samplers import SAMPLERS
-from dora_diffusion.training.images import read_image
+from dora_diffusion.utils.images import read_image
 
 MAX_STRENGTH = 2.0
 MAX_STEPS = 100

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.glance import Glance, Structure, Told
-from dora_diffusion.storage import write_atomically
+from dora_diffusion.utils.atomic import write_atomically
 from ui.shelf import Stamp
 
 _VERSION = 1

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dora_diffusion.storage import write_atomically
 from dora_diffusion.training.dataset import find_caption, find_pictures, find_sidecar, read_metadata
-from dora_diffusion.training.images import SUFFIXES, shown
+from dora_diffusion.utils.atomic import write_atomically
+from dora_diffusion.utils.images import SUFFIXES, shown
 from ui.request import check_text
 
 MAX_DEPTH = 3

@@ -10,7 +10,7 @@ import gradio as gr
 from PIL import Image
 
 from dora_diffusion.training.doctor import examine, format_report
-from dora_diffusion.training.images import read_image
+from dora_diffusion.utils.images import read_image
 from ui.mistakes import told
 from ui.options import UiOptions
 from ui.request import check_text, check_whole

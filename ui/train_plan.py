@@ -5,8 +5,8 @@ import tempfile
 import threading
 from pathlib import Path
 
-from dora_diffusion.storage import write_atomically
 from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.utils.atomic import write_atomically
 from ui.train_child import end, spawn
 from ui.train_log import last_reason
 from ui.train_runs import CONFIG

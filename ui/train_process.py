@@ -11,9 +11,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from dora_diffusion.storage import write_atomically
 from dora_diffusion.training.checkpoint import ADAPTER
 from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.utils.atomic import write_atomically
 from ui.train_child import end, spawn
 from ui.train_log import last_line, last_reason
 from ui.train_runs import CONFIG, LOG, forget_attempt, run_config

@@ -8,9 +8,9 @@ from pathlib import Path
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from tensorboard.compat.proto.event_pb2 import Event
 
-from dora_diffusion.storage import MANIFEST, atomic_file, sha256_of
 from dora_diffusion.training.checkpoint import ADAPTER
 from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.utils.atomic import MANIFEST, atomic_file, sha256_of
 from ui.library import AdapterLibrary
 from ui.request import check_name
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import gradio as gr
 
-from dora_diffusion.training.images import read_image
+from dora_diffusion.utils.images import read_image
 from ui.options import UiOptions
 from ui.stage import status_html
 from ui.train_plot import loss_plot

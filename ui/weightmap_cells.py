@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image
 
 from dora_diffusion.generation import picture_metadata
-from dora_diffusion.sheets import grid
-from dora_diffusion.storage import write_atomically
+from dora_diffusion.utils.atomic import write_atomically
+from dora_diffusion.utils.image_grid import grid
 from ui.axes import MAX_CELLS
 from ui.request import DrawRequest, Parts, SlotValues, check_adapters, taking_part
 from ui.session import Session

@@ -18,7 +18,7 @@ from benchmarks.app_payloads.kinds import DRAWN, health_and_drawing  # noqa: E40
 from benchmarks.app_payloads.report import report, summary  # noqa: E402
 from benchmarks.app_payloads.run import all_judged  # noqa: E402
 from benchmarks.app_payloads.target import target_over  # noqa: E402
-from dora_diffusion.storage import write_atomically  # noqa: E402
+from dora_diffusion.utils.atomic import write_atomically  # noqa: E402
 
 
 def main() -> int:

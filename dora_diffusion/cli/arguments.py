@@ -95,7 +95,7 @@ def staged(path: Path) -> Iterator[Path]:
     new = path.with_name(f".{path.stem}.{os.getpid()}.new{path.suffix}")
     try:
         yield new
-        from dora_diffusion.storage import replace_path
+        from dora_diffusion.utils.atomic import replace_path
 
         replace_path(new, path)
     except ValueError as error:

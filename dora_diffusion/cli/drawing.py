@@ -47,8 +47,8 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from dora_diffusion.adapters import AdapterManager
     from dora_diffusion.generation import GenerationSettings, StepReport, WordUse, generate, save_picture
     from dora_diffusion.pipelines import load_pipeline
-    from dora_diffusion.storage import sha256_of
     from dora_diffusion.tokens import install_words, load_word
+    from dora_diffusion.utils.atomic import sha256_of
 
     settings = GenerationSettings(
         prompt=arguments.prompt,

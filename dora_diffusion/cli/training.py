@@ -78,7 +78,7 @@ def _evaluate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ValueError(f"{adapter}: no such file; train first: dora-diffusion train {arguments.config}")
     from dora_diffusion.evaluate.adapter import Truth, evaluate_adapter
     from dora_diffusion.training.dataset import find_examples
-    from dora_diffusion.training.images import read_image
+    from dora_diffusion.utils.images import read_image
 
     examples = find_examples(truth_dir, instance_prompt=config.data.instance_prompt)
     truths = [Truth(read_image(example.path), example.caption) for example in examples]

@@ -16,9 +16,9 @@ from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.generation import GenerationSettings, generate
 from dora_diffusion.pipelines import load_pipeline
 from dora_diffusion.pretrain.scenes import background_in, place_words
-from dora_diffusion.sheets import grid
-from dora_diffusion.storage import write_atomically
 from dora_diffusion.tokens import install_words, load_word
+from dora_diffusion.utils.atomic import write_atomically
+from dora_diffusion.utils.image_grid import grid
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dora_diffusion.formats.hashes import with_hashes
 from dora_diffusion.formats.reading import Reading, read, take_apart, with_origin
 from dora_diffusion.formats.writing import write
 from dora_diffusion.state import AdapterState
-from dora_diffusion.storage import save_tensors
+from dora_diffusion.utils.atomic import save_tensors
 
 __all__ = [
     "FORMATS",

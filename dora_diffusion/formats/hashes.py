@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from safetensors.torch import save
 from torch import Tensor
 
-from dora_diffusion.storage import unshared
+from dora_diffusion.utils.atomic import unshared
 
 _KOHYA = ("sshs_model_hash", "sshs_legacy_hash")
 _MODELSPEC = "modelspec.hash_sha256"

@@ -24,7 +24,7 @@ from dora_diffusion.formats.reading import read, take_apart
 from dora_diffusion.formats.scales import METADATA_KEY, peft_config
 from dora_diffusion.formats.told import LONGEST, json_object
 from dora_diffusion.state import AdapterState, Module, join
-from dora_diffusion.storage import replace_path, save_tensors, write_atomically
+from dora_diffusion.utils.atomic import replace_path, save_tensors, write_atomically
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.formats.container import DTYPES, ITEM_BITS, read_header, shown
-from dora_diffusion.storage import atomic_file
+from dora_diffusion.utils.atomic import atomic_file
 
 BLOCK_BYTES = 1 << 24
 _STORED_DTYPES = {dtype: name for name, dtype in DTYPES.items()}

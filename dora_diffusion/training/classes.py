@@ -6,10 +6,10 @@ from typing import Any
 from tqdm import tqdm
 
 from dora_diffusion.generation import GenerationSettings, generate, save_picture
-from dora_diffusion.storage import write_atomically
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.dataset import Example, find_examples
-from dora_diffusion.training.images import SUFFIXES
+from dora_diffusion.utils.atomic import write_atomically
+from dora_diffusion.utils.images import SUFFIXES
 
 
 def ensure_class_examples(pipe: Any, config: TrainConfig) -> list[Example]:

@@ -18,7 +18,6 @@ from dora_diffusion.families import pixel_multiple
 from dora_diffusion.formats import save_adapter
 from dora_diffusion.objectives import weighted_squared_error
 from dora_diffusion.state import AdapterState
-from dora_diffusion.storage import write_atomically
 from dora_diffusion.tokens import save_words
 from dora_diffusion.training import checkpoint
 from dora_diffusion.training.batches import Batch, BatchSource, step_seed
@@ -39,6 +38,7 @@ from dora_diffusion.training.subject import (
     picture_size,
     prepare_subject,
 )
+from dora_diffusion.utils.atomic import write_atomically
 
 
 class TrainingDiverged(ValueError):

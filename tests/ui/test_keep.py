@@ -17,7 +17,7 @@ from dora_diffusion.canvases import Canvas
 from dora_diffusion.formats import FORMATS
 from dora_diffusion.generation import AdapterUse, GenerationSettings, GenerationStopped, save_picture
 from dora_diffusion.prompts import LoraTag
-from dora_diffusion.storage import sha256_of
+from dora_diffusion.utils.atomic import sha256_of
 from ui import hashes as hashes_module
 from ui.a1111 import parse_a1111, settings_of
 from ui.export_files import ExportOptions, export_mix

@@ -11,7 +11,7 @@ import pytest
 from diffusers import StableDiffusionPipeline
 
 from dora_diffusion.formats import save_adapter
-from dora_diffusion.storage import save_tensors
+from dora_diffusion.utils.atomic import save_tensors
 from tests.pocket_random import random_adapter
 from tests.ui.many_adapters import fill
 from ui import library as library_module

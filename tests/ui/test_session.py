@@ -14,7 +14,7 @@ from PIL import Image
 from dora_diffusion.adapters import AdapterManager
 from dora_diffusion.generation import Canvas, GenerationSettings, GenerationStopped, generate
 from dora_diffusion.prompts import LoraTag
-from dora_diffusion.storage import sha256_of
+from dora_diffusion.utils.atomic import sha256_of
 from ui import engine as engine_module
 from ui.library import stamp_of
 from ui.metadata import find_input, metadata_text, read_metadata

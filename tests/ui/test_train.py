@@ -13,8 +13,8 @@ from diffusers import StableDiffusionPipeline
 
 from dora_diffusion.generation import GenerationSettings
 from dora_diffusion.pretrain.scenes import background
-from dora_diffusion.storage import load_tensors, sha256_of
 from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.utils.atomic import load_tensors, sha256_of
 from tests.tolerances import assert_identical
 from ui.library import AdapterLibrary
 from ui.request import DrawRequest, check_name

@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 pytest.importorskip("gradio", reason="gradio is not installed: pip install dora-diffusion[ui]")
 
 from dora_diffusion.pretrain.scenes import background  # noqa: E402  (after the skip above)
-from dora_diffusion.storage import valid_checkpoints  # noqa: E402
+from dora_diffusion.utils.atomic import valid_checkpoints  # noqa: E402
 from tests.ui.scripted import WAIT, Scripted, config_of_run, until  # noqa: E402
 from ui import train_plan  # noqa: E402
 from ui.options import UiOptions  # noqa: E402

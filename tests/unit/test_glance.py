@@ -13,7 +13,7 @@ from dora_diffusion.formats import FORMATS, detect_format, load_adapter, save_ad
 from dora_diffusion.formats.kinship import family_of
 from dora_diffusion.glance import Structure, Told, glance, told_by
 from dora_diffusion.state import AdapterState, ModuleState
-from dora_diffusion.storage import save_tensors
+from dora_diffusion.utils.atomic import save_tensors
 from tests.formats.adapters import KINDS, adapter_of, layers_of
 from tests.pocket_random import random_pocket_pipeline
 

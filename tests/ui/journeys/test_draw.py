@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 
-from dora_diffusion.storage import sha256_of
+from dora_diffusion.utils.atomic import sha256_of
 from tests.ui.tab import PATIENCE_MS, Tab
 from ui.app import RunningApp
 from ui.request import DrawRequest

@@ -18,7 +18,7 @@ from dora_diffusion.pretrain.denoiser import DenoiserRecipe
 from dora_diffusion.pretrain.package import assemble_dit
 from dora_diffusion.pretrain.scenes import Scene, vocabulary
 from dora_diffusion.pretrain.text import TextRecipe, patches
-from dora_diffusion.storage import valid_checkpoints
+from dora_diffusion.utils.atomic import valid_checkpoints
 from tests.tolerances import assert_close, assert_identical
 
 pytest.importorskip("resvg_py", reason="needs the pretrain extra: pip install 'dora-diffusion[pretrain]'")
