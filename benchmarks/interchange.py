@@ -32,7 +32,7 @@ from benchmarks.published import PUBLISHED
 from dora_diffusion.bases import logical_shape
 from dora_diffusion.conversion import Extraction, resize, to_dora, to_lora
 from dora_diffusion.formats import FORMATS
-from dora_diffusion.functional import initial_magnitude
+from dora_diffusion.functional.dora import initial_magnitude
 from dora_diffusion.injection import DoRAConfig, target_paths
 from dora_diffusion.state import AdapterState, ModuleState
 from dora_diffusion.utils.atomic import write_atomically

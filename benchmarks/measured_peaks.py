@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.full_size import config_of, estimate, pipeline_of
 from benchmarks.published import PUBLISHED, Published
 from dora_diffusion.families import family_of_pipeline
-from dora_diffusion.objectives import weighted_squared_error
+from dora_diffusion.functional.objectives import weighted_squared_error
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.memory import MemoryEstimate, estimate_memory
 from dora_diffusion.training.skeleton import load_skeleton

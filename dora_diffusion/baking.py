@@ -21,9 +21,9 @@ import dora_diffusion
 from dora_diffusion.base_weights import is_table, local_base
 from dora_diffusion.formats.checkpoints import Checkpoint, Place, main_weights, open_checkpoint, weight_files
 from dora_diffusion.formats.tensor_file import BLOCK_BYTES, TensorFile, write_tensor_file
-from dora_diffusion.mixing import ACTIVE_AT_ZERO, MODES, Term
+from dora_diffusion.functional.blend_modes import ACTIVE_AT_ZERO, MODES, Term
+from dora_diffusion.functional.strengths import Weight, check_strength, is_meant, strength_at
 from dora_diffusion.state import AdapterState, Module
-from dora_diffusion.strengths import Weight, check_strength, is_meant, strength_at
 from dora_diffusion.utils.atomic import atomic_file, sync_folder
 
 NOTE = "dora_diffusion.baked"

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.functional import master_dtype, rows
+from dora_diffusion.functional.dora import master_dtype, rows
 
 Init = Literal["default", "gaussian", "orthogonal", "pissa"]
 INITS: tuple[Init, ...] = ("default", "gaussian", "orthogonal", "pissa")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dora_diffusion.bases import Base, check_adaptable, check_shapes, dense_weight
 from dora_diffusion.families import component_of_model, ends_with
-from dora_diffusion.functional import count_zero_rows, initial_magnitude, master_dtype, scale_of
+from dora_diffusion.functional.dora import count_zero_rows, initial_magnitude, master_dtype, scale_of
 from dora_diffusion.initialisation import INITS, Init, embedding_pair, initial_pair, principal_pair
 from dora_diffusion.layers import NORM_GRADS, Adapter, BlendedLayer, DoRALayer, NormGrad
 from dora_diffusion.state import AdapterState, ModuleState

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.bases import Base, dense_weight
-from dora_diffusion.functional import GainForm, apply_gain_form
+from dora_diffusion.functional.dora import GainForm, apply_gain_form
 from dora_diffusion.quantised import is_quantised
 
 

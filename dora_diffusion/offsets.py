@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.fitting import Sites
-from dora_diffusion.functional import master_dtype
-from dora_diffusion.strengths import Weight, strength_at
+from dora_diffusion.functional.dora import master_dtype
+from dora_diffusion.functional.strengths import Weight, strength_at
 
 Values = tuple[tuple[str, float], ...]
 

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from dora_diffusion.bases import Base, dense_weight
 from dora_diffusion.fitting import Loaded, Sites, at_hand
-from dora_diffusion.functional import GainForm, gain_form, scale_gain_form, sum_gain_forms
+from dora_diffusion.functional.dora import GainForm, gain_form, scale_gain_form, sum_gain_forms
+from dora_diffusion.functional.strengths import Weight, strength_at
 from dora_diffusion.layers import BlendedLayer
 from dora_diffusion.state import ModuleState
 from dora_diffusion.step_clock import stamp
-from dora_diffusion.strengths import Weight, strength_at
 
 Adapters = Mapping[str, Loaded]
 Weights = Mapping[str, Weight]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dora_diffusion.families import Family
-from dora_diffusion.schedules import (
+from dora_diffusion.functional.schedules import (
     Schedule,
     added_inside,
     mask_on,

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dora_diffusion.mixing import MODES, Term
+from dora_diffusion.functional.blend_modes import MODES, Term
+from dora_diffusion.functional.strengths import Weight, strength_at
 from dora_diffusion.state import AdapterState, Module
-from dora_diffusion.strengths import Weight, strength_at
 
 WeightOf = Callable[[str], Tensor]
 Progress = Callable[[int, int], None]

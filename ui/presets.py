@@ -10,8 +10,8 @@ import gradio as gr
 from gradio.components import Component
 from PIL import Image
 
+from dora_diffusion.functional.blend_modes import MODES
 from dora_diffusion.generation import GenerationSettings
-from dora_diffusion.mixing import MODES
 from dora_diffusion.utils.atomic import write_atomically
 from ui.desk import Desk
 from ui.hashes import Missing, Wanted, find_all, hash_of

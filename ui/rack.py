@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from dora_diffusion.mixing import IN_ORDER, MODE_SENTENCES, MODES
+from dora_diffusion.functional.blend_modes import IN_ORDER, MODE_SENTENCES, MODES
 from ui import curves, masks, meter, slots
 from ui.curves import curve_html, name_of_text, text_of_name
 from ui.library import AdapterLibrary

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dora_diffusion.base_weights import WeightOf, weights_of
 from dora_diffusion.blending.pieces import piece_of
-from dora_diffusion.mixing import difference
+from dora_diffusion.functional.blend_modes import difference
 from dora_diffusion.state import AdapterState
 
 Pair = tuple[str, str]

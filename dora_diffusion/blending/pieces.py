@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dora_diffusion.functional import rows
-from dora_diffusion.mixing import Term
+from dora_diffusion.functional.blend_modes import Term
+from dora_diffusion.functional.dora import rows
 from dora_diffusion.state import Module, ModuleState
 
 

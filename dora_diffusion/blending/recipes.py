@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dora_diffusion.functional import AXES, TINY_NORM, Axis, column_norms, row_norms, rows, static_gain
-from dora_diffusion.mixing import axis_norms, direction_factor, geometric_magnitude
+from dora_diffusion.functional.blend_modes import axis_norms, direction_factor, geometric_magnitude
+from dora_diffusion.functional.dora import AXES, TINY_NORM, Axis, column_norms, row_norms, rows, static_gain
 from dora_diffusion.state import ModuleState
 
 # A row whose c is nearer to 0 than this has its differences divided by almost nothing: such a layer is approximated.

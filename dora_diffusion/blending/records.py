@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from dora_diffusion.merging import METHOD_SENTENCES, Election, Sparsity
-from dora_diffusion.mixing import MODE_SENTENCES
+from dora_diffusion.functional.blend_modes import MODE_SENTENCES
+from dora_diffusion.functional.merge_methods import METHOD_SENTENCES, Election, Sparsity
 from dora_diffusion.state import AdapterState
 
 Progress = Callable[[int, int, str], None]

@@ -19,9 +19,9 @@ from dora_diffusion.blending.records import (
     LayerReport,
     Progress,
 )
-from dora_diffusion.mixing import MODES
+from dora_diffusion.functional.blend_modes import MODES
+from dora_diffusion.functional.strengths import Weight, check_strength, is_meant, strength_at
 from dora_diffusion.state import AdapterState, Module
-from dora_diffusion.strengths import Weight, check_strength, is_meant, strength_at
 
 # In these the order of the adapters is part of the result.
 _IN_ORDER = ("peft", "comfyui", "a1111")

@@ -17,9 +17,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from dora_diffusion.factorisations import kronecker_factor
 from dora_diffusion.formats.layouts.record import Fusion
-from dora_diffusion.functional import master_dtype, rows
+from dora_diffusion.functional.dora import master_dtype, rows
+from dora_diffusion.functional.lycoris import kronecker_factor
 from dora_diffusion.state import Module, ModuleState
 
 _MAGNITUDE = "magnitude"

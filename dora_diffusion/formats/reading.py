@@ -18,7 +18,7 @@ from dora_diffusion.formats.places import Place, locate
 from dora_diffusion.formats.scales import Scales
 from dora_diffusion.formats.told import json_object
 from dora_diffusion.formats.vectors import split_vector
-from dora_diffusion.functional import Axis
+from dora_diffusion.functional.dora import Axis
 from dora_diffusion.state import AdapterState, Module
 
 WeightOf = Callable[[str], Tensor]

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dora_diffusion.families import pixel_multiple
 from dora_diffusion.formats import save_adapter
-from dora_diffusion.objectives import weighted_squared_error
+from dora_diffusion.functional.objectives import weighted_squared_error
 from dora_diffusion.state import AdapterState
 from dora_diffusion.tokens import save_words
 from dora_diffusion.training import checkpoint

@@ -3,7 +3,7 @@
 from typing import Any
 
 from dora_diffusion.families import family_of_pipeline
-from dora_diffusion.objectives import DiffusionObjective, FlowObjective, Objective
+from dora_diffusion.functional.objectives import DiffusionObjective, FlowObjective, Objective
 from dora_diffusion.training.config import TrainConfig
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dora_diffusion.formats.fusing import fuse, split
 from dora_diffusion.formats.layouts import Fusion
-from dora_diffusion.functional import dora_weight, rows
+from dora_diffusion.functional.dora import dora_weight, rows
 from dora_diffusion.state import FactoredState, Module, ModuleState
 from tests.tolerances import assert_close, assert_identical
 

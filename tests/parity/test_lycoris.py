@@ -5,7 +5,7 @@ import torch
 from lycoris.modules.locon import LoConModule
 from torch import Tensor, nn
 
-from dora_diffusion import functional as f
+from dora_diffusion.functional.dora import dora as f
 from dora_diffusion.injection import DoRAConfig, inject
 from dora_diffusion.layers import BlendedLayer
 from tests.tolerances import assert_close

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from dora_diffusion import functional as f
 from dora_diffusion.bases import check_adaptable, check_shapes, dense_weight, logical_shape
+from dora_diffusion.functional.dora import dora as f
 from dora_diffusion.injection import DoRAConfig, inject
 from dora_diffusion.layers import BlendedLayer
 from dora_diffusion.merge import fold

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dora_diffusion.factorisations import Pair
-from dora_diffusion.functional import TINY_NORM, dora_weight, master_dtype, rows, squared_row_norms
+from dora_diffusion.functional.dora import TINY_NORM, dora_weight, master_dtype, rows, squared_row_norms
+from dora_diffusion.functional.lycoris import Pair
 
 # Directions beyond the rank that is asked for: the others settle the faster for them.
 OVERSAMPLING = 16

@@ -24,7 +24,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from dora_diffusion.functional import AXES, TINY_NORM, Axis, RowNorms, gain, squared_row_norms
+from dora_diffusion.functional.dora import AXES, TINY_NORM, Axis, RowNorms, gain, squared_row_norms
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dora_diffusion.functional import rows
+from dora_diffusion.functional.dora import rows
 
 Factors = Mapping[str, Tensor]
 
