@@ -22,9 +22,9 @@ from torch import nn
 
 from benchmarks import full_size_report
 from benchmarks.published import PUBLISHED, Part, Published
-from dora_diffusion.bases import logical_shape
 from dora_diffusion.families import component_of_model, coverage, family_of_pipeline
-from dora_diffusion.injection import DoRAConfig, target_paths
+from dora_diffusion.layers.base_layers import logical_shape
+from dora_diffusion.layers.injection import DoRAConfig, target_paths
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.memory import Device, MemoryEstimate, estimate_memory
 from dora_diffusion.training.plan import file_bytes

@@ -29,11 +29,11 @@ from tqdm import tqdm
 import dora_diffusion as dd
 from benchmarks.full_size import pipeline_of
 from benchmarks.published import PUBLISHED
-from dora_diffusion.bases import logical_shape
 from dora_diffusion.conversion import Extraction, resize, to_dora, to_lora
 from dora_diffusion.formats import FORMATS
 from dora_diffusion.functional.dora import initial_magnitude
-from dora_diffusion.injection import DoRAConfig, target_paths
+from dora_diffusion.layers.base_layers import logical_shape
+from dora_diffusion.layers.injection import DoRAConfig, target_paths
 from dora_diffusion.state import AdapterState, ModuleState
 from dora_diffusion.utils.atomic import write_atomically
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dora_diffusion.conversion import Extraction, extract, resize, to_dora, to_lora, to_out_axis
     from dora_diffusion.formats import examine, load_adapter, save_adapter
     from dora_diffusion.generation import GenerationSettings, generate
-    from dora_diffusion.injection import DoRAConfig, Injection, inject
+    from dora_diffusion.layers.injection import DoRAConfig, Injection, inject
     from dora_diffusion.pipelines import load_pipeline
     from dora_diffusion.state import AdapterState, ModuleState
     from dora_diffusion.tokens import Words, WordState, add_words, install_words, load_word, save_words
@@ -47,9 +47,9 @@ _HOMES = {
     "save_adapter": "formats",
     "GenerationSettings": "generation",
     "generate": "generation",
-    "DoRAConfig": "injection",
-    "Injection": "injection",
-    "inject": "injection",
+    "DoRAConfig": "layers.injection",
+    "Injection": "layers.injection",
+    "inject": "layers.injection",
     "load_pipeline": "pipelines",
     "AdapterState": "state",
     "ModuleState": "state",

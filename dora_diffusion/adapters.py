@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dora_diffusion.bases import dense_weight
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.fitting import Loaded, LoadReport, Sites, fit, kind_in_words
 from dora_diffusion.formats import load_adapter
@@ -25,8 +24,9 @@ from dora_diffusion.functional.blend_modes import MODES, Term
 from dora_diffusion.functional.dora import master_dtype
 from dora_diffusion.functional.schedules import mask_of, schedule_of
 from dora_diffusion.functional.strengths import Weight, check_strength, is_meant, strength_at
-from dora_diffusion.injection import DoRAConfig, target_paths
-from dora_diffusion.merge import Change, Fold, check_foldable, fold, fold_by
+from dora_diffusion.layers.base_layers import dense_weight
+from dora_diffusion.layers.fuse import Change, Fold, check_foldable, fold, fold_by
+from dora_diffusion.layers.injection import DoRAConfig, target_paths
 from dora_diffusion.offsets import Offsets
 from dora_diffusion.slots import Slots
 from dora_diffusion.state import AdapterState, ModuleState

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.bases import Base, check_adaptable, check_shapes, logical_shape
 from dora_diffusion.functional.dora import GainForm, rows
-from dora_diffusion.layers import BlendedLayer
+from dora_diffusion.layers.base_layers import Base, check_adaptable, check_shapes, logical_shape
+from dora_diffusion.layers.dora import BlendedLayer
 from dora_diffusion.state import AdapterState, FactoredState, Module, ModuleState
 
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dora_diffusion.bases import Base, dense_weight
 from dora_diffusion.fitting import Loaded, Sites, at_hand
 from dora_diffusion.functional.dora import GainForm, gain_form, scale_gain_form, sum_gain_forms
 from dora_diffusion.functional.strengths import Weight, strength_at
-from dora_diffusion.layers import BlendedLayer
+from dora_diffusion.layers.base_layers import Base, dense_weight
+from dora_diffusion.layers.dora import BlendedLayer
+from dora_diffusion.layers.step_counter import stamp
 from dora_diffusion.state import ModuleState
-from dora_diffusion.step_clock import stamp
 
 Adapters = Mapping[str, Loaded]
 Weights = Mapping[str, Weight]

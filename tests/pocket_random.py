@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
-from dora_diffusion.injection import DoRAConfig, inject
+from dora_diffusion.layers.injection import DoRAConfig, inject
 from dora_diffusion.pretrain.autoencoder import build_autoencoder
 from dora_diffusion.pretrain.package import assemble
 from dora_diffusion.pretrain.text import build_text_encoder

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import dora_diffusion
 from dora_diffusion.families import Family, family_of_pipeline, pixel_multiple
 from dora_diffusion.functional.dora import scale_of
-from dora_diffusion.injection import DoRAConfig, Injection, inject
+from dora_diffusion.layers.injection import DoRAConfig, Injection, inject
 from dora_diffusion.pipelines import load_pipeline
 from dora_diffusion.state import AdapterState, join
 from dora_diffusion.tokens import Words, add_words

@@ -20,7 +20,7 @@ from dora_diffusion.families import FAMILIES, component_of_model, coverage, fami
 from dora_diffusion.formats import load_adapter, save_adapter
 from dora_diffusion.functional.objectives import weighted_squared_error
 from dora_diffusion.generation import GenerationSettings, StepReport, generate
-from dora_diffusion.injection import DoRAConfig, Injection, inject
+from dora_diffusion.layers.injection import DoRAConfig, Injection, inject
 from dora_diffusion.state import AdapterState, join
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.noising import objective_of

@@ -11,8 +11,8 @@ import torch
 from dora_diffusion.adapters import AdapterManager
 from dora_diffusion.fitting import kind_in_words
 from dora_diffusion.formats import save_adapter
-from dora_diffusion.injection import DoRAConfig, inject
-from dora_diffusion.layers import BlendedLayer
+from dora_diffusion.layers.dora import BlendedLayer
+from dora_diffusion.layers.injection import DoRAConfig, inject
 from dora_diffusion.state import AdapterState, FactoredState, Module, ModuleState
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 from tests.tolerances import assert_close, assert_identical

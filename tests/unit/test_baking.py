@@ -21,7 +21,7 @@ from dora_diffusion.baking import NOTE, bake, verify
 from dora_diffusion.base_weights import base_weights
 from dora_diffusion.formats import save_adapter
 from dora_diffusion.functional.blend_modes import MODES
-from dora_diffusion.injection import DoRAConfig, inject
+from dora_diffusion.layers.injection import DoRAConfig, inject
 from dora_diffusion.pipelines import EMBEDDED, load_pipeline
 from dora_diffusion.state import AdapterState, FactoredState, ModuleState, join
 from tests import original_layouts

@@ -6,7 +6,7 @@ from torch import nn
 
 from benchmarks.memory import kept_for_backward, largest_tensor
 from dora_diffusion.functional.dora import dora as f
-from dora_diffusion.injection import DoRAConfig, inject
+from dora_diffusion.layers.injection import DoRAConfig, inject
 
 SIZE = 1536
 

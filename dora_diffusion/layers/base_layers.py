@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from dora_diffusion.quantised import dequantise, is_quantised, refuse_unknown
+from dora_diffusion.layers.quantisation import dequantise, is_quantised, refuse_unknown
 from dora_diffusion.state import ModuleState
 
 Base = Any  # an nn.Linear, nn.Conv1d/2d/3d, nn.Embedding, or a quantised linear of another library

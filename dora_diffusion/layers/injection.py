@@ -11,13 +11,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.bases import Base, check_adaptable, check_shapes, dense_weight
 from dora_diffusion.families import component_of_model, ends_with
 from dora_diffusion.functional.dora import count_zero_rows, initial_magnitude, master_dtype, scale_of
-from dora_diffusion.initialisation import INITS, Init, embedding_pair, initial_pair, principal_pair
-from dora_diffusion.layers import NORM_GRADS, Adapter, BlendedLayer, DoRALayer, NormGrad
+from dora_diffusion.layers.base_layers import Base, check_adaptable, check_shapes, dense_weight
+from dora_diffusion.layers.dora import NORM_GRADS, Adapter, BlendedLayer, DoRALayer, NormGrad
+from dora_diffusion.layers.initialisation import INITS, Init, embedding_pair, initial_pair, principal_pair
+from dora_diffusion.layers.step_counter import CLOCK
 from dora_diffusion.state import AdapterState, ModuleState
-from dora_diffusion.step_clock import CLOCK
 
 Number = TypeVar("Number", int, float)
 

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora_diffusion.bases import Base, dense_weight, kind_of, logical_shape
 from dora_diffusion.functional.dora import GainForm, RowNorms, RowSums, compose, gain, norms_from, row_sums, rows
-from dora_diffusion.initialisation import Pair
+from dora_diffusion.layers.base_layers import Base, dense_weight, kind_of, logical_shape
+from dora_diffusion.layers.initialisation import Pair
+from dora_diffusion.layers.step_counter import CLOCK, stamp
 from dora_diffusion.state import ModuleState
-from dora_diffusion.step_clock import CLOCK, stamp
 
 NormGrad = Literal["detached", "exact"]
 NORM_GRADS: tuple[NormGrad, ...] = ("detached", "exact")

@@ -6,9 +6,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.bases import Base, dense_weight
 from dora_diffusion.functional.dora import GainForm, apply_gain_form
-from dora_diffusion.quantised import is_quantised
+from dora_diffusion.layers.base_layers import Base, dense_weight
+from dora_diffusion.layers.quantisation import is_quantised
 
 
 class Fold:
