@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dora_diffusion.families import FAMILIES
-from dora_diffusion.formats.checkpoints import Checkpoint, Place, open_checkpoint
+from dora_diffusion.formats.base_checkpoint import Checkpoint, Place, open_checkpoint
 from dora_diffusion.layers.base_layers import check_adaptable, dense_weight, logical_shape
 from dora_diffusion.layers.dora import BlendedLayer, DoRALayer
 

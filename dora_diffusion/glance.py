@@ -17,11 +17,11 @@ from torch import Tensor
 
 from dora_diffusion.fitting import kind_in_words
 from dora_diffusion.formats import detect_format, examine, read_header
-from dora_diffusion.formats.container import DTYPES, MAX_HEADER_BYTES, MAX_METADATA, MAX_TENSORS, shown
-from dora_diffusion.formats.kinship import family_of
+from dora_diffusion.formats.family_detection import family_of
+from dora_diffusion.formats.json_metadata import json_object
 from dora_diffusion.formats.peft import WEIGHTS
 from dora_diffusion.formats.reading import AXIS_KEY, read, take_apart, told_axis
-from dora_diffusion.formats.told import json_object
+from dora_diffusion.formats.safetensors_reader import DTYPES, MAX_HEADER_BYTES, MAX_METADATA, MAX_TENSORS, shown
 from dora_diffusion.state import AdapterState
 
 

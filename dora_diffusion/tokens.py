@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_diffusion.families import family_of_pipeline
-from dora_diffusion.formats.container import read_tensors
+from dora_diffusion.formats.safetensors_reader import read_tensors
 from dora_diffusion.utils.atomic import save_tensors
 
 # The keys of files for two encoders, as A1111 and ComfyUI name them, in the order of the pipeline's CLIP encoders.

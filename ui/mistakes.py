@@ -7,7 +7,7 @@ from html import escape
 
 import gradio as gr
 
-from dora_diffusion.formats.container import shown
+from dora_diffusion.formats.safetensors_reader import shown
 
 LONGEST_PATH = 300
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.formats.container import shown
-from dora_diffusion.formats.told import json_object
+from dora_diffusion.formats.json_metadata import json_object
+from dora_diffusion.formats.safetensors_reader import shown
 
 MOST_BYTES = 1 << 18
 _MOST_WORDS, _LONGEST = 12, 80

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.full_size import model_of
 from benchmarks.published import PUBLISHED
-from dora_diffusion.formats.fusing import split
+from dora_diffusion.formats.fused_layers import split
 from dora_diffusion.formats.layouts import LAYOUTS, Fusion, Layout
 from dora_diffusion.state import ModuleState
 from tests.tolerances import assert_identical

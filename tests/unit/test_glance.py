@@ -10,7 +10,7 @@ from torch import nn
 
 from dora_diffusion.fitting import kind_in_words
 from dora_diffusion.formats import FORMATS, detect_format, load_adapter, save_adapter
-from dora_diffusion.formats.kinship import family_of
+from dora_diffusion.formats.family_detection import family_of
 from dora_diffusion.glance import Structure, Told, glance, told_by
 from dora_diffusion.state import AdapterState, ModuleState
 from dora_diffusion.utils.atomic import save_tensors

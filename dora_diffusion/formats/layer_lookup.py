@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from dora_diffusion.formats.flat_names import unflatten
 from dora_diffusion.formats.layouts import LAYOUTS, Fusion, Layout
 from dora_diffusion.formats.layouts.flux import FLUX
-from dora_diffusion.formats.names import unflatten
 
 # Prefix -> what lies behind it. "any": its first words tell. Longer ones first.
 _FLAT = {

@@ -15,7 +15,7 @@ from torch import Tensor
 from dora_diffusion.formats.layouts import LAYOUTS, Fusion, Layout
 from dora_diffusion.formats.layouts.clip import TRANSPOSED
 from dora_diffusion.formats.layouts.unet import layout_of
-from dora_diffusion.formats.tensor_file import TensorFile
+from dora_diffusion.formats.safetensors_stream import TensorFile
 
 _COMPONENT = re.compile(r"(unet|transformer|text_encoder)(_\d+)?")
 _DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")

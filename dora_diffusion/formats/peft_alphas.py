@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dora_diffusion.formats.container import shown
-from dora_diffusion.formats.told import json_object
+from dora_diffusion.formats.json_metadata import json_object
+from dora_diffusion.formats.safetensors_reader import shown
 from dora_diffusion.state import Module
 
 METADATA_KEY = "lora_adapter_metadata"

@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dora_diffusion.formats.json_metadata import json_object
 from dora_diffusion.formats.layouts.record import Layout
 from dora_diffusion.formats.layouts.unet import LDM, SGM
-from dora_diffusion.formats.told import json_object
 from dora_diffusion.state import AdapterState, Module, ModuleState
 
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from dora_diffusion.formats.container import DTYPES, ITEM_BITS, read_header, shown
+from dora_diffusion.formats.safetensors_reader import DTYPES, ITEM_BITS, read_header, shown
 from dora_diffusion.utils.atomic import atomic_file
 
 BLOCK_BYTES = 1 << 24
