@@ -24,7 +24,7 @@ from typing import Any
 from PIL import Image
 
 from dora_diffusion.formats import save_adapter
-from dora_diffusion.generation import Canvas, GenerationSettings
+from dora_diffusion.generation.generate import Canvas, GenerationSettings
 from dora_diffusion.utils.atomic import sha256_of, write_atomically
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 from ui.metadata import read_metadata

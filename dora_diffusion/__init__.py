@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dora_diffusion.blending import BlendOptions, blend, blend_with_report, interference
     from dora_diffusion.conversion import Extraction, extract, resize, to_dora, to_lora, to_out_axis
     from dora_diffusion.formats import examine, load_adapter, save_adapter
-    from dora_diffusion.generation import GenerationSettings, generate
+    from dora_diffusion.generation.generate import GenerationSettings, generate
     from dora_diffusion.layers.injection import DoRAConfig, Injection, inject
     from dora_diffusion.pipelines import load_pipeline
     from dora_diffusion.state import AdapterState, ModuleState
@@ -45,8 +45,8 @@ _HOMES = {
     "to_out_axis": "conversion",
     "load_adapter": "formats",
     "save_adapter": "formats",
-    "GenerationSettings": "generation",
-    "generate": "generation",
+    "GenerationSettings": "generation.generate",
+    "generate": "generation.generate",
     "DoRAConfig": "layers.injection",
     "Injection": "layers.injection",
     "inject": "layers.injection",

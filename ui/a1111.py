@@ -10,10 +10,10 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from dora_diffusion.generation import GenerationSettings
-from dora_diffusion.prompts import LoraTag, parse_prompt
-from dora_diffusion.samplers import DEFAULT as DEFAULT_SAMPLER
-from dora_diffusion.samplers import sampler_of_title
+from dora_diffusion.generation.generate import GenerationSettings
+from dora_diffusion.generation.prompts import LoraTag, parse_prompt
+from dora_diffusion.generation.samplers import DEFAULT as DEFAULT_SAMPLER
+from dora_diffusion.generation.samplers import sampler_of_title
 from ui.request import (
     MAX_GUIDANCE,
     MAX_SEED,

@@ -13,8 +13,8 @@ from urllib.parse import quote
 import gradio as gr
 from PIL import Image
 
-from dora_diffusion.canvases import Canvas
-from dora_diffusion.generation import picture_sha256
+from dora_diffusion.generation.generate import picture_sha256
+from dora_diffusion.generation.img2img import Canvas
 from dora_diffusion.utils.images import read_image
 from ui import painter
 from ui.metadata import INPUTS, find_input

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from gradio.components import Component
 
-from dora_diffusion.generation import GenerationStopped
+from dora_diffusion.generation.generate import GenerationStopped
 from ui.form import Form
 from ui.rack import Rack
 from ui.recipes import Recipe

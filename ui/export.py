@@ -10,7 +10,7 @@ from gradio.components import Component
 
 from dora_diffusion.blending import BLEND_SENTENCES
 from dora_diffusion.formats import FORMATS
-from dora_diffusion.generation import GenerationStopped
+from dora_diffusion.generation.generate import GenerationStopped
 from ui.desk import Desk, Stops
 from ui.export_files import AS_DRAWN, TARGETS, Exported, ExportOptions, check_options, export_mix
 from ui.mistakes import told

@@ -13,7 +13,7 @@ from dora_diffusion.base_weights import EMBEDDED, BaseWeights
 from dora_diffusion.blending import BLEND_SENTENCES, BlendOptions, blend_with_report
 from dora_diffusion.formats import FORMATS, load_adapter, save_adapter
 from dora_diffusion.functional.blend_modes import MODES
-from dora_diffusion.generation import GenerationStopped, generate
+from dora_diffusion.generation.generate import GenerationStopped, generate
 from dora_diffusion.pipelines import load_pipeline
 from dora_diffusion.state import AdapterState
 from dora_diffusion.utils.atomic import sha256_of

@@ -8,8 +8,8 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from dora_diffusion.canvases import Canvas
-from dora_diffusion.generation import GenerationSettings
+from dora_diffusion.generation.generate import GenerationSettings
+from dora_diffusion.generation.img2img import Canvas
 from ui import canvas as canvases
 from ui.canvas import CanvasReader, build_canvas, has_picture
 from ui.request import (

@@ -10,7 +10,7 @@ import gradio as gr
 from gradio.components import Component
 from PIL import Image, ImageChops, ImageStat
 
-from dora_diffusion.generation import GenerationStopped
+from dora_diffusion.generation.generate import GenerationStopped
 from ui.desk import Desk, Stops, Variations, picture_html
 from ui.mistakes import told
 from ui.request import DrawRequest, SlotValues, taking_part

@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from dora_diffusion.generation import METADATA_CHUNK, AdapterUse, GenerationSettings, Origin, picture_sha256
-from dora_diffusion.prompts import LoraTag
+from dora_diffusion.generation.generate import METADATA_CHUNK, AdapterUse, GenerationSettings, Origin, picture_sha256
+from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.utils.atomic import write_atomically
 
 INPUTS = "inputs"

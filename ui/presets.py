@@ -11,7 +11,7 @@ from gradio.components import Component
 from PIL import Image
 
 from dora_diffusion.functional.blend_modes import MODES
-from dora_diffusion.generation import GenerationSettings
+from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.utils.atomic import write_atomically
 from ui.desk import Desk
 from ui.hashes import Missing, Wanted, find_all, hash_of

@@ -9,9 +9,9 @@ from typing import Any
 from PIL import Image
 
 from dora_diffusion.functional.blend_modes import MODES
-from dora_diffusion.generation import Canvas, GenerationSettings
-from dora_diffusion.samplers import DEFAULT as DEFAULT_SAMPLER
-from dora_diffusion.samplers import SAMPLERS
+from dora_diffusion.generation.generate import Canvas, GenerationSettings
+from dora_diffusion.generation.samplers import DEFAULT as DEFAULT_SAMPLER
+from dora_diffusion.generation.samplers import SAMPLERS
 from dora_diffusion.utils.images import read_image
 
 MAX_STRENGTH = 2.0

@@ -12,9 +12,9 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from dora_diffusion.canvases import Canvas
 from dora_diffusion.functional.blend_modes import MODES
-from dora_diffusion.generation import AdapterUse, GenerationSettings
+from dora_diffusion.generation.generate import AdapterUse, GenerationSettings
+from dora_diffusion.generation.img2img import Canvas
 from ui.a1111 import Parameters, parse_a1111, settings_of
 from ui.canvas import canvas_value
 from ui.desk import Desk

@@ -15,7 +15,7 @@ from PIL import Image
 from dora_diffusion.adapters import LoadReport
 from dora_diffusion.base_weights import BaseWeights, base_weights
 from dora_diffusion.families import family_of_pipeline
-from dora_diffusion.generation import (
+from dora_diffusion.generation.generate import (
     AdapterUse,
     Canvas,
     GenerationSettings,
@@ -26,9 +26,9 @@ from dora_diffusion.generation import (
     picture_sha256,
     save_picture,
 )
+from dora_diffusion.generation.prompts import LoraTag
+from dora_diffusion.generation.samplers import sampler_names
 from dora_diffusion.pipelines import load_pipeline
-from dora_diffusion.prompts import LoraTag
-from dora_diffusion.samplers import sampler_names
 from ui.engine import Engine, Loaded, bases_offered
 from ui.library import AdapterLibrary
 from ui.metadata import keep_input

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from dora_diffusion.prompts import LoraTag, parse_prompt
+from dora_diffusion.generation.prompts import LoraTag, parse_prompt
 from ui.request import MAX_STRENGTH, AdapterChoice, DrawRequest, Parts, check_number, shown
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from dora_diffusion.generation import GenerationStopped
+from dora_diffusion.generation.generate import GenerationStopped
 from ui.desk import Stops
 from ui.mistakes import told
 from ui.options import UiOptions

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dora_diffusion.generation import GenerationSettings
+from dora_diffusion.generation.generate import GenerationSettings
 from ui.library import AdapterLibrary
 from ui.request import MAX_STRENGTH, AdapterChoice, DrawRequest, check_number
 from ui.train_runs import list_checkpoints, send_to_library

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from dora_diffusion.generation import GenerationStopped
+from dora_diffusion.generation.generate import GenerationStopped
 
 MAX_WAITING = 64
 LOOK_SECONDS = 0.1

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from dora_diffusion.generation import GenerationStopped
+from dora_diffusion.generation.generate import GenerationStopped
 from ui.axes import parse_range
 from ui.desk import Desk, Stops, Values, Variations, picture_html
 from ui.mistakes import told

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from dora_diffusion.generation import picture_metadata
+from dora_diffusion.generation.generate import picture_metadata
 from dora_diffusion.utils.atomic import write_atomically
 from dora_diffusion.utils.image_grid import grid
 from ui.axes import MAX_CELLS

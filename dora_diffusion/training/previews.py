@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from dora_diffusion.generation import GenerationSettings, generate
+from dora_diffusion.generation.generate import GenerationSettings, generate
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.subject import Subject
 from dora_diffusion.utils.atomic import atomic_file

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from dora_diffusion.formats import save_adapter
-from dora_diffusion.generation import GenerationSettings, generate
+from dora_diffusion.generation.generate import GenerationSettings, generate
 from dora_diffusion.pipelines import load_pipeline
 from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.tokens import add_words, install_words, load_word

@@ -19,7 +19,7 @@ from dora_diffusion.adapters import AdapterManager
 from dora_diffusion.families import FAMILIES, component_of_model, coverage, family_of_pipeline, pixel_multiple
 from dora_diffusion.formats import load_adapter, save_adapter
 from dora_diffusion.functional.objectives import weighted_squared_error
-from dora_diffusion.generation import GenerationSettings, StepReport, generate
+from dora_diffusion.generation.generate import GenerationSettings, StepReport, generate
 from dora_diffusion.layers.injection import DoRAConfig, Injection, inject
 from dora_diffusion.state import AdapterState, join
 from dora_diffusion.training.config import TrainConfig

@@ -20,7 +20,7 @@ from gradio_client import Client, handle_file  # noqa: E402  (after the skip abo
 from gradio_client.exceptions import AppError  # noqa: E402
 
 from dora_diffusion.formats import save_adapter  # noqa: E402
-from dora_diffusion.generation import METADATA_CHUNK  # noqa: E402
+from dora_diffusion.generation.generate import METADATA_CHUNK  # noqa: E402
 from dora_diffusion.state import AdapterState  # noqa: E402
 from tests.pocket_random import random_adapter  # noqa: E402
 from tests.ui.served import Served, free_port, served  # noqa: E402

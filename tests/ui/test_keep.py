@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dora_diffusion.canvases import Canvas
 from dora_diffusion.formats import FORMATS
-from dora_diffusion.generation import AdapterUse, GenerationSettings, GenerationStopped, save_picture
-from dora_diffusion.prompts import LoraTag
+from dora_diffusion.generation.generate import AdapterUse, GenerationSettings, GenerationStopped, save_picture
+from dora_diffusion.generation.img2img import Canvas
+from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.utils.atomic import sha256_of
 from ui import hashes as hashes_module
 from ui.a1111 import parse_a1111, settings_of

@@ -19,7 +19,7 @@ import gradio as gr  # noqa: E402  (after the skip above)
 
 from dora_diffusion.blending import Interference  # noqa: E402
 from dora_diffusion.functional.blend_modes import MODES  # noqa: E402
-from dora_diffusion.generation import GenerationSettings  # noqa: E402
+from dora_diffusion.generation.generate import GenerationSettings  # noqa: E402
 from ui.curves import CONSTANT, OWN_POINTS, curve_html, name_of_text, text_of_name  # noqa: E402
 from ui.desk import Desk  # noqa: E402
 from ui.form import build_form, build_prompt  # noqa: E402

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dora_diffusion.generation import GenerationSettings
+from dora_diffusion.generation.generate import GenerationSettings
 from ui.request import (
     AdapterChoice,
     Block,

@@ -12,8 +12,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from dora_diffusion.adapters import AdapterManager
-from dora_diffusion.generation import Canvas, GenerationSettings, GenerationStopped, generate
-from dora_diffusion.prompts import LoraTag
+from dora_diffusion.generation.generate import Canvas, GenerationSettings, GenerationStopped, generate
+from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.utils.atomic import sha256_of
 from ui import engine as engine_module
 from ui.library import stamp_of

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from diffusers import StableDiffusionPipeline
 
-from dora_diffusion.generation import GenerationSettings
+from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.utils.atomic import load_tensors, sha256_of

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dora_diffusion.generation import GenerationSettings, GenerationStopped
+from dora_diffusion.generation.generate import GenerationSettings, GenerationStopped
 from ui import leave_out, weightmap
 from ui.axes import MAX_CELLS, parse_range
 from ui.desk import Stops, Variations

@@ -14,12 +14,12 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 import dora_diffusion
-from dora_diffusion.canvases import DEFAULT_STRENGTH, Start, start_on
-from dora_diffusion.canvases import Canvas as Canvas
 from dora_diffusion.families import Family, family_of_pipeline, pixel_multiple
-from dora_diffusion.prompts import LoraTag, prompt_arguments
-from dora_diffusion.samplers import DEFAULT as DEFAULT_SAMPLER
-from dora_diffusion.samplers import SAMPLERS, sampling
+from dora_diffusion.generation.img2img import DEFAULT_STRENGTH, Start, start_on
+from dora_diffusion.generation.img2img import Canvas as Canvas
+from dora_diffusion.generation.prompts import LoraTag, prompt_arguments
+from dora_diffusion.generation.samplers import DEFAULT as DEFAULT_SAMPLER
+from dora_diffusion.generation.samplers import SAMPLERS, sampling
 from dora_diffusion.utils.atomic import write_atomically
 
 METADATA_CHUNK = "dora_diffusion"
