@@ -20,9 +20,16 @@ if TYPE_CHECKING:
     from dora_diffusion.formats import examine, load_adapter, save_adapter
     from dora_diffusion.generation.generate import GenerationSettings, generate
     from dora_diffusion.layers.injection import DoRAConfig, Injection, inject
-    from dora_diffusion.pipelines import load_pipeline
+    from dora_diffusion.pipelines.loading import load_pipeline
+    from dora_diffusion.pipelines.textual_inversion import (
+        Words,
+        WordState,
+        add_words,
+        install_words,
+        load_word,
+        save_words,
+    )
     from dora_diffusion.state import AdapterState, ModuleState
-    from dora_diffusion.tokens import Words, WordState, add_words, install_words, load_word, save_words
     from dora_diffusion.training.config import TrainConfig
     from dora_diffusion.training.loop import train
 
@@ -50,15 +57,15 @@ _HOMES = {
     "DoRAConfig": "layers.injection",
     "Injection": "layers.injection",
     "inject": "layers.injection",
-    "load_pipeline": "pipelines",
+    "load_pipeline": "pipelines.loading",
     "AdapterState": "state",
     "ModuleState": "state",
-    "WordState": "tokens",
-    "Words": "tokens",
-    "add_words": "tokens",
-    "install_words": "tokens",
-    "load_word": "tokens",
-    "save_words": "tokens",
+    "WordState": "pipelines.textual_inversion",
+    "Words": "pipelines.textual_inversion",
+    "add_words": "pipelines.textual_inversion",
+    "install_words": "pipelines.textual_inversion",
+    "load_word": "pipelines.textual_inversion",
+    "save_words": "pipelines.textual_inversion",
     "TrainConfig": "training.config",
     "train": "training.loop",
 }

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 import dora_diffusion
-from dora_diffusion.base_weights import is_table, local_base
 from dora_diffusion.formats.base_checkpoint import Checkpoint, Place, main_weights, open_checkpoint, weight_files
 from dora_diffusion.formats.safetensors_stream import BLOCK_BYTES, TensorFile, write_tensor_file
 from dora_diffusion.functional.blend_modes import ACTIVE_AT_ZERO, MODES, Term
 from dora_diffusion.functional.strengths import Weight, check_strength, is_meant, strength_at
+from dora_diffusion.pipelines.base_weights import is_table, local_base
 from dora_diffusion.state import AdapterState, Module
 from dora_diffusion.utils.atomic import atomic_file, sync_folder
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.base_weights import BaseWeights
 from dora_diffusion.blending import block_of
 from dora_diffusion.formats import load_adapter
 from dora_diffusion.functional.blend_modes import MODES, Term
 from dora_diffusion.functional.dora import TINY_NORM, rows
+from dora_diffusion.pipelines.base_weights import BaseWeights
 from dora_diffusion.state import AdapterState
 from dora_diffusion.utils.atomic import write_atomically
 

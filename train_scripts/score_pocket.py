@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from dora_diffusion.evaluate.recognition import as_dict, draw_scenes, random_scenes, score
-from dora_diffusion.pipelines import EMBEDDED, POCKET, load_pipeline
+from dora_diffusion.pipelines.loading import EMBEDDED, POCKET, load_pipeline
 from dora_diffusion.pretrain.autoencoder import reconstruction_psnr
 from dora_diffusion.pretrain.icons import load_icons
 from dora_diffusion.pretrain.package import draw_batch

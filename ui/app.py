@@ -14,7 +14,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(10**9))
 
 import gradio as gr
 
-from dora_diffusion.pipelines import load_pipeline
+from dora_diffusion.pipelines.loading import load_pipeline
 from ui.guard import guards
 from ui.health import health_route, on_shutdown
 from ui.look import CSS, HEAD, theme

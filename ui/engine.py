@@ -13,7 +13,7 @@ from torch import nn
 from dora_diffusion.adapters import AdapterManager, LoadReport
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.functional.blend_modes import IN_ORDER
-from dora_diffusion.pipelines import EMBEDDED
+from dora_diffusion.pipelines.loading import EMBEDDED
 from ui.library import AdapterLibrary, Stamp, stamp_of
 from ui.request import Block, DrawRequest, Parts
 

@@ -13,7 +13,6 @@ from typing import Any
 from PIL import Image
 
 from dora_diffusion.adapters import LoadReport
-from dora_diffusion.base_weights import BaseWeights, base_weights
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.generation.generate import (
     AdapterUse,
@@ -28,7 +27,8 @@ from dora_diffusion.generation.generate import (
 )
 from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.generation.samplers import sampler_names
-from dora_diffusion.pipelines import load_pipeline
+from dora_diffusion.pipelines.base_weights import BaseWeights, base_weights
+from dora_diffusion.pipelines.loading import load_pipeline
 from ui.engine import Engine, Loaded, bases_offered
 from ui.library import AdapterLibrary
 from ui.metadata import keep_input

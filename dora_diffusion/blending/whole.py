@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.base_weights import WeightOf, weights_of
 from dora_diffusion.blending.exact import needs_weight
 from dora_diffusion.blending.layer import blend_layer
 from dora_diffusion.blending.pieces import Made, Piece, piece_of
@@ -21,6 +20,7 @@ from dora_diffusion.blending.records import (
 )
 from dora_diffusion.functional.blend_modes import MODES
 from dora_diffusion.functional.strengths import Weight, check_strength, is_meant, strength_at
+from dora_diffusion.pipelines.base_weights import WeightOf, weights_of
 from dora_diffusion.state import AdapterState, Module
 
 # In these the order of the adapters is part of the result.

@@ -46,8 +46,8 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
     from dora_diffusion.adapters import AdapterManager
     from dora_diffusion.generation.generate import GenerationSettings, StepReport, WordUse, generate, save_picture
-    from dora_diffusion.pipelines import load_pipeline
-    from dora_diffusion.tokens import install_words, load_word
+    from dora_diffusion.pipelines.loading import load_pipeline
+    from dora_diffusion.pipelines.textual_inversion import install_words, load_word
     from dora_diffusion.utils.atomic import sha256_of
 
     settings = GenerationSettings(

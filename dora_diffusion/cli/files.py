@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from dora_diffusion.cli.arguments import FORMATS, LOCAL_BASES, WHOLE, check_output, open_base, progress, staged
 
 if TYPE_CHECKING:
-    from dora_diffusion.base_weights import BaseWeights
     from dora_diffusion.blending import Interference
+    from dora_diffusion.pipelines.base_weights import BaseWeights
     from dora_diffusion.state import AdapterState
     from dora_diffusion.verification import Verified
 

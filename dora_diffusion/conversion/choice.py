@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dora_diffusion.base_weights import BaseWeights, base_weights, local_base
 from dora_diffusion.families import FAMILIES, Component, ends_with
 from dora_diffusion.formats.base_checkpoint import open_checkpoint
+from dora_diffusion.pipelines.base_weights import BaseWeights, base_weights, local_base
 
 _PRESETS = ("attention", "all-linear", "all")
 

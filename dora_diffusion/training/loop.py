@@ -17,8 +17,8 @@ from tqdm import tqdm
 from dora_diffusion.families import pixel_multiple
 from dora_diffusion.formats import save_adapter
 from dora_diffusion.functional.objectives import weighted_squared_error
+from dora_diffusion.pipelines.textual_inversion import save_words
 from dora_diffusion.state import AdapterState
-from dora_diffusion.tokens import save_words
 from dora_diffusion.training import checkpoint
 from dora_diffusion.training.batches import Batch, BatchSource, step_seed
 from dora_diffusion.training.card import run_card

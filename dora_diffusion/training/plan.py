@@ -10,8 +10,8 @@ from dora_diffusion.training.config import TrainConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dora_diffusion.pipelines.textual_inversion import Words
     from dora_diffusion.state import AdapterState
-    from dora_diffusion.tokens import Words
     from dora_diffusion.training.memory import Device, MemoryEstimate
 
 

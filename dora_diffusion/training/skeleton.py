@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_diffusion.pipelines import EMBEDDED, configs_of, load_pipeline, read_index
+from dora_diffusion.pipelines.loading import EMBEDDED, configs_of, load_pipeline, read_index
 
 
 def load_skeleton(source: str | Path, *, dtype: torch.dtype) -> Any:

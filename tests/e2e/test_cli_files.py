@@ -15,7 +15,7 @@ from dora_diffusion.cli.arguments import FORMATS, MERGES, MODES, split_adapter, 
 from dora_diffusion.formats import FORMATS as KNOWN
 from dora_diffusion.formats import detect_format, load_adapter, save_adapter
 from dora_diffusion.generation.generate import GenerationSettings, generate
-from dora_diffusion.pipelines import load_pipeline
+from dora_diffusion.pipelines.loading import load_pipeline
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 
 

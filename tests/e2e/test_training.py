@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from dora_diffusion.formats import save_adapter
 from dora_diffusion.generation.generate import GenerationSettings, generate
-from dora_diffusion.pipelines import load_pipeline
+from dora_diffusion.pipelines.loading import load_pipeline
+from dora_diffusion.pipelines.textual_inversion import add_words, install_words, load_word
 from dora_diffusion.pretrain.scenes import background
-from dora_diffusion.tokens import add_words, install_words, load_word
 from dora_diffusion.training import checkpoint, loop
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.loop import train

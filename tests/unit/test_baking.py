@@ -18,11 +18,11 @@ from safetensors.torch import load_file, safe_open, save_file
 
 from dora_diffusion.adapters import AdapterManager
 from dora_diffusion.baking import NOTE, bake, verify
-from dora_diffusion.base_weights import base_weights
 from dora_diffusion.formats import save_adapter
 from dora_diffusion.functional.blend_modes import MODES
 from dora_diffusion.layers.injection import DoRAConfig, inject
-from dora_diffusion.pipelines import EMBEDDED, load_pipeline
+from dora_diffusion.pipelines.base_weights import base_weights
+from dora_diffusion.pipelines.loading import EMBEDDED, load_pipeline
 from dora_diffusion.state import AdapterState, FactoredState, ModuleState, join
 from tests import original_layouts
 from tests.families.pipelines import PIPELINES

@@ -8,7 +8,7 @@ from torch import nn
 
 from dora_diffusion.adapters import AdapterManager
 from dora_diffusion.layers.injection import DoRAConfig, inject
-from dora_diffusion.pipelines import load_pipeline
+from dora_diffusion.pipelines.loading import load_pipeline
 from tests.kinds import KINDS, disturb, make_input, make_model
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 

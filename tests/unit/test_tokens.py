@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from dora_diffusion.families import family_of_pipeline
-from dora_diffusion.tokens import ExtendedEmbedding, WordState, add_words, install_words, load_word, save_words
+from dora_diffusion.pipelines.textual_inversion import (
+    ExtendedEmbedding,
+    WordState,
+    add_words,
+    install_words,
+    load_word,
+    save_words,
+)
 from tests.families.pipelines import PIPELINES
 from tests.tolerances import assert_close, assert_identical
 

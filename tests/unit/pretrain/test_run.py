@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from dora_diffusion.families.stable_diffusion_3 import STABLE_DIFFUSION_3
-from dora_diffusion.pipelines import POCKET, load_pipeline
+from dora_diffusion.pipelines.loading import POCKET, load_pipeline
 from dora_diffusion.pretrain import dit, run
 from dora_diffusion.pretrain.autoencoder import AutoencoderRecipe, build_autoencoder, encode_pictures, whiten
 from dora_diffusion.pretrain.denoiser import DenoiserRecipe

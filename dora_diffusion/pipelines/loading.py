@@ -16,11 +16,11 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from dora_diffusion.base_weights import EMBEDDED as EMBEDDED
-from dora_diffusion.base_weights import POCKET as POCKET
-from dora_diffusion.base_weights import POCKET_DIT as POCKET_DIT
 from dora_diffusion.families import FAMILIES
 from dora_diffusion.formats.safetensors_reader import read_header
+from dora_diffusion.pipelines.base_weights import EMBEDDED as EMBEDDED
+from dora_diffusion.pipelines.base_weights import POCKET as POCKET
+from dora_diffusion.pipelines.base_weights import POCKET_DIT as POCKET_DIT
 
 Offload = Literal["model", "sequential"]
 OFFLOADS: tuple[Offload, ...] = get_args(Offload)
