@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dora_diffusion.adapters import AdapterManager, LoadReport
+    from dora_diffusion.adapters.manager import AdapterManager, LoadReport
     from dora_diffusion.baking import bake
     from dora_diffusion.blending import BlendOptions, blend, blend_with_report, interference
     from dora_diffusion.conversion import Extraction, extract, resize, to_dora, to_lora, to_out_axis
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AdapterManager": "adapters",
-    "LoadReport": "adapters",
+    "AdapterManager": "adapters.manager",
+    "LoadReport": "adapters.manager",
     "BlendOptions": "blending",
     "blend": "blending",
     "blend_with_report": "blending",

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dora_diffusion.fitting import kind_in_words
+from dora_diffusion.adapters.matching import kind_in_words
 from dora_diffusion.formats import detect_format, examine, read_header
 from dora_diffusion.formats.family_detection import family_of
 from dora_diffusion.formats.json_metadata import json_object

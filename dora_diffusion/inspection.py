@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.fitting import kind_in_words
+from dora_diffusion.adapters.matching import kind_in_words
 from dora_diffusion.formats import Examined, load_examined
 from dora_diffusion.formats.family_detection import family_of
 from dora_diffusion.pipelines.base_weights import BaseWeights

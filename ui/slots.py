@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from dora_diffusion.adapters import LoadReport
+from dora_diffusion.adapters.manager import LoadReport
 from ui.curves import CONSTANT, CURVE_NAMES, curve_html, name_of_text
 from ui.library import AdapterFile, AdapterLibrary, Stamp, stamp_of
 from ui.masks import Mask, mask_html

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dora_diffusion.cli.arguments import BASES, MODES, add_mix, free_name, split_adapter, with_parts
 
 if TYPE_CHECKING:
-    from dora_diffusion.adapters import AdapterManager
+    from dora_diffusion.adapters.manager import AdapterManager
     from dora_diffusion.generation.generate import AdapterUse
 
 
@@ -44,7 +44,7 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     import torch
     from tqdm import tqdm
 
-    from dora_diffusion.adapters import AdapterManager
+    from dora_diffusion.adapters.manager import AdapterManager
     from dora_diffusion.generation.generate import GenerationSettings, StepReport, WordUse, generate, save_picture
     from dora_diffusion.pipelines.loading import load_pipeline
     from dora_diffusion.pipelines.textual_inversion import install_words, load_word

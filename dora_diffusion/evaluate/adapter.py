@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dora_diffusion.adapters import AdapterManager
+from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.evaluate.likeness import likeness
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.generation.generate import GenerationSettings, generate

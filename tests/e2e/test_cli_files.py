@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops
 
-from dora_diffusion.adapters import AdapterManager
+from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.blending import BLEND_SENTENCES
 from dora_diffusion.cli import COMMANDS, main
 from dora_diffusion.cli.arguments import FORMATS, MERGES, MODES, split_adapter, split_part

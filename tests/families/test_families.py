@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_diffusion.adapters import AdapterManager
+from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.families import FAMILIES, component_of_model, coverage, family_of_pipeline, pixel_multiple
 from dora_diffusion.formats import load_adapter, save_adapter
 from dora_diffusion.functional.objectives import weighted_squared_error

@@ -11,7 +11,7 @@ import pytest
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from dora_diffusion.adapters import AdapterManager
+from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.generation.generate import Canvas, GenerationSettings, GenerationStopped, generate
 from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.utils.atomic import sha256_of

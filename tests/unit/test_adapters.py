@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dora_diffusion.adapters import AdapterManager
-from dora_diffusion.fitting import kind_in_words
+from dora_diffusion.adapters.manager import AdapterManager
+from dora_diffusion.adapters.matching import kind_in_words
 from dora_diffusion.formats import save_adapter
 from dora_diffusion.layers.dora import BlendedLayer
 from dora_diffusion.layers.injection import DoRAConfig, inject

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, safe_open, save_file
 
-from dora_diffusion.adapters import AdapterManager
+from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.baking import NOTE, bake, verify
 from dora_diffusion.formats import save_adapter
 from dora_diffusion.functional.blend_modes import MODES

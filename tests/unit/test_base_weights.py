@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dora_diffusion.adapters import AdapterManager
+from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.formats.layouts import LAYOUTS
 from dora_diffusion.layers.base_layers import dense_weight
 from dora_diffusion.layers.injection import DoRAConfig, inject

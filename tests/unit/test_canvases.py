@@ -7,7 +7,7 @@ import pytest
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from dora_diffusion.adapters import AdapterManager
+from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.generation.generate import Canvas, GenerationSettings, StepReport, generate
 from dora_diffusion.generation.samplers import SAMPLERS
 from tests.families.pipelines import PIPELINES

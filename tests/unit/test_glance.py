@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
 
-from dora_diffusion.fitting import kind_in_words
+from dora_diffusion.adapters.matching import kind_in_words
 from dora_diffusion.formats import FORMATS, detect_format, load_adapter, save_adapter
 from dora_diffusion.formats.family_detection import family_of
 from dora_diffusion.glance import Structure, Told, glance, told_by

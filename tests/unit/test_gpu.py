@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dora_diffusion.adapters import AdapterManager
+from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.layers.injection import DoRAConfig, inject
 from dora_diffusion.pipelines.loading import load_pipeline
 from tests.kinds import KINDS, disturb, make_input, make_model

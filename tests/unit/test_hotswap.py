@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_diffusion.adapters import AdapterManager
+from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.layers.injection import DoRAConfig, inject
 from dora_diffusion.state import AdapterState
 from tests.pocket_random import random_adapter, random_pocket_pipeline

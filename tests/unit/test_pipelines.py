@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dora_diffusion.adapters import AdapterManager
+from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.cli import main
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.formats import save_adapter

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dora_diffusion.fitting import Loaded, Sites, at_hand
+from dora_diffusion.adapters.matching import Loaded, Sites, at_hand
 from dora_diffusion.functional.dora import GainForm, gain_form, scale_gain_form, sum_gain_forms
 from dora_diffusion.functional.strengths import Weight, strength_at
 from dora_diffusion.layers.base_layers import Base, dense_weight
