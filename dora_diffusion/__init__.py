@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dora_diffusion.adapters.manager import AdapterManager, LoadReport
-    from dora_diffusion.baking import bake
     from dora_diffusion.blending import BlendOptions, blend, blend_with_report, interference
+    from dora_diffusion.blending.bake import bake
     from dora_diffusion.conversion import Extraction, extract, resize, to_dora, to_lora, to_out_axis
     from dora_diffusion.formats import examine, load_adapter, save_adapter
     from dora_diffusion.generation.generate import GenerationSettings, generate
@@ -43,7 +43,7 @@ _HOMES = {
     "blend_with_report": "blending",
     "interference": "blending",
     "Extraction": "conversion",
-    "bake": "baking",
+    "bake": "blending.bake",
     "examine": "formats",
     "extract": "conversion",
     "resize": "conversion",

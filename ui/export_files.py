@@ -8,8 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from dora_diffusion.baking import bake
 from dora_diffusion.blending import BLEND_SENTENCES, BlendOptions, blend_with_report
+from dora_diffusion.blending.bake import bake
 from dora_diffusion.formats import FORMATS, load_adapter, save_adapter
 from dora_diffusion.functional.blend_modes import MODES
 from dora_diffusion.generation.generate import GenerationStopped, generate

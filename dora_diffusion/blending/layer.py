@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.blending.exact import Side, side_by_side
-from dora_diffusion.blending.pieces import Made, Piece
-from dora_diffusion.blending.records import BlendOptions
+from dora_diffusion.blending.layer_inputs import Made, Piece
+from dora_diffusion.blending.reports import BlendOptions
 from dora_diffusion.functional.blend_modes import MODES, difference
 from dora_diffusion.functional.dora import dora_weight
 from dora_diffusion.functional.low_rank import extract_dora, low_rank, recompress, relative_error

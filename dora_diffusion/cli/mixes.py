@@ -70,7 +70,7 @@ def add_bake(parser: argparse.ArgumentParser) -> None:
 
 
 def _bake(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
-    from dora_diffusion.baking import bake, verify
+    from dora_diffusion.blending.bake import bake, verify
 
     states, weights = read_mix(arguments.adapter, arguments.part, open_base(arguments.base))
     with progress("baking", unit="B") as advance:

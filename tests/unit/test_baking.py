@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, safe_open, save_file
 
 from dora_diffusion.adapters.manager import AdapterManager
-from dora_diffusion.baking import NOTE, bake, verify
+from dora_diffusion.blending.bake import NOTE, bake, verify
 from dora_diffusion.formats import save_adapter
 from dora_diffusion.functional.blend_modes import MODES
 from dora_diffusion.layers.injection import DoRAConfig, inject
@@ -374,7 +374,7 @@ def test_a_kill_in_the_middle_leaves_no_output_and_the_next_bake_cleans_up(
     save_adapter(adapters["ink"], tmp_path / "ink.safetensors")
     program = (
         "import sys, time\n"
-        "from dora_diffusion.baking import bake\n"
+        "from dora_diffusion.blending.bake import bake\n"
         "from dora_diffusion.formats import load_adapter\n"
         "def wait(done, total):\n"
         "    if done > total // 2: print('half', flush=True); time.sleep(100)\n"

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dora_diffusion.blending.exact import needs_weight
 from dora_diffusion.blending.layer import blend_layer
-from dora_diffusion.blending.pieces import Made, Piece, piece_of
-from dora_diffusion.blending.records import (
+from dora_diffusion.blending.layer_inputs import Made, Piece, piece_of
+from dora_diffusion.blending.reports import (
     BLEND_SENTENCES,
     Blended,
     BlendOptions,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.blending.pieces import piece_of
+from dora_diffusion.blending.layer_inputs import piece_of
 from dora_diffusion.functional.blend_modes import difference
 from dora_diffusion.pipelines.base_weights import WeightOf, weights_of
 from dora_diffusion.state import AdapterState
