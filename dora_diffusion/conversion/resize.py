@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.conversion.modules import change_of, dtype_of, error_of, module_of, relative, weight_for
-from dora_diffusion.conversion.records import Converted, Progress, Report, rewritten
+from dora_diffusion.conversion.reports import Converted, Progress, Report, rewritten
 from dora_diffusion.functional.low_rank import extract_dora, low_rank, recompress
 from dora_diffusion.functional.lycoris import Pair
 from dora_diffusion.pipelines.base_weights import WeightOf, weights_of

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.conversion.choice import layers_of, source_of, vectors_of
 from dora_diffusion.conversion.modules import error_of, module_of
-from dora_diffusion.conversion.ranks import check_budget
-from dora_diffusion.conversion.records import Converted, Progress, Report, walk
+from dora_diffusion.conversion.reports import Converted, Progress, Report, walk
+from dora_diffusion.conversion.resize import check_budget
+from dora_diffusion.conversion.targets import layers_of, source_of, vectors_of
 from dora_diffusion.functional.dora import master_dtype
 from dora_diffusion.functional.low_rank import extract_dora, low_rank
 from dora_diffusion.pipelines.base_weights import BaseWeights, WeightOf

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from dora_diffusion.conversion.modules import change_of, dtype_of, error_of, module_of, weight_for
-from dora_diffusion.conversion.ranks import check_budget
-from dora_diffusion.conversion.records import Converted, Progress, Report, rewritten
+from dora_diffusion.conversion.reports import Converted, Progress, Report, rewritten
+from dora_diffusion.conversion.resize import check_budget
 from dora_diffusion.functional.dora import rows, squared_row_norms
 from dora_diffusion.functional.low_rank import extract_dora, low_rank
 from dora_diffusion.pipelines.base_weights import weights_of
