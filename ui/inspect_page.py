@@ -7,8 +7,8 @@ from typing import Any
 
 import gradio as gr
 
-from dora_diffusion.inspection import inspect_adapter
-from dora_diffusion.plots import plot_adapters
+from dora_diffusion.inspection.plots import plot_adapters
+from dora_diffusion.inspection.report import inspect_adapter
 from ui.inspect_html import CSS, facts_html
 from ui.meter import measure, meter_html
 from ui.mistakes import told

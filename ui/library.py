@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from dora_diffusion.glance import Glance, Structure, glance
+from dora_diffusion.inspection.header import Glance, Structure, glance
 from ui.shelf import Entry, Stamp, list_folder, stamp_of
 from ui.shelf_index import Known, default_index, read_index, write_index
 from ui.shelf_notes import words_beside

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.glance import Glance, Structure, Told
+from dora_diffusion.inspection.header import Glance, Structure, Told
 from dora_diffusion.utils.atomic import write_atomically
 from ui.shelf import Stamp
 

@@ -37,7 +37,7 @@ def add_blend(parser: argparse.ArgumentParser) -> None:
 def _blend(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from dora_diffusion.blending import BlendOptions, blend_with_report
     from dora_diffusion.formats import load_adapter, save_adapter
-    from dora_diffusion.verification import verify_blend, verify_copy
+    from dora_diffusion.inspection.verify import verify_blend, verify_copy
 
     check_output(arguments.output, arguments.to)
     base = open_base(arguments.base)

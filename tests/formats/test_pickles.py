@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 
 from dora_diffusion.formats import detect_format, examine, load_adapter
-from dora_diffusion.inspection import inspect_adapter
+from dora_diffusion.inspection.report import inspect_adapter
 from dora_diffusion.pipelines.base_weights import weights_of
 from dora_diffusion.pipelines.loading import EMBEDDED, load_pipeline
 from dora_diffusion.pipelines.textual_inversion import load_word

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dora_diffusion.glance import Glance, Structure, Told
+from dora_diffusion.inspection.header import Glance, Structure, Told
 from ui.browser import Looker, add_word
 from ui.cards import card_html, initials, size_in_words
 from ui.catalogue import PAGE, Query, check_query, choices_of, shown_of
