@@ -26,10 +26,10 @@ from dora_diffusion.families import component_of_model, coverage, family_of_pipe
 from dora_diffusion.layers.base_layers import logical_shape
 from dora_diffusion.layers.injection import DoRAConfig, target_paths
 from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.dry_run import file_bytes
 from dora_diffusion.training.memory import Device, MemoryEstimate, estimate_memory
-from dora_diffusion.training.plan import file_bytes
-from dora_diffusion.training.skeleton import model_on_meta, pipeline_on_meta
-from dora_diffusion.training.subject import PRECISIONS, prepare_subject
+from dora_diffusion.training.meta_pipeline import model_on_meta, pipeline_on_meta
+from dora_diffusion.training.trainable import PRECISIONS, prepare_subject
 from dora_diffusion.utils.atomic import write_atomically
 
 RANKS = (4, 8, 16, 32, 64)

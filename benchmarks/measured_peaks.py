@@ -25,8 +25,8 @@ from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.functional.objectives import weighted_squared_error
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.memory import MemoryEstimate, estimate_memory
-from dora_diffusion.training.skeleton import load_skeleton
-from dora_diffusion.training.subject import PRECISIONS, Subject, build_optimizer, prepare_subject
+from dora_diffusion.training.meta_pipeline import load_skeleton
+from dora_diffusion.training.trainable import PRECISIONS, Subject, build_optimizer, prepare_subject
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _AT_ONCE = 1 << 16

@@ -36,13 +36,13 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from dora_diffusion.training.config import TrainConfig
-    from dora_diffusion.training.stopping import end_with_stdin
+    from dora_diffusion.training.signals import end_with_stdin
 
     if arguments.end_with_stdin:
         end_with_stdin()
     config = TrainConfig.from_yaml(arguments.config, TrainConfig.parse_overrides(rest))
     if arguments.dry_run:
-        from dora_diffusion.training.plan import describe_plan
+        from dora_diffusion.training.dry_run import describe_plan
 
         print(describe_plan(config))
         return 0

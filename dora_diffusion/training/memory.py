@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dora_diffusion.functional.objectives import weighted_squared_error
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.subject import PRECISIONS, Subject, picture_size
+from dora_diffusion.training.trainable import PRECISIONS, Subject, picture_size
 
 Device = Literal["cpu", "cuda"]
 

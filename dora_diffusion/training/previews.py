@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 
 from dora_diffusion.generation.generate import GenerationSettings, generate
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.subject import Subject
+from dora_diffusion.training.trainable import Subject
 from dora_diffusion.utils.atomic import atomic_file
 from dora_diffusion.utils.image_grid import grid
 

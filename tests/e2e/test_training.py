@@ -19,7 +19,7 @@ from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.training import checkpoint, loop
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.loop import train
-from dora_diffusion.training.subject import load_base, prepare_subject
+from dora_diffusion.training.trainable import load_base, prepare_subject
 from tests.pocket_random import random_pocket_pipeline
 from tests.tolerances import assert_identical
 

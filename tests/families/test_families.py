@@ -23,7 +23,7 @@ from dora_diffusion.generation.generate import GenerationSettings, StepReport, g
 from dora_diffusion.layers.injection import DoRAConfig, Injection, inject
 from dora_diffusion.state import AdapterState, join
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.noising import objective_of
+from dora_diffusion.training.objective import objective_of
 from tests.families.pipelines import PIPELINES
 from tests.families.pipelines.record import Tiny
 from tests.formats.adapters import KINDS, adapter_of, dense, layers_of

@@ -24,9 +24,9 @@ def describe_plan(config: TrainConfig) -> str:
 
     from dora_diffusion.training.dataset import check_words, checked_examples
     from dora_diffusion.training.memory import estimate_memory
-    from dora_diffusion.training.noising import objective_of
-    from dora_diffusion.training.skeleton import load_skeleton
-    from dora_diffusion.training.subject import PRECISIONS, adapter_metadata, prepare_subject, trainable_count
+    from dora_diffusion.training.meta_pipeline import load_skeleton
+    from dora_diffusion.training.objective import objective_of
+    from dora_diffusion.training.trainable import PRECISIONS, adapter_metadata, prepare_subject, trainable_count
 
     examples = checked_examples(config).train
     check_words(config, examples)
