@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from benchmarks.memory import kept_for_backward, largest_tensor, peak_of
 from benchmarks.timing import Timing, timed
 from benchmarks.variants import BUILDS, RANK, Variant, build, check_agreement, standing
-from dora_diffusion.functional.dora import dora as functional
+from dora_diffusion.functional import dora as functional
 
 
 @dataclass(frozen=True)

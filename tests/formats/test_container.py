@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.fuzz.corpus import special_files
 from benchmarks.fuzz.parts import Parts, taken_apart, with_length
 from benchmarks.fuzz.watch import Watch, faults
-from dora_diffusion.formats import container
+from dora_diffusion.formats import safetensors_reader as container
 from dora_diffusion.formats.safetensors_reader import (
     DTYPES,
     MAX_HEADER_BYTES,

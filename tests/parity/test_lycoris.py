@@ -5,7 +5,7 @@ import torch
 from lycoris.modules.locon import LoConModule
 from torch import Tensor, nn
 
-from dora_diffusion.functional.dora import dora as f
+from dora_diffusion.functional import dora as f
 from dora_diffusion.layers.dora import BlendedLayer
 from dora_diffusion.layers.injection import DoRAConfig, inject
 from tests.tolerances import assert_close

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from dora_diffusion.functional.dora import dora as functional
+from dora_diffusion.functional import dora as functional
 from dora_diffusion.layers.injection import DoRAConfig, inject
 from tests.tolerances import assert_close
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dora_diffusion.functional.dora import dora as f
+from dora_diffusion.functional import dora as f
 from dora_diffusion.layers.base_layers import check_adaptable, check_shapes, dense_weight, logical_shape
 from dora_diffusion.layers.dora import BlendedLayer
 from dora_diffusion.layers.fuse import fold

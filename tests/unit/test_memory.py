@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from benchmarks.memory import kept_for_backward, largest_tensor
-from dora_diffusion.functional.dora import dora as f
+from dora_diffusion.functional import dora as f
 from dora_diffusion.layers.injection import DoRAConfig, inject
 
 SIZE = 1536

@@ -8,7 +8,8 @@ import torch
 
 from dora_diffusion.formats import save_adapter
 from dora_diffusion.pretrain.scenes import background
-from dora_diffusion.training import plan, skeleton
+from dora_diffusion.training import dry_run as plan
+from dora_diffusion.training import meta_pipeline as skeleton
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.dry_run import describe_plan, file_bytes, memory_lines
 from dora_diffusion.training.memory import MemoryEstimate
