@@ -2,7 +2,8 @@
 
 import gradio as gr
 
-from ui import cards, form, history, inspect_html, leave_out, rack, restore, stage, train_widgets, weightmap
+from ui import cards, form, history, inspect_html, leave_out, rack, restore, stage, weightmap
+from ui.train import widgets as train_widgets
 
 HEAD = """
 <script>

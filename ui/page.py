@@ -23,7 +23,7 @@ from ui.rack import Rack, build_rack
 from ui.restore import build_restore
 from ui.session import Session
 from ui.stage import Screenplay, Stage, build_stage, status_html
-from ui.train import Train, build_train
+from ui.train.tab import Train, build_train
 from ui.weightmap import WeightMap, build_weight_map, picked_slots, wire_weight_map
 
 TABS_AT_ONCE = 8

@@ -13,7 +13,7 @@ from dora_diffusion.utils import atomic as storage  # noqa: E402  (after the ski
 from ui.inspect_page import plot_of  # noqa: E402
 from ui.mistakes import line_of, told  # noqa: E402
 from ui.session import Session  # noqa: E402
-from ui.train_process import Trainer  # noqa: E402
+from ui.train.process import Trainer  # noqa: E402
 
 
 def _shown(work: Callable[[], object], *, is_markup: bool = True) -> gr.Error:

@@ -1,6 +1,6 @@
 """The Train tab: pictures and captions, a recipe, the run as it goes on, and its checkpoints in the rack.
 
-`build_train` lays the tab out inside the open block. Training itself is a process of its own (`ui.train_process`).
+`build_train` lays the tab out inside the open block. Training itself is a process of its own (`ui.train.process`).
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from ui.mistakes import told
 from ui.options import UiOptions
 from ui.session import Session
 from ui.stage import status_html
-from ui.train_compare import build_compare, wire_compare
-from ui.train_form import Form, build_form, config_of, wire_form
-from ui.train_pictures import build_pictures, wire_pictures
-from ui.train_plan import Planner
-from ui.train_process import Trainer
-from ui.train_runs import find_run, list_runs
-from ui.train_watch import Watch, build_watch, wire_watch
-from ui.train_widgets import CSS
+from ui.train.compare import build_compare, wire_compare
+from ui.train.form import Form, build_form, config_of, wire_form
+from ui.train.pictures import build_pictures, wire_pictures
+from ui.train.plan import Planner
+from ui.train.process import Trainer
+from ui.train.runs import find_run, list_runs
+from ui.train.watch import Watch, build_watch, wire_watch
+from ui.train.widgets import CSS
 
 __all__ = ["CSS", "Train", "build_train"]
 

@@ -15,9 +15,9 @@ import gradio as gr
 from dora_diffusion.utils.images import read_image
 from ui.options import UiOptions
 from ui.stage import status_html
-from ui.train_plot import loss_plot
-from ui.train_process import Trainer, TrainState
-from ui.train_runs import (
+from ui.train.plot import loss_plot
+from ui.train.process import Trainer, TrainState
+from ui.train.runs import (
     Losses,
     LossReader,
     changed_at,

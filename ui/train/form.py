@@ -12,8 +12,8 @@ from ui.mistakes import told
 from ui.options import UiOptions
 from ui.request import MAX_SEED
 from ui.session import Session
-from ui.train_plan import Planner
-from ui.train_recipes import (
+from ui.train.plan import Planner
+from ui.train.recipes import (
     MAX_RANK,
     MAX_RUN_STEPS,
     MAX_SIDE,
@@ -23,7 +23,7 @@ from ui.train_recipes import (
     list_recipes,
     recipe_settings,
 )
-from ui.train_widgets import report_html
+from ui.train.widgets import report_html
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from dora_diffusion.generation.generate import GenerationSettings
 from ui.library import AdapterLibrary
 from ui.request import MAX_STRENGTH, AdapterChoice, DrawRequest, check_number
-from ui.train_runs import list_checkpoints, send_to_library
+from ui.train.runs import list_checkpoints, send_to_library
 
 MAX_ROWS, MAX_WEIGHTS = 8, 8
 

@@ -14,8 +14,8 @@ from dora_diffusion.utils.images import read_image
 from ui.mistakes import told
 from ui.options import UiOptions
 from ui.request import check_text, check_whole
-from ui.train_data import Captioned, find_dataset, find_picture, list_datasets, list_pictures, save_caption
-from ui.train_widgets import report_html
+from ui.train.data import Captioned, find_dataset, find_picture, list_datasets, list_pictures, save_caption
+from ui.train.widgets import report_html
 
 PAGE = 48
 THUMBNAIL = 256

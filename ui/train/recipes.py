@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from dora_diffusion.training.config import TrainConfig
 from ui.request import MAX_PROMPT, MAX_SEED, check_name, check_number, check_text, check_whole
-from ui.train_data import find_dataset
+from ui.train.data import find_dataset
 
 PLAIN = "plain"
 MAX_RUN_STEPS = 1_000_000

@@ -15,8 +15,8 @@ from ui.options import UiOptions
 from ui.request import DrawRequest, check_settings
 from ui.session import Session
 from ui.stage import status_html
-from ui.train_grid import Cell, Draw, check_weights, draw_grid
-from ui.train_runs import find_run, run_config, send_to_library
+from ui.train.grid import Cell, Draw, check_weights, draw_grid
+from ui.train.runs import find_run, run_config, send_to_library
 
 GUIDANCE = 4.0
 GRIDS = "grids"  # their folder in the output folder

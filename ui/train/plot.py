@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from ui.train_runs import Losses
+from ui.train.runs import Losses
 
 WIDTH, HEIGHT = 640, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 30

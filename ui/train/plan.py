@@ -7,9 +7,9 @@ from pathlib import Path
 
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.utils.atomic import write_atomically
-from ui.train_child import end, spawn
-from ui.train_log import last_reason
-from ui.train_runs import CONFIG
+from ui.train.child import end, spawn
+from ui.train.log import last_reason
+from ui.train.runs import CONFIG
 
 PLAN_SECONDS = 300.0
 _SECONDS_TO_CLEAR = 5.0

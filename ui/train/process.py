@@ -14,9 +14,9 @@ from pathlib import Path
 from dora_diffusion.training.checkpoint import ADAPTER
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.utils.atomic import write_atomically
-from ui.train_child import end, spawn
-from ui.train_log import last_line, last_reason
-from ui.train_runs import CONFIG, LOG, forget_attempt, run_config
+from ui.train.child import end, spawn
+from ui.train.log import last_line, last_reason
+from ui.train.runs import CONFIG, LOG, forget_attempt, run_config
 
 GRACE_SECONDS = 60.0  # a step of a large model, its previews and its checkpoint
 CLOSING_SECONDS = 8.0  # the app waits no longer when it ends itself
