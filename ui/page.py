@@ -11,11 +11,8 @@ from gradio.components import Component
 from ui.api import add_api
 from ui.browser import Browser, add_word, build_browser
 from ui.desk import Desk
-from ui.export import build_export
 from ui.form import Form, build_form, build_prompt
 from ui.history import build_history
-from ui.inspect_page import build_inspect_page
-from ui.leave_out import build_leave_out, wire_leave_out
 from ui.mistakes import told
 from ui.options import UiOptions
 from ui.presets import build_presets
@@ -23,8 +20,11 @@ from ui.rack import Rack, build_rack
 from ui.restore import build_restore
 from ui.session import Session
 from ui.stage import Screenplay, Stage, build_stage, status_html
+from ui.tabs.export import build_export
+from ui.tabs.inspect_page import build_inspect_page
+from ui.tabs.leave_one_out import build_leave_out, wire_leave_out
+from ui.tabs.weight_grid import WeightMap, build_weight_map, picked_slots, wire_weight_map
 from ui.train.tab import Train, build_train
-from ui.weightmap import WeightMap, build_weight_map, picked_slots, wire_weight_map
 
 TABS_AT_ONCE = 8
 NEWS_SECONDS = 3

@@ -20,7 +20,6 @@ from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.utils.atomic import sha256_of
 from ui import hashes as hashes_module
 from ui.a1111 import parse_a1111, settings_of
-from ui.export_files import ExportOptions, export_mix
 from ui.hashes import EMPTY, Missing, Wanted, find_all
 from ui.history import PAGE, described, find_picture, largest_difference, list_pictures
 from ui.presets import delete_preset, list_presets, load_preset, save_preset
@@ -28,6 +27,7 @@ from ui.recipes import Recipe, placed
 from ui.request import AdapterChoice, DrawRequest, SlotValues, check_adapters
 from ui.restore import Restored, report_html, restore_from
 from ui.session import Session
+from ui.tabs.export_files import ExportOptions, export_mix
 
 SETTINGS = GenerationSettings("a cat", negative_prompt="dog", seed=3, steps=2, guidance_scale=3.0, sampler="euler")
 INK = SlotValues("ink", True, 0.8, False, 0.8, 0.8)
