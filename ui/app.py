@@ -15,11 +15,11 @@ os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(10**9))
 import gradio as gr
 
 from dora_diffusion.pipelines.loading import load_pipeline
-from ui.guard import guards
-from ui.health import health_route, on_shutdown
 from ui.look import CSS, HEAD, theme
 from ui.options import UiOptions
 from ui.page import TABS_AT_ONCE, Page, build_page
+from ui.server.health import health_route, on_shutdown
+from ui.server.security import guards
 from ui.session import Session
 
 MAX_UPLOAD_BYTES = 24 << 20

@@ -8,7 +8,6 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from ui.api import add_api
 from ui.browser import Browser, add_word, build_browser
 from ui.desk import Desk
 from ui.form import Form, build_form, build_prompt
@@ -18,6 +17,7 @@ from ui.options import UiOptions
 from ui.presets import build_presets
 from ui.rack import Rack, build_rack
 from ui.restore import build_restore
+from ui.server.api import add_api
 from ui.session import Session
 from ui.stage import Screenplay, Stage, build_stage, status_html
 from ui.tabs.export import build_export

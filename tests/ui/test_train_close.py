@@ -70,7 +70,7 @@ import sys, threading, time
 from pathlib import Path
 from types import SimpleNamespace
 from dora_diffusion.training.config import TrainConfig
-from ui.health import on_shutdown
+from ui.server.health import on_shutdown
 from ui.train.plan import Planner
 from ui.train.process import Trainer
 config, planner, trainer = TrainConfig.from_yaml(Path(sys.argv[1])), Planner(), Trainer()
