@@ -9,17 +9,17 @@ import gradio as gr
 from gradio.components import Component
 
 from ui.browser import Browser, add_word, build_browser
-from ui.desk import Desk
-from ui.form import Form, build_form, build_prompt
-from ui.history import build_history
+from ui.generate.controls import Desk
+from ui.generate.form import Form, build_form, build_prompt
+from ui.generate.history import build_history
+from ui.generate.presets import build_presets
+from ui.generate.rack import Rack, build_rack
+from ui.generate.restore import build_restore
+from ui.generate.stage import Screenplay, Stage, build_stage, status_html
 from ui.mistakes import told
 from ui.options import UiOptions
-from ui.presets import build_presets
-from ui.rack import Rack, build_rack
-from ui.restore import build_restore
 from ui.server.api import add_api
 from ui.session import Session
-from ui.stage import Screenplay, Stage, build_stage, status_html
 from ui.tabs.export import build_export
 from ui.tabs.inspect_page import build_inspect_page
 from ui.tabs.leave_one_out import build_leave_out, wire_leave_out

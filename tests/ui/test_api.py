@@ -24,7 +24,7 @@ from dora_diffusion.generation.generate import METADATA_CHUNK  # noqa: E402
 from dora_diffusion.state import AdapterState  # noqa: E402
 from tests.pocket_random import random_adapter  # noqa: E402
 from tests.ui.served import Served, free_port, served  # noqa: E402
-from ui.history import largest_difference  # noqa: E402
+from ui.generate.history import largest_difference  # noqa: E402
 from ui.metadata import picture_texts  # noqa: E402
 from ui.request import DetailValues, DrawRequest, SlotValues, check_adapters, check_settings  # noqa: E402
 from ui.server.health import close_all  # noqa: E402

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from dora_diffusion.generation.generate import GenerationSettings, GenerationStopped
 from ui import leave_out, weightmap
-from ui.desk import Stops, Variations
+from ui.generate.controls import Stops, Variations
+from ui.generate.stage import Screenplay, build_stage, status_of
 from ui.request import AdapterChoice, DrawRequest, Parts, SlotValues, check_adapters
 from ui.run import Update
 from ui.session import Session
-from ui.stage import Screenplay, build_stage, status_of
 from ui.tabs.axes import MAX_CELLS, parse_range
 from ui.tabs.inspect_page import facts_of, meter_of, plot_of
 from ui.tabs.leave_one_out import leave_each_out, mean_difference, names_in, row_html

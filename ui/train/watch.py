@@ -13,8 +13,8 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.utils.images import read_image
+from ui.generate.stage import status_html
 from ui.options import UiOptions
-from ui.stage import status_html
 from ui.train.plot import loss_plot
 from ui.train.process import Trainer, TrainState
 from ui.train.runs import (

@@ -12,9 +12,9 @@ from urllib.parse import quote
 from gradio.components import Component
 
 from dora_diffusion.generation.generate import GenerationStopped
-from ui.form import Form
-from ui.rack import Rack
-from ui.recipes import Recipe
+from ui.generate.form import Form
+from ui.generate.rack import Rack
+from ui.generate.recipes import Recipe
 from ui.request import AdapterChoice, DrawRequest, SlotValues
 from ui.session import Session
 

@@ -9,9 +9,9 @@ import gradio as gr
 from gradio.components import Component
 
 from dora_diffusion.adapters.manager import LoadReport
-from ui.curves import CONSTANT, CURVE_NAMES, curve_html, name_of_text
+from ui.generate.curves import CONSTANT, CURVE_NAMES, curve_html, name_of_text
+from ui.generate.masks import Mask, mask_html
 from ui.library import AdapterFile, AdapterLibrary, Stamp, stamp_of
-from ui.masks import Mask, mask_html
 from ui.request import MAX_STRENGTH, Parts, SlotValues
 from ui.session import Session
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import gradio as gr
 from PIL import Image
 
-from ui import painter
+from ui.generate import painter
 from ui.request import check_picture
 
 SIDE = 256

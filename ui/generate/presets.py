@@ -13,12 +13,13 @@ from PIL import Image
 from dora_diffusion.functional.blend_modes import MODES
 from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.utils.atomic import write_atomically
-from ui.desk import Desk
+from ui.generate.controls import Desk
+from ui.generate.recipes import Recipe
+from ui.generate.restore import Restored, restored_updates
 from ui.hashes import Missing, Wanted, find_all, hash_of
 from ui.library import AdapterLibrary
 from ui.metadata import find_input, keep_input
 from ui.mistakes import told
-from ui.recipes import Recipe
 from ui.request import (
     ADDITIVE,
     DetailValues,
@@ -29,7 +30,6 @@ from ui.request import (
     check_picture,
     check_settings,
 )
-from ui.restore import Restored, restored_updates
 from ui.session import Session
 
 FOLDER = "presets"

@@ -15,14 +15,14 @@ from gradio.components import Component
 from dora_diffusion.functional.blend_modes import MODES
 from dora_diffusion.generation.generate import AdapterUse, GenerationSettings
 from dora_diffusion.generation.img2img import Canvas
-from ui.a1111 import Parameters, parse_a1111, settings_of
-from ui.canvas import canvas_value
-from ui.desk import Desk
+from ui.generate.canvas import canvas_value
+from ui.generate.controls import Desk
+from ui.generate.infotext import Parameters, parse_a1111, settings_of
+from ui.generate.recipes import Recipe, cut_to_rack, placed
 from ui.hashes import Missing, Wanted, by_name, find_all
 from ui.library import AdapterLibrary
 from ui.metadata import PictureRecord, find_input, picture_texts, read_metadata
 from ui.mistakes import told
-from ui.recipes import Recipe, cut_to_rack, placed
 from ui.request import ADDITIVE, DetailValues, Parts, SlotValues, check_settings
 from ui.session import Session
 

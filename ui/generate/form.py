@@ -10,8 +10,8 @@ from gradio.components import Component
 
 from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.generation.img2img import Canvas
-from ui import canvas as canvases
-from ui.canvas import CanvasReader, build_canvas, has_picture
+from ui.generate import canvas as canvases
+from ui.generate.canvas import CanvasReader, build_canvas, has_picture
 from ui.request import (
     MAX_COUNT,
     MAX_GUIDANCE,

@@ -15,14 +15,9 @@ from gradio.components import Component
 
 from dora_diffusion.functional.blend_modes import IN_ORDER, MODE_SENTENCES, MODES
 from ui import curves, masks, meter, slots
-from ui.curves import curve_html, name_of_text, text_of_name
-from ui.library import AdapterLibrary
-from ui.masks import Painter, build_painter, canvas_value, read_painted, targets
-from ui.meter import measure, meter_html
-from ui.mistakes import told
-from ui.request import ADDITIVE, SlotValues, check_whole
-from ui.session import Session
-from ui.slots import (
+from ui.generate.curves import curve_html, name_of_text, text_of_name
+from ui.generate.masks import Painter, build_painter, canvas_value, read_painted, targets
+from ui.generate.slots import (
     EMPTY,
     LONGEST_LIST,
     Badges,
@@ -35,6 +30,11 @@ from ui.slots import (
     shown_slots,
     with_mask,
 )
+from ui.library import AdapterLibrary
+from ui.meter import measure, meter_html
+from ui.mistakes import told
+from ui.request import ADDITIVE, SlotValues, check_whole
+from ui.session import Session
 
 SLOTS = 8
 MOST_BROKEN = 20
