@@ -18,10 +18,10 @@ from functools import partial
 from pathlib import Path
 
 from tests.ui.many_adapters import fill
-from ui.cards import cards_html
-from ui.catalogue import Query, shown_of
-from ui.library import AdapterLibrary
-from ui.thumbnails import Thumbnails
+from ui.library.cards import cards_html
+from ui.library.catalogue import Query, shown_of
+from ui.library.library import AdapterLibrary
+from ui.library.thumbnails import Thumbnails
 
 
 def _timed(work: Callable[[], object]) -> float:

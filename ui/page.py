@@ -8,7 +8,6 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from ui.browser import Browser, add_word, build_browser
 from ui.generate.controls import Desk
 from ui.generate.form import Form, build_form, build_prompt
 from ui.generate.history import build_history
@@ -16,6 +15,7 @@ from ui.generate.presets import build_presets
 from ui.generate.rack import Rack, build_rack
 from ui.generate.restore import build_restore
 from ui.generate.stage import Screenplay, Stage, build_stage, status_html
+from ui.library.browser import Browser, add_word, build_browser
 from ui.mistakes import told
 from ui.options import UiOptions
 from ui.server.api import add_api

@@ -30,7 +30,7 @@ from dora_diffusion.generation.samplers import sampler_names
 from dora_diffusion.pipelines.base_weights import BaseWeights, base_weights
 from dora_diffusion.pipelines.loading import load_pipeline
 from ui.engine import Engine, Loaded, bases_offered
-from ui.library import AdapterLibrary
+from ui.library.library import AdapterLibrary
 from ui.metadata import keep_input
 from ui.request import AdapterChoice, DrawRequest, Parts
 from ui.run import Run

@@ -16,7 +16,7 @@ from dora_diffusion.generation.generate import Canvas, GenerationSettings, Gener
 from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.utils.atomic import sha256_of
 from ui import engine as engine_module
-from ui.library import stamp_of
+from ui.library.library import stamp_of
 from ui.metadata import find_input, metadata_text, read_metadata
 from ui.request import AdapterChoice, DrawRequest
 from ui.run import Update

@@ -16,7 +16,7 @@ from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.utils.atomic import load_tensors, sha256_of
 from tests.tolerances import assert_identical
-from ui.library import AdapterLibrary
+from ui.library.library import AdapterLibrary
 from ui.request import DrawRequest, check_name
 from ui.session import Session
 from ui.train.data import find_dataset, list_datasets, list_pictures, save_caption

@@ -16,8 +16,8 @@ from dora_diffusion.utils.atomic import write_atomically
 from ui.generate.controls import Desk
 from ui.generate.recipes import Recipe
 from ui.generate.restore import Restored, restored_updates
-from ui.hashes import Missing, Wanted, find_all, hash_of
-from ui.library import AdapterLibrary
+from ui.library.hashes import Missing, Wanted, find_all, hash_of
+from ui.library.library import AdapterLibrary
 from ui.metadata import find_input, keep_input
 from ui.mistakes import told
 from ui.request import (

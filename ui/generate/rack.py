@@ -30,7 +30,7 @@ from ui.generate.slots import (
     shown_slots,
     with_mask,
 )
-from ui.library import AdapterLibrary
+from ui.library.library import AdapterLibrary
 from ui.meter import measure, meter_html
 from ui.mistakes import told
 from ui.request import ADDITIVE, SlotValues, check_whole

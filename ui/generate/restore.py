@@ -19,8 +19,8 @@ from ui.generate.canvas import canvas_value
 from ui.generate.controls import Desk
 from ui.generate.infotext import Parameters, parse_a1111, settings_of
 from ui.generate.recipes import Recipe, cut_to_rack, placed
-from ui.hashes import Missing, Wanted, by_name, find_all
-from ui.library import AdapterLibrary
+from ui.library.hashes import Missing, Wanted, by_name, find_all
+from ui.library.library import AdapterLibrary
 from ui.metadata import PictureRecord, find_input, picture_texts, read_metadata
 from ui.mistakes import told
 from ui.request import ADDITIVE, DetailValues, Parts, SlotValues, check_settings

@@ -15,7 +15,7 @@ import gradio as gr
 import dora_diffusion as dd
 from dora_diffusion.formats import FORMATS
 from dora_diffusion.generation.generate import Canvas
-from ui.library import AdapterFile
+from ui.library.library import AdapterFile
 from ui.mistakes import told
 from ui.request import (
     ADDITIVE,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dora_diffusion.generation.generate import GenerationSettings
-from ui.library import AdapterLibrary
+from ui.library.library import AdapterLibrary
 from ui.request import MAX_STRENGTH, AdapterChoice, DrawRequest, check_number
 from ui.train.runs import list_checkpoints, send_to_library
 

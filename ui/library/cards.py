@@ -5,9 +5,9 @@ import time
 from collections.abc import Sequence
 from html import escape
 
-from ui.catalogue import Shown, misfit
-from ui.library import AdapterFile
-from ui.thumbnails import Thumbnails
+from ui.library.catalogue import Shown, misfit
+from ui.library.library import AdapterFile
+from ui.library.thumbnails import Thumbnails
 
 PATIENCE = 0.15  # seconds for pictures that are not ready; the rest come with the next look
 WORDS, TAGS = 4, 4

@@ -12,9 +12,9 @@ from functools import cached_property
 from pathlib import Path
 
 from dora_diffusion.inspection.header import Glance, Structure, glance
-from ui.shelf import Entry, Stamp, list_folder, stamp_of
-from ui.shelf_index import Known, default_index, read_index, write_index
-from ui.shelf_notes import words_beside
+from ui.library.shelf import Entry, Stamp, list_folder, stamp_of
+from ui.library.shelf_index import Known, default_index, read_index, write_index
+from ui.library.shelf_notes import words_beside
 
 __all__ = ["AdapterFile", "AdapterLibrary", "Stamp", "stamp_of"]
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ui.library import AdapterFile, AdapterLibrary
+from ui.library.library import AdapterFile, AdapterLibrary
 
 PAGE = 48
 LONGEST_SEARCH = 200

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from dora_diffusion.utils.atomic import sha256_of
-from ui.library import AdapterFile, AdapterLibrary, Stamp, stamp_of
+from ui.library.library import AdapterFile, AdapterLibrary, Stamp, stamp_of
 
 SHORTEST = 8  # hex digits; A1111 writes 10 or 12 of 64
 PATIENCE = 120.0  # seconds

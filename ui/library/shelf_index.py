@@ -10,7 +10,7 @@ from typing import Any
 
 from dora_diffusion.inspection.header import Glance, Structure, Told
 from dora_diffusion.utils.atomic import write_atomically
-from ui.shelf import Stamp
+from ui.library.shelf import Stamp
 
 _VERSION = 1
 
