@@ -27,10 +27,10 @@ from dora_diffusion.formats import save_adapter
 from dora_diffusion.generation.generate import Canvas, GenerationSettings
 from dora_diffusion.utils.atomic import sha256_of, write_atomically
 from tests.pocket_random import random_adapter, random_pocket_pipeline
+from ui.backend.request import NAMED_CURVES, AdapterChoice, DrawRequest
+from ui.backend.run import Update
+from ui.backend.session import Session
 from ui.metadata import read_metadata
-from ui.request import NAMED_CURVES, AdapterChoice, DrawRequest
-from ui.run import Update
-from ui.session import Session
 
 NAMES = ("ink", "lego", "clay", "wool")
 MODES = ("additive", "compose", "direction-magnitude", "peft", "comfyui")

@@ -172,8 +172,8 @@ def page(folder: Path) -> gr.Blocks:
     """The app's page, over a random base."""
     from tests.pocket_random import random_pocket_pipeline
     from ui.app import build_app
+    from ui.backend.session import Session
     from ui.options import UiOptions
-    from ui.session import Session
 
     session = Session(random_pocket_pipeline(), model="random", folder=folder / "adapters", output=folder / "out")
     return build_app(session, UiOptions(model="random", runs=folder / "runs"))[0]

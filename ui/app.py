@@ -15,12 +15,12 @@ os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(10**9))
 import gradio as gr
 
 from dora_diffusion.pipelines.loading import load_pipeline
+from ui.backend.session import Session
 from ui.look import CSS, HEAD, theme
 from ui.options import UiOptions
 from ui.page import TABS_AT_ONCE, Page, build_page
 from ui.server.health import health_route, on_shutdown
 from ui.server.security import guards
-from ui.session import Session
 
 MAX_UPLOAD_BYTES = 24 << 20
 PREVIEW_SECONDS, PREVIEW_SWEEP_SECONDS = 24 * 3600, 3600

@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
+from ui.backend.session import Session
 from ui.generate.controls import Desk
 from ui.generate.form import Form, build_form, build_prompt
 from ui.generate.history import build_history
@@ -19,7 +20,6 @@ from ui.library.browser import Browser, add_word, build_browser
 from ui.mistakes import told
 from ui.options import UiOptions
 from ui.server.api import add_api
-from ui.session import Session
 from ui.tabs.export import build_export
 from ui.tabs.inspect_page import build_inspect_page
 from ui.tabs.leave_one_out import build_leave_out, wire_leave_out

@@ -19,8 +19,8 @@ from safetensors.numpy import load, save
 
 from benchmarks.app_payloads.payloads import SCRIPT, SCRIPTS
 from ui.app import RunningApp, serve
+from ui.backend.session import Session
 from ui.options import UiOptions
-from ui.session import Session
 
 SECRET = "canary-7c41f9"
 CANARIES = (SECRET, "root:x:0:0", "[project]", "def build_app")

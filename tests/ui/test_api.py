@@ -24,11 +24,11 @@ from dora_diffusion.generation.generate import METADATA_CHUNK  # noqa: E402
 from dora_diffusion.state import AdapterState  # noqa: E402
 from tests.pocket_random import random_adapter  # noqa: E402
 from tests.ui.served import Served, free_port, served  # noqa: E402
+from ui.backend.request import DetailValues, DrawRequest, SlotValues, check_adapters, check_settings  # noqa: E402
+from ui.backend.session import Session  # noqa: E402
 from ui.generate.history import largest_difference  # noqa: E402
 from ui.metadata import picture_texts  # noqa: E402
-from ui.request import DetailValues, DrawRequest, SlotValues, check_adapters, check_settings  # noqa: E402
 from ui.server.health import close_all  # noqa: E402
-from ui.session import Session  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("plain_signals"),
@@ -214,7 +214,7 @@ from pathlib import Path
 from tests.pocket_random import random_pocket_pipeline
 from tests.ui.served import served
 from ui.server.health import on_shutdown
-from ui.session import Session
+from ui.backend.session import Session
 folder = Path(sys.argv[1])
 session = Session(random_pocket_pipeline(), model="random", folder=folder / "adapters", output=folder / "out")
 with served(session, folder) as app:

@@ -18,6 +18,8 @@ from dora_diffusion.generation.generate import AdapterUse, GenerationSettings, G
 from dora_diffusion.generation.img2img import Canvas
 from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.utils.atomic import sha256_of
+from ui.backend.request import AdapterChoice, DrawRequest, SlotValues, check_adapters
+from ui.backend.session import Session
 from ui.generate.history import PAGE, described, find_picture, largest_difference, list_pictures
 from ui.generate.infotext import parse_a1111, settings_of
 from ui.generate.presets import delete_preset, list_presets, load_preset, save_preset
@@ -25,8 +27,6 @@ from ui.generate.recipes import Recipe, placed
 from ui.generate.restore import Restored, report_html, restore_from
 from ui.library import hashes as hashes_module
 from ui.library.hashes import EMPTY, Missing, Wanted, find_all
-from ui.request import AdapterChoice, DrawRequest, SlotValues, check_adapters
-from ui.session import Session
 from ui.tabs.export_files import ExportOptions, export_mix
 
 SETTINGS = GenerationSettings("a cat", negative_prompt="dog", seed=3, steps=2, guidance_scale=3.0, sampler="euler")

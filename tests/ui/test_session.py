@@ -15,12 +15,12 @@ from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.generation.generate import Canvas, GenerationSettings, GenerationStopped, generate
 from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.utils.atomic import sha256_of
-from ui import engine as engine_module
+from ui.backend import engine as engine_module
+from ui.backend.request import AdapterChoice, DrawRequest
+from ui.backend.run import Update
+from ui.backend.session import Session
 from ui.library.library import stamp_of
 from ui.metadata import find_input, metadata_text, read_metadata
-from ui.request import AdapterChoice, DrawRequest
-from ui.run import Update
-from ui.session import Session
 
 SETTINGS = GenerationSettings("a cat on a red background", negative_prompt="dog", seed=3, steps=2, guidance_scale=3.0)
 LONG = GenerationSettings("a cat", steps=100)

@@ -16,9 +16,9 @@ from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.utils.atomic import load_tensors, sha256_of
 from tests.tolerances import assert_identical
+from ui.backend.request import DrawRequest, check_name
+from ui.backend.session import Session
 from ui.library.library import AdapterLibrary
-from ui.request import DrawRequest, check_name
-from ui.session import Session
 from ui.train.data import find_dataset, list_datasets, list_pictures, save_caption
 from ui.train.grid import check_weights, choose_rows, draw_grid
 from ui.train.plan import Planner

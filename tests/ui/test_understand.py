@@ -14,17 +14,17 @@ from safetensors.torch import load_file, save_file
 
 from dora_diffusion.generation.generate import GenerationSettings, GenerationStopped
 from ui import leave_out, weightmap
+from ui.backend.request import AdapterChoice, DrawRequest, Parts, SlotValues, check_adapters
+from ui.backend.run import Update
+from ui.backend.session import Session
+from ui.backend.tags import resolve_tags
 from ui.generate.controls import Stops, Variations
 from ui.generate.stage import Screenplay, build_stage, status_of
-from ui.request import AdapterChoice, DrawRequest, Parts, SlotValues, check_adapters
-from ui.run import Update
-from ui.session import Session
 from ui.tabs.axes import MAX_CELLS, parse_range
 from ui.tabs.inspect_page import facts_of, meter_of, plot_of
 from ui.tabs.leave_one_out import leave_each_out, mean_difference, names_in, row_html
 from ui.tabs.weight_grid import build_weight_map, map_html, picked_slots
 from ui.tabs.weight_grid_cells import A_B, ADAPTER_WEIGHT, Axes, Cell, plan, request_of, save_sheet
-from ui.tags import resolve_tags
 
 PARTS = Parts("unet", ("text_encoder",))
 SETTINGS = GenerationSettings("a cat", seed=3, steps=2)

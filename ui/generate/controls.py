@@ -12,11 +12,11 @@ from urllib.parse import quote
 from gradio.components import Component
 
 from dora_diffusion.generation.generate import GenerationStopped
+from ui.backend.request import AdapterChoice, DrawRequest, SlotValues
+from ui.backend.session import Session
 from ui.generate.form import Form
 from ui.generate.rack import Rack
 from ui.generate.recipes import Recipe
-from ui.request import AdapterChoice, DrawRequest, SlotValues
-from ui.session import Session
 
 Values = Mapping[Component, Any]
 

@@ -3,7 +3,7 @@
 from html import escape
 
 from dora_diffusion.functional.schedules import Schedule
-from ui.request import MAX_STRENGTH, NAMED_CURVES, Curve, curve_text, parse_curve
+from ui.backend.request import MAX_STRENGTH, NAMED_CURVES, Curve, curve_text, parse_curve
 
 CONSTANT = "constant"
 OWN_POINTS = "own points"

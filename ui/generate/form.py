@@ -10,9 +10,7 @@ from gradio.components import Component
 
 from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.generation.img2img import Canvas
-from ui.generate import canvas as canvases
-from ui.generate.canvas import CanvasReader, build_canvas, has_picture
-from ui.request import (
+from ui.backend.request import (
     MAX_COUNT,
     MAX_GUIDANCE,
     MAX_SEED,
@@ -22,7 +20,9 @@ from ui.request import (
     check_settings,
     check_whole,
 )
-from ui.session import Session
+from ui.backend.session import Session
+from ui.generate import canvas as canvases
+from ui.generate.canvas import CanvasReader, build_canvas, has_picture
 
 _CSS = """
 #seed-row { align-items: center; }

@@ -11,12 +11,12 @@ import gradio as gr
 from gradio.components import Component
 from PIL import Image, ImageChops
 
+from ui.backend.request import check_whole
+from ui.backend.session import Session
 from ui.generate.controls import Desk
 from ui.generate.restore import restore_from, restored_updates
 from ui.metadata import metadata_text, read_metadata
 from ui.mistakes import told
-from ui.request import check_whole
-from ui.session import Session
 
 PAGE = 24
 MAX_PAGE = 1_000_000

@@ -14,7 +14,7 @@ from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.generation.prompts import LoraTag, parse_prompt
 from dora_diffusion.generation.samplers import DEFAULT as DEFAULT_SAMPLER
 from dora_diffusion.generation.samplers import sampler_of_title
-from ui.request import (
+from ui.backend.request import (
     MAX_GUIDANCE,
     MAX_SEED,
     MAX_SIDE,

@@ -11,8 +11,8 @@ from pathlib import Path
 import gradio as gr
 from PIL import Image
 
+from ui.backend.request import check_picture
 from ui.generate import painter
-from ui.request import check_picture
 
 SIDE = 256
 MAX_CHARACTERS = 1 << 20

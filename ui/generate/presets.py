@@ -13,14 +13,7 @@ from PIL import Image
 from dora_diffusion.functional.blend_modes import MODES
 from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.utils.atomic import write_atomically
-from ui.generate.controls import Desk
-from ui.generate.recipes import Recipe
-from ui.generate.restore import Restored, restored_updates
-from ui.library.hashes import Missing, Wanted, find_all, hash_of
-from ui.library.library import AdapterLibrary
-from ui.metadata import find_input, keep_input
-from ui.mistakes import told
-from ui.request import (
+from ui.backend.request import (
     ADDITIVE,
     DetailValues,
     Parts,
@@ -30,7 +23,14 @@ from ui.request import (
     check_picture,
     check_settings,
 )
-from ui.session import Session
+from ui.backend.session import Session
+from ui.generate.controls import Desk
+from ui.generate.recipes import Recipe
+from ui.generate.restore import Restored, restored_updates
+from ui.library.hashes import Missing, Wanted, find_all, hash_of
+from ui.library.library import AdapterLibrary
+from ui.metadata import find_input, keep_input
+from ui.mistakes import told
 
 FOLDER = "presets"
 MAX_BYTES = 1 << 20

@@ -15,6 +15,9 @@ from gradio.components import Component
 
 from dora_diffusion.functional.blend_modes import IN_ORDER, MODE_SENTENCES, MODES
 from ui import curves, masks, meter, slots
+from ui.backend.interference import measure, meter_html
+from ui.backend.request import ADDITIVE, SlotValues, check_whole
+from ui.backend.session import Session
 from ui.generate.curves import curve_html, name_of_text, text_of_name
 from ui.generate.masks import Painter, build_painter, canvas_value, read_painted, targets
 from ui.generate.slots import (
@@ -31,10 +34,7 @@ from ui.generate.slots import (
     with_mask,
 )
 from ui.library.library import AdapterLibrary
-from ui.meter import measure, meter_html
 from ui.mistakes import told
-from ui.request import ADDITIVE, SlotValues, check_whole
-from ui.session import Session
 
 SLOTS = 8
 MOST_BROKEN = 20

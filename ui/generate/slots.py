@@ -9,11 +9,11 @@ import gradio as gr
 from gradio.components import Component
 
 from dora_diffusion.adapters.manager import LoadReport
+from ui.backend.request import MAX_STRENGTH, Parts, SlotValues
+from ui.backend.session import Session
 from ui.generate.curves import CONSTANT, CURVE_NAMES, curve_html, name_of_text
 from ui.generate.masks import Mask, mask_html
 from ui.library.library import AdapterFile, AdapterLibrary, Stamp, stamp_of
-from ui.request import MAX_STRENGTH, Parts, SlotValues
-from ui.session import Session
 
 MAX_BLOCKS = 3
 LONGEST_LIST = 300

@@ -15,9 +15,7 @@ import gradio as gr
 import dora_diffusion as dd
 from dora_diffusion.formats import FORMATS
 from dora_diffusion.generation.generate import Canvas
-from ui.library.library import AdapterFile
-from ui.mistakes import told
-from ui.request import (
+from ui.backend.request import (
     ADDITIVE,
     AdapterChoice,
     DetailValues,
@@ -30,8 +28,10 @@ from ui.request import (
     check_text,
     check_whole,
 )
-from ui.run import Update
-from ui.session import Session
+from ui.backend.run import Update
+from ui.backend.session import Session
+from ui.library.library import AdapterFile
+from ui.mistakes import told
 
 CALLS_AT_ONCE = 8
 MAX_ADAPTERS = 8

@@ -15,7 +15,7 @@ import torch
 from fastapi import FastAPI
 
 import dora_diffusion
-from ui.session import Session
+from ui.backend.session import Session
 
 CLOSING_SECONDS = 10.0
 HEALTH = "/health"

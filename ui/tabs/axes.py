@@ -2,7 +2,7 @@
 
 from decimal import Decimal, InvalidOperation
 
-from ui.request import MAX_STRENGTH, check_number
+from ui.backend.request import MAX_STRENGTH, check_number
 
 MAX_CELLS = 64
 MAX_TEXT = 200

@@ -11,11 +11,11 @@ from gradio.components import Component
 from dora_diffusion.blending import BLEND_SENTENCES
 from dora_diffusion.formats import FORMATS
 from dora_diffusion.generation.generate import GenerationStopped
+from ui.backend.request import check_number, check_whole
+from ui.backend.session import Session
 from ui.generate.controls import Desk, Stops
 from ui.generate.stage import status_html
 from ui.mistakes import told
-from ui.request import check_number, check_whole
-from ui.session import Session
 from ui.tabs.export_files import AS_DRAWN, TARGETS, Exported, ExportOptions, check_options, export_mix
 
 __all__ = ["Export", "ExportOptions", "Exported", "build_export", "export_mix"]

@@ -9,10 +9,10 @@ import gradio as gr
 
 from dora_diffusion.inspection.plots import plot_adapters
 from dora_diffusion.inspection.report import inspect_adapter
+from ui.backend.interference import measure, meter_html
+from ui.backend.session import Session
 from ui.generate.stage import status_html
-from ui.meter import measure, meter_html
 from ui.mistakes import told
-from ui.session import Session
 from ui.tabs.inspect_html import CSS, facts_html
 
 __all__ = ["CSS", "InspectPage", "build_inspect_page"]

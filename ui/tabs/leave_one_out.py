@@ -11,12 +11,12 @@ from gradio.components import Component
 from PIL import Image, ImageChops, ImageStat
 
 from dora_diffusion.generation.generate import GenerationStopped
+from ui.backend.request import DrawRequest, SlotValues, taking_part
+from ui.backend.session import Session
+from ui.backend.tags import resolve_tags
 from ui.generate.controls import Desk, Stops, Variations, picture_html
 from ui.generate.stage import status_html
 from ui.mistakes import told
-from ui.request import DrawRequest, SlotValues, taking_part
-from ui.session import Session
-from ui.tags import resolve_tags
 
 WITHOUT = "without"  # the folder of these pictures in the output folder
 

@@ -13,10 +13,10 @@ from PIL import Image
 from dora_diffusion.generation.generate import picture_metadata
 from dora_diffusion.utils.atomic import write_atomically
 from dora_diffusion.utils.image_grid import grid
-from ui.request import DrawRequest, Parts, SlotValues, check_adapters, taking_part
-from ui.session import Session
+from ui.backend.request import DrawRequest, Parts, SlotValues, check_adapters, taking_part
+from ui.backend.session import Session
+from ui.backend.tags import Resolved, with_tagged
 from ui.tabs.axes import MAX_CELLS
-from ui.tags import Resolved, with_tagged
 
 ADAPTER_WEIGHT, A_B = "Adapter × weight", "A × B"
 KINDS = (ADAPTER_WEIGHT, A_B)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dora_diffusion.generation.generate import GenerationSettings
+from ui.backend.request import MAX_STRENGTH, AdapterChoice, DrawRequest, check_number
 from ui.library.library import AdapterLibrary
-from ui.request import MAX_STRENGTH, AdapterChoice, DrawRequest, check_number
 from ui.train.runs import list_checkpoints, send_to_library
 
 MAX_ROWS, MAX_WEIGHTS = 8, 8

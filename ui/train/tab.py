@@ -10,10 +10,10 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
+from ui.backend.session import Session
 from ui.generate.stage import status_html
 from ui.mistakes import told
 from ui.options import UiOptions
-from ui.session import Session
 from ui.train.compare import build_compare, wire_compare
 from ui.train.form import Form, build_form, config_of, wire_form
 from ui.train.pictures import build_pictures, wire_pictures

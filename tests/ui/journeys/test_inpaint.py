@@ -12,7 +12,7 @@ from dora_diffusion.generation.generate import picture_sha256
 from dora_diffusion.generation.img2img import Canvas
 from tests.ui.tab import PATIENCE_MS, PHONE, Tab
 from ui.app import RunningApp
-from ui.request import DetailValues, DrawRequest, SlotValues, check_adapters, check_settings
+from ui.backend.request import DetailValues, DrawRequest, SlotValues, check_adapters, check_settings
 
 _LEVEL = "(c, [x, y]) => c.getContext('2d').getImageData(x * c.width, y * c.height, 1, 1).data[3]"
 

@@ -5,7 +5,7 @@ from html import escape
 
 from dora_diffusion import interference, load_adapter
 from dora_diffusion.blending import Interference
-from ui.session import Session
+from ui.backend.session import Session
 
 MEETING = 0.05  # cosines nearer to 0 say that two changes do not meet
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dora_diffusion.generation.prompts import LoraTag, parse_prompt
-from ui.request import MAX_STRENGTH, AdapterChoice, DrawRequest, Parts, check_number, shown
+from ui.backend.request import MAX_STRENGTH, AdapterChoice, DrawRequest, Parts, check_number, shown
 
 
 @dataclass(frozen=True)

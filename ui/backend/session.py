@@ -29,13 +29,13 @@ from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.generation.samplers import sampler_names
 from dora_diffusion.pipelines.base_weights import BaseWeights, base_weights
 from dora_diffusion.pipelines.loading import load_pipeline
-from ui.engine import Engine, Loaded, bases_offered
+from ui.backend.draw_queue import Turns
+from ui.backend.engine import Engine, Loaded, bases_offered
+from ui.backend.request import AdapterChoice, DrawRequest, Parts
+from ui.backend.run import Run
+from ui.backend.tags import Resolved, resolve_tags
 from ui.library.library import AdapterLibrary
 from ui.metadata import keep_input
-from ui.request import AdapterChoice, DrawRequest, Parts
-from ui.run import Run
-from ui.tags import Resolved, resolve_tags
-from ui.turns import Turns
 
 MAX_BASES = 64
 

@@ -14,8 +14,8 @@ from dora_diffusion.adapters.manager import AdapterManager, LoadReport
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.functional.blend_modes import IN_ORDER
 from dora_diffusion.pipelines.loading import EMBEDDED
+from ui.backend.request import Block, DrawRequest, Parts
 from ui.library.library import AdapterLibrary, Stamp, stamp_of
-from ui.request import Block, DrawRequest, Parts
 
 MAX_LOADED = 8
 READS = 3
