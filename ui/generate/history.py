@@ -13,10 +13,10 @@ from PIL import Image, ImageChops
 
 from ui.backend.request import check_whole
 from ui.backend.session import Session
+from ui.errors import told
 from ui.generate.controls import Desk
 from ui.generate.restore import restore_from, restored_updates
 from ui.metadata import metadata_text, read_metadata
-from ui.mistakes import told
 
 PAGE = 24
 MAX_PAGE = 1_000_000

@@ -24,13 +24,13 @@ from ui.backend.request import (
     check_settings,
 )
 from ui.backend.session import Session
+from ui.errors import told
 from ui.generate.controls import Desk
 from ui.generate.recipes import Recipe
 from ui.generate.restore import Restored, restored_updates
 from ui.library.hashes import Missing, Wanted, find_all, hash_of
 from ui.library.library import AdapterLibrary
 from ui.metadata import find_input, keep_input
-from ui.mistakes import told
 
 FOLDER = "presets"
 MAX_BYTES = 1 << 20

@@ -18,6 +18,7 @@ from ui import curves, masks, meter, slots
 from ui.backend.interference import measure, meter_html
 from ui.backend.request import ADDITIVE, SlotValues, check_whole
 from ui.backend.session import Session
+from ui.errors import told
 from ui.generate.curves import curve_html, name_of_text, text_of_name
 from ui.generate.masks import Painter, build_painter, canvas_value, read_painted, targets
 from ui.generate.slots import (
@@ -34,7 +35,6 @@ from ui.generate.slots import (
     with_mask,
 )
 from ui.library.library import AdapterLibrary
-from ui.mistakes import told
 
 SLOTS = 8
 MOST_BROKEN = 20

@@ -17,6 +17,7 @@ from dora_diffusion.generation.generate import AdapterUse, GenerationSettings
 from dora_diffusion.generation.img2img import Canvas
 from ui.backend.request import ADDITIVE, DetailValues, Parts, SlotValues, check_settings
 from ui.backend.session import Session
+from ui.errors import told
 from ui.generate.canvas import canvas_value
 from ui.generate.controls import Desk
 from ui.generate.infotext import Parameters, parse_a1111, settings_of
@@ -24,7 +25,6 @@ from ui.generate.recipes import Recipe, cut_to_rack, placed
 from ui.library.hashes import Missing, Wanted, by_name, find_all
 from ui.library.library import AdapterLibrary
 from ui.metadata import PictureRecord, find_input, picture_texts, read_metadata
-from ui.mistakes import told
 
 CSS = """
 .kept { font-size: .9rem; overflow-wrap: anywhere; }

@@ -12,11 +12,11 @@ import gradio as gr
 from gradio.components import Component
 from gradio.events import Dependency
 
+from ui.errors import told
 from ui.library.cards import CSS, ON_LOAD, cards_html, status_html
 from ui.library.catalogue import ORDERS, Query, check_query, choices_of, shown_of
 from ui.library.library import AdapterLibrary
 from ui.library.thumbnails import Thumbnails
-from ui.mistakes import told
 
 __all__ = ["CSS", "Browser", "add_word", "build_browser"]
 

@@ -30,8 +30,8 @@ from ui.backend.request import (
 )
 from ui.backend.run import Update
 from ui.backend.session import Session
+from ui.errors import told
 from ui.library.library import AdapterFile
-from ui.mistakes import told
 
 CALLS_AT_ONCE = 8
 MAX_ADAPTERS = 8

@@ -13,9 +13,9 @@ from dora_diffusion.formats import FORMATS
 from dora_diffusion.generation.generate import GenerationStopped
 from ui.backend.request import check_number, check_whole
 from ui.backend.session import Session
+from ui.errors import told
 from ui.generate.controls import Desk, Stops
 from ui.generate.stage import status_html
-from ui.mistakes import told
 from ui.tabs.export_files import AS_DRAWN, TARGETS, Exported, ExportOptions, check_options, export_mix
 
 __all__ = ["Export", "ExportOptions", "Exported", "build_export", "export_mix"]

@@ -11,8 +11,8 @@ from dora_diffusion.inspection.plots import plot_adapters
 from dora_diffusion.inspection.report import inspect_adapter
 from ui.backend.interference import measure, meter_html
 from ui.backend.session import Session
+from ui.errors import told
 from ui.generate.stage import status_html
-from ui.mistakes import told
 from ui.tabs.inspect_html import CSS, facts_html
 
 __all__ = ["CSS", "InspectPage", "build_inspect_page"]

@@ -14,9 +14,9 @@ from dora_diffusion.generation.generate import GenerationStopped
 from ui.backend.request import DrawRequest, SlotValues, taking_part
 from ui.backend.session import Session
 from ui.backend.tags import resolve_tags
+from ui.errors import told
 from ui.generate.controls import Desk, Stops, Variations, picture_html
 from ui.generate.stage import status_html
-from ui.mistakes import told
 
 WITHOUT = "without"  # the folder of these pictures in the output folder
 

@@ -14,9 +14,9 @@ from dora_diffusion.generation.generate import GenerationStopped
 from ui.backend.request import Parts, SlotValues
 from ui.backend.session import Session
 from ui.backend.tags import Resolved, resolve_tags
+from ui.errors import told
 from ui.generate.controls import Desk, Stops, Values, Variations, picture_html
 from ui.generate.stage import status_html
-from ui.mistakes import told
 from ui.tabs.axes import parse_range
 from ui.tabs.weight_grid_cells import A_B, ADAPTER_WEIGHT, KINDS, MAPS, Axes, Cell, plan, request_of, save_sheet
 

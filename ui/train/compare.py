@@ -11,9 +11,9 @@ import gradio as gr
 from dora_diffusion.generation.generate import GenerationStopped
 from ui.backend.request import DrawRequest, check_settings
 from ui.backend.session import Session
+from ui.errors import told
 from ui.generate.controls import Stops
 from ui.generate.stage import status_html
-from ui.mistakes import told
 from ui.options import UiOptions
 from ui.train.grid import Cell, Draw, check_weights, draw_grid
 from ui.train.runs import find_run, run_config, send_to_library

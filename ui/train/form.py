@@ -10,7 +10,7 @@ from gradio.components import Component
 from dora_diffusion.training.config import TrainConfig
 from ui.backend.request import MAX_SEED
 from ui.backend.session import Session
-from ui.mistakes import told
+from ui.errors import told
 from ui.options import UiOptions
 from ui.train.plan import Planner
 from ui.train.recipes import (

@@ -12,7 +12,7 @@ from PIL import Image
 from dora_diffusion.training.doctor import examine, format_report
 from dora_diffusion.utils.images import read_image
 from ui.backend.request import check_text, check_whole
-from ui.mistakes import told
+from ui.errors import told
 from ui.options import UiOptions
 from ui.train.data import Captioned, find_dataset, find_picture, list_datasets, list_pictures, save_caption
 from ui.train.widgets import report_html

@@ -11,8 +11,8 @@ import gradio as gr
 from gradio.components import Component
 
 from ui.backend.session import Session
+from ui.errors import told
 from ui.generate.stage import status_html
-from ui.mistakes import told
 from ui.options import UiOptions
 from ui.train.compare import build_compare, wire_compare
 from ui.train.form import Form, build_form, config_of, wire_form

@@ -9,6 +9,7 @@ import gradio as gr
 from gradio.components import Component
 
 from ui.backend.session import Session
+from ui.errors import told
 from ui.generate.controls import Desk
 from ui.generate.form import Form, build_form, build_prompt
 from ui.generate.history import build_history
@@ -17,7 +18,6 @@ from ui.generate.rack import Rack, build_rack
 from ui.generate.restore import build_restore
 from ui.generate.stage import Screenplay, Stage, build_stage, status_html
 from ui.library.browser import Browser, add_word, build_browser
-from ui.mistakes import told
 from ui.options import UiOptions
 from ui.server.api import add_api
 from ui.tabs.export import build_export
