@@ -2,7 +2,9 @@
 
 import gradio as gr
 
-from ui import cards, form, history, inspect_html, leave_out, rack, restore, stage, weightmap
+from ui.generate import form, history, rack, restore, stage
+from ui.library import cards
+from ui.tabs import inspect_html, leave_one_out, weight_grid
 from ui.train import widgets as train_widgets
 
 HEAD = """
@@ -64,7 +66,8 @@ input[type=range]::-moz-range-thumb { box-shadow: 0 0 0 1px var(--neutral-400), 
 """
 
 CSS = _PAGE + "".join(
-    part.CSS for part in (cards, form, history, inspect_html, leave_out, rack, restore, stage, train_widgets, weightmap)
+    part.CSS
+    for part in (cards, form, history, inspect_html, leave_one_out, rack, restore, stage, train_widgets, weight_grid)
 )
 
 

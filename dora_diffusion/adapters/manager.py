@@ -23,7 +23,7 @@ from dora_diffusion.adapters.denoiser_hooks import Steering
 from dora_diffusion.adapters.matching import Loaded, LoadReport, Sites, fit, kind_in_words
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.formats import load_adapter
-from dora_diffusion.functional.blend_modes import MODES, Term
+from dora_diffusion.functional.blend_modes import ADDITIVE, MODES, Term
 from dora_diffusion.functional.dora import master_dtype
 from dora_diffusion.functional.schedules import mask_of, schedule_of
 from dora_diffusion.functional.strengths import Weight, check_strength, is_meant, strength_at
@@ -32,10 +32,6 @@ from dora_diffusion.layers.fuse import Change, Fold, check_foldable, fold, fold_
 from dora_diffusion.layers.injection import DoRAConfig, target_paths
 from dora_diffusion.state import AdapterState, ModuleState
 from dora_diffusion.utils.atomic import sha256_of
-
-__all__ = ["ADDITIVE", "AdapterManager", "LoadReport"]
-
-ADDITIVE = "additive"
 
 
 class AdapterManager:

@@ -181,8 +181,10 @@ def as_lycoris(weight: Tensor, terms: Sequence[Term]) -> Tensor:
     return total
 
 
+ADDITIVE = "additive"
+
 MODES: Mapping[str, Callable[[Tensor, Sequence[Term]], Tensor]] = {
-    "additive": additive,
+    ADDITIVE: additive,
     "compose": compose,
     "direction-magnitude": direction_magnitude,
     "peft": as_peft,

@@ -91,7 +91,7 @@ class FlowObjective:
         """fp32 in 0..1000."""
         from diffusers.training_utils import compute_density_for_timestep_sampling
 
-        u = compute_density_for_timestep_sampling(
+        u: Tensor = compute_density_for_timestep_sampling(
             self.density,
             count,
             self.logit_mean,
@@ -99,8 +99,7 @@ class FlowObjective:
             self.mode_scale,
             device=generator.device,
             generator=generator,
-        )
-        u = u.clamp(0, 1)
+        ).clamp(0, 1)
         return 1000 * self.shift * u / (1 + (self.shift - 1) * u)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

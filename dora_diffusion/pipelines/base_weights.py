@@ -15,7 +15,7 @@ from dora_diffusion.formats.base_checkpoint import Checkpoint, Place, open_check
 from dora_diffusion.layers.base_layers import check_adaptable, dense_weight, logical_shape
 from dora_diffusion.layers.dora import BlendedLayer, DoRALayer
 
-_ASSETS = Path(__file__).parent / "assets"
+_ASSETS = Path(__file__).parents[1] / "assets"
 POCKET = _ASSETS / "pocket"
 POCKET_DIT = _ASSETS / "pocket-dit"
 EMBEDDED: Mapping[str, Path] = {"pocket": POCKET, "pocket-dit": POCKET_DIT}

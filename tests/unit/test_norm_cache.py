@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 from torch.utils.checkpoint import checkpoint
 
+from dora_diffusion.layers import dora as layers
 from dora_diffusion.layers import injection as injection_module
-from dora_diffusion.layers.dora import dora as layers
 from dora_diffusion.layers.injection import DoRAConfig, Injection, inject
 from dora_diffusion.layers.step_counter import StepClock
 from tests.tolerances import assert_identical

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from dora_diffusion.functional.blend_modes import MODES
+from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.generation.generate import Canvas, GenerationSettings
 from dora_diffusion.generation.samplers import DEFAULT as DEFAULT_SAMPLER
 from dora_diffusion.generation.samplers import SAMPLERS
@@ -22,7 +22,6 @@ MAX_PROMPT = 2000
 MAX_COUNT = 16
 MAX_CURVE_POINTS = 32
 MIN_SIDE, MAX_SIDE = 64, 2048
-ADDITIVE = "additive"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Curve = tuple[tuple[float, float], ...]

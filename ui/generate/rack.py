@@ -13,12 +13,13 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from dora_diffusion.functional.blend_modes import IN_ORDER, MODE_SENTENCES, MODES
-from ui import curves, masks, meter, slots
+from dora_diffusion.functional.blend_modes import ADDITIVE, IN_ORDER, MODE_SENTENCES, MODES
+from ui.backend import interference as meter
 from ui.backend.interference import measure, meter_html
-from ui.backend.request import ADDITIVE, SlotValues, check_whole
+from ui.backend.request import SlotValues, check_whole
 from ui.backend.session import Session
 from ui.errors import told
+from ui.generate import curves, masks, slots
 from ui.generate.curves import curve_html, name_of_text, text_of_name
 from ui.generate.masks import Painter, build_painter, canvas_value, read_painted, targets
 from ui.generate.slots import (

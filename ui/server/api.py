@@ -14,9 +14,9 @@ import gradio as gr
 
 import dora_diffusion as dd
 from dora_diffusion.formats import FORMATS
+from dora_diffusion.functional.blend_modes import ADDITIVE
 from dora_diffusion.generation.generate import Canvas
 from ui.backend.request import (
-    ADDITIVE,
     AdapterChoice,
     DetailValues,
     DrawRequest,

@@ -11,13 +11,13 @@ from PIL import Image
 from dora_diffusion.blending import BLEND_SENTENCES, BlendOptions, blend_with_report
 from dora_diffusion.blending.bake import bake
 from dora_diffusion.formats import FORMATS, load_adapter, save_adapter
-from dora_diffusion.functional.blend_modes import MODES
+from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.generation.generate import GenerationStopped, generate
 from dora_diffusion.pipelines.base_weights import EMBEDDED, BaseWeights
 from dora_diffusion.pipelines.loading import load_pipeline
 from dora_diffusion.state import AdapterState
 from dora_diffusion.utils.atomic import sha256_of
-from ui.backend.request import ADDITIVE, AdapterChoice, DrawRequest, check_name
+from ui.backend.request import AdapterChoice, DrawRequest, check_name
 from ui.backend.session import Drawn, Session, ShouldStop
 from ui.backend.tags import resolve_tags
 from ui.generate.history import largest_difference
