@@ -13,7 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dora_diffusion.adapters.manager import AdapterManager, LoadReport
+    from dora_diffusion.adapters.manager import AdapterManager
+    from dora_diffusion.adapters.matching import LoadReport
     from dora_diffusion.blending import BlendOptions, blend, blend_with_report, interference
     from dora_diffusion.blending.bake import bake
     from dora_diffusion.conversion import Extraction, extract, resize, to_dora, to_lora, to_out_axis
@@ -37,7 +38,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AdapterManager": "adapters.manager",
-    "LoadReport": "adapters.manager",
+    "LoadReport": "adapters.matching",
     "BlendOptions": "blending",
     "blend": "blending",
     "blend_with_report": "blending",

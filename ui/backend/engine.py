@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from dora_diffusion.adapters.manager import AdapterManager, LoadReport
+from dora_diffusion.adapters.manager import AdapterManager
+from dora_diffusion.adapters.matching import LoadReport
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.functional.blend_modes import IN_ORDER
 from dora_diffusion.pipelines.loading import EMBEDDED

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from dora_diffusion.adapters.manager import LoadReport
+from dora_diffusion.adapters.matching import LoadReport
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.generation.generate import (
     AdapterUse,

@@ -10,11 +10,10 @@ import gradio as gr
 from gradio.components import Component
 from PIL import Image
 
-from dora_diffusion.functional.blend_modes import MODES
+from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.utils.atomic import write_atomically
 from ui.backend.request import (
-    ADDITIVE,
     DetailValues,
     Parts,
     SlotValues,

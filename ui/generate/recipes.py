@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from dora_diffusion.functional.blend_modes import ADDITIVE
 from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.generation.img2img import Canvas
-from ui.backend.request import ADDITIVE, MAX_STRENGTH, Curve, DrawRequest, Parts, SlotValues, check_adapters, curve_text
+from ui.backend.request import MAX_STRENGTH, Curve, DrawRequest, Parts, SlotValues, check_adapters, curve_text
 
 _ENCODERS, _DENOISER = "text_encoders", "denoiser"
 

@@ -12,10 +12,10 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from dora_diffusion.functional.blend_modes import MODES
+from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.generation.generate import AdapterUse, GenerationSettings
 from dora_diffusion.generation.img2img import Canvas
-from ui.backend.request import ADDITIVE, DetailValues, Parts, SlotValues, check_settings
+from ui.backend.request import DetailValues, Parts, SlotValues, check_settings
 from ui.backend.session import Session
 from ui.errors import told
 from ui.generate.canvas import canvas_value

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from dora_diffusion.adapters.manager import LoadReport
+from dora_diffusion.adapters.matching import LoadReport
 from ui.backend.request import MAX_STRENGTH, Parts, SlotValues
 from ui.backend.session import Session
 from ui.generate.curves import CONSTANT, CURVE_NAMES, curve_html, name_of_text
