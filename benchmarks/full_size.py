@@ -24,7 +24,8 @@ from benchmarks import full_size_report
 from benchmarks.published import PUBLISHED, Part, Published
 from dora_diffusion.families import component_of_model, coverage, family_of_pipeline
 from dora_diffusion.layers.base_layers import logical_shape
-from dora_diffusion.layers.injection import DoRAConfig, target_paths
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.targets import target_paths
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.dry_run import file_bytes
 from dora_diffusion.training.memory import Device, MemoryEstimate, estimate_memory

@@ -33,7 +33,8 @@ from dora_diffusion.conversion import Extraction, resize, to_dora, to_lora
 from dora_diffusion.formats import FORMATS
 from dora_diffusion.functional.dora import initial_magnitude
 from dora_diffusion.layers.base_layers import logical_shape
-from dora_diffusion.layers.injection import DoRAConfig, target_paths
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.targets import target_paths
 from dora_diffusion.state import AdapterState, ModuleState
 from dora_diffusion.utils.atomic import write_atomically
 

@@ -12,8 +12,8 @@ from benchmarks.memory import kept_for_backward, peak_of
 from benchmarks.single_layers import Setting
 from benchmarks.timing import timed
 from benchmarks.variants import Variant, build, check_agreement, standing
-from dora_diffusion.layers.injection import DoRAConfig
-from dora_diffusion.layers.injection import target_paths as paths_of
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.targets import target_paths as paths_of
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 NAMES = ["PEFT LoRA", "PEFT DoRA", "LyCORIS DoRA", "our LoRA", "our DoRA", "our DoRA, exact"]

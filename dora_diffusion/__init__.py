@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from dora_diffusion.conversion import Extraction, extract, resize, to_dora, to_lora, to_out_axis
     from dora_diffusion.formats import examine, load_adapter, save_adapter
     from dora_diffusion.generation.generate import GenerationSettings, generate
-    from dora_diffusion.layers.injection import DoRAConfig, Injection, inject
+    from dora_diffusion.layers.config import DoRAConfig
+    from dora_diffusion.layers.injection import Injection, inject
     from dora_diffusion.pipelines.loading import load_pipeline
     from dora_diffusion.pipelines.textual_inversion import (
         Words,

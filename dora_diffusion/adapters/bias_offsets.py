@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.adapters.matching import Sites
 from dora_diffusion.functional.dora import master_dtype
 from dora_diffusion.functional.strengths import Weight, strength_at
+from dora_diffusion.pipelines.modules import Sites
 
 Values = tuple[tuple[str, float], ...]
 

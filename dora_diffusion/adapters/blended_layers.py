@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dora_diffusion.adapters.matching import Loaded, Sites, at_hand
+from dora_diffusion.adapters.matching import Loaded
 from dora_diffusion.functional.dora import GainForm, gain_form, scale_gain_form, sum_gain_forms
 from dora_diffusion.functional.strengths import Weight, strength_at
 from dora_diffusion.layers.base_layers import Base, dense_weight
-from dora_diffusion.layers.dora import BlendedLayer
+from dora_diffusion.layers.blended import BlendedLayer
 from dora_diffusion.layers.step_counter import stamp
+from dora_diffusion.pipelines.modules import Sites, at_hand
 from dora_diffusion.state import ModuleState
 
 Adapters = Mapping[str, Loaded]

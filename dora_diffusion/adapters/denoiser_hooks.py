@@ -8,15 +8,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dora_diffusion.families import Family
-from dora_diffusion.functional.schedules import (
-    Schedule,
-    added_inside,
-    mask_on,
-    prediction_of,
-    progress_of,
-    timestep_of,
-    with_prediction,
-)
+from dora_diffusion.functional.masks import added_inside, mask_on, prediction_of, with_prediction
+from dora_diffusion.functional.schedules import Schedule, progress_of, timestep_of
 
 Weigh = Callable[[Mapping[str, float]], None]
 

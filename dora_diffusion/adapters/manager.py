@@ -20,16 +20,19 @@ from torch import Tensor
 from dora_diffusion.adapters.bias_offsets import Offsets
 from dora_diffusion.adapters.blended_layers import Slots
 from dora_diffusion.adapters.denoiser_hooks import Steering
-from dora_diffusion.adapters.matching import Loaded, LoadReport, Sites, fit, kind_in_words
+from dora_diffusion.adapters.matching import Loaded, LoadReport, fit, kind_in_words
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.formats import load_adapter
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES, Term
 from dora_diffusion.functional.dora import master_dtype
-from dora_diffusion.functional.schedules import mask_of, schedule_of
+from dora_diffusion.functional.masks import mask_of
+from dora_diffusion.functional.schedules import schedule_of
 from dora_diffusion.functional.strengths import Weight, check_strength, is_meant, strength_at
 from dora_diffusion.layers.base_layers import dense_weight
+from dora_diffusion.layers.config import DoRAConfig
 from dora_diffusion.layers.fuse import Change, Fold, check_foldable, fold, fold_by
-from dora_diffusion.layers.injection import DoRAConfig, target_paths
+from dora_diffusion.layers.targets import target_paths
+from dora_diffusion.pipelines.modules import Sites
 from dora_diffusion.state import AdapterState, ModuleState
 from dora_diffusion.utils.atomic import sha256_of
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from dora_diffusion.families import Family
-from dora_diffusion.functional.schedules import mask_of
+from dora_diffusion.functional.masks import mask_of
 
 DEFAULT_STRENGTH = 0.75
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -142,3 +143,8 @@ def check_shapes(path: str, state: ModuleState, base: Base) -> None:
     expected = rest[0] if state.axis == "in" else out
     if state.magnitude is not None and state.magnitude.shape != (expected,):
         raise ValueError(f"{path}: magnitude has shape {tuple(state.magnitude.shape)}, expected ({expected},)")
+
+
+def branch_dtype(x: Tensor, base: Tensor) -> torch.dtype:
+    """What the low-rank branch computes in: the input's dtype, or the base's output's where the input is token ids."""
+    return x.dtype if x.is_floating_point() else base.dtype

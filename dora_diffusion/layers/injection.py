@@ -1,72 +1,22 @@
 """Put DoRA layers into a model, and take them out again so that the model is what it was."""
 
 import math
-import re
 import warnings
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.families import component_of_model, ends_with
 from dora_diffusion.functional.dora import count_zero_rows, initial_magnitude, master_dtype, scale_of
 from dora_diffusion.layers.base_layers import Base, check_adaptable, check_shapes, dense_weight
-from dora_diffusion.layers.dora import NORM_GRADS, Adapter, BlendedLayer, DoRALayer, NormGrad
-from dora_diffusion.layers.initialisation import INITS, Init, embedding_pair, initial_pair, principal_pair
+from dora_diffusion.layers.blended import BlendedLayer
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.dora import Adapter, DoRALayer
+from dora_diffusion.layers.initialisation import embedding_pair, initial_pair, principal_pair
 from dora_diffusion.layers.step_counter import CLOCK
+from dora_diffusion.layers.targets import by_pattern, target_paths
 from dora_diffusion.state import AdapterState, ModuleState
-
-Number = TypeVar("Number", int, float)
-
-
-@dataclass(frozen=True)
-class DoRAConfig:
-    """How layers are adapted.
-
-    Attributes:
-        rank: r of the low-rank pair.
-        alpha: the scale is alpha / rank.
-        target_modules: None for the family's attention layers; a preset (`attention`, `all-linear`, `all`); a list of
-            path endings; or a regular expression that must match the whole path.
-        dropout: probability, on the low-rank branch only.
-        use_dora: False trains a plain LoRA.
-        norm_grad: "detached" holds the norm constant in the backward pass (the paper's default), "exact" does not.
-        use_rslora: the scale is alpha / sqrt(rank) (arXiv 2312.03732).
-        rank_pattern: pattern -> rank of the layers whose path ends in it; a regular expression, the first that fits, as
-            in PEFT: `{"mid_block.*to_k": 32, "to_out.0": 4}`.
-        alpha_pattern: pattern -> alpha, likewise.
-        init: what A and B start from: "default" (B = 0), "gaussian", "orthogonal" or "pissa"; see `initialisation`. An
-            embedding knows "pissa" and one other start, A = 0.
-        train_magnitude: False freezes m at the norm of the base's rows, so that only directions are learnt.
-    """
-
-    rank: int = 8
-    alpha: float = 8.0
-    target_modules: str | list[str] | None = None
-    dropout: float = 0.0
-    use_dora: bool = True
-    norm_grad: NormGrad = "detached"
-    use_rslora: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    init: Init = "default"
-    train_magnitude: bool = True
-
-    def __post_init__(self) -> None:
-        for rank in (self.rank, *self.rank_pattern.values()):
-            if rank < 1:
-                raise ValueError(f"rank must be at least 1, got {rank}")
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if not 0 < alpha < math.inf:
-                raise ValueError(f"alpha must be a positive number, got {alpha}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
-        for name, value, known in (("norm_grad", self.norm_grad, NORM_GRADS), ("init", self.init, INITS)):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 class Injection:
@@ -214,8 +164,8 @@ def inject(model: nn.Module, config: DoRAConfig, *, generator: torch.Generator |
         raise ValueError(f"{type(model).__name__} holds an adapter already: eject it, or unload its manager, first")
     generator = generator or torch.Generator().manual_seed(0)
     targets = {path: check_adaptable(path, model.get_submodule(path)) for path in target_paths(model, config)}
-    ranks = _by_pattern("rank_pattern", config.rank_pattern, list(targets), config.rank)
-    alphas = _by_pattern("alpha_pattern", config.alpha_pattern, list(targets), config.alpha)
+    ranks = by_pattern("rank_pattern", config.rank_pattern, list(targets), config.rank)
+    alphas = by_pattern("alpha_pattern", config.alpha_pattern, list(targets), config.alpha)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     layers = {
         path: _layer(base, config, rank=ranks[path], alpha=alphas[path], generator=generator)
@@ -228,17 +178,6 @@ def inject(model: nn.Module, config: DoRAConfig, *, generator: torch.Generator |
         layer.train(model.training)
         model.set_submodule(path, layer)
     return Injection(model, layers, trainable)
-
-
-def _by_pattern(name: str, patterns: Mapping[str, Number], paths: list[str], default: Number) -> dict[str, Number]:
-    """Path -> the value of the first pattern that its end matches, or the default."""
-    compiled = {pattern: _pattern(name, rf"(?:.*\.)?(?:{pattern})") for pattern in patterns}
-    found = {
-        path: next((pattern for pattern, regex in compiled.items() if regex.fullmatch(path)), None) for path in paths
-    }
-    if unused := [pattern for pattern in patterns if pattern not in found.values()]:
-        raise ValueError(f"{name}: {unused[0]!r} decides for none of the {len(paths)} targeted layers")
-    return {path: default if pattern is None else patterns[pattern] for path, pattern in found.items()}
 
 
 def _layer(base: Base, config: DoRAConfig, *, rank: int, alpha: float, generator: torch.Generator) -> DoRALayer:
@@ -271,38 +210,3 @@ def _warn_of_zero_rows(layers: Mapping[str, DoRALayer]) -> None:
             "adapt as plain LoRA",
             stacklevel=3,
         )
-
-
-def target_paths(model: nn.Module, config: DoRAConfig) -> list[str]:
-    """The paths of the layers that `config.target_modules` names, in the model's order; a ValueError when none."""
-    paths = [path for path, _ in model.named_modules() if path]
-    endings = _endings(model, config.target_modules)
-    if endings is None:
-        pattern = _pattern("target_modules", str(config.target_modules))
-        found = [path for path in paths if pattern.fullmatch(path)]
-    else:
-        unused = [end for end in endings if not any(ends_with(path, end) for path in paths)]
-        if isinstance(config.target_modules, list) and unused:
-            raise ValueError(f"target_modules: {unused[0]!r} matches no layer of {type(model).__name__}")
-        found = [path for path in paths if any(ends_with(path, end) for end in endings)]
-    if not found:
-        raise ValueError(f"target_modules={config.target_modules!r} matches no layer of {type(model).__name__}")
-    return found
-
-
-def _pattern(name: str, text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise ValueError(f"{name}: {text!r} is no regular expression ({error})") from None
-
-
-def _endings(model: nn.Module, targets: str | list[str] | None) -> tuple[str, ...] | None:
-    """Path endings for a preset or list; None when `targets` is a regular expression."""
-    if isinstance(targets, list):
-        return tuple(targets)
-    component = component_of_model(model)
-    if component is None and targets is None:
-        raise ValueError(f"{type(model).__name__} is of no family known here: name its layers in target_modules")
-    presets = component.presets if component else {}
-    return presets.get(targets or "attention")

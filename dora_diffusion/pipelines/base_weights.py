@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from dora_diffusion.families import FAMILIES
 from dora_diffusion.formats.base_checkpoint import Checkpoint, Place, open_checkpoint
 from dora_diffusion.layers.base_layers import check_adaptable, dense_weight, logical_shape
-from dora_diffusion.layers.dora import BlendedLayer, DoRALayer
+from dora_diffusion.layers.blended import BlendedLayer
+from dora_diffusion.layers.dora import DoRALayer
 
 _ASSETS = Path(__file__).parents[1] / "assets"
 POCKET = _ASSETS / "pocket"

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import dora_diffusion
 from dora_diffusion.families import Family, family_of_pipeline, pixel_multiple
 from dora_diffusion.functional.dora import scale_of
-from dora_diffusion.layers.injection import DoRAConfig, Injection, inject
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import Injection, inject
 from dora_diffusion.pipelines.loading import load_pipeline
 from dora_diffusion.pipelines.textual_inversion import Words, add_words
 from dora_diffusion.state import AdapterState, join

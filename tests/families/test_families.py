@@ -20,7 +20,8 @@ from dora_diffusion.families import FAMILIES, component_of_model, coverage, fami
 from dora_diffusion.formats import load_adapter, save_adapter
 from dora_diffusion.functional.objectives import weighted_squared_error
 from dora_diffusion.generation.generate import GenerationSettings, StepReport, generate
-from dora_diffusion.layers.injection import DoRAConfig, Injection, inject
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import Injection, inject
 from dora_diffusion.state import AdapterState, join
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.objective import objective_of

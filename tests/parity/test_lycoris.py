@@ -6,8 +6,9 @@ from lycoris.modules.locon import LoConModule
 from torch import Tensor, nn
 
 from dora_diffusion.functional import dora as f
-from dora_diffusion.layers.dora import BlendedLayer
-from dora_diffusion.layers.injection import DoRAConfig, inject
+from dora_diffusion.layers.blended import BlendedLayer
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import inject
 from tests.tolerances import assert_close
 
 LAYERS = {

@@ -20,7 +20,8 @@ from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.blending.bake import NOTE, bake, verify
 from dora_diffusion.formats import save_adapter
 from dora_diffusion.functional.blend_modes import MODES
-from dora_diffusion.layers.injection import DoRAConfig, inject
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import inject
 from dora_diffusion.pipelines.base_weights import base_weights
 from dora_diffusion.pipelines.loading import EMBEDDED, load_pipeline
 from dora_diffusion.state import AdapterState, FactoredState, ModuleState, join

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.formats.layouts import LAYOUTS
 from dora_diffusion.layers.base_layers import dense_weight
-from dora_diffusion.layers.injection import DoRAConfig, inject
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import inject
 from dora_diffusion.pipelines.base_weights import base_weights, weights_of
 from dora_diffusion.pipelines.loading import EMBEDDED, load_pipeline
 from tests import original_layouts

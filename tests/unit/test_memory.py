@@ -6,7 +6,8 @@ from torch import nn
 
 from benchmarks.memory import kept_for_backward, largest_tensor
 from dora_diffusion.functional import dora as f
-from dora_diffusion.layers.injection import DoRAConfig, inject
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import inject
 
 SIZE = 1536
 

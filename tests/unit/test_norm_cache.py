@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dora_diffusion.layers import dora as layers
 from dora_diffusion.layers import injection as injection_module
-from dora_diffusion.layers.injection import DoRAConfig, Injection, inject
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import Injection, inject
 from dora_diffusion.layers.step_counter import StepClock
 from tests.tolerances import assert_identical
 

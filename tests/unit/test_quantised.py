@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from dora_diffusion.functional import dora as f
 from dora_diffusion.layers import quantisation as quantised
 from dora_diffusion.layers.base_layers import check_adaptable, dense_weight, logical_shape
-from dora_diffusion.layers.dora import BlendedLayer
+from dora_diffusion.layers.blended import BlendedLayer
+from dora_diffusion.layers.config import DoRAConfig
 from dora_diffusion.layers.fuse import fold
-from dora_diffusion.layers.injection import DoRAConfig, inject
+from dora_diffusion.layers.injection import inject
 from tests.tolerances import assert_close, assert_identical
 
 OUT, IN = 48, 64
