@@ -25,12 +25,12 @@ from PIL import Image
 
 from dora_diffusion.formats import save_adapter
 from dora_diffusion.generation.generate import Canvas, GenerationSettings
+from dora_diffusion.generation.png_metadata import read_metadata
 from dora_diffusion.utils.atomic import sha256_of, write_atomically
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 from ui.backend.request import NAMED_CURVES, AdapterChoice, DrawRequest
 from ui.backend.run import Update
 from ui.backend.session import Session
-from ui.metadata import read_metadata
 
 NAMES = ("ink", "lego", "clay", "wool")
 MODES = ("additive", "compose", "direction-magnitude", "peft", "comfyui")

@@ -9,7 +9,7 @@ from dora_diffusion.cli.arguments import BASES, MODES, add_mix, free_name, split
 
 if TYPE_CHECKING:
     from dora_diffusion.adapters.manager import AdapterManager
-    from dora_diffusion.generation.generate import AdapterUse
+    from dora_diffusion.generation.png_metadata import AdapterUse
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,8 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from tqdm import tqdm
 
     from dora_diffusion.adapters.manager import AdapterManager
-    from dora_diffusion.generation.generate import GenerationSettings, StepReport, WordUse, generate, save_picture
+    from dora_diffusion.generation.generate import GenerationSettings, StepReport, generate
+    from dora_diffusion.generation.png_metadata import WordUse, save_picture
     from dora_diffusion.pipelines.loading import load_pipeline
     from dora_diffusion.pipelines.textual_inversion import install_words, load_word
     from dora_diffusion.utils.atomic import sha256_of
@@ -87,7 +88,7 @@ def _blend(
     manager: "AdapterManager", adapters: Sequence[tuple[Path, float]], parts: Sequence[str], mode: str
 ) -> "list[AdapterUse]":
     """Load the adapters under their files' names and set their strengths."""
-    from dora_diffusion.generation.generate import AdapterUse
+    from dora_diffusion.generation.png_metadata import AdapterUse
 
     weights, components = {}, {}
     for path, strength in adapters:

@@ -1,28 +1,20 @@
 """Draw a picture with a pipeline, watched and stoppable, and keep how it was made inside the PNG."""
 
-import hashlib
 import inspect
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-import dora_diffusion
 from dora_diffusion.families import Family, family_of_pipeline, pixel_multiple
 from dora_diffusion.generation.img2img import DEFAULT_STRENGTH, Start, start_on
 from dora_diffusion.generation.img2img import Canvas as Canvas
-from dora_diffusion.generation.prompts import LoraTag, prompt_arguments
+from dora_diffusion.generation.prompts import prompt_arguments
 from dora_diffusion.generation.samplers import DEFAULT as DEFAULT_SAMPLER
 from dora_diffusion.generation.samplers import SAMPLERS, sampling
-from dora_diffusion.utils.atomic import write_atomically
-
-METADATA_CHUNK = "dora_diffusion"
 
 
 @dataclass(frozen=True)
@@ -72,52 +64,6 @@ class StepReport:
     step: int
     total: int
     preview: Image.Image | None
-
-
-@dataclass(frozen=True)
-class AdapterUse:
-    """An adapter's part in a picture.
-
-    Attributes:
-        name: what it was loaded under.
-        sha256: of its file.
-        weight: its strength, or one for each part.
-        mode: how adapters were mixed, a key of `mixing.MODES`.
-        schedule: (progress, factor) points, or None for a constant strength.
-        mask: `picture_sha256` of where it drew, or None for everywhere.
-    """
-
-    name: str
-    sha256: str | None
-    weight: float | Mapping[str, float]
-    mode: str = "additive"
-    schedule: tuple[tuple[float, float], ...] | None = None
-    mask: str | None = None
-
-
-@dataclass(frozen=True)
-class WordUse:
-    """A new word that a picture was drawn with."""
-
-    word: str
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What else a picture came from.
-
-    Attributes:
-        canvas, canvas_mask: `picture_sha256` of what it was drawn on, and of where; None without one.
-        tags: of the prompt, whose adapters are among the picture's.
-    """
-
-    canvas: str | None = None
-    canvas_mask: str | None = None
-    tags: tuple[LoraTag, ...] = ()
-
-
-NOTHING_ELSE = Origin()
 
 
 class GenerationStopped(Exception):
@@ -228,90 +174,3 @@ def _preview(pipe: Any, family: Family, latents: Tensor, sides: tuple[int, int])
         family.codec.decode(pipe, family.unpack(latents, height, width))
     )[0]
     return picture
-
-
-def _weight_text(weight: float | Mapping[str, float]) -> str:
-    if isinstance(weight, Mapping):
-        return "/".join(f"{part}={value:g}" for part, value in weight.items())
-    return f"{weight:g}"
-
-
-def parameters_text(settings: GenerationSettings, *, model: str, adapters: Sequence[AdapterUse]) -> str:
-    """The `parameters` text that A1111 and its kin write and read."""
-    tags = "".join(f" <lora:{use.name}:{_weight_text(use.weight)}>" for use in adapters)
-    lines = [settings.prompt + tags]
-    if settings.negative_prompt:
-        lines.append(f"Negative prompt: {settings.negative_prompt}")
-    facts = {
-        "Steps": settings.steps,
-        "Sampler": SAMPLERS[settings.sampler].title,
-        "CFG scale": f"{settings.guidance_scale:g}",
-        "Seed": settings.seed,
-        "Model": model,
-        "Version": f"dora_diffusion {dora_diffusion.__version__}",
-    }
-    if settings.strength is not None:
-        facts["Denoising strength"] = f"{settings.strength:g}"
-    if settings.width and settings.height:
-        facts["Size"] = f"{settings.width}x{settings.height}"
-    if hashes := [f"{use.name}: {use.sha256}" for use in adapters if use.sha256]:
-        facts["Lora hashes"] = '"' + ", ".join(hashes) + '"'
-    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in facts.items())])
-
-
-def picture_metadata(
-    settings: GenerationSettings,
-    *,
-    model: str,
-    adapters: Sequence[AdapterUse],
-    words: Sequence[WordUse] = (),
-    origin: Origin = NOTHING_ELSE,
-) -> PngInfo:
-    """PNG text chunks: A1111's `parameters`, and a JSON chunk `dora_diffusion` that loses nothing."""
-    record = {
-        "version": dora_diffusion.__version__,
-        "model": model,
-        "settings": asdict(settings),
-        "adapters": [{**asdict(use), "weight": _plain(use.weight)} for use in adapters],
-        "words": [asdict(use) for use in words],
-        "blend": adapters[0].mode if adapters else "additive",
-        "canvas": {"picture": origin.canvas, "mask": origin.canvas_mask} if origin.canvas else None,
-        "tags": [{"name": tag.name, "weight": _plain(tag.weight)} for tag in origin.tags],
-    }
-    info = PngInfo()
-    info.add_itxt("parameters", parameters_text(settings, model=model, adapters=adapters))
-    info.add_itxt(METADATA_CHUNK, json.dumps(record, ensure_ascii=False))
-    return info
-
-
-def _plain(weight: float | Mapping[str, float]) -> float | dict[str, float]:
-    return dict(weight) if isinstance(weight, Mapping) else weight
-
-
-def picture_sha256(image: Image.Image) -> str:
-    """SHA-256 of a picture's mode, size and pixels, however it is stored."""
-    head = f"{image.mode} {image.width}x{image.height}\n".encode()
-    return hashlib.sha256(head + image.tobytes()).hexdigest()
-
-
-def save_picture(
-    image: Image.Image,
-    path: str | Path,
-    settings: GenerationSettings,
-    *,
-    model: str,
-    adapters: Sequence[AdapterUse],
-    words: Sequence[WordUse] = (),
-    origin: Origin = NOTHING_ELSE,
-) -> Path:
-    """Write a PNG with its metadata, atomically; a ValueError when the path is no .png."""
-    import io
-
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"{path}: pictures are written as PNG; give a name that ends in .png")
-    buffer = io.BytesIO()
-    info = picture_metadata(settings, model=model, adapters=adapters, words=words, origin=origin)
-    image.save(buffer, format="PNG", pnginfo=info)
-    write_atomically(path, buffer.getvalue())
-    return path

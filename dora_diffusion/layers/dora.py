@@ -1,6 +1,7 @@
 """The layer that trains one adapter beside the frozen base layer: its parameters, and calls of `functional.dora`.
 
-It keeps the very base module it stands in for, untouched, so that taking it out again leaves the model as it was. `base_layers` knows the kinds of layers.
+It keeps the very base module it stands in for, untouched, so that taking it out again leaves the model as it was.
+`base_layers` knows the kinds of layers.
 """
 
 from collections.abc import Callable

@@ -5,7 +5,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dora_diffusion.generation.generate import GenerationSettings, generate, save_picture
+from dora_diffusion.generation.generate import GenerationSettings, generate
+from dora_diffusion.generation.png_metadata import save_picture
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.dataset import Example, find_examples
 from dora_diffusion.utils.atomic import write_atomically

@@ -20,14 +20,16 @@ from gradio_client import Client, handle_file  # noqa: E402  (after the skip abo
 from gradio_client.exceptions import AppError  # noqa: E402
 
 from dora_diffusion.formats import save_adapter  # noqa: E402
-from dora_diffusion.generation.generate import METADATA_CHUNK  # noqa: E402
+from dora_diffusion.generation.png_metadata import (
+    METADATA_CHUNK,  # noqa: E402
+    picture_texts,  # noqa: E402
+)
 from dora_diffusion.state import AdapterState  # noqa: E402
 from tests.pocket_random import random_adapter  # noqa: E402
 from tests.ui.served import Served, free_port, served  # noqa: E402
+from ui.backend.picture_difference import largest_difference  # noqa: E402
 from ui.backend.request import DetailValues, DrawRequest, SlotValues, check_adapters, check_settings  # noqa: E402
 from ui.backend.session import Session  # noqa: E402
-from ui.generate.history import largest_difference  # noqa: E402
-from ui.metadata import picture_texts  # noqa: E402
 from ui.server.health import close_all  # noqa: E402
 
 pytestmark = [

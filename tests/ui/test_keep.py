@@ -14,13 +14,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dora_diffusion.formats import FORMATS
-from dora_diffusion.generation.generate import AdapterUse, GenerationSettings, GenerationStopped, save_picture
+from dora_diffusion.generation.generate import GenerationSettings, GenerationStopped
 from dora_diffusion.generation.img2img import Canvas
+from dora_diffusion.generation.png_metadata import AdapterUse, save_picture
 from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.utils.atomic import sha256_of
+from ui.backend.picture_difference import largest_difference
 from ui.backend.request import AdapterChoice, DrawRequest, SlotValues, check_adapters
 from ui.backend.session import Session
-from ui.generate.history import PAGE, described, find_picture, largest_difference, list_pictures
+from ui.generate.history import PAGE, described, find_picture, list_pictures
 from ui.generate.infotext import parse_a1111, settings_of
 from ui.generate.presets import delete_preset, list_presets, load_preset, save_preset
 from ui.generate.recipes import Recipe, placed

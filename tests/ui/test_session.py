@@ -13,14 +13,15 @@ from PIL import Image
 
 from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.generation.generate import Canvas, GenerationSettings, GenerationStopped, generate
+from dora_diffusion.generation.png_metadata import metadata_text, read_metadata
 from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.utils.atomic import sha256_of
 from ui.backend import engine as engine_module
+from ui.backend.inputs import find_input
 from ui.backend.request import AdapterChoice, DrawRequest
 from ui.backend.run import Update
 from ui.backend.session import Session
 from ui.library.library import stamp_of
-from ui.metadata import find_input, metadata_text, read_metadata
 
 SETTINGS = GenerationSettings("a cat on a red background", negative_prompt="dog", seed=3, steps=2, guidance_scale=3.0)
 LONG = GenerationSettings("a cat", steps=100)

@@ -14,28 +14,19 @@ from PIL import Image
 
 from dora_diffusion.adapters.matching import LoadReport
 from dora_diffusion.families import family_of_pipeline
-from dora_diffusion.generation.generate import (
-    AdapterUse,
-    Canvas,
-    GenerationSettings,
-    GenerationStopped,
-    Origin,
-    StepReport,
-    generate,
-    picture_sha256,
-    save_picture,
-)
+from dora_diffusion.generation.generate import Canvas, GenerationSettings, GenerationStopped, StepReport, generate
+from dora_diffusion.generation.png_metadata import AdapterUse, Origin, picture_sha256, save_picture
 from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.generation.samplers import sampler_names
 from dora_diffusion.pipelines.base_weights import BaseWeights, base_weights
 from dora_diffusion.pipelines.loading import load_pipeline
 from ui.backend.draw_queue import Turns
 from ui.backend.engine import Engine, Loaded, bases_offered
+from ui.backend.inputs import keep_input
 from ui.backend.request import AdapterChoice, DrawRequest, Parts
 from ui.backend.run import Run
 from ui.backend.tags import Resolved, resolve_tags
 from ui.library.library import AdapterLibrary
-from ui.metadata import keep_input
 
 MAX_BASES = 64
 

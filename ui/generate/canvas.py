@@ -13,12 +13,12 @@ from urllib.parse import quote
 import gradio as gr
 from PIL import Image
 
-from dora_diffusion.generation.generate import picture_sha256
 from dora_diffusion.generation.img2img import Canvas
+from dora_diffusion.generation.png_metadata import picture_sha256
 from dora_diffusion.utils.images import read_image
+from ui.backend.inputs import INPUTS, find_input
 from ui.backend.request import MAX_SIDE, check_canvas, check_picture, shown
 from ui.generate import painter
-from ui.metadata import INPUTS, find_input
 
 MAX_CHARACTERS = 2 << 20
 _KEPT = "kept:"

@@ -9,14 +9,15 @@ from typing import Any
 
 import gradio as gr
 from gradio.components import Component
-from PIL import Image, ImageChops
+from PIL import Image
 
+from dora_diffusion.generation.png_metadata import metadata_text, read_metadata
+from ui.backend.picture_difference import largest_difference
 from ui.backend.request import check_whole
 from ui.backend.session import Session
 from ui.errors import told
 from ui.generate.controls import Desk
 from ui.generate.restore import restore_from, restored_updates
-from ui.metadata import metadata_text, read_metadata
 
 PAGE = 24
 MAX_PAGE = 1_000_000
@@ -87,19 +88,6 @@ def find_picture(output: Path, name: object) -> Path:
     if not path.is_file() or path.is_symlink():
         raise ValueError(f"{name}: the picture is gone; look again")
     return path
-
-
-def largest_difference(first: Image.Image, second: Image.Image) -> int:
-    """The largest difference of two pictures in any channel of any pixel, 0 to 255.
-
-    Raises:
-        ValueError: they are not of one size.
-    """
-    if first.size != second.size:
-        sizes = " and ".join(f"{picture.width} x {picture.height}" for picture in (first, second))
-        raise ValueError(f"pictures of {sizes} pixels cannot be compared; draw both in one size")
-    bands = ImageChops.difference(first.convert("RGB"), second.convert("RGB")).getextrema()
-    return max(int(high) for _, high in bands)  # type: ignore[misc]
 
 
 def described(path: Path) -> str:

@@ -13,6 +13,7 @@ from PIL import Image
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.utils.atomic import write_atomically
+from ui.backend.inputs import find_input, keep_input
 from ui.backend.request import (
     DetailValues,
     Parts,
@@ -29,7 +30,6 @@ from ui.generate.recipes import Recipe
 from ui.generate.restore import Restored, restored_updates
 from ui.library.hashes import Missing, Wanted, find_all, hash_of
 from ui.library.library import AdapterLibrary
-from ui.metadata import find_input, keep_input
 
 FOLDER = "presets"
 MAX_BYTES = 1 << 20

@@ -13,8 +13,10 @@ import gradio as gr
 from gradio.components import Component
 
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
-from dora_diffusion.generation.generate import AdapterUse, GenerationSettings
+from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.generation.img2img import Canvas
+from dora_diffusion.generation.png_metadata import AdapterUse, PictureRecord, picture_texts, read_metadata
+from ui.backend.inputs import find_input
 from ui.backend.request import DetailValues, Parts, SlotValues, check_settings
 from ui.backend.session import Session
 from ui.errors import told
@@ -24,7 +26,6 @@ from ui.generate.infotext import Parameters, parse_a1111, settings_of
 from ui.generate.recipes import Recipe, cut_to_rack, placed
 from ui.library.hashes import Missing, Wanted, by_name, find_all
 from ui.library.library import AdapterLibrary
-from ui.metadata import PictureRecord, find_input, picture_texts, read_metadata
 
 CSS = """
 .kept { font-size: .9rem; overflow-wrap: anywhere; }

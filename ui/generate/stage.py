@@ -8,8 +8,8 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
+from dora_diffusion.generation.png_metadata import metadata_text
 from ui.backend.run import Update
-from ui.metadata import metadata_text
 
 IDLE = "Ctrl + Enter draws."
 PHASES = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from dora_diffusion.generation.generate import picture_metadata
+from dora_diffusion.generation.png_metadata import picture_metadata
 from dora_diffusion.utils.atomic import write_atomically
 from dora_diffusion.utils.image_grid import grid
 from ui.backend.request import DrawRequest, Parts, SlotValues, check_adapters, taking_part

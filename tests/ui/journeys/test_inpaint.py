@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from playwright.sync_api import FloatRect, Locator, expect
 
-from dora_diffusion.generation.generate import picture_sha256
 from dora_diffusion.generation.img2img import Canvas
+from dora_diffusion.generation.png_metadata import picture_sha256
 from tests.ui.tab import PATIENCE_MS, PHONE, Tab
 from ui.app import RunningApp
 from ui.backend.request import DetailValues, DrawRequest, SlotValues, check_adapters, check_settings
