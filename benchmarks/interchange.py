@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dora_diffusion as dd
-from benchmarks.full_size import pipeline_of
-from benchmarks.published import PUBLISHED
+from benchmarks.full_size.models import pipeline_of
+from benchmarks.full_size.published import PUBLISHED
 from dora_diffusion.conversion import Extraction, resize, to_dora, to_lora
 from dora_diffusion.formats import FORMATS
 from dora_diffusion.functional.dora import initial_magnitude

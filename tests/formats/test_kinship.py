@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.full_size import pipeline_of
-from benchmarks.published import PUBLISHED
+from benchmarks.full_size.models import pipeline_of
+from benchmarks.full_size.published import PUBLISHED
 from dora_diffusion import families
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.formats.family_detection import FAMILIES, family_of

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.full_size import pipeline_of
-from benchmarks.published import PUBLISHED
+from benchmarks.full_size.models import pipeline_of
+from benchmarks.full_size.published import PUBLISHED
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.formats import FORMATS, detect_format, examine, load_adapter, save_adapter
 from dora_diffusion.formats.family_detection import family_of

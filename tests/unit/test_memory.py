@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.memory import kept_for_backward, largest_tensor
+from benchmarks.peers.memory import kept_for_backward, largest_tensor
 from dora_diffusion.functional import dora as f
 from dora_diffusion.layers.config import DoRAConfig
 from dora_diffusion.layers.injection import inject

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [--only a,b,c,d] [--quick]`: measure, keep in bench.json, write the report and its plots."""
+"""`python -m benchmarks.peers [--only a,b,c,d] [--quick]`: measure, keep in bench.json, write report and plots."""
 
 import argparse
 import ctypes
@@ -15,8 +15,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # its profiler, which counts mem
 
 import torch  # noqa: E402
 
-from benchmarks import models, operations, report, single_layers  # noqa: E402
-from benchmarks.single_layers import Setting  # noqa: E402
+from benchmarks.peers import models, operations, report, single_layers  # noqa: E402
+from benchmarks.peers.single_layers import Setting  # noqa: E402
 
 PARTS: dict[str, Callable[[Setting], object]] = {
     "a": single_layers.measure,
@@ -30,7 +30,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def main() -> int:
     """Measure the parts asked for; parts measured before stay in the file."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
     parser.add_argument("--only", default="a,n,b,c,d", help="a layers, n norm, b models, c operations, d growth")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run, not how fast")
     parser.add_argument("--rounds", type=int, default=7)

@@ -1,6 +1,6 @@
 """How long the app takes over thousands of adapters: the first look, later ones, a start with the index, a search.
 
-    python -m benchmarks.app_library --files 10000
+    python -m benchmarks.app.library --files 10000
 
 The files are hard links of a few hundred distinct ones: three families' layers, five formats
 and kinds, metadata of their own. Times are of this process alone, without a page.

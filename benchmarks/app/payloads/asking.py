@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.app_payloads.target import Target
+from benchmarks.app.payloads.target import Target
 
 PATIENCE_SECONDS = 60.0
 MOST_READ = 1 << 20

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.app_payloads`: hostile payloads against a served app -> docs/results/payloads.md."""
+"""`python -m benchmarks.app.payloads`: hostile payloads against a served app -> docs/results/payloads.md."""
 
 import argparse
 import json
@@ -12,18 +12,18 @@ from pathlib import Path
 # Before torch: one thread, as the other results have it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks.app_payloads.base import random_base, two_adapters  # noqa: E402
-from benchmarks.app_payloads.browser import seen_by_browser  # noqa: E402
-from benchmarks.app_payloads.kinds import DRAWN, health_and_drawing  # noqa: E402
-from benchmarks.app_payloads.report import report, summary  # noqa: E402
-from benchmarks.app_payloads.run import all_judged  # noqa: E402
-from benchmarks.app_payloads.target import target_over  # noqa: E402
+from benchmarks.app.payloads.base import random_base, two_adapters  # noqa: E402
+from benchmarks.app.payloads.browser import seen_by_browser  # noqa: E402
+from benchmarks.app.payloads.kinds import DRAWN, health_and_drawing  # noqa: E402
+from benchmarks.app.payloads.report import report, summary  # noqa: E402
+from benchmarks.app.payloads.run import all_judged  # noqa: E402
+from benchmarks.app.payloads.target import target_over  # noqa: E402
 from dora_diffusion.utils.atomic import write_atomically  # noqa: E402
 
 
 def main() -> int:
     """Send them all, write what they came to; 1 when any promise was broken."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.app_payloads", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.app.payloads", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--log", type=Path, default=Path(os.devnull), help="where the app's own tracebacks go")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The memory of a true training step beside its estimate: `python -m benchmarks.measured_peaks CASE` prints JSON.
+"""The memory of a true step beside its estimate: `python -m benchmarks.full_size.measured_peaks CASE` prints JSON.
 
 To be run in a process of its own, so that the peak of resident memory is that of one step. glibc is told to give every
 freed block of 64 kB or more back at once, else the peak would be that of its free lists.
@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.full_size import config_of, estimate, pipeline_of
-from benchmarks.published import PUBLISHED, Published
+from benchmarks.full_size.models import config_of, estimate, pipeline_of
+from benchmarks.full_size.published import PUBLISHED, Published
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.functional.objectives import weighted_squared_error
 from dora_diffusion.training.config import TrainConfig

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.app_payloads.browser import Seen
-from benchmarks.app_payloads.kinds import KINDS
-from benchmarks.app_payloads.run import Outcome
+from benchmarks.app.payloads.browser import Seen
+from benchmarks.app.payloads.kinds import KINDS
+from benchmarks.app.payloads.run import Outcome
 
-COMMAND = "python -m benchmarks.app_payloads"
+COMMAND = "python -m benchmarks.app.payloads"
 _WHAT = """A random pocket base and two small adapters are served as `dora-diffusion ui` serves them, in the process
 that also watches itself: a canary lies in files beside the app's own, a server on loopback notes who calls, an audit
 hook notes every address that is looked up or connected to, and the folders are listed before and after each payload. A

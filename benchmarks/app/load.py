@@ -1,6 +1,6 @@
 """The app under load: many tabs at once, drawings cancelled, and adapters that change under its hands.
 
-    python -m benchmarks.app_load            # docs/results/app.md and app.json
+    python -m benchmarks.app.load            # docs/results/app.md and app.json
 
 Three trials over a random pocket base. Every picture drawn among others must be, bit for bit, the one drawn alone;
 after a cancel the next picture is that of a fresh app; a file that is cut short, replaced or deleted meanwhile gives
@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             faults(folder, output, count=options.faults),
         ]
     command = (
-        f"python -m benchmarks.app_load --requests {options.requests} --clients {options.clients} "
+        f"python -m benchmarks.app.load --requests {options.requests} --clients {options.clients} "
         f"--cancels {options.cancels} --faults {options.faults}"
     )
     text, record = report(outcomes, command), _record(outcomes, command)

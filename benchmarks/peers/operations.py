@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models import ATTENTION, Case, paths_of, sd15_unet
-from benchmarks.single_layers import Setting
-from benchmarks.timing import Timing, compare, once
-from benchmarks.variants import RANK, UP_STD, put
+from benchmarks.peers.models import ATTENTION, Case, paths_of, sd15_unet
+from benchmarks.peers.single_layers import Setting
+from benchmarks.peers.timing import Timing, compare, once
+from benchmarks.peers.variants import RANK, UP_STD, put
 from dora_diffusion import AdapterManager, DoRAConfig, inject
 from dora_diffusion.state import AdapterState
 

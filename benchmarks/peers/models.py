@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.memory import kept_for_backward, peak_of
-from benchmarks.single_layers import Setting
-from benchmarks.timing import timed
-from benchmarks.variants import Variant, build, check_agreement, standing
+from benchmarks.peers.memory import kept_for_backward, peak_of
+from benchmarks.peers.single_layers import Setting
+from benchmarks.peers.timing import timed
+from benchmarks.peers.variants import Variant, build, check_agreement, standing
 from dora_diffusion.layers.config import DoRAConfig
 from dora_diffusion.layers.targets import target_paths as paths_of
 

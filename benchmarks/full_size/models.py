@@ -1,27 +1,20 @@
-"""The published models at their real size, without weights: `python -m benchmarks.full_size` writes full-size.md.
+"""What is counted and estimated of a published model at its real size, without weights.
 
 Every model of `published` is built on the meta device. Counted are its parameters, the layers that each preset adapts
 and the numbers of an adapter; a training step is taken on shapes alone (`training.memory`). Some models that fit into
 main memory are then made with random weights and trained for a step, each in a process of its own (`measured_peaks`).
 """
 
-import argparse
 import importlib
-import json
 import math
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks import full_size_report
-from benchmarks.published import PUBLISHED, Part, Published
+from benchmarks.full_size.published import Part, Published
 from dora_diffusion.families import component_of_model, coverage, family_of_pipeline
 from dora_diffusion.layers.base_layers import logical_shape
 from dora_diffusion.layers.config import DoRAConfig
@@ -31,7 +24,6 @@ from dora_diffusion.training.dry_run import file_bytes
 from dora_diffusion.training.memory import Device, MemoryEstimate, estimate_memory
 from dora_diffusion.training.meta_pipeline import model_on_meta, pipeline_on_meta
 from dora_diffusion.training.trainable import PRECISIONS, prepare_subject
-from dora_diffusion.utils.atomic import write_atomically
 
 RANKS = (4, 8, 16, 32, 64)
 PRESETS = ("attention", "all-linear")
@@ -113,41 +105,3 @@ def _sizes(pipe: Any, preset: str) -> dict[int, dict[str, int]]:
     header = file_bytes(subject.adapter({})) - 4 * numbers[16]  # of another rank it has a digit more or less
     subject.eject()
     return {rank: {"numbers": count, "bytes": 4 * count + header} for rank, count in numbers.items()}
-
-
-def main() -> int:
-    """Describe what is asked for, keep the rest of the results file, and write the report."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.full_size", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    parser.add_argument("--only", nargs="*", metavar="NAME", help="models, as published.py names them; default: all")
-    parser.add_argument("--cases", nargs="*", metavar="CASE", help="measured peaks, default: all")
-    arguments = parser.parse_args()
-    path = arguments.output / "full-size.json"
-    results = json.loads(path.read_text()) if path.is_file() else {"models": {}, "measured": {}}
-    for model in PUBLISHED:
-        if arguments.only is None or model.name in arguments.only:
-            print(model.name, flush=True)
-            results["models"][model.name] = json.loads(json.dumps(describe(model)))
-            write_atomically(path, json.dumps(results, indent=1).encode())
-    for case in _wanted_cases(arguments.cases):
-        print(case, flush=True)
-        command = [sys.executable, "-m", "benchmarks.measured_peaks", case]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        results["measured"][case] = json.loads(done.stdout.splitlines()[-1])
-        write_atomically(path, json.dumps(results, indent=1).encode())
-    results["versions"] = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    order = [model.name for model in PUBLISHED if model.name in results["models"]]
-    results["models"] = {name: results["models"][name] for name in order}
-    write_atomically(path, json.dumps(results, indent=1).encode())
-    print(f"wrote {full_size_report.write(results, arguments.output)}")
-    return 0
-
-
-def _wanted_cases(asked: list[str] | None) -> list[str]:
-    from benchmarks.measured_peaks import CASES
-
-    return list(CASES) if asked is None else asked
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,9 +7,9 @@ from typing import Any
 
 import httpx
 
-from benchmarks.app_payloads.kinds import KINDS, Kind
-from benchmarks.app_payloads.payloads import Body, filled
-from benchmarks.app_payloads.target import Answer, Target
+from benchmarks.app.payloads.kinds import KINDS, Kind
+from benchmarks.app.payloads.payloads import Body, filled
+from benchmarks.app.payloads.target import Answer, Target
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.memory import kept_for_backward, largest_tensor, peak_of
-from benchmarks.timing import Timing, timed
-from benchmarks.variants import BUILDS, RANK, Variant, build, check_agreement, standing
+from benchmarks.peers.memory import kept_for_backward, largest_tensor, peak_of
+from benchmarks.peers.timing import Timing, timed
+from benchmarks.peers.variants import BUILDS, RANK, Variant, build, check_agreement, standing
 from dora_diffusion.functional import dora as functional
 
 

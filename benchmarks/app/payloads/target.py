@@ -17,7 +17,7 @@ import httpx
 from diffusers import StableDiffusionPipeline
 from safetensors.numpy import load, save
 
-from benchmarks.app_payloads.payloads import SCRIPT, SCRIPTS
+from benchmarks.app.payloads.payloads import SCRIPT, SCRIPTS
 from ui.app import RunningApp, serve
 from ui.backend.session import Session
 from ui.options import UiOptions

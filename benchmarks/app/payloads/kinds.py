@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.app_payloads import payloads
-from benchmarks.app_payloads.asking import Reply, ask, call, call_all, public, raw
-from benchmarks.app_payloads.payloads import JOIN, Body, Headers
-from benchmarks.app_payloads.target import CANARIES, Target
+from benchmarks.app.payloads import payloads
+from benchmarks.app.payloads.asking import Reply, ask, call, call_all, public, raw
+from benchmarks.app.payloads.payloads import JOIN, Body, Headers
+from benchmarks.app.payloads.target import CANARIES, Target
 
 LONGEST_ERROR = 1000
 ENDPOINTS = ("generate", "list_adapters", "blend")
