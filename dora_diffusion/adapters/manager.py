@@ -23,7 +23,7 @@ from dora_diffusion.adapters.denoiser_hooks import Steering
 from dora_diffusion.adapters.matching import Loaded, LoadReport, fit, kind_in_words
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.formats import load_adapter
-from dora_diffusion.functional.blend_modes import ADDITIVE, MODES, Term
+from dora_diffusion.functional.blend_modes import ADDITIVE, MODES, AdapterTerm
 from dora_diffusion.functional.dora import master_dtype
 from dora_diffusion.functional.masks import mask_of
 from dora_diffusion.functional.schedules import schedule_of
@@ -334,7 +334,7 @@ def _mixed(weight: Tensor, *, path: str, blend: str, meant: Sequence[tuple[Modul
     terms = []
     for module, strength in meant:
         here = module.to(device=weight.device)
-        terms.append(Term(here.delta().reshape(weight.shape), here.magnitude, here.axis, strength))
+        terms.append(AdapterTerm(here.delta().reshape(weight.shape), here.magnitude, here.axis, strength))
     try:
         return MODES[blend](weight.to(master_dtype(weight.dtype)), terms)
     except ValueError as error:
