@@ -30,7 +30,7 @@ from dora_diffusion.functional.schedules import schedule_of
 from dora_diffusion.functional.strengths import Weight, check_strength, is_meant, strength_at
 from dora_diffusion.layers.base_layers import dense_weight
 from dora_diffusion.layers.config import DoRAConfig
-from dora_diffusion.layers.fuse import Change, Fold, check_foldable, fold, fold_by
+from dora_diffusion.layers.fuse import Change, FusedWeights, check_fusable, fold, fuse_weights_by
 from dora_diffusion.layers.targets import target_paths
 from dora_diffusion.pipelines.modules import Sites
 from dora_diffusion.state import AdapterState, ModuleState
@@ -49,7 +49,7 @@ class AdapterManager:
         self._adapters: dict[str, Loaded] = {}
         self._weights: dict[str, Weight] = {}
         self._blend = ADDITIVE
-        self._fold: Fold | None = None  # of `fuse`, or of a mode that is not additive
+        self._fused: FusedWeights | None = None  # of `fuse`, or of a mode that is not additive
         self._steering = Steering(pipe, self._family, self._weigh_denoiser)
 
     @property
@@ -207,7 +207,7 @@ class AdapterManager:
         self._refuse_while_folded("fuse()")
         if self._steering.is_needed:
             raise ValueError("cannot fuse while a schedule or mask is set: strengths change as the picture is drawn")
-        self._fold = fold(self._slots.forms(self._adapters))
+        self._fused = fold(self._slots.forms(self._adapters))
         self._slots.stand_aside()
 
     def unfuse(self) -> None:
@@ -263,7 +263,7 @@ class AdapterManager:
 
     @property
     def _is_fused(self) -> bool:
-        return self._fold is not None and self._blend == ADDITIVE
+        return self._fused is not None and self._blend == ADDITIVE
 
     def _refuse_while_fused(self, action: str) -> None:
         if self._is_fused:
@@ -291,7 +291,7 @@ class AdapterManager:
             )
         for path, base in self._slots.bases.items():
             if self._meant(path, weights):
-                check_foldable(path, base)
+                check_fusable(path, base)
 
     def _meant(self, path: str, weights: Mapping[str, Weight]) -> list[tuple[ModuleState, float]]:
         """The adapters on a layer and their strengths, 0 or not, in the order that `weights` names them."""
@@ -306,15 +306,15 @@ class AdapterManager:
             for path, (base, meant) in mixes.items()
             if meant
         }
-        self._fold = fold_by(changes)
+        self._fused = fuse_weights_by(changes)
         self._blend = blend
         self._slots.stand_aside()
 
     def _unfold(self) -> None:
         """Undo a fold, if there is one."""
-        if self._fold is not None:
-            self._fold.undo()
-            self._fold = None
+        if self._fused is not None:
+            self._fused.undo()
+            self._fused = None
             self._slots.stand_in()
 
     @contextmanager
