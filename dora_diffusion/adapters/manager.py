@@ -30,7 +30,7 @@ from dora_diffusion.functional.schedules import schedule_of
 from dora_diffusion.functional.strengths import Weight, check_strength, is_meant, strength_at
 from dora_diffusion.layers.base_layers import dense_weight
 from dora_diffusion.layers.config import DoRAConfig
-from dora_diffusion.layers.fuse import Change, FusedWeights, check_fusable, fold, fuse_weights_by
+from dora_diffusion.layers.fuse import Change, FusedWeights, check_fusable, fuse_weights, fuse_weights_by
 from dora_diffusion.layers.targets import target_paths
 from dora_diffusion.pipelines.modules import Sites
 from dora_diffusion.state import AdapterState, ModuleState
@@ -207,7 +207,7 @@ class AdapterManager:
         self._refuse_while_folded("fuse()")
         if self._steering.is_needed:
             raise ValueError("cannot fuse while a schedule or mask is set: strengths change as the picture is drawn")
-        self._fused = fold(self._slots.forms(self._adapters))
+        self._fused = fuse_weights(self._slots.forms(self._adapters))
         self._slots.stand_aside()
 
     def unfuse(self) -> None:

@@ -33,7 +33,7 @@ class FusedWeights:
 Change = Callable[[Tensor], Tensor]  # W (out, in[, kernel]) in the layer's dtype -> W', rounded to it when folded
 
 
-def fold(layers: Mapping[str, tuple[Base, GainForm]]) -> FusedWeights:
+def fuse_weights(layers: Mapping[str, tuple[Base, GainForm]]) -> FusedWeights:
     """Replace each layer's weight by its gain form's, computed in fp32 and rounded once; errors as `fuse_weights_by`."""
     return fuse_weights_by(
         {path: (layer, partial(apply_gain_form, form=form)) for path, (layer, form) in layers.items()}

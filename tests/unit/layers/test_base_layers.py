@@ -8,7 +8,7 @@ from dora_diffusion.functional import dora as f
 from dora_diffusion.layers.base_layers import check_adaptable, check_shapes, dense_weight, logical_shape
 from dora_diffusion.layers.blended import BlendedLayer
 from dora_diffusion.layers.config import DoRAConfig
-from dora_diffusion.layers.fuse import fold
+from dora_diffusion.layers.fuse import fuse_weights
 from dora_diffusion.layers.injection import inject
 from dora_diffusion.state import ModuleState
 from tests.kinds import KINDS, disturb, make_input, make_model, reference, with_weight
@@ -80,7 +80,7 @@ def test_blended_equals_folded_and_unfolds_bit_for_bit(kind, bias, dtype, streng
     blended.hold([term])
     blended.weigh(torch.tensor([strength]))
     drawn = blended(x)
-    folded = fold({"layer": (base, f.scale_gain_form(term, strength))})
+    folded = fuse_weights({"layer": (base, f.scale_gain_form(term, strength))})
     expected = base(x).detach()
     folded.undo()
     size = float(expected.abs().max())
@@ -99,7 +99,7 @@ def test_a_fold_that_fails_half_way_changes_nothing() -> None:
     good = f.GainForm(torch.ones(5), torch.ones(5, 1), torch.ones(1, 6))
     bad = f.GainForm(torch.ones(5), torch.ones(5, 1), torch.ones(1, 7))
     with pytest.raises(RuntimeError):
-        fold({"0": (layers[0], good), "1": (layers[1], bad)})
+        fuse_weights({"0": (layers[0], good), "1": (layers[1], bad)})
     assert_identical([layer.weight for layer in layers], before)
 
 

@@ -14,7 +14,7 @@ from dora_diffusion.layers import quantisation as quantised
 from dora_diffusion.layers.base_layers import check_adaptable, dense_weight, logical_shape
 from dora_diffusion.layers.blended import BlendedLayer
 from dora_diffusion.layers.config import DoRAConfig
-from dora_diffusion.layers.fuse import fold
+from dora_diffusion.layers.fuse import fuse_weights
 from dora_diffusion.layers.injection import inject
 from tests.tolerances import assert_close, assert_identical
 
@@ -145,7 +145,7 @@ def test_blends_as_the_dequantised_layer_would(kind: str) -> None:
     error = (blended(x).float() - expected).abs().max() / expected.abs().max()
     assert error < 2 * MAKERS[kind][2]
     with pytest.raises(ValueError, match="some.path: a quantised .* cannot be folded; leave the adapter unfused"):
-        fold({"some.path": (model[0], term)})
+        fuse_weights({"some.path": (model[0], term)})
 
 
 def test_gradients_are_those_on_the_dequantised_layer() -> None:
@@ -206,4 +206,4 @@ def test_a_weight_kept_in_fp8_is_read_and_blended_but_not_folded() -> None:
     blended.weigh(torch.ones(1))
     assert_close(blended(x), trained)
     with pytest.raises(ValueError, match="cannot be folded"):
-        fold({"0": (base, term)})
+        fuse_weights({"0": (base, term)})
