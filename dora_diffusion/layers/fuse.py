@@ -1,4 +1,4 @@
-"""Fold mixes into weights, and unfold them bit for bit (the base's own bytes are kept, never divided back)."""
+"""Fuse mixes into weights, and undo it bit for bit (the base's own bytes are kept, never divided back)."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -30,11 +30,11 @@ class FusedWeights:
         self._kept.clear()
 
 
-Change = Callable[[Tensor], Tensor]  # W (out, in[, kernel]) in the layer's dtype -> W', rounded to it when folded
+Change = Callable[[Tensor], Tensor]  # W (out, in[, kernel]) in the layer's dtype -> W', rounded to it when fused
 
 
 def fuse_weights(layers: Mapping[str, tuple[Base, GainForm]]) -> FusedWeights:
-    """Replace each layer's weight by its gain form's, computed in fp32 and rounded once; errors as `fuse_weights_by`."""
+    """Replace each layer's weight by its gain form's, in fp32 and rounded once; errors as `fuse_weights_by`."""
     return fuse_weights_by(
         {path: (layer, partial(apply_gain_form, form=form)) for path, (layer, form) in layers.items()}
     )
@@ -58,8 +58,8 @@ def fuse_weights_by(layers: Mapping[str, tuple[Base, Change]]) -> FusedWeights:
     undoable = FusedWeights({path: (layer, layer.weight.data) for path, (layer, _) in layers.items()})
     try:
         for layer, change in layers.values():
-            folded = change(dense_weight(layer)).to(layer.weight.dtype)
-            layer.weight.data = folded.T.contiguous() if isinstance(layer, nn.Embedding) else folded
+            fused = change(dense_weight(layer)).to(layer.weight.dtype)
+            layer.weight.data = fused.T.contiguous() if isinstance(layer, nn.Embedding) else fused
     except BaseException:  # out of memory, or stopped: all of it or nothing
         undoable.undo()
         raise
