@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dora_diffusion.inspection.header import Glance, Structure, Told
+from dora_diffusion.inspection.header import DeclaredMetadata, HeaderSummary, Structure
 from ui.library.browser import Looker, add_word
 from ui.library.cards import card_html, initials, size_in_words
 from ui.library.catalogue import PAGE, Query, check_query, choices_of, shown_of
@@ -21,7 +21,7 @@ def _file(
     name: str, *, family: str = "sd1", kind: str = "LoRA", tags: tuple[str, ...] = (), title: str = "", size: int = 5000
 ) -> AdapterFile:
     structure = Structure("kohya", kind, family, (4, 8), "out", 88, ("unet",))
-    seen = Glance(structure, Told(title=title, triggers=(f"{title} word",), tags=tags))
+    seen = HeaderSummary(structure, DeclaredMetadata(title=title, triggers=(f"{title} word",), tags=tags))
     return AdapterFile(name, f"/nowhere/{name}", Stamp(size, size), None, seen)
 
 
