@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dora_diffusion.functional.dora import master_dtype
 from dora_diffusion.functional.strengths import Weight, strength_at
-from dora_diffusion.pipelines.modules import Sites
+from dora_diffusion.pipelines.modules import PipelineModules
 
 Values = tuple[tuple[str, float], ...]
 
@@ -64,8 +64,8 @@ class _Offset:
 class Offsets:
     """The parameters of a pipeline that loaded adapters add to."""
 
-    def __init__(self, sites: Sites) -> None:
-        self._sites = sites
+    def __init__(self, pipe_modules: PipelineModules) -> None:
+        self._pipe_modules = pipe_modules
         self._offsets: dict[str, _Offset] = {}
 
     @torch.no_grad()
@@ -80,7 +80,7 @@ class Offsets:
             self._offsets.pop(path).restore()
         for path in wanted:
             if path not in self._offsets:
-                _, owner, name = self._sites.parameter(path)
+                _, owner, name = self._pipe_modules.parameter(path)
                 offset = self._offsets[path] = _Offset(owner, name, owner.get_parameter(name).data)
                 offset.parameter.data = offset.kept.clone()
             offset = self._offsets[path]

@@ -32,7 +32,7 @@ from dora_diffusion.layers.base_layers import dense_weight
 from dora_diffusion.layers.config import DoRAConfig
 from dora_diffusion.layers.fuse import Change, FusedWeights, check_fusable, fuse_weights, fuse_weights_by
 from dora_diffusion.layers.targets import target_paths
-from dora_diffusion.pipelines.modules import Sites
+from dora_diffusion.pipelines.modules import PipelineModules
 from dora_diffusion.state import AdapterState, ModuleState
 from dora_diffusion.utils.atomic import sha256_of
 
@@ -43,9 +43,9 @@ class AdapterManager:
     def __init__(self, pipe: Any) -> None:
         """A ValueError when the pipeline is of no family known here."""
         self._family = family_of_pipeline(pipe)
-        self._sites = Sites(pipe, [part.name for part in self._family.components])
-        self._slots = Slots(self._sites)
-        self._offsets = Offsets(self._sites)
+        self._pipe_modules = PipelineModules(pipe, [part.name for part in self._family.components])
+        self._slots = Slots(self._pipe_modules)
+        self._offsets = Offsets(self._pipe_modules)
         self._adapters: dict[str, Loaded] = {}
         self._weights: dict[str, Weight] = {}
         self._blend = ADDITIVE
@@ -78,7 +78,7 @@ class AdapterManager:
 
     def _base_weight(self, path: str) -> Tensor:
         """What tells the axis of a magnitude when its file does not."""
-        return dense_weight(self._sites.layer(path)[1])
+        return dense_weight(self._pipe_modules.layer(path)[1])
 
     @torch.no_grad()
     def load_adapter(self, source: str | Path | AdapterState, *, name: str) -> LoadReport:
@@ -92,7 +92,7 @@ class AdapterManager:
         self._refuse_while_fused("load an adapter")
         adapter = source if isinstance(source, AdapterState) else load_adapter(source, base=self._base_weight)
         label = name if isinstance(source, AdapterState) else str(source)
-        fitted = fit(adapter, label, self._sites)
+        fitted = fit(adapter, label, self._pipe_modules)
         self._slots.check_reserved(label, fitted.modules)
         report = LoadReport(
             name=name,
@@ -191,7 +191,7 @@ class AdapterManager:
             raise ValueError(f"max_rank must be at least 1, got {max_rank}")
         self._refuse_while_folded("hot swap")
         for part in self._family.components:
-            model = self._sites.model(part.name)
+            model = self._pipe_modules.model(part.name)
             if model is None:
                 continue
             is_preset = not isinstance(target_modules, list) and target_modules in (None, *part.presets)
