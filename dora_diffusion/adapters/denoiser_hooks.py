@@ -14,7 +14,7 @@ from dora_diffusion.functional.schedules import Schedule, progress_of, timestep_
 Weigh = Callable[[Mapping[str, float]], None]
 
 
-class Steering:
+class DenoiserHooks:
     """The schedules and masks of a pipeline's adapters. Hooks stand on its denoiser exactly while one needs them."""
 
     def __init__(self, pipe: Any, family: Family, weigh: Weigh) -> None:

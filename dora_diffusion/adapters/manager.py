@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dora_diffusion.adapters.bias_offsets import Offsets
 from dora_diffusion.adapters.blended_layers import Slots
-from dora_diffusion.adapters.denoiser_hooks import Steering
+from dora_diffusion.adapters.denoiser_hooks import DenoiserHooks
 from dora_diffusion.adapters.matching import Loaded, LoadReport, fit, kind_in_words
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.formats import load_adapter
@@ -50,7 +50,7 @@ class AdapterManager:
         self._weights: dict[str, Weight] = {}
         self._blend = ADDITIVE
         self._fused: FusedWeights | None = None  # of `fuse`, or of a mode that is not additive
-        self._steering = Steering(pipe, self._family, self._weigh_denoiser)
+        self._hooks = DenoiserHooks(pipe, self._family, self._weigh_denoiser)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -154,7 +154,7 @@ class AdapterManager:
         self._refuse_while_fused("set a schedule")
         self._refuse_while_folded("a schedule")
         self._loaded(name)
-        self._steering.set_schedule(name, None if points is None else schedule_of(points))
+        self._hooks.set_schedule(name, None if points is None else schedule_of(points))
 
     def set_mask(self, name: str, mask: Image.Image | Tensor | None) -> None:
         """Let an adapter draw in a part of the picture only: 1 (white) inside, 0 outside; None ends it.
@@ -169,7 +169,7 @@ class AdapterManager:
         self._refuse_while_fused("set a mask")
         self._refuse_while_folded("a mask")
         self._loaded(name)
-        self._steering.set_mask(name, None if mask is None else mask_of(mask))
+        self._hooks.set_mask(name, None if mask is None else mask_of(mask))
 
     def enable_hotswap(self, *, max_rank: int, target_modules: str | list[str] | None = None) -> None:
         """Set aside room at every target layer, so that adapters come and go without recompiling a compiled model.
@@ -205,7 +205,7 @@ class AdapterManager:
         """Fold the current mix into the base's weights: drawing then costs exactly what the base costs."""
         self._refuse_while_fused("fuse")
         self._refuse_while_folded("fuse()")
-        if self._steering.is_needed:
+        if self._hooks.is_needed:
             raise ValueError("cannot fuse while a schedule or mask is set: strengths change as the picture is drawn")
         self._fused = fuse_weights(self._slots.forms(self._adapters))
         self._slots.stand_aside()
@@ -220,7 +220,7 @@ class AdapterManager:
         """Forget one adapter; the others keep their strengths."""
         self._loaded(name)
         self._refuse_while_fused("delete an adapter")
-        self._steering.forget(name)
+        self._hooks.forget(name)
         self._unfold()
         del self._adapters[name]
         self._weights.pop(name, None)
@@ -231,7 +231,7 @@ class AdapterManager:
         """Forget all adapters; every module of the pipeline is the very one that was there before."""
         self._unfold()
         for name in self.names:
-            self._steering.forget(name)
+            self._hooks.forget(name)
         self._adapters, self._weights, self._blend = {}, {}, ADDITIVE
         self._install()
         self._slots.clear()
@@ -279,7 +279,7 @@ class AdapterManager:
         """Refuse a mode that does not exist or cannot be folded now."""
         if blend not in MODES:
             raise ValueError(f"unknown blend {blend!r}; expected {', '.join(MODES)}")
-        if self._steering.is_needed:
+        if self._hooks.is_needed:
             raise ValueError(
                 f"blend {blend!r} is folded into the weights, but a schedule or mask changes strengths as the picture "
                 "is drawn: end it first, or blend='additive'"
