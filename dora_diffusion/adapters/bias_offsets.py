@@ -70,7 +70,7 @@ class Offsets:
 
     @torch.no_grad()
     def install(self, adapters: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Keep exactly the parameters that these adapters have vectors for; `weigh` must follow.
+        """Keep exactly the parameters that these adapters have vectors for; `set_strengths` must follow.
 
         Args:
             adapters: name -> parameter path, as the pipeline spells it -> vector.
@@ -89,7 +89,7 @@ class Offsets:
                 offset.write(())
 
     @torch.no_grad()
-    def weigh(self, weights: Mapping[str, Weight], factors: Mapping[str, float], *, prefix: str = "") -> None:
+    def set_strengths(self, weights: Mapping[str, Weight], factors: Mapping[str, float], *, prefix: str = "") -> None:
         """Write the sums of the parameters under a prefix, each adapter's strength there times its factor."""
         for path, offset in self._offsets.items():
             if not path.startswith(prefix):

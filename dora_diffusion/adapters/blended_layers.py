@@ -62,7 +62,7 @@ class Slots:
         self._room = room
         for path in paths:
             slot = self._slots[path] = _Slot(BlendedLayer(self._base(path)))
-            slot.layer.hold([], room)
+            slot.layer.set_terms([], room)
             self._pipe_modules.put(path, slot.layer)
 
     def check_reserved(self, label: str, modules: Mapping[str, ModuleState]) -> None:
@@ -125,7 +125,7 @@ class Slots:
 
     @torch.no_grad()
     def fill(self, adapters: Adapters, weights: Weights) -> None:
-        """Let every slot hold the adapters that now have a strength on it; `weigh` must follow."""
+        """Let every slot hold the adapters that now have a strength on it; `set_strengths` must follow."""
         for path, slot in self._slots.items():
             base, active = self._base(path), _active(path, adapters, weights)
             names, now = tuple(name for name, _ in active), stamp(base.weight)
@@ -134,10 +134,10 @@ class Slots:
                     if path in loaded.modules:
                         loaded.terms[path] = _term(loaded.modules[path].to(device=base.weight.device), base)
             if names != slot.names or now != slot.stamp:
-                slot.layer.hold([adapters[name].terms[path] for name in names], self._room)
+                slot.layer.set_terms([adapters[name].terms[path] for name in names], self._room)
             slot.names, slot.strengths, slot.stamp = names, tuple(strength for _, strength in active), now
 
-    def weigh(self, factors: Mapping[str, float], *, prefix: str = "") -> None:
+    def set_strengths(self, factors: Mapping[str, float], *, prefix: str = "") -> None:
         """Give layers under a prefix their strengths, times each adapter's factor; equal mixes share one tensor."""
         made: dict[tuple[object, ...], Tensor] = {}
         for path, slot in self._slots.items():
@@ -149,7 +149,7 @@ class Slots:
             key = (device, *values)
             if key not in made:
                 made[key] = torch.tensor(values, dtype=torch.float32, device=device)
-            slot.layer.weigh(made[key])
+            slot.layer.set_strengths(made[key])
 
     def forms(self, adapters: Adapters) -> dict[str, tuple[Base, GainForm]]:
         """Each filled layer's base and the whole mix on it."""

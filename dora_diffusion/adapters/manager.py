@@ -50,7 +50,7 @@ class AdapterManager:
         self._weights: dict[str, Weight] = {}
         self._blend = ADDITIVE
         self._fused: FusedWeights | None = None  # of `fuse`, or of a mode that is not additive
-        self._hooks = DenoiserHooks(pipe, self._family, self._weigh_denoiser)
+        self._hooks = DenoiserHooks(pipe, self._family, self._set_denoiser_strengths)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -249,17 +249,17 @@ class AdapterManager:
         self._unfold()
         self._weights, self._blend = weights, ADDITIVE
         self._slots.fill(self._adapters, weights if blend == ADDITIVE else {})
-        self._weigh("", {})
+        self._set_strengths("", {})
         if blend != ADDITIVE:
             self._fold_as(blend)
 
-    def _weigh(self, prefix: str, factors: Mapping[str, float]) -> None:
+    def _set_strengths(self, prefix: str, factors: Mapping[str, float]) -> None:
         """Give everything under a prefix its strengths: parameters first, for blended layers read their bias."""
-        self._offsets.weigh(self._weights, factors, prefix=prefix)
-        self._slots.weigh(factors, prefix=prefix)
+        self._offsets.set_strengths(self._weights, factors, prefix=prefix)
+        self._slots.set_strengths(factors, prefix=prefix)
 
-    def _weigh_denoiser(self, factors: Mapping[str, float]) -> None:
-        self._weigh(self._family.denoiser.name + ".", factors)
+    def _set_denoiser_strengths(self, factors: Mapping[str, float]) -> None:
+        self._set_strengths(self._family.denoiser.name + ".", factors)
 
     @property
     def _is_fused(self) -> bool:

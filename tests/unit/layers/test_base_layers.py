@@ -77,8 +77,8 @@ def test_blended_equals_folded_and_unfolds_bit_for_bit(kind, bias, dtype, streng
     blended = BlendedLayer(base)
     assert_identical(blended(x), plain)
     term = f.gain_form(dense_weight(base), state.down, state.up, state.scale, state.magnitude)
-    blended.hold([term])
-    blended.weigh(torch.tensor([strength]))
+    blended.set_terms([term])
+    blended.set_strengths(torch.tensor([strength]))
     drawn = blended(x)
     folded = fuse_weights({"layer": (base, f.scale_gain_form(term, strength))})
     expected = base(x).detach()
@@ -87,9 +87,9 @@ def test_blended_equals_folded_and_unfolds_bit_for_bit(kind, bias, dtype, streng
     torch.testing.assert_close(drawn / size, expected / size, rtol=0, atol=3 * TOLERANCES[dtype].absolute)
     assert_identical(base.weight, before)
     assert base.weight.data_ptr() == address
-    blended.weigh(torch.tensor([0.0]))
+    blended.set_strengths(torch.tensor([0.0]))
     torch.testing.assert_close(blended(x), plain, rtol=0, atol=0)
-    blended.hold([])
+    blended.set_terms([])
     assert_identical(blended(x), plain)
 
 
@@ -126,8 +126,8 @@ def test_magnitudes_of_the_in_axis_draw_as_their_dense_weight(kind: str, bias: b
             tuned = tuned * (magnitude / tuned.flatten(1).norm(dim=1)).reshape(-1, *[1] * (weight.dim() - 1))
         expected += 0.6 * (tuned - weight)
     blended = BlendedLayer(base)
-    blended.hold(terms)
-    blended.weigh(torch.tensor([0.6] * len(terms)))
+    blended.set_terms(terms)
+    blended.set_strengths(torch.tensor([0.6] * len(terms)))
     assert_close(blended(x), with_weight(base, expected, x).detach())
 
 
