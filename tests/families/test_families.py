@@ -112,12 +112,12 @@ def test_captions_of_several_lengths_are_predicted_as_each_alone(tiny) -> None:
 
     pipe = tiny.build()
     family = family_of_pipeline(pipe)
-    subject: Any = SimpleNamespace(pipe=pipe, family=family, trains_text=lambda: False, awake=nullcontext)
+    trainable: Any = SimpleNamespace(pipe=pipe, family=family, trains_text=lambda: False, awake=nullcontext)
     captions = [PROMPT, "a cat", ""]
     denoiser = getattr(pipe, family.denoiser.name)
     latents, timesteps, frames = some_latents(pipe, tiny, len(captions))
     with torch.no_grad():
-        together = family.predict(denoiser, latents, timesteps, CaptionStore(subject).encode(captions), frames)
+        together = family.predict(denoiser, latents, timesteps, CaptionStore(trainable).encode(captions), frames)
         for i, caption in enumerate(captions):
             alone = family.predict(
                 denoiser, latents[i : i + 1], timesteps[i : i + 1], family.encode(pipe, [caption]), frames[i : i + 1]
