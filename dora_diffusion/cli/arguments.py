@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dora_diffusion.base_weights import BaseWeights
+    from dora_diffusion.pipelines.base_weights import BaseWeights
     from dora_diffusion.state import AdapterState
 
 BASES = "pocket, pocket-dit, a diffusers folder, a .safetensors file or a hub id (default: pocket)"
@@ -134,7 +134,7 @@ def with_parts(
 
 def open_base(name: str) -> "BaseWeights":
     """A base's weights, read as they are needed; a ValueError of one line when there is none."""
-    from dora_diffusion.base_weights import base_weights
+    from dora_diffusion.pipelines.base_weights import base_weights
 
     return base_weights(name)
 

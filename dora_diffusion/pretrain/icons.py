@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from dora_diffusion.storage import atomic_file, write_atomically
+from dora_diffusion.utils.atomic import atomic_file, write_atomically
 
 RENDER_SIZE = 200
 

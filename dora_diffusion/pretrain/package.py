@@ -13,7 +13,7 @@ from PIL import Image
 from dora_diffusion.pretrain import dit
 from dora_diffusion.pretrain.checkpoints import load_into
 from dora_diffusion.pretrain.unet import TextPart, build_scheduler, build_unet
-from dora_diffusion.storage import atomic_path
+from dora_diffusion.utils.atomic import atomic_path
 
 
 def assemble(unet: UNet2DConditionModel, vae: AutoencoderKL, text: TextPart) -> StableDiffusionPipeline:

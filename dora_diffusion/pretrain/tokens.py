@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTokenizer
 
-from dora_diffusion.storage import write_atomically
+from dora_diffusion.utils.atomic import write_atomically
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_TOKENS = 32
