@@ -71,7 +71,7 @@ class CaptionStore:
         """Encode what is new among captions, once and for all."""
         trainable = self._subject
         if new := dict.fromkeys(caption for caption in captions if caption not in self._kept):
-            with torch.no_grad(), trainable.awake():
+            with torch.no_grad(), trainable.encoders_on_device():
                 self._kept.update({caption: trainable.family.encode(trainable.pipe, [caption]) for caption in new})
 
     def encode(self, captions: Sequence[str]) -> Mapping[str, Tensor]:

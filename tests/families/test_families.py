@@ -112,7 +112,9 @@ def test_captions_of_several_lengths_are_predicted_as_each_alone(tiny) -> None:
 
     pipe = tiny.build()
     family = family_of_pipeline(pipe)
-    trainable: Any = SimpleNamespace(pipe=pipe, family=family, trains_text=lambda: False, awake=nullcontext)
+    trainable: Any = SimpleNamespace(
+        pipe=pipe, family=family, trains_text=lambda: False, encoders_on_device=nullcontext
+    )
     captions = [PROMPT, "a cat", ""]
     denoiser = getattr(pipe, family.denoiser.name)
     latents, timesteps, frames = some_latents(pipe, tiny, len(captions))
