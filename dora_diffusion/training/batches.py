@@ -37,7 +37,7 @@ class Latent(NamedTuple):
     frame: Tensor
 
 
-class LatentStore:
+class LatentCache:
     """Latents of examples, encoded once when nothing random is done to the pixels, else at every use."""
 
     def __init__(self, trainable: TrainablePipeline, config: TrainConfig, size: tuple[int, int]) -> None:
@@ -60,7 +60,7 @@ class LatentStore:
         return latent
 
 
-class CaptionStore:
+class ConditioningCache:
     """Conditioning of captions: kept when no text encoder is trained."""
 
     def __init__(self, trainable: TrainablePipeline) -> None:
@@ -106,8 +106,8 @@ class BatchSource:
         classes: Sequence[Example],
     ) -> None:
         self._config = config
-        self._latents = LatentStore(trainable, config, size)
-        self._captions = CaptionStore(trainable)
+        self._latents = LatentCache(trainable, config, size)
+        self._captions = ConditioningCache(trainable)
         self._instances, self._classes = instances, classes
         batch, seed = config.optim.batch_size, config.optim.seed
         if not trainable.trains_text():
