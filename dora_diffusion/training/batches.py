@@ -37,7 +37,7 @@ class Latent(NamedTuple):
     frame: Tensor
 
 
-class LatentStore:
+class LatentCache:
     """Latents of examples, encoded once when nothing random is done to the pixels, else at every use."""
 
     def __init__(self, trainable: TrainablePipeline, config: TrainConfig, size: tuple[int, int]) -> None:
@@ -60,7 +60,7 @@ class LatentStore:
         return latent
 
 
-class CaptionStore:
+class ConditioningCache:
     """Conditioning of captions: kept when no text encoder is trained."""
 
     def __init__(self, trainable: TrainablePipeline) -> None:
@@ -71,7 +71,7 @@ class CaptionStore:
         """Encode what is new among captions, once and for all."""
         trainable = self._subject
         if new := dict.fromkeys(caption for caption in captions if caption not in self._kept):
-            with torch.no_grad(), trainable.awake():
+            with torch.no_grad(), trainable.encoders_on_device():
                 self._kept.update({caption: trainable.family.encode(trainable.pipe, [caption]) for caption in new})
 
     def encode(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
@@ -106,8 +106,8 @@ class BatchSource:
         classes: Sequence[Example],
     ) -> None:
         self._config = config
-        self._latents = LatentStore(trainable, config, size)
-        self._captions = CaptionStore(trainable)
+        self._latents = LatentCache(trainable, config, size)
+        self._captions = ConditioningCache(trainable)
         self._instances, self._classes = instances, classes
         batch, seed = config.optim.batch_size, config.optim.seed
         if not trainable.trains_text():

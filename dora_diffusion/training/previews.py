@@ -15,7 +15,7 @@ from dora_diffusion.utils.image_grid import grid
 def draw_previews(trainable: TrainablePipeline, config: TrainConfig) -> list[Image.Image]:
     """One picture a preview prompt, with the adapter as it stands."""
     preview = config.preview
-    with trainable.drawing(), trainable.awake():
+    with trainable.drawing(), trainable.encoders_on_device():
         return [
             generate(
                 trainable.pipe,

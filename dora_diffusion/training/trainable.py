@@ -50,7 +50,7 @@ class TrainablePipeline:
             encoder.to("cpu")
 
     @contextmanager
-    def awake(self) -> Any:
+    def encoders_on_device(self) -> Any:
         """Text encoders beside the denoiser, to encode new captions or to draw; they rest again afterwards."""
         device = next(self.denoiser.parameters()).device
         for encoder in self._resting():

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dora_diffusion.inspection.header import DeclaredMetadata, HeaderSummary, Structure
-from ui.library.browser import Looker, add_word
+from ui.library.browser import BrowserHandlers, add_word
 from ui.library.cards import card_html, initials, size_in_words
 from ui.library.catalogue import PAGE, Query, check_query, choices_of, shown_of
 from ui.library.library import AdapterFile, AdapterLibrary
@@ -163,7 +163,7 @@ def test_handlers_look_names_and_words_up(adapters: Path) -> None:
     (adapters / "ink.json").write_text('{"activation text": "inkstyle"}')
     library = AdapterLibrary(adapters)
     library.refresh()
-    looker = Looker(library, lambda: "sd1")
+    looker = BrowserHandlers(library, lambda: "sd1")
     assert looker.pick("ink") == "ink"
     assert looker.word("ink", 0) == "inkstyle"
     for name in ("../ink", "broken", None, 7, {"a": 1}):

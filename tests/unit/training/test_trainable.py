@@ -167,7 +167,7 @@ def test_untrained_text_encoders_rest_and_captions_are_encoded_once(tmp_path, ex
 def test_trained_text_encoders_stay_where_they_are(tmp_path, monkeypatch) -> None:
     trainable = prepare_trainable(random_pocket_pipeline(), make_config(tmp_path))
     monkeypatch.setattr(trainable.pipe.text_encoder, "to", lambda device: pytest.fail("moved"))
-    with trainable.awake():
+    with trainable.encoders_on_device():
         trainable.rest()
 
 
