@@ -7,9 +7,7 @@ from html import escape
 
 import gradio as gr
 
-from dora_diffusion.formats.safetensors_reader import shown
-
-LONGEST_PATH = 300
+from dora_diffusion.utils.text import shown_path
 
 
 @contextmanager
@@ -36,7 +34,7 @@ def line_of(error: Exception) -> str:
         return " ".join(str(error).splitlines())
     if isinstance(error, OSError) and _names_file(error):
         reason = error.strerror or type(error).__name__
-        return f"{shown(os.fsdecode(error.filename), LONGEST_PATH)}: cannot be read or written ({reason})"
+        return f"{shown_path(os.fsdecode(error.filename))}: cannot be read or written ({reason})"
     return f"{type(error).__name__}; the terminal that runs the app says more"
 
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from dora_diffusion.formats import detect_format, load_adapter
-from dora_diffusion.formats.safetensors_reader import shown
 from dora_diffusion.inspection.report import describe, inspect_adapter
+from dora_diffusion.utils.text import shown_path
 
 SECONDS = 0.2
 # what is read may take longer than what is refused, by no promise but so that nobody waits
@@ -72,7 +72,7 @@ def faults(outcome: Outcome, path: Path, size: int, *, slack: float = 1.0) -> li
     if outcome.kind == "refused":
         if len(outcome.message) > MESSAGE or len(outcome.message.splitlines()) != 1:
             found.append(f"message of {len(outcome.message)} characters, {len(outcome.message.splitlines())} lines")
-        if path.name not in outcome.message and shown(path, 300) not in outcome.message:
+        if path.name not in outcome.message and shown_path(path) not in outcome.message:
             found.append("message does not name the file")
     if outcome.seconds > slack * (SECONDS_READ if outcome.kind == "read" else SECONDS):
         found.append(f"{1000 * outcome.seconds:.0f} ms")

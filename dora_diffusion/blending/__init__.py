@@ -8,8 +8,8 @@ from dora_diffusion.blending.reports import (
     BlendOptions,
     BlendReport,
     LayerReport,
-    Progress,
 )
+from dora_diffusion.utils.progress import LayerProgress
 
 __all__ = [
     "BLEND_SENTENCES",
@@ -18,7 +18,7 @@ __all__ = [
     "Blended",
     "Interference",
     "LayerReport",
-    "Progress",
+    "LayerProgress",
     "blend",
     "blend_with_report",
     "block_of",

@@ -8,7 +8,7 @@ be done is found from the headers, before anything is written.
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,10 +19,12 @@ import dora_diffusion
 from dora_diffusion.formats.base_checkpoint import Checkpoint, Place, main_weights, open_checkpoint, weight_files
 from dora_diffusion.formats.safetensors_stream import BLOCK_BYTES, TensorFile, write_tensor_file
 from dora_diffusion.functional.blend_modes import ACTIVE_AT_ZERO, MODES, AdapterTerm
+from dora_diffusion.functional.low_rank import relative_error
 from dora_diffusion.functional.strengths import Weight, check_strength, is_meant, strength_at
 from dora_diffusion.pipelines.base_weights import is_table, local_base
 from dora_diffusion.state import AdapterState, Module
 from dora_diffusion.utils.atomic import atomic_file, atomic_path
+from dora_diffusion.utils.progress import Progress
 
 NOTE = "dora_diffusion.baked"
 """The metadata key by which a baked file is known; its value is JSON."""
@@ -30,9 +32,6 @@ NOTE = "dora_diffusion.baked"
 _BAKEABLE = ("F64", "F32", "F16", "BF16")
 _HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf")
-
-Progress = Callable[[int, int], None]
-"""(bytes done, bytes in all)."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def verify(
         if place is None:
             raise ValueError(f"{output}: {change.path} is not there; was it baked from {base}?")
         expected, stored = _mixed(change, change.place.read(), mode), place.read()
-        error = float((stored.to(expected) - expected).norm() / expected.norm().clamp(min=1e-30))
+        error = relative_error(stored, expected)
         worst = max(worst, (error, change.path, torch.finfo(stored.dtype).eps / 2))
         checked += 1
     error, layer, rounding = worst

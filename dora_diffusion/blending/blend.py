@@ -16,12 +16,12 @@ from dora_diffusion.blending.reports import (
     BlendOptions,
     BlendReport,
     LayerReport,
-    Progress,
 )
 from dora_diffusion.functional.blend_modes import MODES
 from dora_diffusion.functional.strengths import Weight, check_strength, is_meant, strength_at
-from dora_diffusion.pipelines.base_weights import WeightOf, weights_of
-from dora_diffusion.state import AdapterState, Module
+from dora_diffusion.pipelines.base_weights import weights_of
+from dora_diffusion.state import AdapterState, Module, WeightOf
+from dora_diffusion.utils.progress import LayerProgress
 
 # In these the order of the adapters is part of the result.
 _IN_ORDER = ("peft", "comfyui", "a1111")
@@ -48,7 +48,7 @@ def blend(
     mode: str = "compose",
     rank: int | None = None,
     options: BlendOptions | None = None,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
 ) -> AdapterState:
     """Several adapters as one, by the arithmetic of a mode.
 
@@ -87,7 +87,7 @@ def blend_with_report(
     mode: str = "compose",
     rank: int | None = None,
     options: BlendOptions | None = None,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
 ) -> Blended:
     """`blend`, and what became of each layer."""
     options = options or BlendOptions()

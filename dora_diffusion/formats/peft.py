@@ -7,7 +7,7 @@ only.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from dora_diffusion.formats.json_metadata import LONGEST, json_object
 from dora_diffusion.formats.keys import PEFT
 from dora_diffusion.formats.peft_alphas import METADATA_KEY, peft_config
 from dora_diffusion.formats.reading import read, take_apart
-from dora_diffusion.formats.safetensors_reader import read_tensors, shown
-from dora_diffusion.state import AdapterState, Module, join
+from dora_diffusion.formats.safetensors_reader import read_tensors
+from dora_diffusion.state import AdapterState, Module, WeightOf, join
 from dora_diffusion.utils.atomic import atomic_path, save_tensors, write_atomically
+from dora_diffusion.utils.text import shown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -41,7 +42,7 @@ def is_folder(path: Path) -> bool:
     return any((folder / CONFIG).is_file() for folder in (path, *(path / name for name in _COMPONENTS)))
 
 
-def read_folder(path: Path, weight_of: Callable[[str], Tensor] | None = None) -> AdapterState:
+def read_folder(path: Path, weight_of: WeightOf | None = None) -> AdapterState:
     """A folder of PEFT's, or one with such folders named by component.
 
     Raises:
@@ -57,7 +58,7 @@ def read_folder(path: Path, weight_of: Callable[[str], Tensor] | None = None) ->
     return replace(joined, extra={**joined.extra, **extra})
 
 
-def _read_one(folder: Path, component: str | None, weight_of: Callable[[str], Tensor] | None) -> AdapterState:
+def _read_one(folder: Path, component: str | None, weight_of: WeightOf | None) -> AdapterState:
     config = _json(folder / CONFIG)
     _check_config(folder / CONFIG, config)
     if not (folder / WEIGHTS).is_file():

@@ -21,8 +21,9 @@ from dora_diffusion.formats.family_detection import family_of
 from dora_diffusion.formats.json_metadata import json_object
 from dora_diffusion.formats.peft import WEIGHTS
 from dora_diffusion.formats.reading import AXIS_KEY, read, take_apart, told_axis
-from dora_diffusion.formats.safetensors_reader import DTYPES, MAX_HEADER_BYTES, MAX_METADATA, MAX_TENSORS, shown
+from dora_diffusion.formats.safetensors_reader import DTYPES, MAX_HEADER_BYTES, MAX_METADATA, MAX_TENSORS
 from dora_diffusion.state import AdapterState
+from dora_diffusion.utils.text import shown, shown_path
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def summarise_header(path: str | Path, known: MutableMapping[bytes, Structure] |
     try:
         structure = _structure(path, entries, metadata)
     except ValueError as error:
-        raise ValueError(f"{shown(path, 300)}: {str(error).removeprefix(f'{path}: ')}") from None
+        raise ValueError(f"{shown_path(path)}: {str(error).removeprefix(f'{path}: ')}") from None
     if quick is not None and quick.metadata == metadata:
         known[key] = structure
     return HeaderSummary(structure, declared_metadata(metadata))

@@ -13,6 +13,7 @@ from dora_diffusion.generation.generate import Canvas, GenerationSettings
 from dora_diffusion.generation.samplers import DEFAULT as DEFAULT_SAMPLER
 from dora_diffusion.generation.samplers import SAMPLERS
 from dora_diffusion.utils.images import read_image
+from dora_diffusion.utils.text import shown_value
 
 MAX_STRENGTH = 2.0
 MAX_STEPS = 100
@@ -137,7 +138,7 @@ class DrawRequest:
     def __post_init__(self) -> None:
         """A ValueError of one line for a mode, a number of pictures or a mixture that cannot be."""
         if self.blend not in MODES:
-            raise ValueError(f"blend: got {shown(self.blend)}, expected one of {', '.join(MODES)}")
+            raise ValueError(f"blend: got {shown_value(self.blend)}, expected one of {', '.join(MODES)}")
         check_whole("count", self.count, low=1, high=MAX_COUNT)
         check_whole("last seed", self.settings.seed + self.count - 1, low=0, high=2**63 - 1)
         moving = next((choice for choice in self.adapters if choice.draws and (choice.curve or choice.mask)), None)
@@ -167,7 +168,7 @@ def check_number(name: str, value: object, *, low: float, high: float) -> float:
     """
     if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
         return float(value)
-    raise ValueError(f"{name}: got {shown(value)}, expected a number from {low:g} to {high:g}")
+    raise ValueError(f"{name}: got {shown_value(value)}, expected a number from {low:g} to {high:g}")
 
 
 def check_whole(name: str, value: object, *, low: int, high: int) -> int:
@@ -178,7 +179,7 @@ def check_whole(name: str, value: object, *, low: int, high: int) -> int:
     """
     if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high and value == int(value):
         return int(value)
-    raise ValueError(f"{name}: got {shown(value)}, expected a whole number from {low} to {high}")
+    raise ValueError(f"{name}: got {shown_value(value)}, expected a whole number from {low} to {high}")
 
 
 def check_text(name: str, value: object) -> str:
@@ -190,7 +191,7 @@ def check_text(name: str, value: object) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise ValueError(f"{name}: got {shown(value)}, expected text")
+        raise ValueError(f"{name}: got {shown_value(value)}, expected text")
     if len(value) > MAX_PROMPT:
         raise ValueError(f"{name}: got {len(value)} characters, expected at most {MAX_PROMPT}")
     return value.strip()
@@ -243,7 +244,7 @@ def _check_sampler(value: object) -> str:
     if value is None or value == "":
         return DEFAULT_SAMPLER
     if not isinstance(value, str) or value not in SAMPLERS:
-        raise ValueError(f"sampler: got {shown(value)}, expected one of {', '.join(SAMPLERS)}")
+        raise ValueError(f"sampler: got {shown_value(value)}, expected one of {', '.join(SAMPLERS)}")
     return value
 
 
@@ -282,7 +283,7 @@ def check_picture(name: str, value: object) -> Image.Image | None:
             told = str(error).rpartition(f"{Path(value).name}: ")[2]
             raise ValueError(f"{name}: not a picture that can be read ({told})") from None
     if not isinstance(value, Image.Image):
-        raise ValueError(f"{name}: got {shown(value)}, expected a picture")
+        raise ValueError(f"{name}: got {shown_value(value)}, expected a picture")
     _check_pixels(name, value.size)
     return value
 
@@ -302,7 +303,7 @@ def parse_curve(text: object, *, name: str = "curve") -> Curve | None:
     if text is None or (isinstance(text, str) and not text.strip()):
         return None
     if not isinstance(text, str):
-        raise ValueError(f"{name}: got {shown(text)}, expected text such as '0:0, 0.3:1'")
+        raise ValueError(f"{name}: got {shown_value(text)}, expected text such as '0:0, 0.3:1'")
     if text.strip().lower() in NAMED_CURVES:
         return NAMED_CURVES[text.strip().lower()]
     pieces = [piece for piece in text.split(",") if piece.strip()]
@@ -321,7 +322,7 @@ def _curve_point(piece: str, name: str) -> tuple[float, float]:
         point = float(progress), float(factor)
     except ValueError:
         raise ValueError(
-            f"{name}: got {shown(piece.strip())}, expected points such as '0:0, 0.3:1' or one of "
+            f"{name}: got {shown_value(piece.strip())}, expected points such as '0:0, 0.3:1' or one of "
             f"{', '.join(NAMED_CURVES)}"
         ) from None
     check_number(f"{name}, progress", point[0], low=0.0, high=1.0)
@@ -403,8 +404,3 @@ def _check_blocks(number: int, blocks: Sequence[float] | None, parts: Parts) -> 
 
 def _times(strength: float, factors: Mapping[str, float]) -> dict[str, float]:
     return {prefix: strength * factor for prefix, factor in factors.items()}
-
-
-def shown(value: object) -> str:
-    """A value that was sent, short enough for one line."""
-    return "nothing" if value is None else repr(value)[:40]

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dora_diffusion.generation.prompts import LoraTag, parse_prompt
-from ui.backend.request import MAX_STRENGTH, AdapterChoice, DrawRequest, Parts, check_number, shown
+from dora_diffusion.utils.text import shown_value
+from ui.backend.request import MAX_STRENGTH, AdapterChoice, DrawRequest, Parts, check_number
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def _file_of_tag(name: str, names: Sequence[str]) -> str:
             raise ValueError(f"prompt: <lora:{name}> may be any of {', '.join(alike[:5])}; write one of these")
     nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     told = f"; nearest: {', '.join(nearest)}" if nearest else f"; there are {len(names)} adapters"
-    raise ValueError(f"prompt: no adapter named {shown(name)} for <lora:...>{told}")
+    raise ValueError(f"prompt: no adapter named {shown_value(name)} for <lora:...>{told}")
 
 
 def _weight_of_tag(tag: LoraTag, parts: Parts) -> float | dict[str, float]:

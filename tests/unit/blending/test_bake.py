@@ -220,6 +220,17 @@ def test_a_single_file_is_baked_in_its_makers_names(
     assert changed and not any(key.startswith("first_stage_model.") or key.endswith(".bias") for key in changed)
 
 
+def test_verify_reports_what_is_no_number(folder: Path, adapters: dict[str, AdapterState], tmp_path: Path) -> None:
+    bake(folder, adapters, WEIGHTS, tmp_path / "baked")
+    path = tmp_path / "baked" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    layer = next(layer for layer in adapters["ink"].modules if layer.startswith("unet."))
+    tensors[f"{layer.removeprefix('unet.')}.weight"][0, 0] = float("nan")
+    save_file(tensors, path)
+    check = verify(tmp_path / "baked", folder, adapters, WEIGHTS)
+    assert (check.layer, check.error) == (layer, float("inf"))
+
+
 def test_vectors_are_added_to_biases_and_normalisations(folder: Path, tmp_path: Path) -> None:
     paths = {"unet.conv_norm_out.weight": (64,), "unet.down_blocks.0.resnets.0.conv1.bias": (64,)}
     base = base_weights(folder)
