@@ -179,7 +179,7 @@ def estimate_memory(trainable: TrainablePipeline, config: TrainConfig, *, device
     compare with.
 
     Args:
-        pipeline: injected, as `prepare_trainable` leaves it.
+        trainable: injected, as `prepare_trainable` leaves it.
         config: batch, resolution, precision, prior preservation (which doubles the batch).
         device: where training will run; "cuda" computes norms and softmax in fp32 under autocast.
 
