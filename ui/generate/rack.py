@@ -14,8 +14,8 @@ import gradio as gr
 from gradio.components import Component
 
 from dora_diffusion.functional.blend_modes import ADDITIVE, IN_ORDER, MODE_SENTENCES, MODES
-from ui.backend import interference as meter
-from ui.backend.interference import measure, meter_html
+from ui.backend import interference as interference
+from ui.backend.interference import interference_html, measure
 from ui.backend.request import SlotValues, check_whole
 from ui.backend.session import Session
 from ui.errors import told
@@ -353,7 +353,7 @@ def _wire_rest(rack: Rack, ask: gr.Button, answer: gr.HTML) -> None:
     def interfere(*chosen: str) -> Iterator[str]:
         yield '<p class="rack-note">measuring …</p>'
         try:
-            yield meter_html(measure(rack.session, [file for file in chosen if file]))
+            yield interference_html(measure(rack.session, [file for file in chosen if file]))
         except ValueError as error:
             yield problem_badge(str(error))
 
@@ -377,4 +377,4 @@ def _wire_rest(rack: Rack, ask: gr.Button, answer: gr.HTML) -> None:
     ask.click(interfere, files, answer, show_progress="hidden", api_visibility="private")
 
 
-CSS = slots.CSS + curves.CSS + masks.CSS + meter.CSS
+CSS = slots.CSS + curves.CSS + masks.CSS + interference.CSS

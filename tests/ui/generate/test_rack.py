@@ -20,7 +20,7 @@ import gradio as gr  # noqa: E402  (after the skip above)
 from dora_diffusion.blending import Interference  # noqa: E402
 from dora_diffusion.functional.blend_modes import MODES  # noqa: E402
 from dora_diffusion.generation.generate import GenerationSettings  # noqa: E402
-from ui.backend.interference import measure, meter_html, verdict  # noqa: E402
+from ui.backend.interference import interference_html, measure, verdict  # noqa: E402
 from ui.backend.request import NAMED_CURVES, DrawRequest, SlotValues, check_adapters  # noqa: E402
 from ui.backend.session import Session  # noqa: E402
 from ui.generate.controls import Controls  # noqa: E402
@@ -293,10 +293,10 @@ def test_what_is_no_mask_is_refused(sent: object) -> None:
 def test_the_meter_measures_the_rack(session: Session) -> None:
     found = measure(session, ["ink", "lego"])
     assert found.shared["ink", "lego"] == 88
-    told = meter_html(found)
+    told = interference_html(found)
     assert "88 layers in common" in told
     assert "unet.down_blocks.0" in told
-    assert "With two adapters" in meter_html(measure(session, ["ink"]))
+    assert "With two adapters" in interference_html(measure(session, ["ink"]))
     with pytest.raises(ValueError, match="the rack is empty"):
         measure(session, [])
     with pytest.raises(ValueError, match="no such adapter"):
@@ -313,5 +313,5 @@ def test_the_meter_puts_cosines_in_words_and_escapes_names() -> None:
     found = Interference(
         {"<b>": {"unet": 1.0}, "ink": {}}, {"<b>": 1.0, "ink": 0.0}, {pair: {}}, {pair: 0.0}, {pair: 0}
     )
-    assert "<b>ink" not in meter_html(found)
-    assert "&lt;b&gt; and ink" in meter_html(found)
+    assert "<b>ink" not in interference_html(found)
+    assert "&lt;b&gt; and ink" in interference_html(found)

@@ -21,7 +21,7 @@ from ui.generate.controls import Stops, Variations
 from ui.generate.stage import ProgressView, build_stage, status_of
 from ui.tabs import leave_one_out, weight_grid
 from ui.tabs.axes import MAX_CELLS, parse_range
-from ui.tabs.inspect_page import facts_of, meter_of, plot_of
+from ui.tabs.inspect_page import facts_of, interference_of, plot_of
 from ui.tabs.leave_one_out import leave_each_out, mean_difference, names_in, row_html
 from ui.tabs.weight_grid import build_weight_map, map_html, picked_slots
 from ui.tabs.weight_grid_cells import A_B, ADAPTER_WEIGHT, Axes, Cell, plan, request_of, save_sheet
@@ -335,10 +335,10 @@ def test_a_plot_and_the_interference_of_two(session: Session, tmp_path: Path) ->
     pytest.importorskip("matplotlib")
     with Image.open(plot_of(session, ("ink", "lego"))) as plot:
         assert plot.format == "PNG" and plot.width > 800
-    html = meter_of(session, ("ink", "lego"))
+    html = interference_of(session, ("ink", "lego"))
     assert "88 layers in common" in html and "unet.mid_block" in html
     with pytest.raises(ValueError, match="expected two"):
-        meter_of(session, ("ink",))
+        interference_of(session, ("ink",))
 
 
 def test_without_matplotlib_the_plot_says_so(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
