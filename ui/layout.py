@@ -22,8 +22,8 @@ from ui.options import UiOptions
 from ui.server.api import add_api
 from ui.tabs.export import build_export
 from ui.tabs.inspect_page import build_inspect_page
-from ui.tabs.leave_one_out import build_leave_out, wire_leave_out
-from ui.tabs.weight_grid import WeightMap, build_weight_map, picked_slots, wire_weight_map
+from ui.tabs.leave_one_out import build_leave_one_out, wire_leave_one_out
+from ui.tabs.weight_grid import WeightGrid, build_weight_grid, picked_slots, wire_weight_grid
 from ui.train.tab import Train, build_train
 
 TABS_AT_ONCE = 8
@@ -53,7 +53,7 @@ def build_page(session: Session, options: UiOptions, demo: gr.Blocks) -> Page:
     with gr.Row():
         with gr.Column(scale=6, min_width=300, elem_id="stage"):
             stage = build_stage()
-            leave_out = build_leave_out()
+            leave_out = build_leave_one_out()
         with gr.Column(scale=5, min_width=300):
             form = build_form(session, above, demo)
             rack = build_rack(session, demo)
@@ -64,7 +64,7 @@ def build_page(session: Session, options: UiOptions, demo: gr.Blocks) -> Page:
             build_history(session, desk, demo)
             build_restore(session, desk)
         with gr.Tab("Weight map", elem_id="tab-map"):
-            board = build_weight_map(session)
+            board = build_weight_grid(session)
         with gr.Tab("Merge", elem_id="tab-merge"):
             export = build_export(session, desk)
         with gr.Tab("Train", elem_id="tab-train"):
@@ -73,8 +73,8 @@ def build_page(session: Session, options: UiOptions, demo: gr.Blocks) -> Page:
             build_inspect_page(session)
     history.select(None, js=_LOOK_AGAIN, queue=False, api_visibility="private")
     _wire_draw(session, desk, stage)
-    wire_leave_out(leave_out, session, desk)
-    wire_weight_map(board, session, desk)
+    wire_leave_one_out(leave_out, session, desk)
+    wire_weight_grid(board, session, desk)
     _wire_map(board, rack)
     _wire_browser(browser, form, rack)
     _wire_new_files(session, train.sent, export.exported, rack)
@@ -125,7 +125,7 @@ def _wire_draw(session: Session, desk: Controls, stage: Stage) -> None:
     desk.form.stop.click(stop, queue=False, api_visibility="private")
 
 
-def _wire_map(board: WeightMap, rack: Rack) -> None:
+def _wire_map(board: WeightGrid, rack: Rack) -> None:
     def load(picked: object, cells: object) -> Updates:
         with told():
             return rack.updates(picked_slots(picked, cells)) if picked else {}

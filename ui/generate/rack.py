@@ -14,7 +14,7 @@ import gradio as gr
 from gradio.components import Component
 
 from dora_diffusion.functional.blend_modes import ADDITIVE, IN_ORDER, MODE_SENTENCES, MODES
-from ui.backend import interference as interference
+from ui.backend import interference
 from ui.backend.interference import interference_html, measure
 from ui.backend.request import SlotValues, check_whole
 from ui.backend.session import Session

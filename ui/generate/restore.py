@@ -22,7 +22,7 @@ from ui.backend.session import Session
 from ui.errors import told
 from ui.generate.canvas import canvas_value
 from ui.generate.controls import Controls
-from ui.generate.infotext import Parameters, parse_a1111, settings_of
+from ui.generate.infotext import Parameters, parse_infotext, settings_of
 from ui.generate.recipes import Recipe, cut_to_rack, placed
 from ui.library.hashes import Missing, Wanted, by_name, find_all
 from ui.library.library import AdapterLibrary
@@ -84,7 +84,7 @@ def restore_from(path: Path, library: AdapterLibrary, parts: Parts, *, output: P
         return _of_record(record, library, parts, output)
     texts = picture_texts(path)
     if "parameters" in texts:
-        return _of_parameters(parse_a1111(texts["parameters"]), library, parts)
+        return _of_parameters(parse_infotext(texts["parameters"]), library, parts)
     has = "a ComfyUI workflow, which is not read here" if "workflow" in texts or "prompt" in texts else "nothing"
     raise ValueError(f"{path.name}: tells {has}; expected the text that this app or A1111 writes into a PNG")
 

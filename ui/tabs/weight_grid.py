@@ -47,7 +47,7 @@ element.addEventListener("click", (event) => {
 
 
 @dataclass(frozen=True)
-class WeightMap:
+class WeightGrid:
     """The widgets of the map.
 
     `picked` changes when a cell is clicked; `picked_slots(picked, cells)` says then what the rack should hold.
@@ -81,7 +81,7 @@ class WeightMap:
         return Axes(kind, tuple(files), parse_range(values[self.across]), down, bool(values[self.alone]))
 
 
-def build_weight_map(session: Session) -> WeightMap:
+def build_weight_grid(session: Session) -> WeightGrid:
     """Lay out the map inside the open block."""
     with gr.Row():
         kind = gr.Radio(list(KINDS), value=ADAPTER_WEIGHT, label="Map", elem_id="map-kind", min_width=220)
@@ -110,7 +110,7 @@ def build_weight_map(session: Session) -> WeightMap:
         lambda: gr.Dropdown(list(session.library.usable)), None, files, queue=False, show_progress="hidden",
         api_visibility="private",
     )  # fmt: skip
-    return WeightMap(kind, files, across, down, alone, draw, stop, status, sheet, file, gr.State(()), picked)
+    return WeightGrid(kind, files, across, down, alone, draw, stop, status, sheet, file, gr.State(()), picked)
 
 
 def map_html(rows: Sequence[Sequence[Cell]], pictures: Sequence[Path]) -> str:
@@ -142,8 +142,8 @@ def picked_slots(picked: object, cells: object) -> tuple[SlotValues, ...]:
     """The rack of the cell that was clicked.
 
     Args:
-        picked: the value of `WeightMap.picked`.
-        cells: that of `WeightMap.cells`.
+        picked: the value of `WeightGrid.picked`.
+        cells: that of `WeightGrid.cells`.
 
     Raises:
         ValueError: no cell of the map that is shown.
@@ -176,13 +176,13 @@ class _Plan:
             yield done
 
 
-def _planned(board: WeightMap, session: Session, desk: Controls, values: Mapping[Component, Any]) -> _Plan:
+def _planned(board: WeightGrid, session: Session, desk: Controls, values: Mapping[Component, Any]) -> _Plan:
     axes, parts = board.read(values), session.parts
     resolved = resolve_tags(desk.request(values), session.library.usable, parts)
     return _Plan(axes, plan(axes, desk.slots(values)), resolved, parts)
 
 
-def wire_weight_map(board: WeightMap, session: Session, desk: Controls) -> None:
+def wire_weight_grid(board: WeightGrid, session: Session, desk: Controls) -> None:
     """Connect the map to the session's drawing."""
     stops = Stops()
 
@@ -216,7 +216,7 @@ def wire_weight_map(board: WeightMap, session: Session, desk: Controls) -> None:
     )  # fmt: skip
 
 
-def _drawing(board: WeightMap, session: Session, wanted: _Plan, draw: Variations) -> Iterator[dict[Component, Any]]:
+def _drawing(board: WeightGrid, session: Session, wanted: _Plan, draw: Variations) -> Iterator[dict[Component, Any]]:
     """What to send to the browser, cell by cell."""
     started, total = time.monotonic(), len(wanted.cells)
     pictures: tuple[Path, ...] = ()

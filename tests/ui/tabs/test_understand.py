@@ -23,7 +23,7 @@ from ui.tabs import leave_one_out, weight_grid
 from ui.tabs.axes import MAX_CELLS, parse_range
 from ui.tabs.inspect_page import facts_of, interference_of, plot_of
 from ui.tabs.leave_one_out import leave_each_out, mean_difference, names_in, row_html
-from ui.tabs.weight_grid import build_weight_map, map_html, picked_slots
+from ui.tabs.weight_grid import build_weight_grid, map_html, picked_slots
 from ui.tabs.weight_grid_cells import A_B, ADAPTER_WEIGHT, Axes, Cell, plan, request_of, save_sheet
 
 PARTS = Parts("unet", ("text_encoder",))
@@ -180,7 +180,7 @@ def _first_cells(session: Session, failing: int, monkeypatch: pytest.MonkeyPatch
 
 def test_a_map_that_breaks_off_says_so(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     with gr.Blocks():
-        board = build_weight_map(session)
+        board = build_weight_grid(session)
     resolved = resolve_tags(DrawRequest(SETTINGS), session.library.usable, PARTS)
     rows = plan(Axes(ADAPTER_WEIGHT, ("ink",), (1.0, 2.0)), RACK)
     wanted = weight_grid._Plan(Axes(ADAPTER_WEIGHT, ("ink",), (1.0, 2.0)), rows, resolved, session.parts)
@@ -196,7 +196,7 @@ def test_a_map_that_breaks_off_says_so(session: Session, monkeypatch: pytest.Mon
 
 def test_a_row_that_breaks_off_says_so(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     with gr.Blocks():
-        board = leave_one_out.build_leave_out()
+        board = leave_one_out.build_leave_one_out()
     request = DrawRequest(SETTINGS, (AdapterChoice("ink", 0.8), AdapterChoice("lego", -0.5)))
     _first_cells(session, 1, monkeypatch)
     told = leave_one_out._drawing(
