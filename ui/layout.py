@@ -57,24 +57,24 @@ def build_page(session: Session, options: UiOptions, demo: gr.Blocks) -> Page:
         with gr.Column(scale=5, min_width=300):
             form = build_form(session, above, demo)
             rack = build_rack(session, demo)
-    desk = Controls(session, model, form, rack)
+    controls = Controls(session, model, form, rack)
     with gr.Tabs(elem_id="tabs"):
         with gr.Tab("History", elem_id="tab-history") as history:
-            build_presets(session, desk)
-            build_history(session, desk, demo)
-            build_restore(session, desk)
+            build_presets(session, controls)
+            build_history(session, controls, demo)
+            build_restore(session, controls)
         with gr.Tab("Weight map", elem_id="tab-map"):
             board = build_weight_grid(session)
         with gr.Tab("Merge", elem_id="tab-merge"):
-            export = build_export(session, desk)
+            export = build_export(session, controls)
         with gr.Tab("Train", elem_id="tab-train"):
             train = build_train(session, options)
         with gr.Tab("Inspect", elem_id="tab-inspect"):
             build_inspect_page(session)
     history.select(None, js=_LOOK_AGAIN, queue=False, api_visibility="private")
-    _wire_draw(session, desk, stage)
-    wire_leave_one_out(leave_out, session, desk)
-    wire_weight_grid(board, session, desk)
+    _wire_draw(session, controls, stage)
+    wire_leave_one_out(leave_out, session, controls)
+    wire_weight_grid(board, session, controls)
     _wire_map(board, rack)
     _wire_browser(browser, form, rack)
     _wire_new_files(session, train.sent, export.exported, rack)
@@ -98,14 +98,14 @@ def news_html(session: Session) -> str:
     return f'<p class="news" role="status">{escape(session.family)} · {queue} · {held}</p>'
 
 
-def _wire_draw(session: Session, desk: Controls, stage: Stage) -> None:
+def _wire_draw(session: Session, controls: Controls, stage: Stage) -> None:
     def draw(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:
         with told():
             try:
-                screenplay = ProgressView(stage)
-                run = session.start(desk.request(values), owner=str(request.session_hash))
+                progress_view = ProgressView(stage)
+                run = session.start(controls.request(values), owner=str(request.session_hash))
                 for update in run.updates():
-                    yield screenplay.changes(update)
+                    yield progress_view.changes(update)
             except Exception:
                 yield {stage.status: status_html("Nothing more was drawn.")}
                 raise
@@ -113,16 +113,16 @@ def _wire_draw(session: Session, desk: Controls, stage: Stage) -> None:
     def stop(request: gr.Request) -> None:
         session.stop(str(request.session_hash))
 
-    drawn = desk.form.generate.click(
+    drawn = controls.form.generate.click(
         draw,
-        {*desk.inputs},
+        {*controls.inputs},
         list(stage.outputs),
         show_progress="hidden",
         concurrency_limit=TABS_AT_ONCE,
         api_visibility="private",
     )
     drawn.then(None, js=_LOOK_AGAIN, queue=False, api_visibility="private")
-    desk.form.stop.click(stop, queue=False, api_visibility="private")
+    controls.form.stop.click(stop, queue=False, api_visibility="private")
 
 
 def _wire_map(board: WeightGrid, rack: Rack) -> None:

@@ -166,7 +166,7 @@ class Presets:
     report: gr.HTML
 
 
-def build_presets(session: Session, desk: Controls) -> Presets:
+def build_presets(session: Session, controls: Controls) -> Presets:
     """Lay out the presets inside the open block and wire them to the form and the rack."""
     with gr.Row(elem_id="presets"):
         name = gr.Dropdown(
@@ -177,17 +177,17 @@ def build_presets(session: Session, desk: Controls) -> Presets:
         save = gr.Button("Save", size="sm", elem_id="preset-save", min_width=70)
         delete = gr.Button("Delete", size="sm", variant="stop", elem_id="preset-delete", min_width=70)
     presets = Presets(name, save, load, delete, gr.HTML(elem_id="preset-report"))
-    _wire(presets, session, desk)
+    _wire(presets, session, controls)
     return presets
 
 
-def _wire(presets: Presets, session: Session, desk: Controls) -> None:
+def _wire(presets: Presets, session: Session, controls: Controls) -> None:
     def choices(value: str | None) -> gr.Dropdown:
         return gr.Dropdown(list(list_presets(session.output)), value=value)
 
     def save(values: dict[Component, Any]) -> tuple[gr.Dropdown, str]:
         with told():
-            recipe = desk.recipe(values)
+            recipe = controls.recipe(values)
             path = save_preset(
                 values[presets.name], recipe, session.library, model=session.model, output=session.output
             )
@@ -197,7 +197,7 @@ def _wire(presets: Presets, session: Session, desk: Controls) -> None:
         with told():
             session.library.refresh()
             restored = load_preset(name, session.library, session.parts, output=session.output)
-            return restored_updates(restored, desk, session, presets.report)
+            return restored_updates(restored, controls, session, presets.report)
 
     def delete(name: object) -> tuple[gr.Dropdown, str]:
         with told():
@@ -205,8 +205,8 @@ def _wire(presets: Presets, session: Session, desk: Controls) -> None:
         return choices(None), '<p class="kept" role="status">Deleted.</p>'
 
     told_in = [presets.name, presets.report]
-    presets.save.click(save, {presets.name, *desk.inputs}, told_in, api_visibility="private")
-    presets.load.click(load, presets.name, [*desk.outputs, presets.report], api_visibility="private")
+    presets.save.click(save, {presets.name, *controls.inputs}, told_in, api_visibility="private")
+    presets.load.click(load, presets.name, [*controls.outputs, presets.report], api_visibility="private")
     presets.delete.click(delete, presets.name, told_in, api_visibility="private")
     presets.name.focus(lambda: gr.Dropdown(list(list_presets(session.output))), None, presets.name,
                        queue=False, show_progress="hidden", api_visibility="private")  # fmt: skip

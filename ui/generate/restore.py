@@ -182,17 +182,17 @@ def _missing_html(one: Missing) -> str:
     return f"<b>{escape(one.name)}</b>{hash}: {escape(one.reason)}"
 
 
-def restored_updates(restored: Restored, desk: Controls, session: Session, report: gr.HTML) -> dict[Component, Any]:
+def restored_updates(restored: Restored, controls: Controls, session: Session, report: gr.HTML) -> dict[Component, Any]:
     """What shows a restored picture: form, rack and the report below."""
-    recipe, left_out = cut_to_rack(restored.recipe, len(desk.rack.slots))
+    recipe, left_out = cut_to_rack(restored.recipe, len(controls.rack.slots))
     shown = replace(restored, slots=recipe.slots, notes=(*restored.notes, *left_out))
-    changes = {**desk.updates(recipe), report: report_html(shown, model=session.model)}
+    changes = {**controls.updates(recipe), report: report_html(shown, model=session.model)}
     if restored.tells_canvas:
-        changes[desk.form.canvas] = canvas_value(restored.canvas)
+        changes[controls.form.canvas] = canvas_value(restored.canvas)
     if restored.canvas is not None:
-        changes[desk.form.fold] = gr.Accordion(open=True)
+        changes[controls.form.fold] = gr.Accordion(open=True)
     if restored.settings.strength is not None:
-        changes[desk.form.strength] = restored.settings.strength
+        changes[controls.form.strength] = restored.settings.strength
     return changes
 
 
@@ -204,7 +204,7 @@ class Restore:
     report: gr.HTML
 
 
-def build_restore(session: Session, desk: Controls) -> Restore:
+def build_restore(session: Session, controls: Controls) -> Restore:
     """Lay out the drop inside the open block and wire it: a picture dropped fills the form and the rack."""
     with gr.Row():
         # not gr.Image: that one encodes what is dropped anew, or leaves its file open
@@ -220,7 +220,7 @@ def build_restore(session: Session, desk: Controls) -> Restore:
                 raise ValueError("no picture came; drop one")
             session.library.refresh()
             restored = restore_from(Path(path), session.library, session.parts, output=session.output)
-            return restored_updates(restored, desk, session, report)
+            return restored_updates(restored, controls, session, report)
 
-    picture.upload(restore, picture, [*desk.outputs, report], api_visibility="private")
+    picture.upload(restore, picture, [*controls.outputs, report], api_visibility="private")
     return Restore(picture, report)

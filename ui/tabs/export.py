@@ -64,7 +64,7 @@ class _Fields:
         )
 
 
-def build_export(session: Session, desk: Controls) -> Export:
+def build_export(session: Session, controls: Controls) -> Export:
     """Lay out the tab inside the open block and wire it."""
     fields = _build_fields()
     sentence = gr.HTML(_sentence(AS_DRAWN), elem_id="export-sentence")
@@ -82,11 +82,11 @@ def build_export(session: Session, desk: Controls) -> Export:
             for label, elem_id in (("The rack", "export-live"), ("What was written", "export-again"))
         )  # fmt: skip
     export = Export(go, stop, gr.Textbox(visible=False, elem_id="exported"), status, live, again)
-    _wire(export, fields, session, desk)
+    _wire(export, fields, session, controls)
     return export
 
 
-def _wire(export: Export, fields: _Fields, session: Session, desk: Controls) -> None:
+def _wire(export: Export, fields: _Fields, session: Session, controls: Controls) -> None:
     stops = Stops()
 
     def run(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:
@@ -97,7 +97,7 @@ def _wire(export: Export, fields: _Fields, session: Session, desk: Controls) -> 
         with told():
             try:
                 with stops.running(str(request.session_hash)) as stop:
-                    done = export_mix(session, desk.request(values), fields.read(values), should_stop=stop.is_set)
+                    done = export_mix(session, controls.request(values), fields.read(values), should_stop=stop.is_set)
             except GenerationStopped:
                 yield {export.status: status_html("Stopped; nothing was exported.", kind="warn")}
                 return
@@ -113,7 +113,7 @@ def _wire(export: Export, fields: _Fields, session: Session, desk: Controls) -> 
 
     export.go.click(
         run,
-        desk.inputs | {getattr(fields, name) for name in fields.__dataclass_fields__},
+        controls.inputs | {getattr(fields, name) for name in fields.__dataclass_fields__},
         [export.status, export.live, export.again, export.exported],
         show_progress="hidden",
         concurrency_limit=2,

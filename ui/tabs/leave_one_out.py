@@ -114,16 +114,16 @@ def _told(difference: float | None) -> str:
     return f"mean difference {difference:.1f} of 255" if difference else "no difference"
 
 
-def wire_leave_one_out(board: LeaveOneOut, session: Session, desk: Controls) -> None:
+def wire_leave_one_out(board: LeaveOneOut, session: Session, controls: Controls) -> None:
     """Connect the row to the session's drawing."""
     stops = Stops()
 
     def draw(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:
         with told(), stops.running(str(request.session_hash)) as stop:
-            asked = replace(desk.request(values), count=1)
+            asked = replace(controls.request(values), count=1)
             wanted = resolve_tags(asked, session.library.usable, session.parts).request
             yield from _drawing(
-                board, wanted, names_in(wanted, desk.slots(values)),
+                board, wanted, names_in(wanted, controls.slots(values)),
                 Variations(session, session.output / WITHOUT, stop),
             )  # fmt: skip
 
@@ -132,7 +132,7 @@ def wire_leave_one_out(board: LeaveOneOut, session: Session, desk: Controls) -> 
 
     board.draw.click(
         draw,
-        {*desk.inputs},
+        {*controls.inputs},
         [board.stop, board.status, board.row],
         show_progress="hidden",
         api_visibility="private",

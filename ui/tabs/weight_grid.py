@@ -176,19 +176,19 @@ class _Plan:
             yield done
 
 
-def _planned(board: WeightGrid, session: Session, desk: Controls, values: Mapping[Component, Any]) -> _Plan:
+def _planned(board: WeightGrid, session: Session, controls: Controls, values: Mapping[Component, Any]) -> _Plan:
     axes, parts = board.read(values), session.parts
-    resolved = resolve_tags(desk.request(values), session.library.usable, parts)
-    return _Plan(axes, plan(axes, desk.slots(values)), resolved, parts)
+    resolved = resolve_tags(controls.request(values), session.library.usable, parts)
+    return _Plan(axes, plan(axes, controls.slots(values)), resolved, parts)
 
 
-def wire_weight_grid(board: WeightGrid, session: Session, desk: Controls) -> None:
+def wire_weight_grid(board: WeightGrid, session: Session, controls: Controls) -> None:
     """Connect the map to the session's drawing."""
     stops = Stops()
 
     def draw(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:
         with told():
-            wanted = _planned(board, session, desk, values)
+            wanted = _planned(board, session, controls, values)
             with stops.running(str(request.session_hash)) as stop:
                 yield from _drawing(board, session, wanted, Variations(session, session.output / MAPS, stop))
 
@@ -203,7 +203,7 @@ def wire_weight_grid(board: WeightGrid, session: Session, desk: Controls) -> Non
 
     board.draw.click(
         draw,
-        desk.inputs | board.inputs,
+        controls.inputs | board.inputs,
         [board.status, board.sheet, board.file, board.cells, board.stop],
         show_progress="hidden",
         api_visibility="private",

@@ -74,23 +74,23 @@ def test_what_is_put_in_is_read_back(rack: Rack) -> None:
 def test_the_desk_asks_for_what_the_page_holds(session: Session) -> None:
     with gr.Blocks() as demo:
         form = build_form(session, build_prompt(), demo)
-        desk = Controls(session, gr.State("random"), form, build_rack(session, demo))
+        controls = Controls(session, gr.State("random"), form, build_rack(session, demo))
     settings = GenerationSettings("a cat", "dog", 3, 2, 3.0, 64, 128, "euler")
-    changes = desk.updates(Recipe(settings, (EMPTY, INK), "additive"))
-    assert set(changes) <= desk.outputs
-    state = {widget: getattr(widget, "value", None) for widget in desk.inputs}
+    changes = controls.updates(Recipe(settings, (EMPTY, INK), "additive"))
+    assert set(changes) <= controls.outputs
+    state = {widget: getattr(widget, "value", None) for widget in controls.inputs}
     state |= {widget: _value(change) for widget, change in changes.items()} | {form.count: 3}
     parts = session.parts
     asked = DrawRequest(settings, check_adapters((replace(INK, blocks=(1.0, 1.0, 1.0)),), parts), count=3)
-    assert desk.request(state) == asked
-    kept = desk.recipe(state)
+    assert controls.request(state) == asked
+    kept = controls.recipe(state)
     assert (kept.settings, kept.blend, [slot.file for slot in kept.slots]) == (settings, "additive", ["ink"])
-    state[desk.rack.slots[1].strength] = 9
-    for read in (desk.request, desk.recipe):
+    state[controls.rack.slots[1].strength] = 9
+    for read in (controls.request, controls.recipe):
         with pytest.raises(ValueError, match="^slot 2, strength: got 9"):
             read(state)
         with pytest.raises(ValueError, match="^the base is random now: another tab has switched it"):
-            read(state | {desk.model: "pocket"})
+            read(state | {controls.model: "pocket"})
 
 
 def test_more_adapters_than_slots_are_refused(rack: Rack) -> None:

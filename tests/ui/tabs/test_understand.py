@@ -360,11 +360,11 @@ def test_the_status_tells_times_and_the_queue() -> None:
 def test_a_finished_run_fills_slider_and_batch(session: Session) -> None:
     with gr.Blocks():
         stage = build_stage()
-    screenplay = ProgressView(stage)
+    progress_view = ProgressView(stage)
     run = session.start(DrawRequest(SETTINGS, (AdapterChoice("ink", 1.0),), count=2), owner="tab")
     sent: dict = {}
     for update in run.updates():
-        changes = screenplay.changes(update)
+        changes = progress_view.changes(update)
         assert {*changes} <= stage.outputs
         sent |= changes
     assert len(sent[stage.shown]) == 2
