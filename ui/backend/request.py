@@ -279,8 +279,8 @@ def check_picture(name: str, value: object) -> Image.Image | None:
         try:
             return read_image(value)  # turned and laid on white as everywhere
         except ValueError as error:
-            told = str(error).rpartition(f"{Path(value).name}: ")[2]
-            raise ValueError(f"{name}: not a picture that can be read ({told})") from None
+            reason = str(error).rpartition(f"{Path(value).name}: ")[2]
+            raise ValueError(f"{name}: not a picture that can be read ({reason})") from None
     if not isinstance(value, Image.Image):
         raise ValueError(f"{name}: got {shown(value)}, expected a picture")
     _check_pixels(name, value.size)
