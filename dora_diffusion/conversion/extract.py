@@ -74,13 +74,13 @@ def extract(
         both = _both(path, new.weight, old.weight)
         return None if both is None else _extracted(path, both, rank, chosen)
 
-    modules, told = walk(layers_of(new, chosen.target_modules), convert, progress)
+    modules, summary = walk(layers_of(new, chosen.target_modules), convert, progress)
     vectors = _changed_vectors(tuned, new, old, chosen.dtype) if chosen.vectors else {}
     if not modules and not vectors:
-        raise ValueError(f"nothing to extract: the {len(told.left_out)} layers compared are equal in both models")
+        raise ValueError(f"nothing to extract: the {len(summary.left_out)} layers compared are equal in both models")
     if report is not None:
-        report(told)
-    return AdapterState(modules, {"dora_diffusion.extracted": told.sentence()}, vectors)
+        report(summary)
+    return AdapterState(modules, {"dora_diffusion.extracted": summary.sentence()}, vectors)
 
 
 @dataclass(frozen=True)

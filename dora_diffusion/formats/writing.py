@@ -185,13 +185,13 @@ def _metadata(adapter: AdapterState, dialect: Dialect, family: str | None) -> di
 def _dimensions(adapter: AdapterState, metadata: Mapping[str, str]) -> dict[str, str]:
     """kohya's rank and alpha where the file says others; "Dynamic" is what kohya's own resizing writes."""
     pairs = [module for module in adapter.modules.values() if isinstance(module, ModuleState)]
-    told = {
+    as_written = {
         "ss_network_dim": {f"{module.rank}" for module in pairs},
         "ss_network_alpha": {f"{module.scale * module.rank:g}" for module in pairs},
     }
     return {
         key: next(iter(found)) if len(found) == 1 else "Dynamic"
-        for key, found in told.items()
+        for key, found in as_written.items()
         if found and key in metadata and not _same_numbers(metadata[key], found)
     }
 
