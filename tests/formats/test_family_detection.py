@@ -67,8 +67,8 @@ def test_a_published_model_is_told_by_its_layers(name: str, preset: str) -> None
     # without its feed-forward layers, the small Sana is a PixArt of another name
     is_in_doubt = family.name in TWINS or (name == "Sana 0.6B" and preset == "attention")
     assert family_of(state) == (None if is_in_doubt else family.name)
-    told = AdapterState(state.modules, {"dora_diffusion.family": family.name})
-    assert family_of(told) == family.name
+    declared = AdapterState(state.modules, {"dora_diffusion.family": family.name})
+    assert family_of(declared) == family.name
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -170,19 +170,19 @@ def test_order_changes_nothing_where_the_rack_says_so(session: Session, mode: st
 
 def test_a_mode_is_told_in_one_sentence() -> None:
     for mode in MODES:
-        told = mode_html(mode)
-        assert ("The order of the slots changes the picture" in told) == (mode in IN_ORDER)
-        assert ("Curves and masks need the additive mode" in told) == (mode != "additive")
+        html = mode_html(mode)
+        assert ("The order of the slots changes the picture" in html) == (mode in IN_ORDER)
+        assert ("Curves and masks need the additive mode" in html) == (mode != "additive")
     with pytest.raises(ValueError, match="blend: got '<script>', expected one of additive"):
         mode_html("<script>")
 
 
 def test_badge_tells_type_rank_axis_format_and_time(session: Session, rack: Rack) -> None:
     assert rack.badges.known("ink") == LOADING
-    told = rack.badges.load("ink")
+    html = rack.badges.load("ink")
     for part in ("DoRA", "rank 4", "out axis", "diffusers", "88/88 keys matched", "loaded in"):
-        assert part in told
-    assert rack.badges.known("ink") == told
+        assert part in html
+    assert rack.badges.known("ink") == html
     assert "no such adapter" in rack.badges.load("<b>")
     assert "<b>" not in rack.badges.load("<b>")
     report = replace(session.load("ink").report, kind="<i>odd</i>", matched=87)
@@ -202,16 +202,16 @@ def test_a_file_replaced_while_it_waits_is_told_as_what_was_read(rack: Rack, ada
     session, ink = rack.session, adapters / "ink.safetensors"
     before, after = ink.read_bytes(), (adapters / "lego.safetensors").read_bytes()
     written = ink.stat().st_mtime_ns
-    told: list[str] = []
+    html: list[str] = []
     with session.weights():
-        waiting = threading.Thread(target=lambda: told.append(rack.badges.load("ink")))
+        waiting = threading.Thread(target=lambda: html.append(rack.badges.load("ink")))
         waiting.start()
         while session.waiting < 2:
             assert waiting.is_alive()
         ink.write_bytes(after)
     waiting.join()
     session.library.refresh()
-    assert "LoRA" in told[0] and rack.badges.known("ink") == told[0]
+    assert "LoRA" in html[0] and rack.badges.known("ink") == html[0]
     ink.write_bytes(before)
     os.utime(ink, ns=(written, written))
     session.library.refresh()
@@ -246,9 +246,9 @@ def test_curves_go_by_name_and_by_points() -> None:
 def test_a_curve_is_drawn_or_refused_in_one_line() -> None:
     assert 'aria-label="strength times 0 at the first step, 1 at the last"' in curve_html("fade in")
     assert "<polyline" in curve_html("0:-2, 1:2")
-    told = curve_html("<script>alert(1)</script>")
-    assert "<script>" not in told
-    assert 'role="alert"' in told
+    html = curve_html("<script>alert(1)</script>")
+    assert "<script>" not in html
+    assert 'role="alert"' in html
 
 
 def _png(picture: Image.Image) -> str:
@@ -293,9 +293,9 @@ def test_what_is_no_mask_is_refused(sent: object) -> None:
 def test_the_meter_measures_the_rack(session: Session) -> None:
     found = measure(session, ["ink", "lego"])
     assert found.shared["ink", "lego"] == 88
-    told = interference_html(found)
-    assert "88 layers in common" in told
-    assert "unet.down_blocks.0" in told
+    html = interference_html(found)
+    assert "88 layers in common" in html
+    assert "unet.down_blocks.0" in html
     assert "With two adapters" in interference_html(measure(session, ["ink"]))
     with pytest.raises(ValueError, match="the rack is empty"):
         measure(session, [])

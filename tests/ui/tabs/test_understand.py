@@ -55,7 +55,7 @@ def test_ranges(text: str, values: tuple[float, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "complaint"),
     [
         (None, "expected such as"),
         ("", "expected such as"),
@@ -76,10 +76,10 @@ def test_ranges(text: str, values: tuple[float, ...]) -> None:
         (["0"], "list"),
     ],
 )
-def test_what_is_no_range_is_told_in_one_line(text: object, told: str) -> None:
+def test_what_is_no_range_is_told_in_one_line(text: object, complaint: str) -> None:
     with pytest.raises(ValueError, match="^weights: ") as caught:
         parse_range(text)
-    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert complaint in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_map_of_adapters_and_weights_keeps_the_rest_of_the_mix() -> None:
@@ -185,10 +185,10 @@ def test_a_map_that_breaks_off_says_so(session: Session, monkeypatch: pytest.Mon
     rows = plan(Axes(ADAPTER_WEIGHT, ("ink",), (1.0, 2.0)), RACK)
     wanted = weight_grid._Plan(Axes(ADAPTER_WEIGHT, ("ink",), (1.0, 2.0)), rows, resolved, session.parts)
     _first_cells(session, 2, monkeypatch)
-    told = weight_grid._drawing(board, session, wanted, Variations(session, session.output / "maps", threading.Event()))
+    changed = weight_grid._drawing(board, session, wanted, Variations(session, session.output / "maps", threading.Event()))
     last: dict[Any, Any] = {}
     with pytest.raises(ValueError, match="the file is gone"):
-        for changes in told:
+        for changes in changed:
             last |= changes
     assert "Nothing more was drawn: 2 of 3 cells are there, and no sheet" in last[board.status]
     assert last[board.sheet].count("<img") == 2
@@ -199,12 +199,12 @@ def test_a_row_that_breaks_off_says_so(session: Session, monkeypatch: pytest.Mon
         board = leave_one_out.build_leave_one_out()
     request = DrawRequest(SETTINGS, (AdapterChoice("ink", 0.8), AdapterChoice("lego", -0.5)))
     _first_cells(session, 1, monkeypatch)
-    told = leave_one_out._drawing(
+    changed = leave_one_out._drawing(
         board, request, ["#1 ink", "#2 lego"], Variations(session, session.output, threading.Event())
     )
     last: dict[Any, Any] = {}
     with pytest.raises(ValueError, match="the file is gone"):
-        for changes in told:
+        for changes in changed:
             last |= changes
     assert "Nothing more was drawn: 1 of 3 pictures" in last[board.status]
 
@@ -318,8 +318,8 @@ def test_a_stop_ends_variations_of_its_own_tab_only(session: Session, tmp_path: 
 
 def test_the_page_of_an_adapter(session: Session, adapters: Path) -> None:
     html = facts_of(session, "ink")
-    for told in ("DoRA", "rank 4", "88 of 88 layers", "unet", "text_encoder"):
-        assert told in html
+    for part in ("DoRA", "rank 4", "88 of 88 layers", "unet", "text_encoder"):
+        assert part in html
     tensors = load_file(adapters / "ink.safetensors")
     evil = {"modelspec.title": "<script>alert(1)</script>", "ss_tag_frequency": "x" * 9000}
     save_file(tensors, adapters / "evil.safetensors", metadata=evil)
