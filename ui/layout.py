@@ -9,7 +9,7 @@ import gradio as gr
 from gradio.components import Component
 
 from ui.backend.session import Session
-from ui.errors import told
+from ui.errors import user_errors
 from ui.generate.controls import Controls
 from ui.generate.form import Form, build_form, build_prompt
 from ui.generate.history import build_history
@@ -100,7 +100,7 @@ def news_html(session: Session) -> str:
 
 def _wire_draw(session: Session, controls: Controls, stage: Stage) -> None:
     def draw(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:
-        with told():
+        with user_errors():
             try:
                 progress_view = ProgressView(stage)
                 run = session.start(controls.request(values), owner=str(request.session_hash))
@@ -127,7 +127,7 @@ def _wire_draw(session: Session, controls: Controls, stage: Stage) -> None:
 
 def _wire_map(board: WeightGrid, rack: Rack) -> None:
     def load(picked: object, cells: object) -> Updates:
-        with told():
+        with user_errors():
             return rack.updates(picked_slots(picked, cells)) if picked else {}
 
     board.picked.change(
@@ -137,7 +137,7 @@ def _wire_map(board: WeightGrid, rack: Rack) -> None:
 
 def _wire_browser(browser: Browser, form: Form, rack: Rack) -> None:
     def add(values: dict[Component, Any]) -> Updates:
-        with told():
+        with user_errors():
             return rack.add(values, values[browser.picked])
 
     browser.when_picked.success(
@@ -160,7 +160,7 @@ def _wire_new_files(session: Session, sent: gr.Textbox, exported: gr.Textbox, ra
         name = values[sent]
         if not name:  # emptied before each press, so that the same name again is a change
             return {rack.sentence: gr.skip()}  # of an empty dict gradio says that values are missing
-        with told():
+        with user_errors():
             session.library.refresh()
             return rack.add(values, name)
 
@@ -187,7 +187,7 @@ def _wire_model(session: Session, model: gr.Dropdown, news: gr.HTML, form: Form,
         }
 
     def switch(values: dict[Component, Any]) -> dict[Component, Any]:
-        with told():
+        with user_errors():
             misfits = session.switch(values[model])
         for file, reason in list(misfits.items())[:3]:
             gr.Warning(escape(f"{file}: {reason}"[:300], quote=False))

@@ -15,7 +15,7 @@ from dora_diffusion.generation.png_metadata import metadata_text, read_metadata
 from ui.backend.picture_difference import largest_difference
 from ui.backend.request import check_whole
 from ui.backend.session import Session
-from ui.errors import told
+from ui.errors import user_errors
 from ui.generate.controls import Controls
 from ui.generate.restore import restore_from, restored_updates
 
@@ -165,7 +165,7 @@ def build_history(session: Session, controls: Controls, demo: gr.Blocks) -> Hist
 
 def _wire_pages(history: History, session: Session, looks: list[Any], turns: tuple[gr.Button, gr.Button]) -> None:
     def show(page: object, step: int) -> dict[Component, Any]:
-        with told():
+        with user_errors():
             wanted = check_whole("page", page, low=0, high=MAX_PAGE) + step
             found = list_pictures(session.output, max(0, wanted))
         return {
@@ -189,7 +189,7 @@ def _wire_picture(
     history: History, session: Session, controls: Controls, *, restore: gr.Button, pin: gr.Button
 ) -> None:
     def select(names: tuple[str, ...], pinned: str | None, event: gr.SelectData) -> dict[Component, Any]:
-        with told():
+        with user_errors():
             index = check_whole("picture", event.index, low=0, high=max(0, len(names) - 1))
             if not names:
                 raise ValueError("picture: the history is empty")
@@ -198,7 +198,7 @@ def _wire_picture(
             return changes | _compared(history, session, pinned, path)
 
     def bring_back(chosen: str | None) -> dict[Component, Any]:
-        with told():
+        with user_errors():
             if chosen is None:
                 raise ValueError("press a picture first")
             session.library.refresh()
@@ -207,7 +207,7 @@ def _wire_picture(
             return restored_updates(restored, controls, session, history.report)
 
     def keep(chosen: str | None) -> tuple[str, str]:
-        with told():
+        with user_errors():
             if chosen is None:
                 raise ValueError("press a picture first")
         return chosen, f'<p class="kept">Press another picture to compare it with {escape(chosen)}.</p>'

@@ -24,7 +24,7 @@ from ui.backend.request import (
     check_settings,
 )
 from ui.backend.session import Session
-from ui.errors import told
+from ui.errors import user_errors
 from ui.generate.controls import Controls
 from ui.generate.recipes import Recipe
 from ui.generate.restore import Restored, restored_updates
@@ -186,7 +186,7 @@ def _wire(presets: Presets, session: Session, controls: Controls) -> None:
         return gr.Dropdown(list(list_presets(session.output)), value=value)
 
     def save(values: dict[Component, Any]) -> tuple[gr.Dropdown, str]:
-        with told():
+        with user_errors():
             recipe = controls.recipe(values)
             path = save_preset(
                 values[presets.name], recipe, session.library, model=session.model, output=session.output
@@ -194,13 +194,13 @@ def _wire(presets: Presets, session: Session, controls: Controls) -> None:
         return choices(path.stem), '<p class="kept" role="status">Saved.</p>'
 
     def load(name: object) -> dict[Component, Any]:
-        with told():
+        with user_errors():
             session.library.refresh()
             restored = load_preset(name, session.library, session.parts, output=session.output)
             return restored_updates(restored, controls, session, presets.report)
 
     def delete(name: object) -> tuple[gr.Dropdown, str]:
-        with told():
+        with user_errors():
             delete_preset(name, session.output)
         return choices(None), '<p class="kept" role="status">Deleted.</p>'
 

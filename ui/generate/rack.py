@@ -18,7 +18,7 @@ from ui.backend import interference
 from ui.backend.interference import interference_html, measure
 from ui.backend.request import SlotValues, check_whole
 from ui.backend.session import Session
-from ui.errors import told
+from ui.errors import user_errors
 from ui.generate import curves, masks, slots
 from ui.generate.curves import curve_html, name_of_text, text_of_name
 from ui.generate.masks import Painter, build_painter, canvas_value, read_painted, targets
@@ -237,7 +237,7 @@ def _wire_moves(rack: Rack, index: int) -> None:
     )
     for button, deed in deeds:
         button.click(
-            told()(deed),
+            user_errors()(deed),
             {*rack.inputs},
             list(rack.outputs),
             show_progress="hidden",
@@ -265,7 +265,9 @@ def _wire_fine(rack: Rack, index: int) -> None:
     slot.apart.input(
         set_apart, [slot.apart, slot.strength], [slot.strength, slot.denoiser, slot.text_encoders], **plain
     )
-    slot.curve_name.input(told()(name_curve), [slot.curve_name, slot.curve], [slot.curve, slot.curve_plot], **plain)
+    slot.curve_name.input(
+        user_errors()(name_curve), [slot.curve_name, slot.curve], [slot.curve, slot.curve_plot], **plain
+    )
     slot.curve.input(write_curve, slot.curve, [slot.curve_name, slot.curve_plot], trigger_mode="always_last", **plain)
 
 
@@ -282,13 +284,13 @@ def _wire_masks(rack: Rack) -> None:
 
     # every stroke: by default gradio drops those that come while it still answers the one before
     views = [slot.mask_view for slot in rack.slots]
-    painter.canvas.input(told()(painted), painter.target, [*states, *views], trigger_mode="multiple", **plain)
-    painter.target.input(told()(aim), [painter.target, *states], painter.canvas, **plain)
+    painter.canvas.input(user_errors()(painted), painter.target, [*states, *views], trigger_mode="multiple", **plain)
+    painter.target.input(user_errors()(aim), [painter.target, *states], painter.canvas, **plain)
     files = [slot.file for slot in rack.slots]
 
     def moved(target: int, *held: Any) -> Updates:
         named = gr.Dropdown(targets(held[:SLOTS]))
-        return {painter.canvas: told()(aim)(target, *held[SLOTS:]), painter.target: named}
+        return {painter.canvas: user_errors()(aim)(target, *held[SLOTS:]), painter.target: named}
 
     # what moves or empties slots changes `asked`: the painter shows the mask that its slot has now
     rack.asked.change(moved, [painter.target, *files, *states], [painter.canvas, painter.target], **plain)
@@ -367,7 +369,7 @@ def _wire_rest(rack: Rack, ask: gr.Button, answer: gr.HTML) -> None:
         api_visibility="private",
     )
     rack.mode.input(
-        told()(mode_html),
+        user_errors()(mode_html),
         rack.mode,
         rack.sentence,
         show_progress="hidden",

@@ -19,7 +19,7 @@ from dora_diffusion.generation.png_metadata import AdapterUse, PictureRecord, pi
 from ui.backend.inputs import find_input
 from ui.backend.request import DetailValues, Parts, SlotValues, check_settings
 from ui.backend.session import Session
-from ui.errors import told
+from ui.errors import user_errors
 from ui.generate.canvas import canvas_value
 from ui.generate.controls import Controls
 from ui.generate.infotext import Parameters, parse_infotext, settings_of
@@ -215,7 +215,7 @@ def build_restore(session: Session, controls: Controls) -> Restore:
         report = gr.HTML(_HINT, elem_id="restore-report", min_width=260)
 
     def restore(path: str | None) -> Mapping[Component, Any]:
-        with told():
+        with user_errors():
             if not path:
                 raise ValueError("no picture came; drop one")
             session.library.refresh()

@@ -13,7 +13,7 @@ from dora_diffusion.formats import FORMATS
 from dora_diffusion.generation.generate import GenerationStopped
 from ui.backend.request import check_number, check_whole
 from ui.backend.session import Session
-from ui.errors import told
+from ui.errors import user_errors
 from ui.generate.controls import Controls, Stops
 from ui.generate.stage import status_html
 from ui.tabs.export_files import AS_DRAWN, TARGETS, Exported, ExportOptions, check_options, export_mix
@@ -94,7 +94,7 @@ def _wire(export: Export, fields: _Fields, session: Session, controls: Controls)
             export.status: status_html("Drawing, writing, and drawing with what was written …"),
             **{export.live: None, export.again: None},
         }
-        with told():
+        with user_errors():
             try:
                 with stops.running(str(request.session_hash)) as stop:
                     done = export_mix(session, controls.request(values), fields.read(values), should_stop=stop.is_set)

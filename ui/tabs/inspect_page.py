@@ -11,7 +11,7 @@ from dora_diffusion.inspection.plots import plot_adapters
 from dora_diffusion.inspection.report import inspect_adapter
 from ui.backend.interference import interference_html, measure
 from ui.backend.session import Session
-from ui.errors import told
+from ui.errors import user_errors
 from ui.generate.stage import status_html
 from ui.tabs.inspect_html import CSS, facts_html
 
@@ -91,19 +91,19 @@ def interference_of(session: Session, names: tuple[str, ...]) -> str:
 
 def _wire(page: InspectPage, session: Session) -> None:
     def show(file: object) -> Iterator[tuple[str, str, Any, str]]:
-        with told():
+        with user_errors():
             yield status_html("Reading …"), "", gr.Image(value=None, visible=False), ""
             yield "", facts_of(session, file) if file else "", gr.skip(), gr.skip()
 
     def plot(file: object, beside: object) -> Iterator[tuple[str, Any]]:
-        with told():
+        with user_errors():
             names = _names(file, beside)
             yield status_html("Measuring every row …"), gr.skip()
             picture = plot_of(session, names)
             yield "", gr.Image(str(picture), visible=True)
 
     def compare(file: object, beside: object) -> Iterator[tuple[str, str]]:
-        with told():
+        with user_errors():
             names = _names(file, beside)
             yield status_html("Measuring every layer …"), ""
             yield "", interference_of(session, names)

@@ -14,7 +14,7 @@ from dora_diffusion.generation.generate import GenerationStopped
 from ui.backend.request import DrawRequest, SlotValues, taking_part
 from ui.backend.session import Session
 from ui.backend.tags import resolve_tags
-from ui.errors import told
+from ui.errors import user_errors
 from ui.generate.controls import Controls, Stops, Variations, picture_html
 from ui.generate.stage import status_html
 
@@ -119,7 +119,7 @@ def wire_leave_one_out(board: LeaveOneOut, session: Session, controls: Controls)
     stops = Stops()
 
     def draw(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:
-        with told(), stops.running(str(request.session_hash)) as stop:
+        with user_errors(), stops.running(str(request.session_hash)) as stop:
             asked = replace(controls.request(values), count=1)
             wanted = resolve_tags(asked, session.library.usable, session.parts).request
             yield from _drawing(

@@ -14,7 +14,7 @@ from dora_diffusion.generation.generate import GenerationStopped
 from ui.backend.request import Parts, SlotValues
 from ui.backend.session import Session
 from ui.backend.tags import Resolved, resolve_tags
-from ui.errors import told
+from ui.errors import user_errors
 from ui.generate.controls import Controls, Stops, Values, Variations, picture_html
 from ui.generate.stage import status_html
 from ui.tabs.axes import parse_range
@@ -187,13 +187,13 @@ def wire_weight_grid(board: WeightGrid, session: Session, controls: Controls) ->
     stops = Stops()
 
     def draw(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:
-        with told():
+        with user_errors():
             wanted = _planned(board, session, controls, values)
             with stops.running(str(request.session_hash)) as stop:
                 yield from _drawing(board, session, wanted, Variations(session, session.output / MAPS, stop))
 
     def pick(cells: object, event: gr.EventData) -> str:
-        with told():
+        with user_errors():
             picked = f"{getattr(event, 'cell', None)}:{time.monotonic_ns()}"  # the same cell again is a change, too
             picked_slots(picked, cells)
             return picked

@@ -185,7 +185,9 @@ def test_a_map_that_breaks_off_says_so(session: Session, monkeypatch: pytest.Mon
     rows = plan(Axes(ADAPTER_WEIGHT, ("ink",), (1.0, 2.0)), RACK)
     wanted = weight_grid._Plan(Axes(ADAPTER_WEIGHT, ("ink",), (1.0, 2.0)), rows, resolved, session.parts)
     _first_cells(session, 2, monkeypatch)
-    changed = weight_grid._drawing(board, session, wanted, Variations(session, session.output / "maps", threading.Event()))
+    changed = weight_grid._drawing(
+        board, session, wanted, Variations(session, session.output / "maps", threading.Event())
+    )
     last: dict[Any, Any] = {}
     with pytest.raises(ValueError, match="the file is gone"):
         for changes in changed:
