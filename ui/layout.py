@@ -53,7 +53,7 @@ def build_page(session: Session, options: UiOptions, demo: gr.Blocks) -> Page:
     with gr.Row():
         with gr.Column(scale=6, min_width=300, elem_id="stage"):
             stage = build_stage()
-            leave_out = build_leave_one_out()
+            leave_one_out = build_leave_one_out()
         with gr.Column(scale=5, min_width=300):
             form = build_form(session, above, demo)
             rack = build_rack(session, demo)
@@ -73,7 +73,7 @@ def build_page(session: Session, options: UiOptions, demo: gr.Blocks) -> Page:
             build_inspect_page(session)
     history.select(None, js=_LOOK_AGAIN, queue=False, api_visibility="private")
     _wire_draw(session, controls, stage)
-    wire_leave_one_out(leave_out, session, controls)
+    wire_leave_one_out(leave_one_out, session, controls)
     wire_weight_grid(board, session, controls)
     _wire_map(board, rack)
     _wire_browser(browser, form, rack)

@@ -27,7 +27,7 @@ class Signs:
 
     prefixes: frozenset[str]
     styles: frozenset[str]
-    has_makers: bool
+    has_original_names: bool
     has_pieces: bool
     has_debris: bool
 
@@ -68,7 +68,7 @@ class Dialect:
         """What stands before a component's layers; None where it cannot be written."""
         return {**self.prefixes, **self.by_family.get(family or "", {})}.get(component)
 
-    def uses_makers_names(self, family: str | None) -> bool:
+    def uses_original_names(self, family: str | None) -> bool:
         """Whether the denoiser of a family is called as its makers call it."""
         return self.makers is None or family in self.makers
 
@@ -87,7 +87,7 @@ def _comfy_encoders(**names: str) -> Prefixes:
 DIFFUSERS = Dialect(
     name="diffusers",
     about="diffusers' save_lora_weights, PEFT's names in one file",
-    recognises=lambda signs: not signs.has_makers and signs.starts(*_DIFFUSERS.values()),
+    recognises=lambda signs: not signs.has_original_names and signs.starts(*_DIFFUSERS.values()),
     suffixes=PEFT,
     prefixes=_DIFFUSERS,
 )
@@ -135,7 +135,7 @@ OLD = Dialect(
 OSTRIS = Dialect(
     name="ai-toolkit",
     about="ostris/ai-toolkit's DoRA of transformers",
-    recognises=lambda signs: "ai-toolkit" in signs.styles and not signs.has_makers,
+    recognises=lambda signs: "ai-toolkit" in signs.styles and not signs.has_original_names,
     suffixes=AI_TOOLKIT,
     prefixes=_DIFFUSERS,
 )
@@ -150,7 +150,7 @@ ONETRAINER_LEGACY = Dialect(
 ORIGINAL = Dialect(
     name="original",
     about="OneTrainer's `original`: the denoiser alone, in its makers' names, without a prefix",
-    recognises=lambda signs: signs.prefixes == {""} and signs.has_makers,
+    recognises=lambda signs: signs.prefixes == {""} and signs.has_original_names,
     suffixes=MIXED,
     prefixes={"unet": "", "transformer": ""},
     makers=None,
@@ -161,7 +161,7 @@ OMI = Dialect(
     recognises=lambda signs: (
         signs.has_pieces
         or signs.starts("clip_l.", "clip_g.", "t5.")
-        or (signs.has_makers and signs.starts("unet.", "transformer."))
+        or (signs.has_original_names and signs.starts("unet.", "transformer."))
     ),
     suffixes=KOHYA,
     prefixes={

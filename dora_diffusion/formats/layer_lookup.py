@@ -67,7 +67,7 @@ class Place:
     fusion: Fusion
     prefix: str
     is_flat: bool
-    is_makers: bool
+    is_original: bool
     is_piece: bool = False
 
     @property

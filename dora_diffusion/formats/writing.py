@@ -79,7 +79,7 @@ def _check_components(adapter: AdapterState, dialect: Dialect, family: str | Non
 
 def _layers(adapter: AdapterState, dialect: Dialect, family: str | None) -> list[_Layer]:
     paths = list(dict.fromkeys([*adapter.modules, *(key.rpartition(".")[0] for key in adapter.vectors)]))
-    of_path = _makers_names(paths, adapter.modules, dialect, family)
+    of_path = _original_names(paths, adapter.modules, dialect, family)
     layers: dict[str, _Layer] = {}
     for path in paths:
         component, inner = path.split(".", 1)
@@ -91,12 +91,12 @@ def _layers(adapter: AdapterState, dialect: Dialect, family: str | None) -> list
     return list(layers.values())
 
 
-def _makers_names(
+def _original_names(
     paths: list[str], modules: Mapping[str, Module], dialect: Dialect, family: str | None
 ) -> Callable[[str], Fusion | None]:
     """Path of the denoiser -> its fusion; None where it is called as diffusers calls it."""
     inner = [path.split(".", 1)[1] for path in paths if not path.startswith("text_encoder")]
-    if not inner or not dialect.uses_makers_names(family) or family in _SAME_NAMES:
+    if not inner or not dialect.uses_original_names(family) or family in _SAME_NAMES:
         return _no_fusion
     denoisers = [layout for layout in LAYOUTS if layout.component in ("unet", "transformer")]
     layout = next((layout for layout in denoisers if family in layout.families), None)

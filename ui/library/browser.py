@@ -12,7 +12,7 @@ import gradio as gr
 from gradio.components import Component
 from gradio.events import Dependency
 
-from ui.errors import declared
+from ui.errors import user_errors
 from ui.library.cards import CSS, ON_LOAD, cards_html, status_html
 from ui.library.catalogue import ORDERS, Query, check_query, choices_of, shown_of
 from ui.library.library import AdapterLibrary
@@ -168,11 +168,11 @@ def build_browser(session: Any, demo: gr.Blocks) -> Browser:
     _wire_looks(widgets, handlers, demo)
 
     def pick(event: gr.EventData) -> str:
-        with declared():
+        with user_errors():
             return handlers.pick(_sent(event, "name"))
 
     def offer(event: gr.EventData) -> str:
-        with declared():
+        with user_errors():
             return handlers.word(_sent(event, "name"), _sent(event, "word"))
 
     when_picked = widgets.cards.pick(pick, None, picked, show_progress="hidden", api_visibility="private")
@@ -233,7 +233,7 @@ def _wire_looks(widgets: _Widgets, handlers: BrowserHandlers, demo: gr.Blocks) -
 
     def show(had: Any, *asked: Any) -> list[Any]:
         filters = json.dumps(asked[:-1])
-        with declared():
+        with user_errors():
             answered, waiting = handlers.look(*asked[:-1], asked[-1] if filters == had else 0)
         return [*answered, filters, waiting]
 
