@@ -121,7 +121,7 @@ def bake(
 
     Args:
         base: the name of an embedded base, a folder in diffusers' layout, or a single .safetensors file, which keeps
-            its makers' names and its fused projections.
+            its original names and its fused projections.
         adapters: name -> adapter.
         weights: name -> strength, as `AdapterManager.set_adapters` takes it; an adapter not named has 0. Modes that
             depend on order take this one.

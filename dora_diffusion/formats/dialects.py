@@ -20,7 +20,7 @@ class Signs:
     Attributes:
         prefixes: of its layers, as `places` has them.
         styles: spellings of the parts, as `keys` has them.
-        has_makers: some layer is called as its makers call it.
+        has_original_names: some layer is called as its makers call it.
         has_pieces: some layer is a numbered piece of a fused one.
         has_debris: PEFT's own prefix stands before layers.
     """
@@ -49,7 +49,7 @@ class Dialect:
         by_family: family -> prefixes that differ.
         is_flat: layers are flattened with underscores.
         makers: families whose denoiser is called as its makers call it; None for every family that has such names.
-        has_pieces: makers' fused layers are written piece by piece, numbered.
+        has_pieces: original fused layers are written piece by piece, numbered.
         keeps_text_model: CLIP's layers carry `text_model.`.
     """
 
@@ -60,7 +60,7 @@ class Dialect:
     prefixes: Prefixes
     by_family: Mapping[str, Prefixes] = field(default_factory=dict)
     is_flat: bool = False
-    makers: frozenset[str] | None = frozenset()
+    original_for: frozenset[str] | None = frozenset()
     has_pieces: bool = False
     keeps_text_model: bool = True
 
@@ -70,7 +70,7 @@ class Dialect:
 
     def uses_original_names(self, family: str | None) -> bool:
         """Whether the denoiser of a family is called as its makers call it."""
-        return self.makers is None or family in self.makers
+        return self.original_for is None or family in self.original_for
 
 
 _DIFFUSERS = {name: f"{name}." for name in ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")}
@@ -99,7 +99,7 @@ KOHYA_SS = Dialect(
     prefixes=_KOHYA,
     by_family={"sd1": _ONE_ENCODER, "sd2": _ONE_ENCODER, "flux": {"text_encoder_2": "lora_te3_"}},
     is_flat=True,
-    makers=frozenset({"sdxl", "flux", "sd3", "lumina2"}),
+    original_for=frozenset({"sdxl", "flux", "sd3", "lumina2"}),
 )
 COMFYUI = Dialect(
     name="comfyui",
@@ -114,7 +114,7 @@ COMFYUI = Dialect(
         "flux": _comfy_encoders(text_encoder="clip_l", text_encoder_2="t5xxl"),
         "sd3": _comfy_encoders(text_encoder="clip_l", text_encoder_2="clip_g", text_encoder_3="t5xxl"),
     },
-    makers=None,
+    original_for=None,
 )
 LYCORIS = Dialect(
     name="lycoris",
@@ -149,15 +149,15 @@ ONETRAINER_LEGACY = Dialect(
 )
 ORIGINAL = Dialect(
     name="original",
-    about="OneTrainer's `original`: the denoiser alone, in its makers' names, without a prefix",
+    about="OneTrainer's `original`: the denoiser alone, in its original names, without a prefix",
     recognises=lambda signs: signs.prefixes == {""} and signs.has_original_names,
     suffixes=MIXED,
     prefixes={"unet": "", "transformer": ""},
-    makers=None,
+    original_for=None,
 )
 OMI = Dialect(
     name="omi",
-    about="Open Model Initiative, OneTrainer's format until 2026: makers' names, fused layers in numbered pieces",
+    about="Open Model Initiative, OneTrainer's format until 2026: original names, fused layers in numbered pieces",
     recognises=lambda signs: (
         signs.has_pieces
         or signs.starts("clip_l.", "clip_g.", "t5.")
@@ -169,7 +169,7 @@ OMI = Dialect(
         **{"text_encoder": "clip_l.", "text_encoder_2": "clip_g.", "text_encoder_3": "t5."},
     },
     by_family={"flux": {"text_encoder_2": "t5."}},
-    makers=None,
+    original_for=None,
     has_pieces=True,
 )
 PEFT_FILE = Dialect(

@@ -23,7 +23,7 @@ class Size:
     Attributes:
         blocks: pattern whose group is a block's number -> how many blocks there are.
         inputs: pattern of a layer -> its input features; the first that fits counts.
-        layout: the makers' names of its layers, where the part's pattern allows for more.
+        layout: the original names of its layers, where the part's pattern allows for more.
     """
 
     blocks: Mapping[str, int]

@@ -105,10 +105,10 @@ def _original_names(
         strange = _disproportionate(layout, modules)
     if layout is not None and not strange:
         return layout.of_path
-    if dialect.makers is not None:  # a model of other dimensions than the published one
+    if dialect.original_for is not None:  # a model of other dimensions than the published one
         return _no_fusion
     raise ValueError(
-        f"{strange[0]}: the {dialect.name} format needs its makers' name, which is not known here for "
+        f"{strange[0]}: the {dialect.name} format needs its original name, which is not known here for "
         f"{family or 'an unknown family'} of these dimensions; use diffusers, kohya or lycoris"
     )
 

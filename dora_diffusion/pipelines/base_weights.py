@@ -58,7 +58,7 @@ def weights_of(base: Any) -> WeightOf:
 
     Args:
         base: a diffusers pipeline, the name of an embedded base, a folder in diffusers' layout, a single .safetensors
-            file under its makers' names or diffusers', or a function of the same kind, which is returned as it is.
+            file under its original names or diffusers', or a function of the same kind, which is returned as it is.
 
     Raises:
         ValueError: one line that says what was looked for and what is there.
