@@ -48,7 +48,7 @@ class Dialect:
         prefixes: component -> prefix; a component that is missing cannot be written.
         by_family: family -> prefixes that differ.
         is_flat: layers are flattened with underscores.
-        makers: families whose denoiser is called as its makers call it; None for every family that has such names.
+        original_for: families whose denoiser is called as its makers call it; None for every family that has such names.
         has_pieces: original fused layers are written piece by piece, numbered.
         keeps_text_model: CLIP's layers carry `text_model.`.
     """
