@@ -126,7 +126,7 @@ def bake(
         weights: name -> strength, as `AdapterManager.set_adapters` takes it; an adapter not named has 0. Modes that
             depend on order take this one.
         output: a folder, or a file for a single file. One that is there already must have been baked here.
-        mode: how adapters mix, a key of `mixing.MODES`.
+        mode: how adapters mix, a key of `blend_modes.MODES`.
         on_progress: is told of bytes as they are written.
 
     Raises:

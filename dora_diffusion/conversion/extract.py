@@ -27,7 +27,7 @@ class Extraction:
             it; None for the attention layers of every component.
         use_dora: False extracts a plain LoRA, the truncated SVD of T - W.
         error: keep no more ranks than leave this relative error in a layer, as far as the rank reaches.
-        rounds: of the alternation (`approximation.extract_dora`).
+        rounds: of the alternation (`low_rank.extract_dora`).
         vectors: also take the biases and normalisations that changed, whole.
         negligible: a layer that changed by no more than this share of its norm is left out, as one that is equal is.
         dtype: of the pairs and vectors; magnitudes are fp32.

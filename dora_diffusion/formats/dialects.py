@@ -18,7 +18,7 @@ class Signs:
     """What is seen in a file's keys.
 
     Attributes:
-        prefixes: of its layers, as `places` has them.
+        prefixes: of its layers, as `layer_lookup` has them.
         styles: spellings of the parts, as `keys` has them.
         has_original_names: some layer is called as its makers call it.
         has_pieces: some layer is a numbered piece of a fused one.
@@ -48,7 +48,7 @@ class Dialect:
         prefixes: component -> prefix; a component that is missing cannot be written.
         by_family: family -> prefixes that differ.
         is_flat: layers are flattened with underscores.
-        original_for: families whose denoiser is called as its makers call it; None for every family that has such names.
+        original_for: families whose denoiser bears its original names; None for every family that has such names.
         has_pieces: original fused layers are written piece by piece, numbered.
         keeps_text_model: CLIP's layers carry `text_model.`.
     """

@@ -31,7 +31,7 @@ class AdapterUse:
         name: what it was loaded under.
         sha256: of its file.
         weight: its strength, or one for each part.
-        mode: how adapters were mixed, a key of `mixing.MODES`.
+        mode: how adapters were mixed, a key of `blend_modes.MODES`.
         schedule: (progress, factor) points, or None for a constant strength.
         mask: `picture_sha256` of where it drew, or None for everywhere.
     """

@@ -24,7 +24,7 @@ EMBEDDED: Mapping[str, Path] = {"pocket": POCKET, "pocket-dit": POCKET_DIT}
 WeightOf = Callable[[str], Tensor]
 """An adapter's path, component first -> the layer's dense W (out, in[, kh, kw]) as stored; ValueError when missing."""
 
-# Layers whose tensor is a table, one row per token: W is its transpose, as in `bases`.
+# Layers whose tensor is a table, one row per token: W is its transpose, as in `base_layers`.
 _TABLES = (
     *("token_embedding", "position_embedding", "shared", "embed_tokens", "relative_attention_bias"),
     *("word_embeddings", "position_embeddings", "token_type_embeddings", "style_embedder", "class_embedding"),

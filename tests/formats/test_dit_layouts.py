@@ -1,8 +1,8 @@
 """The original names of diffusion transformers, judged by diffusers' own converters of single files.
 
 A model of the published structure is built on the meta device; every row of a weight gets a number of its own, and the
-weights are written under the original names by the layout. The converter must find every tensor that it looks for, leave
-none, and give back every number where it came from.
+weights are written under the original names by the layout. The converter must find every tensor that it looks for,
+leave none, and give back every number where it came from.
 """
 
 from collections.abc import Callable

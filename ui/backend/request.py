@@ -123,7 +123,7 @@ class DrawRequest:
         settings: of the first picture; its prompt may hold `<lora:name:0.8>` tags.
         adapters: who takes part, in an order that counts for some modes; one at strength 0 is not drawn, and keeps the
             prompt's tags from drawing it.
-        blend: a key of `mixing.MODES`.
+        blend: a key of `blend_modes.MODES`.
         count: how many pictures; each has the seed after the one before.
         canvas: a picture to start from, or None.
     """

@@ -81,7 +81,7 @@ class Rack:
 
         Args:
             wanted: from the first slot on.
-            blend: a key of `mixing.MODES`; None leaves the mode.
+            blend: a key of `blend_modes.MODES`; None leaves the mode.
 
         Raises:
             ValueError: more slots than there are, or no such mode.

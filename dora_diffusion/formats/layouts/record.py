@@ -42,8 +42,8 @@ class Layout:
         component: the pipeline's attribute: "unet", "transformer", "text_encoder_2".
         of_original: a name in the original code -> its fusion; None when there is no such layer.
         of_path: a path in diffusers, without the component -> the fusion that it is part of, or None.
-        fits: a name in the original code, rows and columns of its weight -> whether it can be this model's: tells models
-            apart whose makers use the same names.
+        fits: a name in the original code, rows and columns of its weight -> whether it can be this model's: tells
+            models apart whose makers use the same names.
         encoders: what tools call a text encoder ("te3", "t5") -> the pipeline's attribute, where it is another than the
             number says.
     """
