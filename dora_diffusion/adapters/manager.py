@@ -4,7 +4,8 @@
 
 Strength 0 is the base bit for bit, strength 1 what was trained; the order of adapters is nothing. Every layer's mix is
 one gain form (see `functional`), so drawing costs one base product and one low-rank pair however many adapters. The
-other modes of `blend_modes` are no such sum: their weights are computed densely and folded in, until the strengths change.
+other modes of `blend_modes` are no such sum: their weights are computed densely and fused in, until the strengths
+change.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -119,8 +120,8 @@ class AdapterManager:
 
         Args:
             weights: adapter -> strength. Their order counts in the modes "peft", "comfyui" and "a1111".
-            blend: a key of `blend_modes.MODES`. Any but "additive" is computed densely and folded into the weights: a change
-                of strengths takes as long as a `fuse`, and strengths cannot change as the picture is drawn.
+            blend: a key of `blend_modes.MODES`. Any but "additive" is computed densely and fused into the weights: a
+                change of strengths takes as long as a `fuse`, and strengths cannot change as the picture is drawn.
                 Where a strength of 0 is not the base in the tool that a mode follows, it is not here either.
 
         Raises:
