@@ -14,7 +14,6 @@ from torch import Tensor
 from dora_diffusion.conversion import Extraction, Report, extract, resize, to_dora, to_lora, to_out_axis
 from dora_diffusion.functional.blend_modes import AdapterTerm, additive
 from dora_diffusion.functional.dora import column_norms, initial_magnitude, low_rank_delta, rows
-from dora_diffusion.layers.config import DoRAConfig
 from dora_diffusion.layers.targets import target_paths
 from dora_diffusion.state import AdapterState, FactoredState, Module, ModuleState
 from tests.pocket_random import random_adapter, random_pocket_pipeline
@@ -233,9 +232,7 @@ def test_pipelines_folders_and_presets_give_the_same(tmp_path: Path) -> None:
     assert found.modules.keys() == known.modules.keys()
     assert reports[0].largest < 1e-4
     attention = [
-        f"{name}.{path}"
-        for name in ("unet", "text_encoder")
-        for path in target_paths(getattr(base, name), DoRAConfig(target_modules="attention"))
+        f"{name}.{path}" for name in ("unet", "text_encoder") for path in target_paths(getattr(base, name), "attention")
     ]
     assert {path.replace(".text_model.", ".") for path in attention} == {*reports[0].errors, *reports[0].left_out}
     assert sorted(float(v.max()) for v in found.vectors.values()) == [0.25, 0.5]
