@@ -11,7 +11,7 @@ from dora_diffusion.utils.text import shown_path
 
 
 @contextmanager
-def told(*, is_markup: bool = True) -> Iterator[None]:
+def user_errors(*, is_markup: bool = True) -> Iterator[None]:
     """Let errors inside the block go to the browser as one line.
 
     Args:

@@ -4,7 +4,8 @@
 
 Strength 0 is the base bit for bit, strength 1 what was trained; the order of adapters is nothing. Every layer's mix is
 one gain form (see `functional`), so drawing costs one base product and one low-rank pair however many adapters. The
-other modes of `mixing` are no such sum: their weights are computed densely and folded in, until the strengths change.
+other modes of `blend_modes` are no such sum: their weights are computed densely and fused in, until the strengths
+change.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,17 +24,16 @@ from dora_diffusion.adapters.denoiser_hooks import DenoiserHooks
 from dora_diffusion.adapters.matching import Loaded, LoadReport, fit, kind_in_words
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.formats import load_adapter
-from dora_diffusion.functional.blend_modes import ADDITIVE, MODES, AdapterTerm
+from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.functional.dora import master_dtype
 from dora_diffusion.functional.masks import mask_of
 from dora_diffusion.functional.schedules import schedule_of
 from dora_diffusion.functional.strengths import Weight, check_strength, is_meant, strength_at
 from dora_diffusion.layers.base_layers import dense_weight
-from dora_diffusion.layers.config import DoRAConfig
 from dora_diffusion.layers.fuse import Change, FusedWeights, check_fusable, fuse_weights, fuse_weights_by
 from dora_diffusion.layers.targets import target_paths
 from dora_diffusion.pipelines.modules import PipelineModules
-from dora_diffusion.state import AdapterState, ModuleState
+from dora_diffusion.state import AdapterState, ModuleState, term_of
 from dora_diffusion.utils.atomic import sha256_of
 
 
@@ -64,7 +64,7 @@ class AdapterManager:
 
     @property
     def blend(self) -> str:
-        """The mode that the adapters are mixed by, as last set: a key of `mixing.MODES`."""
+        """The mode that the adapters are mixed by, as last set: a key of `blend_modes.MODES`."""
         return self._blend
 
     @property
@@ -119,8 +119,8 @@ class AdapterManager:
 
         Args:
             weights: adapter -> strength. Their order counts in the modes "peft", "comfyui" and "a1111".
-            blend: a key of `mixing.MODES`. Any but "additive" is computed densely and folded into the weights: a change
-                of strengths takes as long as a `fuse`, and strengths cannot change as the picture is drawn.
+            blend: a key of `blend_modes.MODES`. Any but "additive" is computed densely and fused into the weights: a
+                change of strengths takes as long as a `fuse`, and strengths cannot change as the picture is drawn.
                 Where a strength of 0 is not the base in the tool that a mode follows, it is not here either.
 
         Raises:
@@ -197,7 +197,7 @@ class AdapterManager:
             is_preset = not isinstance(target_modules, list) and target_modules in (None, *part.presets)
             if not is_preset and part is not self._family.denoiser:
                 continue
-            inner = target_paths(model, DoRAConfig(target_modules=target_modules))
+            inner = target_paths(model, target_modules)
             self._slots.reserve([f"{part.name}.{path}" for path in inner], max_rank)
 
     @torch.no_grad()
@@ -331,10 +331,7 @@ class AdapterManager:
 
 def _mixed(weight: Tensor, *, path: str, blend: str, meant: Sequence[tuple[ModuleState, float]]) -> Tensor:
     """W' of a mode, fp32 (fp64 stays fp64), from the layer's own weight."""
-    terms = []
-    for module, strength in meant:
-        here = module.to(device=weight.device)
-        terms.append(AdapterTerm(here.delta().reshape(weight.shape), here.magnitude, here.axis, strength))
+    terms = [term_of(module.to(device=weight.device), strength) for module, strength in meant]
     try:
         return MODES[blend](weight.to(master_dtype(weight.dtype)), terms)
     except ValueError as error:

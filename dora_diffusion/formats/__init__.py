@@ -99,7 +99,7 @@ def _signs(reading: Reading) -> Signs:
     return Signs(
         prefixes=frozenset(place.prefix for place in places),
         styles=frozenset(key.style for key in reading.keys.values()),
-        has_makers=any(place.is_makers for place in places),
+        has_original_names=any(place.is_original for place in places),
         has_pieces=any(place.is_piece for place in places),
         has_debris=any(name.startswith("base_model.model.") for name in reading.places),
     )

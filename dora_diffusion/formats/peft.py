@@ -72,8 +72,8 @@ def _read_one(folder: Path, component: str | None, weight_of: WeightOf | None) -
         named = {_with_component(key, component): tensor for key, tensor in tensors.items()}
         reading = take_apart({key: tensor.shape for key, tensor in named.items()}, metadata)
         components = {place.component for place in reading.places.values()}
-        told = {**metadata, METADATA_KEY: json.dumps(_by_component(config, components))}
-        return read(named, told, reading, weight_of)
+        with_config = {**metadata, METADATA_KEY: json.dumps(_by_component(config, components))}
+        return read(named, with_config, reading, weight_of)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 

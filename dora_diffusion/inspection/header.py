@@ -72,7 +72,7 @@ class HeaderSummary:
     """An adapter file as its header has it."""
 
     structure: Structure
-    told: DeclaredMetadata
+    declared: DeclaredMetadata
 
 
 def summarise_header(path: str | Path, known: MutableMapping[bytes, Structure] | None = None) -> HeaderSummary:
@@ -124,11 +124,11 @@ def _folder_entries(path: Path) -> tuple[Entries, dict[str, str]]:
     entries: dict[str, tuple[str, tuple[int, ...]]] = {}
     metadata: dict[str, str] = {}
     for file in sorted(path.rglob(WEIGHTS)):
-        found, told = _file_entries(file)
+        found, declared = _file_entries(file)
         component = f"{file.parent.name}." if _COMPONENT.fullmatch(file.parent.name) else ""
         bare = {key.removeprefix("base_model.model."): entry for key, entry in found.items()}
         entries.update({f"{component}{key}": entry for key, entry in bare.items()})
-        metadata.update(told)
+        metadata.update(declared)
     return entries, metadata
 
 
@@ -192,10 +192,10 @@ def _outline(entries: Entries, metadata: Mapping[str, str]) -> tuple[AdapterStat
         return torch.empty(0, device="meta")
 
     axis = told_axis(metadata)
-    told = {**metadata, AXIS_KEY: axis or "out"}
+    declared = {**metadata, AXIS_KEY: axis or "out"}
     tensors = {key: _blank(dtype, shape) for key, (dtype, shape) in entries.items()}
     reading = take_apart({key: shape for key, (_, shape) in entries.items()}, metadata)
-    adapter = read(tensors, told, reading, weight_of)
+    adapter = read(tensors, declared, reading, weight_of)
     return replace(adapter, metadata=dict(metadata)), axis is None and bool(asked)
 
 

@@ -8,7 +8,7 @@ import torch
 from dora_diffusion.functional.blend_modes import MODES, AdapterTerm
 from dora_diffusion.functional.low_rank import relative_error
 from dora_diffusion.functional.strengths import Weight, strength_at
-from dora_diffusion.state import AdapterState, Module, WeightOf
+from dora_diffusion.state import AdapterState, Module, WeightOf, term_of
 from dora_diffusion.utils.progress import Progress
 
 
@@ -82,8 +82,7 @@ def _found(
 
 
 def _term(module: Module, strength: float) -> AdapterTerm:
-    whole = module.to(dtype=torch.float32)
-    return AdapterTerm(whole.delta(), whole.magnitude, whole.axis, strength)
+    return term_of(module.to(dtype=torch.float32), strength)
 
 
 @torch.no_grad()

@@ -133,7 +133,7 @@ def _as_adapter(session: Session, request: DrawRequest, options: ExportOptions, 
         (again,) = session.draw(merged, should_stop=should_stop)
         if again.model != live.model:
             raise ValueError(f"the base was switched to {again.model} meanwhile; export again")
-        return _compared(session, live, again, path, name=name, told=blended.report.sentence())
+        return _compared(session, live, again, path, name=name, summary=blended.report.sentence())
     except BaseException:
         if written:
             _remove(path)
@@ -159,7 +159,7 @@ def _as_model(session: Session, request: DrawRequest, options: ExportOptions, sh
                 written = True
             image = generate(load_pipeline(path), live.settings, canvas=request.canvas, should_stop=should_stop)
         again = replace(live, image=image, adapters=(), model=options.name)
-        return _compared(session, live, again, path, name="", told=f"{report.layers} layers changed")
+        return _compared(session, live, again, path, name="", summary=f"{report.layers} layers changed")
     except BaseException:
         if written:
             _remove(path)
@@ -213,11 +213,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _compared(session: Session, live: Drawn, again: Drawn, path: Path, *, name: str, told: str) -> Exported:
+def _compared(session: Session, live: Drawn, again: Drawn, path: Path, *, name: str, summary: str) -> Exported:
     pictures = session.save(live, session.output / EXPORTS), session.save(again, session.output / EXPORTS)
     largest = largest_difference(_rgb(live.image), _rgb(again.image))
     verdict = "the same picture, pixel for pixel" if largest == 0 else f"largest difference {largest} of 255"
-    return Exported(path, name, pictures, largest, f"Wrote {path}: {told}. Drawn from the file: {verdict}.")
+    return Exported(path, name, pictures, largest, f"Wrote {path}: {summary}. Drawn from the file: {verdict}.")
 
 
 def _rgb(image: Any) -> Image.Image:

@@ -24,9 +24,9 @@ from tests.failing_disk import RENAMES, contents, failing_at
 from ui.backend.picture_difference import largest_difference
 from ui.backend.request import AdapterChoice, DrawRequest, SlotValues, check_adapters
 from ui.backend.session import Session
-from ui.errors import told
+from ui.errors import user_errors
 from ui.generate.history import PAGE, described, find_picture, list_pictures
-from ui.generate.infotext import parse_a1111, settings_of
+from ui.generate.infotext import parse_infotext, settings_of
 from ui.generate.presets import delete_preset, list_presets, load_preset, save_preset
 from ui.generate.recipes import Recipe, placed
 from ui.generate.restore import Restored, report_html, restore_from
@@ -150,7 +150,7 @@ def test_a1111_text_is_read() -> None:
         'Model hash: 1a2b3c4d5e, Model: "my, model", Clip skip: 2, '
         'Lora hashes: "ink: 0123456789ab, sub/lego: fedcba98", Version: v1.10.1'
     )
-    parsed = parse_a1111(text)
+    parsed = parse_infotext(text)
     assert parsed.prompt == "a cat (red:1.2)\non a hill"
     assert parsed.negative == "dog,\nbird"
     assert parsed.tags == (LoraTag("ink", 0.8), LoraTag("sub/lego", -0.3))
@@ -165,7 +165,7 @@ def test_a1111_text_is_read() -> None:
 
 def test_what_cannot_be_taken_over_is_told() -> None:
     text = "x\nSteps: 900, Sampler: Restart, CFG scale: 7, Seed: -1, Size: 511x512"
-    settings, notes = settings_of(parse_a1111(text))
+    settings, notes = settings_of(parse_infotext(text))
     assert settings == GenerationSettings("x", steps=20, guidance_scale=7.0, height=512)
     assert sorted(note.partition(":")[0] for note in notes) == ["Sampler", "Seed", "Steps", "width"]
 
@@ -174,13 +174,13 @@ def test_what_cannot_be_taken_over_is_told() -> None:
     "text", ["", "just words", "a\nNegative prompt: b", "Steps: 1", "<lora:a:b>", "\x00", "Steps: x, a, b"]
 )
 def test_odd_texts_do_not_break_it(text: str) -> None:
-    settings, _ = settings_of(parse_a1111(text))
+    settings, _ = settings_of(parse_infotext(text))
     assert settings.steps >= 1
 
 
 def test_civitai_hashes_are_read() -> None:
     text = 'a <lora:ink:1>\nSteps: 20, Seed: 1, CFG scale: 7, Hashes: {"model": "aaaaaaaaaa", "lora:ink": "0123456789"}'
-    parsed = parse_a1111(text)
+    parsed = parse_infotext(text)
     assert parsed.hashes == {"ink": "0123456789"} and parsed.facts["Seed"] == "1"
 
 
@@ -393,7 +393,7 @@ def test_an_export_that_cannot_be_written_leaves_nothing_and_is_one_line(
     before = contents(adapters)
     request = DrawRequest(SETTINGS, (AdapterChoice("ink", 1.0), AdapterChoice("lego", 0.5)))
     for call in range(calls):
-        with failing_at(call, of=RENAMES) as tried, pytest.raises(gr.Error) as caught, told(is_markup=False):
+        with failing_at(call, of=RENAMES) as tried, pytest.raises(gr.Error) as caught, user_errors(is_markup=False):
             export_mix(session, request, ExportOptions("both", format=format))
         assert len(tried) == call + 1
         assert contents(adapters) == before and not session.output.exists()
@@ -414,7 +414,7 @@ def test_a_model_that_cannot_be_written_leaves_nothing_and_is_one_line(
     for call in range(100):
         with failing_at(call, of=RENAMES):
             try:
-                with told(is_markup=False):
+                with user_errors(is_markup=False):
                     export_mix(own, request, options)
                 break
             except gr.Error as error:
