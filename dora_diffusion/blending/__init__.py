@@ -9,7 +9,7 @@ from dora_diffusion.blending.reports import (
     BlendReport,
     LayerReport,
 )
-from dora_diffusion.utils.progress import LayerProgress
+from dora_diffusion.utils.progress import LayerProgress as Progress
 
 __all__ = [
     "BLEND_SENTENCES",
@@ -18,7 +18,7 @@ __all__ = [
     "Blended",
     "Interference",
     "LayerReport",
-    "LayerProgress",
+    "Progress",
     "blend",
     "blend_with_report",
     "block_of",

@@ -43,14 +43,12 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")  # of this writer alone
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a write to a full disk does not say where
-        raise
+        with _errors_of(path, temporary, within=temporary):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -74,7 +72,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise ValueError(f"{path}: expected a path that ends in the name of a file or folder")
     staging = path.with_name(f".{path.name}.{secrets.token_hex(4)}.staging")
     new, old = staging / "new" / path.name, staging / "old" / path.name
-    with _errors_of(new, path), contextlib.ExitStack() as building:
+    with _errors_of(path, new, within=staging), contextlib.ExitStack() as building:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _held(path.parent):
             _recover(path.parent, path.name)
@@ -182,8 +180,8 @@ def _is_abandoned(staging: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _errors_of(new: Path, path: Path) -> Iterator[None]:
-    """Errors that name the place of building, or nothing, name `path`."""
+def _errors_of(path: Path, new: Path, *, within: Path) -> Iterator[None]:
+    """Errors that name the place of building, or none at all as a write to a full disk does, name `path`."""
     try:
         yield
     except ValueError as error:
@@ -192,7 +190,7 @@ def _errors_of(new: Path, path: Path) -> Iterator[None]:
         raise ValueError(str(error).replace(str(new), str(path))) from None
     except OSError as error:
         names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
-        is_ours = not names or any(str(new.parent.parent) in name for name in names)
+        is_ours = not names or any(str(within) in name for name in names)
         if error.errno is None or not is_ours:
             raise
         where = names[0].replace(str(new), str(path)) if names and str(new) in names[0] else str(path)

@@ -103,8 +103,9 @@ def test_a_failing_call_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     target = tmp_path / "file.bin"
     target.write_bytes(OLD)
     monkeypatch.setattr(os, failing, fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         storage.write_atomically(target, NEW)
+    assert caught.value.filename == str(target)
     assert target.read_bytes() == OLD
     assert os.listdir(tmp_path) == ["file.bin"]
 
