@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import dora_diffusion
+from dora_diffusion._version import __version__
 from dora_diffusion.base_weights import is_table, local_base
 from dora_diffusion.formats.checkpoints import Checkpoint, Place, main_weights, open_checkpoint, weight_files
 from dora_diffusion.formats.tensor_file import BLOCK_BYTES, TensorFile, write_tensor_file
@@ -266,7 +266,7 @@ def _is_table(path: str) -> bool:
 
 def _notes(source: Path, weights: Mapping[str, Weight], mode: str) -> dict[str, str]:
     strengths = {name: dict(weight) if isinstance(weight, Mapping) else weight for name, weight in weights.items()}
-    note = {"base": source.name, "mode": mode, "adapters": strengths, "version": dora_diffusion.__version__}
+    note = {"base": source.name, "mode": mode, "adapters": strengths, "version": __version__}
     return {NOTE: json.dumps(note), "modelspec.merged_from": ", ".join((source.name, *weights))}
 
 

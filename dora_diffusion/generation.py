@@ -13,7 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-import dora_diffusion
+from dora_diffusion._version import __version__
 from dora_diffusion.canvases import DEFAULT_STRENGTH, Start, start_on
 from dora_diffusion.canvases import Canvas as Canvas
 from dora_diffusion.families import Family, family_of_pipeline, pixel_multiple
@@ -248,7 +248,7 @@ def parameters_text(settings: GenerationSettings, *, model: str, adapters: Seque
         "CFG scale": f"{settings.guidance_scale:g}",
         "Seed": settings.seed,
         "Model": model,
-        "Version": f"dora_diffusion {dora_diffusion.__version__}",
+        "Version": f"dora_diffusion {__version__}",
     }
     if settings.strength is not None:
         facts["Denoising strength"] = f"{settings.strength:g}"
@@ -269,7 +269,7 @@ def picture_metadata(
 ) -> PngInfo:
     """PNG text chunks: A1111's `parameters`, and a JSON chunk `dora_diffusion` that loses nothing."""
     record = {
-        "version": dora_diffusion.__version__,
+        "version": __version__,
         "model": model,
         "settings": asdict(settings),
         "adapters": [{**asdict(use), "weight": _plain(use.weight)} for use in adapters],
