@@ -132,6 +132,15 @@ def bake(
     Raises:
         ValueError: one line: layers that the base lacks, shapes that do not fit, a quantised base, an output that is in
             the way.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        ink = dd.load_adapter("ink.safetensors")
+        dd.bake("pocket", {"ink": ink}, {"ink": 0.8}, "pocket-in-ink")
+        pipe = dd.load_pipeline("pocket-in-ink")  # plain weights: anything that reads diffusers' folders reads it
+        ```
     """
     plan = _plan(local_base(base), adapters, weights, mode)
     source, target = plan.base.source, Path(output)

@@ -82,6 +82,14 @@ def interference(adapters: Mapping[str, AdapterState], *, base: Any) -> Interfer
 
     Raises:
         ValueError: a layer that the base does not have, or has in another shape.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        adapters = {"ink": dd.load_adapter("ink.safetensors"), "lego": dd.load_adapter("lego.safetensors")}
+        print(dd.interference(adapters, base="pocket").table())
+        ```
     """
     weight_of = weights_of(base)
     products: dict[tuple[str, str, str], float] = {}

@@ -34,6 +34,15 @@ def to_dora(
 
     Raises:
         ValueError: the base does not fit.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        lego = dd.load_adapter("lego.safetensors")
+        as_dora = dd.to_dora(lego, base="pocket")  # draws the same
+        assert as_dora.is_dora and not lego.is_dora
+        ```
     """
     weights = weights_of(base)
 
@@ -72,6 +81,15 @@ def to_lora(
 
     Raises:
         ValueError: the base does not fit.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        ink = dd.load_adapter("ink.safetensors")
+        as_lora = dd.to_lora(ink, base="pocket", rank=16, report=lambda report: print(report.sentence()))
+        dd.save_adapter(as_lora, "ink-lora.safetensors", format="old-diffusers")
+        ```
     """
     is_whole = rank is None and error == 0
     if not is_whole:
@@ -118,6 +136,15 @@ def to_out_axis(
 
     Raises:
         ValueError: the base does not fit.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        older = dd.load_adapter("older.safetensors")  # a magnitude per input, which diffusers cannot draw
+        adapter = dd.to_out_axis(older, base="pocket", rank=16, report=lambda report: print(report.sentence()))
+        dd.save_adapter(adapter, "newer.safetensors", format="diffusers")
+        ```
     """
     check_budget(1 if rank is None else rank, error)
     weights = weights_of(base)

@@ -42,6 +42,15 @@ def resize(
 
     Raises:
         ValueError: neither a rank nor an error is given, or the base does not fit.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        ink = dd.load_adapter("ink.safetensors")
+        smaller = dd.resize(ink, rank=2, report=lambda report: print(report.sentence()))
+        assert smaller.ranks == (2,)
+        ```
     """
     check_budget(rank, error)
     weights = None if base is None else weights_of(base)
