@@ -7,7 +7,8 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from dora_diffusion.factorisations import (
+from dora_diffusion.functional.dora import Axis, low_rank_delta, rows, scale_of
+from dora_diffusion.functional.lycoris import (
     Factors,
     Pair,
     dense_pair,
@@ -19,7 +20,6 @@ from dora_diffusion.factorisations import (
     pair_norm,
     tucker_down,
 )
-from dora_diffusion.functional import Axis, low_rank_delta, rows, scale_of
 
 Algorithm = Literal["loha", "lokr", "full"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it says at every start that torchvision is missing
 
 from dora_diffusion import AdapterManager, GenerationSettings, generate, load_pipeline
-from dora_diffusion.sheets import grid
+from dora_diffusion.utils.image_grid import grid
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it says at every start that torchvision is missing
 
 from dora_diffusion import AdapterManager, GenerationSettings, TrainConfig, generate, load_pipeline, train
-from dora_diffusion.sheets import grid
+from dora_diffusion.utils.image_grid import grid
 
 HERE = Path(__file__).parent
 PROMPTS = {

@@ -8,7 +8,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from dora_diffusion.pipelines import POCKET, POCKET_DIT
+from dora_diffusion.pipelines.loading import POCKET, POCKET_DIT
 from dora_diffusion.pretrain.autoencoder import AutoencoderRecipe
 from dora_diffusion.pretrain.denoiser import DenoiserRecipe
 from dora_diffusion.pretrain.run import Workshop, pretrain, pretrain_dit, ship_newest, ship_newest_dit

@@ -16,14 +16,14 @@ from typing import Any
 from PIL import Image
 
 from dora_diffusion.evaluate.recognition import as_dict, draw_scenes, random_scenes, score
-from dora_diffusion.pipelines import EMBEDDED, POCKET, load_pipeline
+from dora_diffusion.pipelines.loading import EMBEDDED, POCKET, load_pipeline
 from dora_diffusion.pretrain.autoencoder import reconstruction_psnr
 from dora_diffusion.pretrain.icons import load_icons
 from dora_diffusion.pretrain.package import draw_batch
 from dora_diffusion.pretrain.pictures import held_out_pairs, scene_pictures
 from dora_diffusion.pretrain.run import Workshop, trained_dit_pipeline, trained_pipeline
 from dora_diffusion.pretrain.scenes import Scene, compose, vocabulary
-from dora_diffusion.sheets import grid
+from dora_diffusion.utils.image_grid import grid
 
 
 def main() -> None:

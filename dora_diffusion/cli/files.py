@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from dora_diffusion.cli.arguments import FORMATS, LOCAL_BASES, WHOLE, check_output, open_base, progress, staged
 
 if TYPE_CHECKING:
-    from dora_diffusion.base_weights import BaseWeights
     from dora_diffusion.blending import Interference
+    from dora_diffusion.inspection.verify import Verified
+    from dora_diffusion.pipelines.base_weights import BaseWeights
     from dora_diffusion.state import AdapterState
-    from dora_diffusion.verification import Verified
 
 _DTYPES = ("fp32", "bf16", "fp16")
 
@@ -29,7 +29,7 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
 def _inspect(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     if arguments.plot is not None and arguments.base is None:
         raise ValueError("--plot compares with the base's own weights: name it with --model")
-    from dora_diffusion.inspection import describe, inspect_adapter
+    from dora_diffusion.inspection.report import describe, inspect_adapter
 
     base = None if arguments.base is None else open_base(arguments.base)
     found = [inspect_adapter(path, base=base) for path in arguments.files]
@@ -42,7 +42,7 @@ def _inspect(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         if crossed is not None:
             print(f"\nnorms of W' - W by block, and cosines between adapters:\n{crossed.table()}")
     if arguments.plot is not None and base is not None:
-        from dora_diffusion.plots import plot_adapters
+        from dora_diffusion.inspection.plots import plot_adapters
 
         print(f"wrote {plot_adapters(arguments.files, base, arguments.plot)}")
     return 0
@@ -110,7 +110,7 @@ def _format(adapter: "AdapterState", arguments: argparse.Namespace) -> str:
 def _compared(path: Path, original: "AdapterState", base: "BaseWeights | None") -> "Verified":
     """What was written beside what it was made of: the weights where a base is at hand, else the tensors."""
     from dora_diffusion.formats import load_adapter
-    from dora_diffusion.verification import verify_blend, verify_copy
+    from dora_diffusion.inspection.verify import verify_blend, verify_copy
 
     if base is None:
         return verify_copy(load_adapter(path), original)
@@ -201,7 +201,7 @@ def add_extract(parser: argparse.ArgumentParser) -> None:
 def _extract(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from dora_diffusion.conversion import Extraction, Report, extract
     from dora_diffusion.formats import load_adapter
-    from dora_diffusion.verification import verify_tuned
+    from dora_diffusion.inspection.verify import verify_tuned
 
     tuned, base = open_base(arguments.tuned), open_base(arguments.base)
     options = Extraction(

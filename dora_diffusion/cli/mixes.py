@@ -37,7 +37,7 @@ def add_blend(parser: argparse.ArgumentParser) -> None:
 def _blend(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from dora_diffusion.blending import BlendOptions, blend_with_report
     from dora_diffusion.formats import load_adapter, save_adapter
-    from dora_diffusion.verification import verify_blend, verify_copy
+    from dora_diffusion.inspection.verify import verify_blend, verify_copy
 
     check_output(arguments.output, arguments.to)
     base = open_base(arguments.base)
@@ -70,7 +70,7 @@ def add_bake(parser: argparse.ArgumentParser) -> None:
 
 
 def _bake(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
-    from dora_diffusion.baking import bake, verify
+    from dora_diffusion.blending.bake import bake, verify
 
     states, weights = read_mix(arguments.adapter, arguments.part, open_base(arguments.base))
     with progress("baking", unit="B") as advance:

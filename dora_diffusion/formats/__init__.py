@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.formats import peft
-from dora_diffusion.formats.container import Container, read_header, shown
 from dora_diffusion.formats.dialects import DIALECTS, PEFT_FILE, Dialect, Signs
-from dora_diffusion.formats.hashes import with_hashes
+from dora_diffusion.formats.kohya_hashes import with_hashes
 from dora_diffusion.formats.reading import Reading, read, take_apart, with_origin
+from dora_diffusion.formats.safetensors_reader import Container, read_header, shown
 from dora_diffusion.formats.writing import write
 from dora_diffusion.state import AdapterState
-from dora_diffusion.storage import save_tensors
+from dora_diffusion.utils.atomic import save_tensors
 
 __all__ = [
     "FORMATS",

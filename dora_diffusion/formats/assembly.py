@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.formats.keys import FACTORS, Suffixes
-from dora_diffusion.functional import TINY_NORM, Axis, squared_row_norms
+from dora_diffusion.functional.dora import TINY_NORM, Axis, squared_row_norms
 from dora_diffusion.state import Algorithm, FactoredState, Module, ModuleState
 
 Parts = Mapping[str, Tensor]

@@ -17,14 +17,14 @@ from typing import Any
 from torch import Tensor
 
 from dora_diffusion.formats.assembly import parts_of
-from dora_diffusion.formats.container import read_tensors, shown
+from dora_diffusion.formats.family_detection import family_of
+from dora_diffusion.formats.json_metadata import LONGEST, json_object
 from dora_diffusion.formats.keys import PEFT
-from dora_diffusion.formats.kinship import family_of
+from dora_diffusion.formats.peft_alphas import METADATA_KEY, peft_config
 from dora_diffusion.formats.reading import read, take_apart
-from dora_diffusion.formats.scales import METADATA_KEY, peft_config
-from dora_diffusion.formats.told import LONGEST, json_object
+from dora_diffusion.formats.safetensors_reader import read_tensors, shown
 from dora_diffusion.state import AdapterState, Module, join
-from dora_diffusion.storage import replace_path, save_tensors, write_atomically
+from dora_diffusion.utils.atomic import replace_path, save_tensors, write_atomically
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")

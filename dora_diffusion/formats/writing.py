@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dora_diffusion.formats.assembly import parts_of
+from dora_diffusion.formats.bias_vectors import fuse_vector
 from dora_diffusion.formats.dialects import Dialect
-from dora_diffusion.formats.fusing import fuse
+from dora_diffusion.formats.family_detection import family_of
+from dora_diffusion.formats.flat_names import flatten
+from dora_diffusion.formats.fused_layers import fuse
 from dora_diffusion.formats.keys import PEFT
-from dora_diffusion.formats.kinship import family_of
 from dora_diffusion.formats.layouts import LAYOUTS, Fusion, Layout
-from dora_diffusion.formats.names import flatten
+from dora_diffusion.formats.peft_alphas import METADATA_KEY, peft_config
 from dora_diffusion.formats.reading import AXIS_KEY, FAMILY_KEY
-from dora_diffusion.formats.scales import METADATA_KEY, peft_config
-from dora_diffusion.formats.vectors import fuse_vector
 from dora_diffusion.state import AdapterState, Module, ModuleState
 
 # Their makers call their layers as diffusers does.

@@ -10,7 +10,6 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
-from dora_diffusion import storage
 from dora_diffusion.pretrain import dit
 from dora_diffusion.pretrain.autoencoder import (
     AutoencoderRecipe,
@@ -26,6 +25,7 @@ from dora_diffusion.pretrain.scenes import OBJECT_PIXELS, Scene, varied_caption,
 from dora_diffusion.pretrain.text import Painter, TextRecipe, train_painter
 from dora_diffusion.pretrain.tokens import MAX_TOKENS, train_tokenizer
 from dora_diffusion.pretrain.unet import TextPart, build_unet, velocity_loss
+from dora_diffusion.utils import atomic as storage
 
 AUTOENCODER_PICTURES = 6000
 

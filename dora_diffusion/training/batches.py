@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.dataset import Example, StepSampler, load_sample
-from dora_diffusion.training.subject import Subject
+from dora_diffusion.training.trainable import Subject
 
 
 @dataclass(frozen=True)

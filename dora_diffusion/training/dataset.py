@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.images import (
+from dora_diffusion.utils.images import (
     SUFFIXES,
     Crop,
     fit,

@@ -16,20 +16,19 @@ from tqdm import tqdm
 
 from dora_diffusion.families import pixel_multiple
 from dora_diffusion.formats import save_adapter
-from dora_diffusion.objectives import weighted_squared_error
+from dora_diffusion.functional.objectives import weighted_squared_error
+from dora_diffusion.pipelines.textual_inversion import save_words
 from dora_diffusion.state import AdapterState
-from dora_diffusion.storage import write_atomically
-from dora_diffusion.tokens import save_words
 from dora_diffusion.training import checkpoint
 from dora_diffusion.training.batches import Batch, BatchSource, step_seed
-from dora_diffusion.training.card import run_card
-from dora_diffusion.training.classes import ensure_class_examples
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.dataset import Example, check_words, checked_examples
-from dora_diffusion.training.noising import objective_of
+from dora_diffusion.training.model_card import run_card
+from dora_diffusion.training.objective import objective_of
 from dora_diffusion.training.previews import draw_previews, save_previews, save_strip
-from dora_diffusion.training.stopping import StopRequest, stop_requests
-from dora_diffusion.training.subject import (
+from dora_diffusion.training.prior_preservation import ensure_class_examples
+from dora_diffusion.training.signals import StopRequest, stop_requests
+from dora_diffusion.training.trainable import (
     PRECISIONS,
     RateSchedule,
     Subject,
@@ -39,6 +38,7 @@ from dora_diffusion.training.subject import (
     picture_size,
     prepare_subject,
 )
+from dora_diffusion.utils.atomic import write_atomically
 
 
 class TrainingDiverged(ValueError):

@@ -22,9 +22,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from dora_diffusion.objectives import weighted_squared_error
+from dora_diffusion.functional.objectives import weighted_squared_error
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.subject import PRECISIONS, Subject, picture_size
+from dora_diffusion.training.trainable import PRECISIONS, Subject, picture_size
 
 Device = Literal["cpu", "cuda"]
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from dora_diffusion.generation import GenerationSettings, generate
-from dora_diffusion.sheets import grid
-from dora_diffusion.storage import atomic_file
+from dora_diffusion.generation.generate import GenerationSettings, generate
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.subject import Subject
+from dora_diffusion.training.trainable import Subject
+from dora_diffusion.utils.atomic import atomic_file
+from dora_diffusion.utils.image_grid import grid
 
 
 def draw_previews(subject: Subject, config: TrainConfig) -> list[Image.Image]:

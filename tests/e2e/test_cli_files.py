@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops
 
-from dora_diffusion.adapters import AdapterManager
+from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.blending import BLEND_SENTENCES
 from dora_diffusion.cli import COMMANDS, main
 from dora_diffusion.cli.arguments import FORMATS, MERGES, MODES, split_adapter, split_part
 from dora_diffusion.formats import FORMATS as KNOWN
 from dora_diffusion.formats import detect_format, load_adapter, save_adapter
-from dora_diffusion.generation import GenerationSettings, generate
-from dora_diffusion.pipelines import load_pipeline
+from dora_diffusion.generation.generate import GenerationSettings, generate
+from dora_diffusion.pipelines.loading import load_pipeline
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 
 

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from dora_diffusion.formats import save_adapter
-from dora_diffusion.generation import GenerationSettings, generate
-from dora_diffusion.pipelines import load_pipeline
+from dora_diffusion.generation.generate import GenerationSettings, generate
+from dora_diffusion.pipelines.loading import load_pipeline
+from dora_diffusion.pipelines.textual_inversion import add_words, install_words, load_word
 from dora_diffusion.pretrain.scenes import background
-from dora_diffusion.tokens import add_words, install_words, load_word
 from dora_diffusion.training import checkpoint, loop
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.loop import train
-from dora_diffusion.training.subject import load_base, prepare_subject
+from dora_diffusion.training.trainable import load_base, prepare_subject
 from tests.pocket_random import random_pocket_pipeline
 from tests.tolerances import assert_identical
 

@@ -15,15 +15,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_diffusion.adapters import AdapterManager
+from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.families import FAMILIES, component_of_model, coverage, family_of_pipeline, pixel_multiple
 from dora_diffusion.formats import load_adapter, save_adapter
-from dora_diffusion.generation import GenerationSettings, StepReport, generate
-from dora_diffusion.injection import DoRAConfig, Injection, inject
-from dora_diffusion.objectives import weighted_squared_error
+from dora_diffusion.functional.objectives import weighted_squared_error
+from dora_diffusion.generation.generate import GenerationSettings, StepReport, generate
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import Injection, inject
 from dora_diffusion.state import AdapterState, join
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.noising import objective_of
+from dora_diffusion.training.objective import objective_of
 from tests.families.pipelines import PIPELINES
 from tests.families.pipelines.record import Tiny
 from tests.formats.adapters import KINDS, adapter_of, dense, layers_of

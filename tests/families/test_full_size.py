@@ -9,10 +9,10 @@ from typing import Any
 import diffusers
 import pytest
 
-from benchmarks.full_size import adapter_numbers, config_of, estimate, pipeline_of
-from benchmarks.published import PUBLISHED, Part, Published
+from benchmarks.full_size.models import adapter_numbers, config_of, estimate, pipeline_of
+from benchmarks.full_size.published import PUBLISHED, Part, Published
 from dora_diffusion.families import FAMILIES, component_of_model, coverage, family_of_pipeline
-from dora_diffusion.training.subject import prepare_subject
+from dora_diffusion.training.trainable import prepare_subject
 
 NAMES = [model.name for model in PUBLISHED]
 # Layers of the denoiser that each preset adapts: attention, all-linear, all.

@@ -16,8 +16,15 @@ from safetensors.torch import load_file, save_file
 from benchmarks.fuzz.corpus import special_files
 from benchmarks.fuzz.parts import Parts, taken_apart, with_length
 from benchmarks.fuzz.watch import Watch, faults
-from dora_diffusion.formats import container
-from dora_diffusion.formats.container import DTYPES, MAX_HEADER_BYTES, MAX_TENSORS, read_header, read_tensors, shown
+from dora_diffusion.formats import safetensors_reader as container
+from dora_diffusion.formats.safetensors_reader import (
+    DTYPES,
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    read_header,
+    read_tensors,
+    shown,
+)
 from tests.tolerances import assert_identical
 
 
@@ -319,7 +326,7 @@ def test_the_memory_is_the_files_own(tmp_path) -> None:
     size = 96 * 2**20
     path = file_of(tmp_path / "x", {"a": entry("F32", [size // 4], [0, size])}, bytes(size))
     code = (
-        "import resource, sys; from dora_diffusion.formats.container import read_tensors\n"
+        "import resource, sys; from dora_diffusion.formats.safetensors_reader import read_tensors\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "kept = read_tensors(sys.argv[1])\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dora_diffusion.formats.fusing import fuse, split
+from dora_diffusion.formats.fused_layers import fuse, split
 from dora_diffusion.formats.layouts import Fusion
-from dora_diffusion.functional import dora_weight, rows
+from dora_diffusion.functional.dora import dora_weight, rows
 from dora_diffusion.state import FactoredState, Module, ModuleState
 from tests.tolerances import assert_close, assert_identical
 

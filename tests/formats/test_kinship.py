@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.full_size import pipeline_of
-from benchmarks.published import PUBLISHED
+from benchmarks.full_size.models import pipeline_of
+from benchmarks.full_size.published import PUBLISHED
 from dora_diffusion import families
 from dora_diffusion.families import family_of_pipeline
-from dora_diffusion.formats.kinship import FAMILIES, family_of
-from dora_diffusion.injection import DoRAConfig, target_paths
+from dora_diffusion.formats.family_detection import FAMILIES, family_of
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.targets import target_paths
 from dora_diffusion.state import AdapterState, FactoredState, Module, ModuleState
 from tests.families.pipelines import PIPELINES
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.full_size import pipeline_of
-from benchmarks.published import PUBLISHED
+from benchmarks.full_size.models import pipeline_of
+from benchmarks.full_size.published import PUBLISHED
 from dora_diffusion.families import FAMILIES, family_of_pipeline
+from dora_diffusion.formats.flat_names import DIFFUSERS, MAKERS, TEXT_ENCODERS, choices, flatten, unflatten
 from dora_diffusion.formats.layouts import LAYOUTS
-from dora_diffusion.formats.names import DIFFUSERS, MAKERS, TEXT_ENCODERS, choices, flatten, unflatten
 from tests.families.pipelines import PIPELINES
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor
 
-from dora_diffusion.formats.container import DTYPES
-from dora_diffusion.formats.tensor_file import Slot, TensorFile, write_tensor_file
+from dora_diffusion.formats.safetensors_reader import DTYPES
+from dora_diffusion.formats.safetensors_stream import Slot, TensorFile, write_tensor_file
 from tests.tolerances import assert_identical
 
 DTYPES_OF_FILES = tuple(DTYPES.values())
@@ -133,7 +133,7 @@ def test_a_large_file_passes_in_the_memory_of_its_largest_tensor(tmp_path: Path)
     write_tensor_file(path, slots, ((key, torch.full((each // 4,), 1.5)) for key in slots))
     program = (
         "import resource, sys; from pathlib import Path\n"
-        "from dora_diffusion.formats.tensor_file import TensorFile, write_tensor_file\n"
+        "from dora_diffusion.formats.safetensors_stream import TensorFile, write_tensor_file\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "source = TensorFile(sys.argv[1]); source.read('t00'); before = peak()\n"
         "write_tensor_file(Path(sys.argv[2]), source.slots, ((key, source.read(key)) for key in source.slots))\n"

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from dora_diffusion.bases import dense_weight
 from dora_diffusion.formats import detect_format, load_adapter, save_adapter
+from dora_diffusion.layers.base_layers import dense_weight
 from dora_diffusion.state import AdapterState, ModuleState
 from tests.families.pipelines import PIPELINES
 from tests.formats.adapters import Make, adapter_of, dense, dora, layers_of, lora

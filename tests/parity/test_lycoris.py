@@ -5,9 +5,10 @@ import torch
 from lycoris.modules.locon import LoConModule
 from torch import Tensor, nn
 
-from dora_diffusion import functional as f
-from dora_diffusion.injection import DoRAConfig, inject
-from dora_diffusion.layers import BlendedLayer
+from dora_diffusion.functional import dora as f
+from dora_diffusion.layers.blended import BlendedLayer
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import inject
 from tests.tolerances import assert_close
 
 LAYERS = {

@@ -16,9 +16,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dora_diffusion.bases import dense_weight
 from dora_diffusion.formats import detect_format, load_adapter, save_adapter
 from dora_diffusion.formats.peft import CONFIG, WEIGHTS
+from dora_diffusion.layers.base_layers import dense_weight
 from dora_diffusion.state import AdapterState, ModuleState
 from tests.families.pipelines import PIPELINES
 from tests.formats.adapters import Make, adapter_of, dense, dora, full, in_dora, layers_of, loha, lora, tucker

@@ -9,8 +9,8 @@ from lycoris.modules.locon import LoConModule
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from dora_diffusion.functional import Axis
-from dora_diffusion.mixing import MODES, Term
+from dora_diffusion.functional.blend_modes import MODES, Term
+from dora_diffusion.functional.dora import Axis
 
 RELATIVE = 1e-6  # of the norm of the whole answer, in fp32
 STRENGTHS = (-1.0, 0.0, 0.5, 1.0, 2.0)

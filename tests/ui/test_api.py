@@ -20,15 +20,17 @@ from gradio_client import Client, handle_file  # noqa: E402  (after the skip abo
 from gradio_client.exceptions import AppError  # noqa: E402
 
 from dora_diffusion.formats import save_adapter  # noqa: E402
-from dora_diffusion.generation import METADATA_CHUNK  # noqa: E402
+from dora_diffusion.generation.png_metadata import (
+    METADATA_CHUNK,  # noqa: E402
+    picture_texts,  # noqa: E402
+)
 from dora_diffusion.state import AdapterState  # noqa: E402
 from tests.pocket_random import random_adapter  # noqa: E402
 from tests.ui.served import Served, free_port, served  # noqa: E402
-from ui.health import close_all  # noqa: E402
-from ui.history import largest_difference  # noqa: E402
-from ui.metadata import picture_texts  # noqa: E402
-from ui.request import DetailValues, DrawRequest, SlotValues, check_adapters, check_settings  # noqa: E402
-from ui.session import Session  # noqa: E402
+from ui.backend.picture_difference import largest_difference  # noqa: E402
+from ui.backend.request import DetailValues, DrawRequest, SlotValues, check_adapters, check_settings  # noqa: E402
+from ui.backend.session import Session  # noqa: E402
+from ui.server.health import close_all  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("plain_signals"),
@@ -213,8 +215,8 @@ import sys
 from pathlib import Path
 from tests.pocket_random import random_pocket_pipeline
 from tests.ui.served import served
-from ui.health import on_shutdown
-from ui.session import Session
+from ui.server.health import on_shutdown
+from ui.backend.session import Session
 folder = Path(sys.argv[1])
 session = Session(random_pocket_pipeline(), model="random", folder=folder / "adapters", output=folder / "out")
 with served(session, folder) as app:
@@ -264,7 +266,7 @@ signal.signal(signal.SIGHUP, signal.{handler})
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from ui.health import on_shutdown
+from ui.server.health import on_shutdown
 class Demo:
     @property
     def is_running(self):  # asked first when the signals have their handlers

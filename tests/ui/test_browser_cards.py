@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dora_diffusion.glance import Glance, Structure, Told
-from ui.browser import Looker, add_word
-from ui.cards import card_html, initials, size_in_words
-from ui.catalogue import PAGE, Query, check_query, choices_of, shown_of
-from ui.library import AdapterFile, AdapterLibrary
-from ui.shelf import Stamp
-from ui.thumbnails import Thumbnails
+from dora_diffusion.inspection.header import Glance, Structure, Told
+from ui.library.browser import Looker, add_word
+from ui.library.cards import card_html, initials, size_in_words
+from ui.library.catalogue import PAGE, Query, check_query, choices_of, shown_of
+from ui.library.library import AdapterFile, AdapterLibrary
+from ui.library.shelf import Stamp
+from ui.library.thumbnails import Thumbnails
 
 EVIL = '"><script>alert(1)</script>'
 

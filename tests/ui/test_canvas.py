@@ -10,10 +10,10 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install dora-diffusion[ui]")
 
-from dora_diffusion.canvases import Canvas  # noqa: E402  (after the skip above)
-from ui.canvas import MAX_CHARACTERS, CanvasReader, canvas_value, has_picture  # noqa: E402
-from ui.metadata import keep_input  # noqa: E402
-from ui.painter import png_url  # noqa: E402
+from dora_diffusion.generation.img2img import Canvas  # noqa: E402  (after the skip above)
+from ui.backend.inputs import keep_input  # noqa: E402
+from ui.generate.canvas import MAX_CHARACTERS, CanvasReader, canvas_value, has_picture  # noqa: E402
+from ui.generate.painter import png_url  # noqa: E402
 
 DOT = Image.new("L", (8, 6))
 DOT.paste(255, (2, 2, 4, 4))

@@ -6,7 +6,7 @@ import json
 import pytest
 from starlette.responses import PlainTextResponse
 
-from ui.guard import BodyGuard, HeaderGuard, HostGuard
+from ui.server.security import BodyGuard, HeaderGuard, HostGuard
 
 
 def _status(headers: list[tuple[bytes, bytes]], host: str = "127.0.0.1") -> int:

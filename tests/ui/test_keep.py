@@ -13,21 +13,23 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dora_diffusion.canvases import Canvas
 from dora_diffusion.formats import FORMATS
-from dora_diffusion.generation import AdapterUse, GenerationSettings, GenerationStopped, save_picture
-from dora_diffusion.prompts import LoraTag
-from dora_diffusion.storage import sha256_of
-from ui import hashes as hashes_module
-from ui.a1111 import parse_a1111, settings_of
-from ui.export_files import ExportOptions, export_mix
-from ui.hashes import EMPTY, Missing, Wanted, find_all
-from ui.history import PAGE, described, find_picture, largest_difference, list_pictures
-from ui.presets import delete_preset, list_presets, load_preset, save_preset
-from ui.recipes import Recipe, placed
-from ui.request import AdapterChoice, DrawRequest, SlotValues, check_adapters
-from ui.restore import Restored, report_html, restore_from
-from ui.session import Session
+from dora_diffusion.generation.generate import GenerationSettings, GenerationStopped
+from dora_diffusion.generation.img2img import Canvas
+from dora_diffusion.generation.png_metadata import AdapterUse, save_picture
+from dora_diffusion.generation.prompts import LoraTag
+from dora_diffusion.utils.atomic import sha256_of
+from ui.backend.picture_difference import largest_difference
+from ui.backend.request import AdapterChoice, DrawRequest, SlotValues, check_adapters
+from ui.backend.session import Session
+from ui.generate.history import PAGE, described, find_picture, list_pictures
+from ui.generate.infotext import parse_a1111, settings_of
+from ui.generate.presets import delete_preset, list_presets, load_preset, save_preset
+from ui.generate.recipes import Recipe, placed
+from ui.generate.restore import Restored, report_html, restore_from
+from ui.library import hashes as hashes_module
+from ui.library.hashes import EMPTY, Missing, Wanted, find_all
+from ui.tabs.export_files import ExportOptions, export_mix
 
 SETTINGS = GenerationSettings("a cat", negative_prompt="dog", seed=3, steps=2, guidance_scale=3.0, sampler="euler")
 INK = SlotValues("ink", True, 0.8, False, 0.8, 0.8)

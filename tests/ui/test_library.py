@@ -11,13 +11,13 @@ import pytest
 from diffusers import StableDiffusionPipeline
 
 from dora_diffusion.formats import save_adapter
-from dora_diffusion.storage import save_tensors
+from dora_diffusion.utils.atomic import save_tensors
 from tests.pocket_random import random_adapter
 from tests.ui.many_adapters import fill
-from ui import library as library_module
-from ui import shelf
-from ui.library import AdapterLibrary
-from ui.shelf_index import default_index, read_index
+from ui.library import library as library_module
+from ui.library import shelf
+from ui.library.library import AdapterLibrary
+from ui.library.shelf_index import default_index, read_index
 
 
 def test_lists_usable_and_broken_files(adapters: Path) -> None:

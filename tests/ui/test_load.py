@@ -1,10 +1,10 @@
-"""A slice of `benchmarks/app_load.py`: tabs at once, cancels, and files that change under the app's hands."""
+"""A slice of `benchmarks/app/load.py`: tabs at once, cancels, and files that change under the app's hands."""
 
 from pathlib import Path
 
 import pytest
 
-from benchmarks.app_load import cancels, concurrent, desk, faults
+from benchmarks.app.load import cancels, concurrent, desk, faults
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ import pytest
 
 gr = pytest.importorskip("gradio", reason="gradio is not installed: pip install dora-diffusion[ui]")
 
-from dora_diffusion import storage  # noqa: E402  (after the skip above)
 from dora_diffusion.training.config import TrainConfig  # noqa: E402
-from ui.inspect_page import plot_of  # noqa: E402
-from ui.mistakes import line_of, told  # noqa: E402
-from ui.session import Session  # noqa: E402
-from ui.train_process import Trainer  # noqa: E402
+from dora_diffusion.utils import atomic as storage  # noqa: E402  (after the skip above)
+from ui.backend.session import Session  # noqa: E402
+from ui.errors import line_of, told  # noqa: E402
+from ui.tabs.inspect_page import plot_of  # noqa: E402
+from ui.train.process import Trainer  # noqa: E402
 
 
 def _shown(work: Callable[[], object], *, is_markup: bool = True) -> gr.Error:

@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.app_payloads` sends: none of it reads, writes, fetches or runs what it should not."""
+"""What `python -m benchmarks.app.payloads` sends: none of it reads, writes, fetches or runs what it should not."""
 
 import json
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from diffusers import StableDiffusionPipeline
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install dora-diffusion[ui]")
 
-from benchmarks.app_payloads import payloads  # noqa: E402  (after the skip above)
-from benchmarks.app_payloads.browser import CHROMIUM, Seen, seen_by_browser  # noqa: E402
-from benchmarks.app_payloads.kinds import DRAWN, KINDS, Kind, health_and_drawing, live  # noqa: E402
-from benchmarks.app_payloads.report import report, summary  # noqa: E402
-from benchmarks.app_payloads.run import all_judged, judged, label  # noqa: E402
-from benchmarks.app_payloads.target import SECRET, Target, target_over  # noqa: E402
+from benchmarks.app.payloads import payloads  # noqa: E402  (after the skip above)
+from benchmarks.app.payloads.browser import CHROMIUM, Seen, seen_by_browser  # noqa: E402
+from benchmarks.app.payloads.kinds import DRAWN, KINDS, Kind, health_and_drawing, live  # noqa: E402
+from benchmarks.app.payloads.report import report, summary  # noqa: E402
+from benchmarks.app.payloads.run import all_judged, judged, label  # noqa: E402
+from benchmarks.app.payloads.target import SECRET, Target, target_over  # noqa: E402
 
 CASES = [
     pytest.param(kind, payload, id=f"{kind.name}: {label(payload)}") for kind in KINDS for payload in kind.payloads

@@ -18,18 +18,18 @@ pytest.importorskip("gradio", reason="gradio is not installed: pip install dora-
 import gradio as gr  # noqa: E402  (after the skip above)
 
 from dora_diffusion.blending import Interference  # noqa: E402
-from dora_diffusion.generation import GenerationSettings  # noqa: E402
-from dora_diffusion.mixing import MODES  # noqa: E402
-from ui.curves import CONSTANT, OWN_POINTS, curve_html, name_of_text, text_of_name  # noqa: E402
-from ui.desk import Desk  # noqa: E402
-from ui.form import build_form, build_prompt  # noqa: E402
-from ui.masks import SIDE, canvas_value, mask_html, read_painted  # noqa: E402
-from ui.meter import measure, meter_html, verdict  # noqa: E402
-from ui.rack import IN_ORDER, SLOTS, Rack, broken_list, build_rack, mode_html  # noqa: E402
-from ui.recipes import Recipe  # noqa: E402
-from ui.request import NAMED_CURVES, DrawRequest, SlotValues, check_adapters  # noqa: E402
-from ui.session import Session  # noqa: E402
-from ui.slots import EMPTY, LOADING, badge, block_updates, choices_of, shown_slots  # noqa: E402
+from dora_diffusion.functional.blend_modes import MODES  # noqa: E402
+from dora_diffusion.generation.generate import GenerationSettings  # noqa: E402
+from ui.backend.interference import measure, meter_html, verdict  # noqa: E402
+from ui.backend.request import NAMED_CURVES, DrawRequest, SlotValues, check_adapters  # noqa: E402
+from ui.backend.session import Session  # noqa: E402
+from ui.generate.controls import Desk  # noqa: E402
+from ui.generate.curves import CONSTANT, OWN_POINTS, curve_html, name_of_text, text_of_name  # noqa: E402
+from ui.generate.form import build_form, build_prompt  # noqa: E402
+from ui.generate.masks import SIDE, canvas_value, mask_html, read_painted  # noqa: E402
+from ui.generate.rack import IN_ORDER, SLOTS, Rack, broken_list, build_rack, mode_html  # noqa: E402
+from ui.generate.recipes import Recipe  # noqa: E402
+from ui.generate.slots import EMPTY, LOADING, badge, block_updates, choices_of, shown_slots  # noqa: E402
 
 INK = SlotValues("ink", enabled=True, strength=0.8, apart=False, denoiser=1.0, text_encoders=1.0)
 LEGO = replace(INK, file="lego", strength=-0.5, curve="0:0, 1:1", solo=True, blocks=(1.0, 0.5, 0.0))

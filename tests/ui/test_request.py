@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dora_diffusion.generation import GenerationSettings
-from ui.request import (
+from dora_diffusion.generation.generate import GenerationSettings
+from ui.backend.request import (
     AdapterChoice,
     Block,
     DetailValues,
@@ -21,7 +21,7 @@ from ui.request import (
     curve_text,
     parse_curve,
 )
-from ui.tags import resolve_tags
+from ui.backend.tags import resolve_tags
 
 GOOD = {"prompt": " a cat ", "negative": None, "seed": 7, "steps": 20, "guidance": 4}
 POCKET = Parts("unet", ("text_encoder",))

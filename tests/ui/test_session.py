@@ -11,16 +11,17 @@ import pytest
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from dora_diffusion.adapters import AdapterManager
-from dora_diffusion.generation import Canvas, GenerationSettings, GenerationStopped, generate
-from dora_diffusion.prompts import LoraTag
-from dora_diffusion.storage import sha256_of
-from ui import engine as engine_module
-from ui.library import stamp_of
-from ui.metadata import find_input, metadata_text, read_metadata
-from ui.request import AdapterChoice, DrawRequest
-from ui.run import Update
-from ui.session import Session
+from dora_diffusion.adapters.manager import AdapterManager
+from dora_diffusion.generation.generate import Canvas, GenerationSettings, GenerationStopped, generate
+from dora_diffusion.generation.png_metadata import metadata_text, read_metadata
+from dora_diffusion.generation.prompts import LoraTag
+from dora_diffusion.utils.atomic import sha256_of
+from ui.backend import engine as engine_module
+from ui.backend.inputs import find_input
+from ui.backend.request import AdapterChoice, DrawRequest
+from ui.backend.run import Update
+from ui.backend.session import Session
+from ui.library.library import stamp_of
 
 SETTINGS = GenerationSettings("a cat on a red background", negative_prompt="dog", seed=3, steps=2, guidance_scale=3.0)
 LONG = GenerationSettings("a cat", steps=100)

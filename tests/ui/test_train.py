@@ -11,21 +11,21 @@ from pathlib import Path
 import pytest
 from diffusers import StableDiffusionPipeline
 
-from dora_diffusion.generation import GenerationSettings
+from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.pretrain.scenes import background
-from dora_diffusion.storage import load_tensors, sha256_of
 from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.utils.atomic import load_tensors, sha256_of
 from tests.tolerances import assert_identical
-from ui.library import AdapterLibrary
-from ui.request import DrawRequest, check_name
-from ui.session import Session
-from ui.train_data import find_dataset, list_datasets, list_pictures, save_caption
-from ui.train_grid import check_weights, choose_rows, draw_grid
-from ui.train_plan import Planner
-from ui.train_plot import loss_plot
-from ui.train_process import Trainer
-from ui.train_recipes import PLAIN, Fields, build_config, list_recipes
-from ui.train_runs import (
+from ui.backend.request import DrawRequest, check_name
+from ui.backend.session import Session
+from ui.library.library import AdapterLibrary
+from ui.train.data import find_dataset, list_datasets, list_pictures, save_caption
+from ui.train.grid import check_weights, choose_rows, draw_grid
+from ui.train.plan import Planner
+from ui.train.plot import loss_plot
+from ui.train.process import Trainer
+from ui.train.recipes import PLAIN, Fields, build_config, list_recipes
+from ui.train.runs import (
     LOG,
     Losses,
     LossReader,
@@ -359,7 +359,7 @@ def test_good_names_pass(name: str) -> None:
 
 
 def test_broken_pictures_do_not_stop_the_gallery(roots: tuple[Path, ...]) -> None:
-    from ui.train_pictures import _page_of
+    from ui.train.pictures import _page_of
 
     (roots[0] / "cats" / "zzz.png").write_bytes(b"no picture")
     gallery, _ = _page_of(roots[0] / "cats", 1)

@@ -15,14 +15,14 @@ from diffusers import StableDiffusionPipeline
 pytest.importorskip("gradio", reason="gradio is not installed: pip install dora-diffusion[ui]")
 
 from dora_diffusion.pretrain.scenes import background  # noqa: E402  (after the skip above)
-from dora_diffusion.storage import valid_checkpoints  # noqa: E402
+from dora_diffusion.utils.atomic import valid_checkpoints  # noqa: E402
 from tests.ui.scripted import WAIT, Scripted, config_of_run, until  # noqa: E402
-from ui import train_plan  # noqa: E402
 from ui.options import UiOptions  # noqa: E402
-from ui.train_log import last_reason  # noqa: E402
-from ui.train_plan import Planner  # noqa: E402
-from ui.train_process import Trainer  # noqa: E402
-from ui.train_runs import LOG, LossReader, list_checkpoints  # noqa: E402
+from ui.train import plan as train_plan  # noqa: E402
+from ui.train.log import last_reason  # noqa: E402
+from ui.train.plan import Planner  # noqa: E402
+from ui.train.process import Trainer  # noqa: E402
+from ui.train.runs import LOG, LossReader, list_checkpoints  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("plain_signals")
 
@@ -70,9 +70,9 @@ import sys, threading, time
 from pathlib import Path
 from types import SimpleNamespace
 from dora_diffusion.training.config import TrainConfig
-from ui.health import on_shutdown
-from ui.train_plan import Planner
-from ui.train_process import Trainer
+from ui.server.health import on_shutdown
+from ui.train.plan import Planner
+from ui.train.process import Trainer
 config, planner, trainer = TrainConfig.from_yaml(Path(sys.argv[1])), Planner(), Trainer()
 threading.Thread(target=lambda: planner.plan(config), daemon=True).start()
 trainer.start(config)
@@ -116,7 +116,7 @@ APP = """
 import sys, time
 from pathlib import Path
 from dora_diffusion.training.config import TrainConfig
-from ui.train_process import Trainer
+from ui.train.process import Trainer
 trainer = Trainer()
 trainer.start(TrainConfig.from_yaml(Path(sys.argv[1])))
 print(trainer._last.process.pid, flush=True)

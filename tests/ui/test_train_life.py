@@ -16,12 +16,12 @@ gr = pytest.importorskip("gradio", reason="gradio is not installed: pip install 
 from dora_diffusion.pretrain.scenes import background  # noqa: E402  (after the skip above)
 from tests.ui.scripted import WAIT, Scripted, config_of_run, make_run, until, write_losses  # noqa: E402
 from tests.ui.served import served  # noqa: E402
-from ui import train_process  # noqa: E402
+from ui.backend.session import Session  # noqa: E402
 from ui.options import UiOptions  # noqa: E402
-from ui.session import Session  # noqa: E402
-from ui.train import build_train  # noqa: E402
-from ui.train_log import last_reason  # noqa: E402
-from ui.train_runs import LOG, LossReader  # noqa: E402
+from ui.train import process as train_process  # noqa: E402
+from ui.train.log import last_reason  # noqa: E402
+from ui.train.runs import LOG, LossReader  # noqa: E402
+from ui.train.tab import build_train  # noqa: E402
 
 SHOWN = ("run", "status", "plot", "samples", "checkpoint", "start", "stop", "seen")
 

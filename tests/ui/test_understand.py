@@ -12,19 +12,19 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dora_diffusion.generation import GenerationSettings, GenerationStopped
-from ui import leave_out, weightmap
-from ui.axes import MAX_CELLS, parse_range
-from ui.desk import Stops, Variations
-from ui.inspect_page import facts_of, meter_of, plot_of
-from ui.leave_out import leave_each_out, mean_difference, names_in, row_html
-from ui.request import AdapterChoice, DrawRequest, Parts, SlotValues, check_adapters
-from ui.run import Update
-from ui.session import Session
-from ui.stage import Screenplay, build_stage, status_of
-from ui.tags import resolve_tags
-from ui.weightmap import build_weight_map, map_html, picked_slots
-from ui.weightmap_cells import A_B, ADAPTER_WEIGHT, Axes, Cell, plan, request_of, save_sheet
+from dora_diffusion.generation.generate import GenerationSettings, GenerationStopped
+from ui.backend.request import AdapterChoice, DrawRequest, Parts, SlotValues, check_adapters
+from ui.backend.run import Update
+from ui.backend.session import Session
+from ui.backend.tags import resolve_tags
+from ui.generate.controls import Stops, Variations
+from ui.generate.stage import Screenplay, build_stage, status_of
+from ui.tabs import leave_one_out, weight_grid
+from ui.tabs.axes import MAX_CELLS, parse_range
+from ui.tabs.inspect_page import facts_of, meter_of, plot_of
+from ui.tabs.leave_one_out import leave_each_out, mean_difference, names_in, row_html
+from ui.tabs.weight_grid import build_weight_map, map_html, picked_slots
+from ui.tabs.weight_grid_cells import A_B, ADAPTER_WEIGHT, Axes, Cell, plan, request_of, save_sheet
 
 PARTS = Parts("unet", ("text_encoder",))
 SETTINGS = GenerationSettings("a cat", seed=3, steps=2)
@@ -183,9 +183,9 @@ def test_a_map_that_breaks_off_says_so(session: Session, monkeypatch: pytest.Mon
         board = build_weight_map(session)
     resolved = resolve_tags(DrawRequest(SETTINGS), session.library.usable, PARTS)
     rows = plan(Axes(ADAPTER_WEIGHT, ("ink",), (1.0, 2.0)), RACK)
-    wanted = weightmap._Plan(Axes(ADAPTER_WEIGHT, ("ink",), (1.0, 2.0)), rows, resolved, session.parts)
+    wanted = weight_grid._Plan(Axes(ADAPTER_WEIGHT, ("ink",), (1.0, 2.0)), rows, resolved, session.parts)
     _first_cells(session, 2, monkeypatch)
-    told = weightmap._drawing(board, session, wanted, Variations(session, session.output / "maps", threading.Event()))
+    told = weight_grid._drawing(board, session, wanted, Variations(session, session.output / "maps", threading.Event()))
     last: dict[Any, Any] = {}
     with pytest.raises(ValueError, match="the file is gone"):
         for changes in told:
@@ -196,10 +196,10 @@ def test_a_map_that_breaks_off_says_so(session: Session, monkeypatch: pytest.Mon
 
 def test_a_row_that_breaks_off_says_so(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     with gr.Blocks():
-        board = leave_out.build_leave_out()
+        board = leave_one_out.build_leave_out()
     request = DrawRequest(SETTINGS, (AdapterChoice("ink", 0.8), AdapterChoice("lego", -0.5)))
     _first_cells(session, 1, monkeypatch)
-    told = leave_out._drawing(
+    told = leave_one_out._drawing(
         board, request, ["#1 ink", "#2 lego"], Variations(session, session.output, threading.Event())
     )
     last: dict[Any, Any] = {}

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from dora_diffusion.adapters import AdapterManager
-from dora_diffusion.fitting import kind_in_words
+from dora_diffusion.adapters.manager import AdapterManager
+from dora_diffusion.adapters.matching import kind_in_words
 from dora_diffusion.formats import save_adapter
-from dora_diffusion.injection import DoRAConfig, inject
-from dora_diffusion.layers import BlendedLayer
+from dora_diffusion.layers.blended import BlendedLayer
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import inject
 from dora_diffusion.state import AdapterState, FactoredState, Module, ModuleState
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 from tests.tolerances import assert_close, assert_identical

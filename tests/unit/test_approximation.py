@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dora_diffusion.approximation import extract_dora, low_rank, recompress, relative_error
-from dora_diffusion.factorisations import Pair
-from dora_diffusion.functional import dora_weight, initial_magnitude, rows
+from dora_diffusion.functional.dora import dora_weight, initial_magnitude, rows
+from dora_diffusion.functional.low_rank import extract_dora, low_rank, recompress, relative_error
+from dora_diffusion.functional.lycoris import Pair
 from tests.tolerances import assert_close, assert_identical
 
 

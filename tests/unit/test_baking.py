@@ -16,13 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, safe_open, save_file
 
-from dora_diffusion.adapters import AdapterManager
-from dora_diffusion.baking import NOTE, bake, verify
-from dora_diffusion.base_weights import base_weights
+from dora_diffusion.adapters.manager import AdapterManager
+from dora_diffusion.blending.bake import NOTE, bake, verify
 from dora_diffusion.formats import save_adapter
-from dora_diffusion.injection import DoRAConfig, inject
-from dora_diffusion.mixing import MODES
-from dora_diffusion.pipelines import EMBEDDED, load_pipeline
+from dora_diffusion.functional.blend_modes import MODES
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import inject
+from dora_diffusion.pipelines.base_weights import base_weights
+from dora_diffusion.pipelines.loading import EMBEDDED, load_pipeline
 from dora_diffusion.state import AdapterState, FactoredState, ModuleState, join
 from tests import original_layouts
 from tests.families.pipelines import PIPELINES
@@ -374,7 +375,7 @@ def test_a_kill_in_the_middle_leaves_no_output_and_the_next_bake_cleans_up(
     save_adapter(adapters["ink"], tmp_path / "ink.safetensors")
     program = (
         "import sys, time\n"
-        "from dora_diffusion.baking import bake\n"
+        "from dora_diffusion.blending.bake import bake\n"
         "from dora_diffusion.formats import load_adapter\n"
         "def wait(done, total):\n"
         "    if done > total // 2: print('half', flush=True); time.sleep(100)\n"

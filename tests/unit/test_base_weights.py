@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dora_diffusion.adapters import AdapterManager
-from dora_diffusion.base_weights import base_weights, weights_of
-from dora_diffusion.bases import dense_weight
+from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.formats.layouts import LAYOUTS
-from dora_diffusion.injection import DoRAConfig, inject
-from dora_diffusion.pipelines import EMBEDDED, load_pipeline
+from dora_diffusion.layers.base_layers import dense_weight
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import inject
+from dora_diffusion.pipelines.base_weights import base_weights, weights_of
+from dora_diffusion.pipelines.loading import EMBEDDED, load_pipeline
 from tests import original_layouts
 from tests.families.pipelines import PIPELINES
 from tests.pocket_random import random_adapter, random_pocket_pipeline

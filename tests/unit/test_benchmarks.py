@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import __main__ as benchmarks
-from benchmarks.memory import kept_for_backward, largest_tensor, peak_of
-from benchmarks.timing import compare
-from benchmarks.variants import build, check_agreement
+from benchmarks.peers import __main__ as benchmarks
+from benchmarks.peers.memory import kept_for_backward, largest_tensor, peak_of
+from benchmarks.peers.timing import compare
+from benchmarks.peers.variants import build, check_agreement
 
 
 @pytest.mark.filterwarnings("ignore")  # other libraries' layers warn

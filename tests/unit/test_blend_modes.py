@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_diffusion.adapters import AdapterManager
-from dora_diffusion.mixing import MODES, Term
+from dora_diffusion.adapters.manager import AdapterManager
+from dora_diffusion.functional.blend_modes import MODES, Term
 from dora_diffusion.state import AdapterState, FactoredState, ModuleState
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 from tests.tolerances import assert_close, assert_identical

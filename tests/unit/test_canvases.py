@@ -7,9 +7,9 @@ import pytest
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from dora_diffusion.adapters import AdapterManager
-from dora_diffusion.generation import Canvas, GenerationSettings, StepReport, generate
-from dora_diffusion.samplers import SAMPLERS
+from dora_diffusion.adapters.manager import AdapterManager
+from dora_diffusion.generation.generate import Canvas, GenerationSettings, StepReport, generate
+from dora_diffusion.generation.samplers import SAMPLERS
 from tests.families.pipelines import PIPELINES
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 

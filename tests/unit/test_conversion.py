@@ -12,9 +12,10 @@ from lycoris.utils import extract_conv, extract_linear
 from torch import Tensor
 
 from dora_diffusion.conversion import Extraction, Report, extract, resize, to_dora, to_lora, to_out_axis
-from dora_diffusion.functional import column_norms, initial_magnitude, low_rank_delta, rows
-from dora_diffusion.injection import DoRAConfig, target_paths
-from dora_diffusion.mixing import Term, additive
+from dora_diffusion.functional.blend_modes import Term, additive
+from dora_diffusion.functional.dora import column_norms, initial_magnitude, low_rank_delta, rows
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.targets import target_paths
 from dora_diffusion.state import AdapterState, FactoredState, Module, ModuleState
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 from tests.tolerances import assert_close, assert_identical

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dora_diffusion.factorisations import (
+from dora_diffusion.functional.dora import rows
+from dora_diffusion.functional.lycoris import (
     Pair,
     dense_pair,
     hadamard_delta,
@@ -18,7 +19,6 @@ from dora_diffusion.factorisations import (
     kronecker_pair,
     tucker_down,
 )
-from dora_diffusion.functional import rows
 from dora_diffusion.state import FactoredState, Module, ModuleState
 from tests.tolerances import assert_close, assert_identical
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dora_diffusion import functional as f
+from dora_diffusion.functional import dora as f
 from tests.tolerances import assert_close, assert_identical
 
 SHAPES = {"linear": ((7, 5), (3, 5), (7, 3)), "conv": ((6, 4, 3, 3), (2, 4, 3, 3), (6, 2, 1, 1))}

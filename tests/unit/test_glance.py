@@ -8,12 +8,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
 
-from dora_diffusion.fitting import kind_in_words
+from dora_diffusion.adapters.matching import kind_in_words
 from dora_diffusion.formats import FORMATS, detect_format, load_adapter, save_adapter
-from dora_diffusion.formats.kinship import family_of
-from dora_diffusion.glance import Structure, Told, glance, told_by
+from dora_diffusion.formats.family_detection import family_of
+from dora_diffusion.inspection.header import Structure, Told, glance, told_by
 from dora_diffusion.state import AdapterState, ModuleState
-from dora_diffusion.storage import save_tensors
+from dora_diffusion.utils.atomic import save_tensors
 from tests.formats.adapters import KINDS, adapter_of, layers_of
 from tests.pocket_random import random_pocket_pipeline
 
@@ -70,7 +70,7 @@ def _file(path: Path, metadata: dict[str, str], rank: int = 2) -> Path:
 def test_files_of_one_structure_are_taken_apart_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known: dict[bytes, Structure] = {}
     first = glance(_file(tmp_path / "a.safetensors", {"ss_base_model_version": "sd_v1"}), known)
-    monkeypatch.setattr("dora_diffusion.glance.read_header", None)  # would fail if it were called
+    monkeypatch.setattr("dora_diffusion.inspection.header.read_header", None)  # would fail if it were called
     other = _file(tmp_path / "b.safetensors", {"ss_base_model_version": "sd_v1", "modelspec.title": "Other"})
     again = glance(other, known)
     assert again.structure is first.structure

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_diffusion.adapters import AdapterManager
-from dora_diffusion.injection import DoRAConfig, inject
+from dora_diffusion.adapters.manager import AdapterManager
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import inject
 from dora_diffusion.state import AdapterState
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 from tests.tolerances import assert_close, assert_identical

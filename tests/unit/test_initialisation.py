@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from dora_diffusion import functional as f
-from dora_diffusion.injection import DoRAConfig, inject
+from dora_diffusion.functional import dora as f
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import inject
 from tests.kinds import KINDS, make_input, make_model, with_weight
 from tests.tolerances import TOLERANCES, assert_close, assert_identical
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from dora_diffusion.injection import DoRAConfig, inject, target_paths
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import inject
+from dora_diffusion.layers.targets import target_paths
 from tests.pocket_random import random_pocket_pipeline
 from tests.tolerances import assert_identical
 

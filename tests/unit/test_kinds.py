@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from dora_diffusion import functional as f
-from dora_diffusion.bases import check_adaptable, check_shapes, dense_weight, logical_shape
-from dora_diffusion.injection import DoRAConfig, inject
-from dora_diffusion.layers import BlendedLayer
-from dora_diffusion.merge import fold
+from dora_diffusion.functional import dora as f
+from dora_diffusion.layers.base_layers import check_adaptable, check_shapes, dense_weight, logical_shape
+from dora_diffusion.layers.blended import BlendedLayer
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.fuse import fold
+from dora_diffusion.layers.injection import inject
 from dora_diffusion.state import ModuleState
 from tests.kinds import KINDS, disturb, make_input, make_model, reference, with_weight
 from tests.tolerances import TOLERANCES, assert_close, assert_identical

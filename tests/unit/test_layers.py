@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from dora_diffusion.injection import DoRAConfig, inject
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import inject
 from tests.kinds import KINDS, disturb, make_input, make_model, reference
 from tests.tolerances import assert_close, assert_identical
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.memory import kept_for_backward, largest_tensor
-from dora_diffusion import functional as f
-from dora_diffusion.injection import DoRAConfig, inject
+from benchmarks.peers.memory import kept_for_backward, largest_tensor
+from dora_diffusion.functional import dora as f
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import inject
 
 SIZE = 1536
 

@@ -5,7 +5,7 @@ import torch
 from peft.utils import merge_utils
 from torch import Tensor
 
-from dora_diffusion.merging import METHOD_SENTENCES, METHODS, Sparsity, drop_and_rescale, keep_largest
+from dora_diffusion.functional.merge_methods import METHOD_SENTENCES, METHODS, Sparsity, drop_and_rescale, keep_largest
 from tests.tolerances import assert_close, assert_identical
 
 WEIGHTS = (0.7, -0.4, 1.3)

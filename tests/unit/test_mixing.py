@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_diffusion import functional as f
-from dora_diffusion.functional import Axis
-from dora_diffusion.mixing import MODE_SENTENCES, MODES, Term, direction_factor
+from dora_diffusion.functional import dora as f
+from dora_diffusion.functional.blend_modes import MODE_SENTENCES, MODES, Term, direction_factor
+from dora_diffusion.functional.dora import Axis
 from tests.tolerances import assert_close, assert_identical
 
 OURS = ("additive", "compose", "direction-magnitude")

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 from torch.utils.checkpoint import checkpoint
 
-from dora_diffusion import injection as injection_module
-from dora_diffusion import layers
-from dora_diffusion.injection import DoRAConfig, Injection, inject
-from dora_diffusion.step_clock import StepClock
+from dora_diffusion.layers import dora as layers
+from dora_diffusion.layers import injection as injection_module
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import Injection, inject
+from dora_diffusion.layers.step_counter import StepClock
 from tests.tolerances import assert_identical
 
 NORM_GRADS = pytest.mark.parametrize("norm_grad", ["detached", "exact"])

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_snr
 
-from dora_diffusion.objectives import (
+from dora_diffusion.functional.objectives import (
     DiffusionObjective,
     FlowObjective,
     add_noise,

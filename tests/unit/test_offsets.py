@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.adapters import AdapterManager
+from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.state import AdapterState, ModuleState
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 from tests.tolerances import assert_close, assert_identical

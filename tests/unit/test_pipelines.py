@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from dora_diffusion.adapters import AdapterManager
+from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.cli import main
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.formats import save_adapter
-from dora_diffusion.functional import gain_form
-from dora_diffusion.layers import BlendedLayer
-from dora_diffusion.pipelines import EMBEDDED, load_pipeline
+from dora_diffusion.functional.dora import gain_form
+from dora_diffusion.layers.blended import BlendedLayer
+from dora_diffusion.pipelines.loading import EMBEDDED, load_pipeline
 from dora_diffusion.state import ModuleState
 from tests import original_layouts
 from tests.families.pipelines import PIPELINES

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion import functional as f
-from dora_diffusion import quantised
-from dora_diffusion.bases import check_adaptable, dense_weight, logical_shape
-from dora_diffusion.injection import DoRAConfig, inject
-from dora_diffusion.layers import BlendedLayer
-from dora_diffusion.merge import fold
+from dora_diffusion.functional import dora as f
+from dora_diffusion.layers import quantisation as quantised
+from dora_diffusion.layers.base_layers import check_adaptable, dense_weight, logical_shape
+from dora_diffusion.layers.blended import BlendedLayer
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.fuse import fold
+from dora_diffusion.layers.injection import inject
 from tests.tolerances import assert_close, assert_identical
 
 OUT, IN = 48, 64
@@ -112,7 +113,7 @@ def test_trains_from_the_base_on_with_one_dense_weight_a_step(kind: str, monkeyp
         return real(module)
 
     injection = inject(model, DoRAConfig(**CONFIG))
-    monkeypatch.setattr("dora_diffusion.bases.dequantise", counting)
+    monkeypatch.setattr("dora_diffusion.layers.base_layers.dequantise", counting)
     assert_identical(model(x), plain)
     injection.keep_norms()
     calls.clear()

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from dora_diffusion.generation import GenerationSettings, GenerationStopped, StepReport, generate
-from dora_diffusion.samplers import DEFAULT, SAMPLERS, made_from, sampler_names, sampler_of_title, sampling
+from dora_diffusion.generation.generate import GenerationSettings, GenerationStopped, StepReport, generate
+from dora_diffusion.generation.samplers import DEFAULT, SAMPLERS, made_from, sampler_names, sampler_of_title, sampling
 from tests.families.pipelines import PIPELINES
 from tests.pocket_random import random_pocket_pipeline
 

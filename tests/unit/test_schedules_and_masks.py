@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from dora_diffusion.adapters import AdapterManager
-from dora_diffusion.schedules import Schedule, mask_of, progress_of, schedule_of
+from dora_diffusion.adapters.manager import AdapterManager
+from dora_diffusion.functional.masks import mask_of
+from dora_diffusion.functional.schedules import Schedule, progress_of, schedule_of
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 from tests.tolerances import assert_close, assert_identical
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_diffusion import storage
+from dora_diffusion.utils import atomic as storage
 from tests.tolerances import assert_identical
 
 OLD, NEW = b"old " * 1000, b"new " * 2000

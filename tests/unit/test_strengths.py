@@ -2,7 +2,7 @@
 
 import pytest
 
-from dora_diffusion.strengths import check_strength, strength_at
+from dora_diffusion.functional.strengths import check_strength, strength_at
 
 
 def test_longest_part_decides() -> None:

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from dora_diffusion.families import family_of_pipeline
-from dora_diffusion.tokens import ExtendedEmbedding, WordState, add_words, install_words, load_word, save_words
+from dora_diffusion.pipelines.textual_inversion import (
+    ExtendedEmbedding,
+    WordState,
+    add_words,
+    install_words,
+    load_word,
+    save_words,
+)
 from tests.families.pipelines import PIPELINES
 from tests.tolerances import assert_close, assert_identical
 
@@ -136,7 +143,7 @@ def test_other_refusals_are_one_line(tmp_path) -> None:
         add_words(PIPELINES["sd3-t5-alone"].build(), {"<zqx>": "cat"})
     words.remove()
     bare = WordState("<a>", (torch.zeros(1, 16), torch.zeros(2, 24)))
-    from dora_diffusion.storage import save_tensors
+    from dora_diffusion.utils.atomic import save_tensors
 
     save_tensors({"clip_l": bare.vectors[0], "clip_g": bare.vectors[1]}, tmp_path / "a.safetensors", {})
     with pytest.raises(ValueError, match="as many vectors"):

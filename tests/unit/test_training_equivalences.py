@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_diffusion.injection import DoRAConfig, Injection, inject
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import Injection, inject
 from tests.pocket_random import random_pocket_pipeline
 from tests.tolerances import assert_close, assert_identical
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.blending import BLEND_SENTENCES, BlendOptions, blend, blend_with_report
-from dora_diffusion.functional import Axis, dora_weight
-from dora_diffusion.merging import METHODS, Sparsity
-from dora_diffusion.mixing import MODES, Term
+from dora_diffusion.functional.blend_modes import MODES, Term
+from dora_diffusion.functional.dora import Axis, dora_weight
+from dora_diffusion.functional.merge_methods import METHODS, Sparsity
+from dora_diffusion.functional.strengths import Weight, strength_at
 from dora_diffusion.state import AdapterState, FactoredState, Module, ModuleState
-from dora_diffusion.strengths import Weight, strength_at
 from tests.tolerances import assert_close, assert_identical
 from tests.unit.blending.adapters import CONV, LINEAR, SHAPES, TEXT, adapter, base, dora_module, full_module
 

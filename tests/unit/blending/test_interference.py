@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.blending import interference
-from dora_diffusion.blending.overlaps import block_of
-from dora_diffusion.mixing import MODES, Term
+from dora_diffusion.blending.interference import block_of
+from dora_diffusion.functional.blend_modes import MODES, Term
 from dora_diffusion.state import AdapterState
 from tests.unit.blending.adapters import CONV, LINEAR, SHAPES, TEXT, adapter, base
 

@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from dora_diffusion.families.stable_diffusion_3 import STABLE_DIFFUSION_3
-from dora_diffusion.pipelines import POCKET, load_pipeline
+from dora_diffusion.pipelines.loading import POCKET, load_pipeline
 from dora_diffusion.pretrain import dit, run
 from dora_diffusion.pretrain.autoencoder import AutoencoderRecipe, build_autoencoder, encode_pictures, whiten
 from dora_diffusion.pretrain.denoiser import DenoiserRecipe
 from dora_diffusion.pretrain.package import assemble_dit
 from dora_diffusion.pretrain.scenes import Scene, vocabulary
 from dora_diffusion.pretrain.text import TextRecipe, patches
-from dora_diffusion.storage import valid_checkpoints
+from dora_diffusion.utils.atomic import valid_checkpoints
 from tests.tolerances import assert_close, assert_identical
 
 pytest.importorskip("resvg_py", reason="needs the pretrain extra: pip install 'dora-diffusion[pretrain]'")

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from dora_diffusion.training.images import FORMATS, fit, frame_of, list_images, read_image
+from dora_diffusion.utils.images import FORMATS, fit, frame_of, list_images, read_image
 
 Transpose = Image.Transpose
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.memory import MemoryEstimate, Watch, estimate_memory, tensor_bytes
-from dora_diffusion.training.skeleton import without_numbers
-from dora_diffusion.training.subject import PRECISIONS, Subject, prepare_subject
+from dora_diffusion.training.meta_pipeline import without_numbers
+from dora_diffusion.training.trainable import PRECISIONS, Subject, prepare_subject
 from tests.families.pipelines import PIPELINES
 
 

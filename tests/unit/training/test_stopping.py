@@ -7,13 +7,13 @@ import threading
 
 import pytest
 
-from dora_diffusion.training.stopping import stop_requests
+from dora_diffusion.training.signals import stop_requests
 
 pytestmark = pytest.mark.usefixtures("plain_signals")
 
 SCRIPT = """
 import time
-from dora_diffusion.training.stopping import end_with_stdin
+from dora_diffusion.training.signals import end_with_stdin
 try:
     print("here", flush=True)
     end_with_stdin(seconds=1.0)

@@ -9,9 +9,9 @@ from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.training.batches import BatchSource
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.dataset import Example
-from dora_diffusion.training.images import read_image
-from dora_diffusion.training.noising import objective_of
-from dora_diffusion.training.subject import RateSchedule, adapter_metadata, build_optimizer, prepare_subject
+from dora_diffusion.training.objective import objective_of
+from dora_diffusion.training.trainable import RateSchedule, adapter_metadata, build_optimizer, prepare_subject
+from dora_diffusion.utils.images import read_image
 from tests.families.pipelines import PIPELINES
 from tests.pocket_random import random_pocket_pipeline
 from tests.tolerances import assert_close
