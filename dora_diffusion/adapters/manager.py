@@ -143,9 +143,9 @@ class AdapterManager:
 
         Args:
             weights: adapter -> strength. Their order counts in the modes "peft", "comfyui" and "a1111".
-            blend: a mode of `functional.blend_modes.MODES`. Any but "additive" is computed densely and folded into the weights: a change
-                of strengths takes as long as a `fuse`, and strengths cannot change as the picture is drawn.
-                Where a strength of 0 is not the base in the tool that a mode follows, it is not here either.
+            blend: a mode of `functional.blend_modes.MODES`. Any but "additive" is computed densely and folded into the
+                weights: a change of strengths takes as long as a `fuse`, and strengths cannot change as the picture is
+                drawn. Where a strength of 0 is not the base in the tool that a mode follows, it is not here either.
 
         Raises:
             ValueError: an unknown adapter or mode, a part that fits none of its layers, a strength that is no finite

@@ -27,8 +27,8 @@ class DoRAConfig:
         rank_pattern: pattern -> rank of the layers whose path ends in it; a regular expression, the first that fits, as
             in PEFT: `{"mid_block.*to_k": 32, "to_out.0": 4}`.
         alpha_pattern: pattern -> alpha, likewise.
-        init: what A and B start from: "default" (B = 0), "gaussian", "orthogonal" or "pissa"; see `layers.initialisation`. An
-            embedding knows "pissa" and one other start, A = 0.
+        init: what A and B start from: "default" (B = 0), "gaussian", "orthogonal" or "pissa"; see
+            `layers.initialisation`. An embedding knows "pissa" and one other start, A = 0.
         train_magnitude: False freezes m at the norm of the base's rows, so that only directions are learnt.
 
     Examples:
