@@ -10,13 +10,13 @@ from gradio.components import Component
 
 from ui.backend.session import Session
 from ui.errors import told
-from ui.generate.controls import Desk
+from ui.generate.controls import Controls
 from ui.generate.form import Form, build_form, build_prompt
 from ui.generate.history import build_history
 from ui.generate.presets import build_presets
 from ui.generate.rack import Rack, build_rack
 from ui.generate.restore import build_restore
-from ui.generate.stage import Screenplay, Stage, build_stage, status_html
+from ui.generate.stage import ProgressView, Stage, build_stage, status_html
 from ui.library.browser import Browser, add_word, build_browser
 from ui.options import UiOptions
 from ui.server.api import add_api
@@ -57,7 +57,7 @@ def build_page(session: Session, options: UiOptions, demo: gr.Blocks) -> Page:
         with gr.Column(scale=5, min_width=300):
             form = build_form(session, above, demo)
             rack = build_rack(session, demo)
-    desk = Desk(session, model, form, rack)
+    desk = Controls(session, model, form, rack)
     with gr.Tabs(elem_id="tabs"):
         with gr.Tab("History", elem_id="tab-history") as history:
             build_presets(session, desk)
@@ -98,11 +98,11 @@ def news_html(session: Session) -> str:
     return f'<p class="news" role="status">{escape(session.family)} · {queue} · {held}</p>'
 
 
-def _wire_draw(session: Session, desk: Desk, stage: Stage) -> None:
+def _wire_draw(session: Session, desk: Controls, stage: Stage) -> None:
     def draw(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:
         with told():
             try:
-                screenplay = Screenplay(stage)
+                screenplay = ProgressView(stage)
                 run = session.start(desk.request(values), owner=str(request.session_hash))
                 for update in run.updates():
                     yield screenplay.changes(update)

@@ -26,7 +26,7 @@ from dora_diffusion.functional.objectives import weighted_squared_error
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.memory import MemoryEstimate, estimate_memory
 from dora_diffusion.training.meta_pipeline import load_skeleton
-from dora_diffusion.training.trainable import PRECISIONS, Subject, build_optimizer, prepare_subject
+from dora_diffusion.training.trainable import PRECISIONS, TrainablePipeline, build_optimizer, prepare_trainable
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _AT_ONCE = 1 << 16
@@ -80,14 +80,14 @@ def _published(case: Case) -> tuple[MemoryEstimate, int, float]:
     config = case.config
     expected = estimate(case.published, config, device="cpu")
     before = _resident("VmRSS")
-    subject = prepare_subject(_with_random_weights(pipeline_of(case.published, PRECISIONS[case.precision])), config)
-    optimizer = build_optimizer(subject, config)
-    for injection in subject.injections.values():
+    trainable = prepare_trainable(_with_random_weights(pipeline_of(case.published, PRECISIONS[case.precision])), config)
+    optimizer = build_optimizer(trainable, config)
+    for injection in trainable.injections.values():
         injection.keep_norms()
-    for parameter in subject.parameters():  # a step on nothing, for AdamW makes its moments at the first
+    for parameter in trainable.parameters():  # a step on nothing, for AdamW makes its moments at the first
         parameter.grad = torch.zeros_like(parameter)
     _update(optimizer)
-    peak, seconds = _peak_of(lambda: (_step(subject, case), _update(optimizer)))
+    peak, seconds = _peak_of(lambda: (_step(trainable, case), _update(optimizer)))
     return expected, peak - before, seconds
 
 
@@ -101,15 +101,15 @@ def _with_random_weights(pipe: Any) -> Any:
     return pipe
 
 
-def _step(subject: Subject, case: Case) -> None:
+def _step(trainable: TrainablePipeline, case: Case) -> None:
     """What `training.loop` does in a step, from pixels to gradients."""
-    family, dtype = subject.family, PRECISIONS[case.precision]
-    latents = family.codec.encode(subject.pipe, torch.zeros(1, 3, case.side, case.side)).float()
+    family, dtype = trainable.family, PRECISIONS[case.precision]
+    latents = family.codec.encode(trainable.pipe, torch.zeros(1, 3, case.side, case.side)).float()
     noise = torch.randn_like(latents)
-    conditioning = {name: _zeros(shape, dtype) for name, shape in family.blank(subject.denoiser.config).items()}
+    conditioning = {name: _zeros(shape, dtype) for name, shape in family.blank(trainable.denoiser.config).items()}
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         predicted = family.predict(
-            subject.denoiser, (latents + noise).to(dtype), torch.full((1,), 500.0), conditioning, torch.zeros(1, 6)
+            trainable.denoiser, (latents + noise).to(dtype), torch.full((1,), 500.0), conditioning, torch.zeros(1, 6)
         )
     weighted_squared_error(predicted, noise - latents, torch.ones(1)).backward()
 
@@ -140,7 +140,7 @@ def _pocket() -> tuple[MemoryEstimate, int, float]:
             for name in ("first", "second")
         )
         expected = estimate_memory(
-            prepare_subject(load_skeleton(first.model, dtype=torch.float32), first), first, device="cpu"
+            prepare_trainable(load_skeleton(first.model, dtype=torch.float32), first), first, device="cpu"
         )
         train(first)
         gc.collect()

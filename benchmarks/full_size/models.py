@@ -23,7 +23,7 @@ from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.dry_run import file_bytes
 from dora_diffusion.training.memory import Device, MemoryEstimate, estimate_memory
 from dora_diffusion.training.meta_pipeline import model_on_meta, pipeline_on_meta
-from dora_diffusion.training.trainable import PRECISIONS, prepare_subject
+from dora_diffusion.training.trainable import PRECISIONS, prepare_trainable
 
 RANKS = (4, 8, 16, 32, 64)
 PRESETS = ("attention", "all-linear")
@@ -56,7 +56,7 @@ def config_of(**sections: Mapping[str, Any]) -> TrainConfig:
 def estimate(model: Published, config: TrainConfig, *, device: Device = "cuda") -> MemoryEstimate:
     """The memory that training a published model takes."""
     pipe = pipeline_of(model, PRECISIONS[config.optim.mixed_precision])
-    return estimate_memory(prepare_subject(pipe, config), config, device=device)
+    return estimate_memory(prepare_trainable(pipe, config), config, device=device)
 
 
 def adapter_numbers(model: nn.Module, preset: str, rank: int) -> int:
@@ -100,8 +100,8 @@ def _sizes(pipe: Any, preset: str) -> dict[int, dict[str, int]]:
     family = family_of_pipeline(pipe)
     denoiser = getattr(pipe, family.denoiser.name)
     numbers = {rank: adapter_numbers(denoiser, preset, rank) for rank in RANKS}
-    subject = prepare_subject(pipe, config_of(adapter={"target_modules": preset}))
-    assert sum(parameter.numel() for parameter in subject.parameters()) == numbers[16]
-    header = file_bytes(subject.adapter({})) - 4 * numbers[16]  # of another rank it has a digit more or less
-    subject.eject()
+    trainable = prepare_trainable(pipe, config_of(adapter={"target_modules": preset}))
+    assert sum(parameter.numel() for parameter in trainable.parameters()) == numbers[16]
+    header = file_bytes(trainable.adapter({})) - 4 * numbers[16]  # of another rank it has a digit more or less
+    trainable.eject()
     return {rank: {"numbers": count, "bytes": 4 * count + header} for rank, count in numbers.items()}

@@ -136,7 +136,7 @@ def _operations(part: Results) -> str:
 {_table(["", "median", "over reading and writing the weights once"], operations)}
 
 After PEFT's merge and unmerge of three DoRAs {facts["layers_restored_bitwise_by_peft"]} of {facts["layers"]} layers
-hold their old bytes; after ours all do (tests/unit/test_adapters.py)."""
+hold their old bytes; after ours all do (tests/unit/adapters/test_manager.py)."""
 
 
 def _layers(parts: Sequence[Results]) -> str:

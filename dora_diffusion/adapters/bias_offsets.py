@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dora_diffusion.functional.dora import master_dtype
 from dora_diffusion.functional.strengths import Weight, strength_at
-from dora_diffusion.pipelines.modules import Sites
+from dora_diffusion.pipelines.modules import PipelineModules
 
 Values = tuple[tuple[str, float], ...]
 
@@ -64,13 +64,13 @@ class _Offset:
 class Offsets:
     """The parameters of a pipeline that loaded adapters add to."""
 
-    def __init__(self, sites: Sites) -> None:
-        self._sites = sites
+    def __init__(self, pipe_modules: PipelineModules) -> None:
+        self._pipe_modules = pipe_modules
         self._offsets: dict[str, _Offset] = {}
 
     @torch.no_grad()
     def install(self, adapters: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Keep exactly the parameters that these adapters have vectors for; `weigh` must follow.
+        """Keep exactly the parameters that these adapters have vectors for; `set_strengths` must follow.
 
         Args:
             adapters: name -> parameter path, as the pipeline spells it -> vector.
@@ -80,7 +80,7 @@ class Offsets:
             self._offsets.pop(path).restore()
         for path in wanted:
             if path not in self._offsets:
-                _, owner, name = self._sites.parameter(path)
+                _, owner, name = self._pipe_modules.parameter(path)
                 offset = self._offsets[path] = _Offset(owner, name, owner.get_parameter(name).data)
                 offset.parameter.data = offset.kept.clone()
             offset = self._offsets[path]
@@ -89,7 +89,7 @@ class Offsets:
                 offset.write(())
 
     @torch.no_grad()
-    def weigh(self, weights: Mapping[str, Weight], factors: Mapping[str, float], *, prefix: str = "") -> None:
+    def set_strengths(self, weights: Mapping[str, Weight], factors: Mapping[str, float], *, prefix: str = "") -> None:
         """Write the sums of the parameters under a prefix, each adapter's strength there times its factor."""
         for path, offset in self._offsets.items():
             if not path.startswith(prefix):

@@ -12,7 +12,7 @@ from dora_diffusion.functional.strengths import Weight, strength_at
 from dora_diffusion.layers.base_layers import Base, dense_weight
 from dora_diffusion.layers.blended import BlendedLayer
 from dora_diffusion.layers.step_counter import stamp
-from dora_diffusion.pipelines.modules import Sites, at_hand
+from dora_diffusion.pipelines.modules import PipelineModules, at_hand
 from dora_diffusion.state import ModuleState
 
 Adapters = Mapping[str, Loaded]
@@ -42,8 +42,8 @@ class Slots:
     An adapter's own gain form on a layer is computed once, when it is loaded; new strengths touch gains alone.
     """
 
-    def __init__(self, sites: Sites) -> None:
-        self._sites = sites
+    def __init__(self, pipe_modules: PipelineModules) -> None:
+        self._pipe_modules = pipe_modules
         self._slots: dict[str, _Slot] = {}
         self._room: int | None = None
 
@@ -62,8 +62,8 @@ class Slots:
         self._room = room
         for path in paths:
             slot = self._slots[path] = _Slot(BlendedLayer(self._base(path)))
-            slot.layer.hold([], room)
-            self._sites.put(path, slot.layer)
+            slot.layer.set_terms([], room)
+            self._pipe_modules.put(path, slot.layer)
 
     def check_reserved(self, label: str, modules: Mapping[str, ModuleState]) -> None:
         """A ValueError of one line when room is set aside, and some module does not fit in."""
@@ -101,12 +101,12 @@ class Slots:
             return
         wanted = dict.fromkeys(path for loaded in adapters.values() for path in loaded.modules)
         for path in [path for path in self._slots if path not in wanted]:
-            self._sites.put(path, self._slots.pop(path).layer.base)
+            self._pipe_modules.put(path, self._slots.pop(path).layer.base)
         for path in wanted:
             if path not in self._slots:
                 slot = self._slots[path] = _Slot(BlendedLayer(self._base(path)))
                 slot.stamp = stamp(slot.layer.base.weight)
-                self._sites.put(path, slot.layer)
+                self._pipe_modules.put(path, slot.layer)
 
     def clear(self) -> None:
         """Take every blended layer out, and forget the room."""
@@ -116,16 +116,16 @@ class Slots:
     def stand_in(self) -> None:
         """Let the blended layers stand in the pipeline."""
         for path, slot in self._slots.items():
-            self._sites.put(path, slot.layer)
+            self._pipe_modules.put(path, slot.layer)
 
     def stand_aside(self) -> None:
         """Let the bases stand in the pipeline, while a mix is folded into them."""
         for path, slot in self._slots.items():
-            self._sites.put(path, slot.layer.base)
+            self._pipe_modules.put(path, slot.layer.base)
 
     @torch.no_grad()
     def fill(self, adapters: Adapters, weights: Weights) -> None:
-        """Let every slot hold the adapters that now have a strength on it; `weigh` must follow."""
+        """Let every slot hold the adapters that now have a strength on it; `set_strengths` must follow."""
         for path, slot in self._slots.items():
             base, active = self._base(path), _active(path, adapters, weights)
             names, now = tuple(name for name, _ in active), stamp(base.weight)
@@ -134,10 +134,10 @@ class Slots:
                     if path in loaded.modules:
                         loaded.terms[path] = _term(loaded.modules[path].to(device=base.weight.device), base)
             if names != slot.names or now != slot.stamp:
-                slot.layer.hold([adapters[name].terms[path] for name in names], self._room)
+                slot.layer.set_terms([adapters[name].terms[path] for name in names], self._room)
             slot.names, slot.strengths, slot.stamp = names, tuple(strength for _, strength in active), now
 
-    def weigh(self, factors: Mapping[str, float], *, prefix: str = "") -> None:
+    def set_strengths(self, factors: Mapping[str, float], *, prefix: str = "") -> None:
         """Give layers under a prefix their strengths, times each adapter's factor; equal mixes share one tensor."""
         made: dict[tuple[object, ...], Tensor] = {}
         for path, slot in self._slots.items():
@@ -149,7 +149,7 @@ class Slots:
             key = (device, *values)
             if key not in made:
                 made[key] = torch.tensor(values, dtype=torch.float32, device=device)
-            slot.layer.weigh(made[key])
+            slot.layer.set_strengths(made[key])
 
     def forms(self, adapters: Adapters) -> dict[str, tuple[Base, GainForm]]:
         """Each filled layer's base and the whole mix on it."""
@@ -157,7 +157,7 @@ class Slots:
         return {path: (self._base(path), _sum(path, slot, adapters)) for path, slot in held.items()}
 
     def _base(self, path: str) -> Base:
-        base = self._slots[path].layer.base if path in self._slots else self._sites.layer(path)[1]
+        base = self._slots[path].layer.base if path in self._slots else self._pipe_modules.layer(path)[1]
         at_hand(path, base.weight)
         return base
 

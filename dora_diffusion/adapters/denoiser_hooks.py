@@ -11,17 +11,17 @@ from dora_diffusion.families import Family
 from dora_diffusion.functional.masks import added_inside, mask_on, prediction_of, with_prediction
 from dora_diffusion.functional.schedules import Schedule, progress_of, timestep_of
 
-Weigh = Callable[[Mapping[str, float]], None]
+SetStrengths = Callable[[Mapping[str, float]], None]
 
 
-class Steering:
+class DenoiserHooks:
     """The schedules and masks of a pipeline's adapters. Hooks stand on its denoiser exactly while one needs them."""
 
-    def __init__(self, pipe: Any, family: Family, weigh: Weigh) -> None:
-        """`weigh` gives the denoiser's layers their strengths, times a factor for each adapter that it names."""
+    def __init__(self, pipe: Any, family: Family, set_strengths: SetStrengths) -> None:
+        """`set_strengths` gives the denoiser's layers their strengths, times a factor for each adapter that it names."""
         self._pipe = pipe
         self._family = family
-        self._weigh = weigh
+        self._set_strengths = set_strengths
         self._schedules: dict[str, Schedule] = {}
         self._masks: dict[str, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
@@ -56,7 +56,7 @@ class Steering:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._weigh({})
+        self._set_strengths({})
         if self.is_needed:
             denoiser = getattr(self._pipe, self._family.denoiser.name)
             before = denoiser.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -73,7 +73,7 @@ class Steering:
         return {**factors, **dict.fromkeys((name for name in self._masks if name != masked), 0.0)}
 
     def _before(self, module: nn.Module, arguments: Any, keywords: Any) -> None:
-        self._weigh(self._factors(arguments, keywords, None))
+        self._set_strengths(self._factors(arguments, keywords, None))
 
     def _after(self, module: nn.Module, arguments: Any, keywords: Any, output: Any) -> Any:
         if not self._masks:
@@ -81,7 +81,7 @@ class Steering:
         without = mixed = prediction_of(output)
         grid = self._family.grid(arguments, keywords)
         for name, mask in self._masks.items():
-            self._weigh(self._factors(arguments, keywords, name))
+            self._set_strengths(self._factors(arguments, keywords, name))
             inside = prediction_of(module.forward(*arguments, **keywords))
             mixed = added_inside(mixed, without, inside, mask_on(mask, without, grid))
         return with_prediction(output, mixed)

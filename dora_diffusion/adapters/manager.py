@@ -19,20 +19,20 @@ from torch import Tensor
 
 from dora_diffusion.adapters.bias_offsets import Offsets
 from dora_diffusion.adapters.blended_layers import Slots
-from dora_diffusion.adapters.denoiser_hooks import Steering
+from dora_diffusion.adapters.denoiser_hooks import DenoiserHooks
 from dora_diffusion.adapters.matching import Loaded, LoadReport, fit, kind_in_words
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.formats import load_adapter
-from dora_diffusion.functional.blend_modes import ADDITIVE, MODES, Term
+from dora_diffusion.functional.blend_modes import ADDITIVE, MODES, AdapterTerm
 from dora_diffusion.functional.dora import master_dtype
 from dora_diffusion.functional.masks import mask_of
 from dora_diffusion.functional.schedules import schedule_of
 from dora_diffusion.functional.strengths import Weight, check_strength, is_meant, strength_at
 from dora_diffusion.layers.base_layers import dense_weight
 from dora_diffusion.layers.config import DoRAConfig
-from dora_diffusion.layers.fuse import Change, Fold, check_foldable, fold, fold_by
+from dora_diffusion.layers.fuse import Change, FusedWeights, check_fusable, fuse_weights, fuse_weights_by
 from dora_diffusion.layers.targets import target_paths
-from dora_diffusion.pipelines.modules import Sites
+from dora_diffusion.pipelines.modules import PipelineModules
 from dora_diffusion.state import AdapterState, ModuleState
 from dora_diffusion.utils.atomic import sha256_of
 
@@ -67,14 +67,14 @@ class AdapterManager:
 
     def __init__(self, pipe: Any) -> None:
         self._family = family_of_pipeline(pipe)
-        self._sites = Sites(pipe, [part.name for part in self._family.components])
-        self._slots = Slots(self._sites)
-        self._offsets = Offsets(self._sites)
+        self._pipe_modules = PipelineModules(pipe, [part.name for part in self._family.components])
+        self._slots = Slots(self._pipe_modules)
+        self._offsets = Offsets(self._pipe_modules)
         self._adapters: dict[str, Loaded] = {}
         self._weights: dict[str, Weight] = {}
         self._blend = ADDITIVE
-        self._fold: Fold | None = None  # of `fuse`, or of a mode that is not additive
-        self._steering = Steering(pipe, self._family, self._weigh_denoiser)
+        self._fused: FusedWeights | None = None  # of `fuse`, or of a mode that is not additive
+        self._hooks = DenoiserHooks(pipe, self._family, self._set_denoiser_strengths)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -102,7 +102,7 @@ class AdapterManager:
 
     def _base_weight(self, path: str) -> Tensor:
         """What tells the axis of a magnitude when its file does not."""
-        return dense_weight(self._sites.layer(path)[1])
+        return dense_weight(self._pipe_modules.layer(path)[1])
 
     @torch.no_grad()
     def load_adapter(self, source: str | Path | AdapterState, *, name: str) -> LoadReport:
@@ -116,7 +116,7 @@ class AdapterManager:
         self._refuse_while_fused("load an adapter")
         adapter = source if isinstance(source, AdapterState) else load_adapter(source, base=self._base_weight)
         label = name if isinstance(source, AdapterState) else str(source)
-        fitted = fit(adapter, label, self._sites)
+        fitted = fit(adapter, label, self._pipe_modules)
         self._slots.check_reserved(label, fitted.modules)
         report = LoadReport(
             name=name,
@@ -178,7 +178,7 @@ class AdapterManager:
         self._refuse_while_fused("set a schedule")
         self._refuse_while_folded("a schedule")
         self._loaded(name)
-        self._steering.set_schedule(name, None if points is None else schedule_of(points))
+        self._hooks.set_schedule(name, None if points is None else schedule_of(points))
 
     def set_mask(self, name: str, mask: Image.Image | Tensor | None) -> None:
         """Let an adapter draw in a part of the picture only: 1 (white) inside, 0 outside; None ends it.
@@ -193,7 +193,7 @@ class AdapterManager:
         self._refuse_while_fused("set a mask")
         self._refuse_while_folded("a mask")
         self._loaded(name)
-        self._steering.set_mask(name, None if mask is None else mask_of(mask))
+        self._hooks.set_mask(name, None if mask is None else mask_of(mask))
 
     def enable_hotswap(self, *, max_rank: int, target_modules: str | list[str] | None = None) -> None:
         """Set aside room at every target layer, so that adapters come and go without recompiling a compiled model.
@@ -215,7 +215,7 @@ class AdapterManager:
             raise ValueError(f"max_rank must be at least 1, got {max_rank}")
         self._refuse_while_folded("hot swap")
         for part in self._family.components:
-            model = self._sites.model(part.name)
+            model = self._pipe_modules.model(part.name)
             if model is None:
                 continue
             is_preset = not isinstance(target_modules, list) and target_modules in (None, *part.presets)
@@ -229,9 +229,9 @@ class AdapterManager:
         """Fold the current mix into the base's weights: drawing then costs exactly what the base costs."""
         self._refuse_while_fused("fuse")
         self._refuse_while_folded("fuse()")
-        if self._steering.is_needed:
+        if self._hooks.is_needed:
             raise ValueError("cannot fuse while a schedule or mask is set: strengths change as the picture is drawn")
-        self._fold = fold(self._slots.forms(self._adapters))
+        self._fused = fuse_weights(self._slots.forms(self._adapters))
         self._slots.stand_aside()
 
     def unfuse(self) -> None:
@@ -244,7 +244,7 @@ class AdapterManager:
         """Forget one adapter; the others keep their strengths."""
         self._loaded(name)
         self._refuse_while_fused("delete an adapter")
-        self._steering.forget(name)
+        self._hooks.forget(name)
         self._unfold()
         del self._adapters[name]
         self._weights.pop(name, None)
@@ -255,7 +255,7 @@ class AdapterManager:
         """Forget all adapters; every module of the pipeline is the very one that was there before."""
         self._unfold()
         for name in self.names:
-            self._steering.forget(name)
+            self._hooks.forget(name)
         self._adapters, self._weights, self._blend = {}, {}, ADDITIVE
         self._install()
         self._slots.clear()
@@ -273,21 +273,21 @@ class AdapterManager:
         self._unfold()
         self._weights, self._blend = weights, ADDITIVE
         self._slots.fill(self._adapters, weights if blend == ADDITIVE else {})
-        self._weigh("", {})
+        self._set_strengths("", {})
         if blend != ADDITIVE:
             self._fold_as(blend)
 
-    def _weigh(self, prefix: str, factors: Mapping[str, float]) -> None:
+    def _set_strengths(self, prefix: str, factors: Mapping[str, float]) -> None:
         """Give everything under a prefix its strengths: parameters first, for blended layers read their bias."""
-        self._offsets.weigh(self._weights, factors, prefix=prefix)
-        self._slots.weigh(factors, prefix=prefix)
+        self._offsets.set_strengths(self._weights, factors, prefix=prefix)
+        self._slots.set_strengths(factors, prefix=prefix)
 
-    def _weigh_denoiser(self, factors: Mapping[str, float]) -> None:
-        self._weigh(self._family.denoiser.name + ".", factors)
+    def _set_denoiser_strengths(self, factors: Mapping[str, float]) -> None:
+        self._set_strengths(self._family.denoiser.name + ".", factors)
 
     @property
     def _is_fused(self) -> bool:
-        return self._fold is not None and self._blend == ADDITIVE
+        return self._fused is not None and self._blend == ADDITIVE
 
     def _refuse_while_fused(self, action: str) -> None:
         if self._is_fused:
@@ -303,7 +303,7 @@ class AdapterManager:
         """Refuse a mode that does not exist or cannot be folded now."""
         if blend not in MODES:
             raise ValueError(f"unknown blend {blend!r}; expected {', '.join(MODES)}")
-        if self._steering.is_needed:
+        if self._hooks.is_needed:
             raise ValueError(
                 f"blend {blend!r} is folded into the weights, but a schedule or mask changes strengths as the picture "
                 "is drawn: end it first, or blend='additive'"
@@ -315,7 +315,7 @@ class AdapterManager:
             )
         for path, base in self._slots.bases.items():
             if self._meant(path, weights):
-                check_foldable(path, base)
+                check_fusable(path, base)
 
     def _meant(self, path: str, weights: Mapping[str, Weight]) -> list[tuple[ModuleState, float]]:
         """The adapters on a layer and their strengths, 0 or not, in the order that `weights` names them."""
@@ -330,15 +330,15 @@ class AdapterManager:
             for path, (base, meant) in mixes.items()
             if meant
         }
-        self._fold = fold_by(changes)
+        self._fused = fuse_weights_by(changes)
         self._blend = blend
         self._slots.stand_aside()
 
     def _unfold(self) -> None:
         """Undo a fold, if there is one."""
-        if self._fold is not None:
-            self._fold.undo()
-            self._fold = None
+        if self._fused is not None:
+            self._fused.undo()
+            self._fused = None
             self._slots.stand_in()
 
     @contextmanager
@@ -358,7 +358,7 @@ def _mixed(weight: Tensor, *, path: str, blend: str, meant: Sequence[tuple[Modul
     terms = []
     for module, strength in meant:
         here = module.to(device=weight.device)
-        terms.append(Term(here.delta().reshape(weight.shape), here.magnitude, here.axis, strength))
+        terms.append(AdapterTerm(here.delta().reshape(weight.shape), here.magnitude, here.axis, strength))
     try:
         return MODES[blend](weight.to(master_dtype(weight.dtype)), terms)
     except ValueError as error:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dora_diffusion.functional.dora import GainForm, rows
 from dora_diffusion.layers.base_layers import Base, check_shapes, logical_shape
-from dora_diffusion.pipelines.modules import Sites, at_hand
+from dora_diffusion.pipelines.modules import PipelineModules, at_hand
 from dora_diffusion.state import AdapterState, FactoredState, Module, ModuleState
 
 
@@ -77,7 +77,7 @@ class Loaded:
 
 
 @torch.no_grad()
-def fit(adapter: AdapterState, label: str, sites: Sites) -> Fitted:
+def fit(adapter: AdapterState, label: str, pipe_modules: PipelineModules) -> Fitted:
     """An adapter's layers and vectors at their places in a pipeline.
 
     Args:
@@ -93,12 +93,12 @@ def fit(adapter: AdapterState, label: str, sites: Sites) -> Fitted:
     misfits: list[str] = []
     for path, module in adapter.modules.items():
         try:
-            _take(modules, *_fitted_module(path, module, sites))
+            _take(modules, *_fitted_module(path, module, pipe_modules))
         except ValueError as error:
             misfits.append(str(error))
     for path, vector in adapter.vectors.items():
         try:
-            _take(vectors, *_fitted_vector(path, vector, sites))
+            _take(vectors, *_fitted_vector(path, vector, pipe_modules))
         except ValueError as error:
             misfits.append(str(error))
     if misfits:
@@ -119,8 +119,8 @@ def _take(have: dict[str, T], path: str, thing: T) -> None:
     have[path] = thing
 
 
-def _fitted_module(path: str, module: Module, sites: Sites) -> tuple[str, ModuleState]:
-    live, base = sites.layer(path)
+def _fitted_module(path: str, module: Module, pipe_modules: PipelineModules) -> tuple[str, ModuleState]:
+    live, base = pipe_modules.layer(path)
     at_hand(path, base.weight)
     if isinstance(module, FactoredState) or module.mid is not None:
         _check_factors(path, module, base)
@@ -142,8 +142,8 @@ def _check_factors(path: str, module: Module, base: Base) -> None:
         raise ValueError(f"{path}: {shapes} do not fit a weight of {(out, *rest)}; is this another base model?")
 
 
-def _fitted_vector(path: str, vector: Tensor, sites: Sites) -> tuple[str, Tensor]:
-    live, owner, name = sites.parameter(path)
+def _fitted_vector(path: str, vector: Tensor, pipe_modules: PipelineModules) -> tuple[str, Tensor]:
+    live, owner, name = pipe_modules.parameter(path)
     parameter = at_hand(path, getattr(owner, name))
     if vector.shape != parameter.shape:
         raise ValueError(

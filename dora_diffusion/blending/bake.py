@@ -20,7 +20,7 @@ from torch import Tensor
 from dora_diffusion._version import __version__
 from dora_diffusion.formats.base_checkpoint import Checkpoint, Place, main_weights, open_checkpoint, weight_files
 from dora_diffusion.formats.safetensors_stream import BLOCK_BYTES, TensorFile, write_tensor_file
-from dora_diffusion.functional.blend_modes import ACTIVE_AT_ZERO, MODES, Term
+from dora_diffusion.functional.blend_modes import ACTIVE_AT_ZERO, MODES, AdapterTerm
 from dora_diffusion.functional.strengths import Weight, check_strength, is_meant, strength_at
 from dora_diffusion.pipelines.base_weights import is_table, local_base
 from dora_diffusion.state import AdapterState, Module
@@ -322,9 +322,9 @@ def _mixed(change: _Change, stored: Tensor, mode: str) -> Tensor:
     return mixed
 
 
-def _term(module: Module, strength: float) -> Term:
+def _term(module: Module, strength: float) -> AdapterTerm:
     module = module.to(dtype=torch.float32, device="cpu")
-    return Term(module.delta(), module.magnitude, module.axis, strength)
+    return AdapterTerm(module.delta(), module.magnitude, module.axis, strength)
 
 
 class _Counter:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dora_diffusion.functional.blend_modes import Term
+from dora_diffusion.functional.blend_modes import AdapterTerm
 from dora_diffusion.functional.dora import rows
 from dora_diffusion.state import Module, ModuleState
 
@@ -34,9 +34,9 @@ class Piece:
         pair = self.module.as_pair()
         return pair if pair.magnitude is None else replace(pair, magnitude=pair.magnitude.flatten())
 
-    def term(self) -> Term:
+    def term(self) -> AdapterTerm:
         """As a dense difference."""
-        return Term(self.module.delta(), self.module.magnitude, self.module.axis, self.strength)
+        return AdapterTerm(self.module.delta(), self.module.magnitude, self.module.axis, self.strength)
 
 
 @dataclass(frozen=True)

@@ -246,7 +246,7 @@ def _concatenated(parts: Sequence[Module]) -> Module:
 def _aligned(parts: Sequence[Module]) -> list[ModuleState]:
     """Parts that share no A, as pairs that do: every A below the other, B zero where it meets another's A."""
     pairs = [part.as_pair() for part in parts]
-    if fold := len({pair.scale for pair in pairs}) > 1:
+    if scales_differ := len({pair.scale for pair in pairs}) > 1:
         pairs = [_folded(pair) for pair in pairs]
     dtype = reduce(torch.promote_types, (tensor.dtype for pair in pairs for tensor in (pair.down, pair.up)))
     downs: list[Tensor] = []
@@ -255,7 +255,7 @@ def _aligned(parts: Sequence[Module]) -> list[ModuleState]:
             downs.append(pair.down)
     down = torch.cat(downs).to(dtype)
     starts = list(accumulate((each.shape[0] for each in downs[:-1]), initial=0))
-    alpha = (1.0 if fold else pairs[0].scale) * down.shape[0]
+    alpha = (1.0 if scales_differ else pairs[0].scale) * down.shape[0]
     aligned = []
     for pair in pairs:
         start = next(start for start, each in zip(starts, downs, strict=True) if _equal(pair.down, each))

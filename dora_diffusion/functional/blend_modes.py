@@ -28,7 +28,7 @@ from dora_diffusion.functional.dora import AXES, TINY_NORM, Axis, RowNorms, gain
 
 
 @dataclass(frozen=True)
-class Term:
+class AdapterTerm:
     """One adapter on one layer.
 
     Attributes:
@@ -86,7 +86,7 @@ def common_axis(terms: Iterable[tuple[Tensor | None, Axis]]) -> Axis:
     return found.pop() if found else "out"
 
 
-def additive(weight: Tensor, terms: Sequence[Term]) -> Tensor:
+def additive(weight: Tensor, terms: Sequence[AdapterTerm]) -> Tensor:
     """W + sum s_i (W'_i - W). One adapter is exact to the bit at 0 and at 1."""
     weight, terms = _prepared(weight, terms)
     terms = _present(terms)
@@ -95,7 +95,7 @@ def additive(weight: Tensor, terms: Sequence[Term]) -> Tensor:
     return reduce(lambda total, term: total + term.strength * _difference(weight, term), terms, weight)
 
 
-def compose(weight: Tensor, terms: Sequence[Term]) -> Tensor:
+def compose(weight: Tensor, terms: Sequence[AdapterTerm]) -> Tensor:
     """One DoRA of all differences and the weighted geometric mean of all magnitudes."""
     weight, terms = _prepared(weight, terms)
     terms = _present(terms)
@@ -106,7 +106,7 @@ def compose(weight: Tensor, terms: Sequence[Term]) -> Tensor:
     return total * _spread(_static_gain(_mean_magnitude(weight, terms, axis), total, weight, axis), total, axis)
 
 
-def direction_magnitude(weight: Tensor, terms: Sequence[Term]) -> Tensor:
+def direction_magnitude(weight: Tensor, terms: Sequence[AdapterTerm]) -> Tensor:
     """Directions added as unit rows, magnitudes as in `compose`."""
     weight, terms = _prepared(weight, terms)
     terms = _present(terms)
@@ -122,7 +122,7 @@ def direction_magnitude(weight: Tensor, terms: Sequence[Term]) -> Tensor:
     return torch.where(_spread(base <= TINY_NORM, weight, axis), plain, direction * _spread(g, weight, axis))
 
 
-def as_peft(weight: Tensor, terms: Sequence[Term]) -> Tensor:
+def as_peft(weight: Tensor, terms: Sequence[AdapterTerm]) -> Tensor:
     """As PEFT draws with several active adapters, and merges them: in order, each norm against the bare W.
 
     Raises:
@@ -143,7 +143,7 @@ def as_peft(weight: Tensor, terms: Sequence[Term]) -> Tensor:
     return running
 
 
-def as_comfyui(weight: Tensor, terms: Sequence[Term]) -> Tensor:
+def as_comfyui(weight: Tensor, terms: Sequence[AdapterTerm]) -> Tensor:
     """As ComfyUI and Forge patch: in order; out-axis magnitudes are divided by the norms before D is added."""
     weight, terms = _prepared(weight, terms)
     for term in terms:
@@ -155,7 +155,7 @@ def as_comfyui(weight: Tensor, terms: Sequence[Term]) -> Tensor:
     return weight
 
 
-def as_a1111(weight: Tensor, terms: Sequence[Term]) -> Tensor:
+def as_a1111(weight: Tensor, terms: Sequence[AdapterTerm]) -> Tensor:
     """As Stable Diffusion WebUI patches: in order; it takes every norm of columns, even under out-axis magnitudes."""
     weight, terms = _prepared(weight, terms)
     for term in terms:
@@ -167,7 +167,7 @@ def as_a1111(weight: Tensor, terms: Sequence[Term]) -> Tensor:
     return weight
 
 
-def as_lycoris(weight: Tensor, terms: Sequence[Term]) -> Tensor:
+def as_lycoris(weight: Tensor, terms: Sequence[AdapterTerm]) -> Tensor:
     """As LyCORIS' hooks draw: differences summed on W; the strength reaches only the gain, never a DoRA's D."""
     weight, terms = _prepared(weight, terms)
     total = weight
@@ -183,7 +183,7 @@ def as_lycoris(weight: Tensor, terms: Sequence[Term]) -> Tensor:
 
 ADDITIVE = "additive"
 
-MODES: Mapping[str, Callable[[Tensor, Sequence[Term]], Tensor]] = {
+MODES: Mapping[str, Callable[[Tensor, Sequence[AdapterTerm]], Tensor]] = {
     ADDITIVE: additive,
     "compose": compose,
     "direction-magnitude": direction_magnitude,
@@ -209,7 +209,7 @@ MODE_SENTENCES: Mapping[str, str] = {
 }
 
 
-def _prepared(weight: Tensor, terms: Sequence[Term]) -> tuple[Tensor, list[Term]]:
+def _prepared(weight: Tensor, terms: Sequence[AdapterTerm]) -> tuple[Tensor, list[AdapterTerm]]:
     """Everything in one dtype, fp32 or fp64, and differences in the shape of the weight."""
     dtype = reduce(torch.promote_types, (term.delta.dtype for term in terms), weight.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
@@ -223,7 +223,7 @@ def _prepared(weight: Tensor, terms: Sequence[Term]) -> tuple[Tensor, list[Term]
     ]
 
 
-def _present(terms: Sequence[Term]) -> list[Term]:
+def _present(terms: Sequence[AdapterTerm]) -> list[AdapterTerm]:
     return [term for term in terms if term.strength != 0]
 
 
@@ -239,13 +239,13 @@ def _static_gain(magnitude: Tensor, direction: Tensor, weight: Tensor, axis: Axi
     return gain(magnitude, RowNorms(norms.clamp(min=TINY_NORM), dead))
 
 
-def difference(weight: Tensor, term: Term) -> Tensor:
+def difference(weight: Tensor, term: AdapterTerm) -> Tensor:
     """W'_i - W of one adapter at strength 1: (out, in[, kh, kw]) fp32 or fp64."""
     weight, (term,) = _prepared(weight, [term])
     return _difference(weight, term)
 
 
-def _difference(weight: Tensor, term: Term) -> Tensor:
+def _difference(weight: Tensor, term: AdapterTerm) -> Tensor:
     """D, or (g - 1) W + g D."""
     if term.magnitude is None:
         return term.delta
@@ -253,7 +253,7 @@ def _difference(weight: Tensor, term: Term) -> Tensor:
     return (g - 1) * weight + g * term.delta
 
 
-def _alone(weight: Tensor, term: Term) -> Tensor:
+def _alone(weight: Tensor, term: AdapterTerm) -> Tensor:
     """W'_i."""
     v = weight + term.delta
     if term.magnitude is None:
@@ -261,6 +261,6 @@ def _alone(weight: Tensor, term: Term) -> Tensor:
     return v * _spread(_static_gain(term.magnitude, v, weight, term.axis), v, term.axis)
 
 
-def _mean_magnitude(weight: Tensor, terms: Sequence[Term], axis: Axis) -> Tensor:
+def _mean_magnitude(weight: Tensor, terms: Sequence[AdapterTerm], axis: Axis) -> Tensor:
     magnitudes = [axis_norms(weight + term.delta, axis) if term.magnitude is None else term.magnitude for term in terms]
     return geometric_magnitude(axis_norms(weight, axis), magnitudes, [term.strength for term in terms])

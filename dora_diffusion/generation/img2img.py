@@ -43,7 +43,7 @@ def _fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class Outside:
+class KeptRegion:
     """What stays outside a mask, in latents: (1, C, h, w) each, the mask (1, 1, h, w) and 1 inside."""
 
     clean: Tensor
@@ -70,7 +70,7 @@ class Start:
 
     pipe: Any
     arguments: Mapping[str, Any]
-    outside: Outside | None = None
+    outside: KeptRegion | None = None
 
 
 def start_on(pipe: Any, family: Family, canvas: Canvas, *, strength: float, seed: int) -> Start:
@@ -120,7 +120,7 @@ def _sibling(pipe: Any, family: Family, *, has_mask: bool) -> Any:
 
 
 @torch.no_grad()
-def _outside(pipe: Any, family: Family, image: Image.Image, mask: Image.Image, seed: int) -> Outside:
+def _outside(pipe: Any, family: Family, image: Image.Image, mask: Image.Image, seed: int) -> KeptRegion:
     denoiser = getattr(pipe, family.denoiser.name)
     pixels = pipe.image_processor.preprocess(image).to(denoiser.device, denoiser.dtype)
     clean = family.codec.encode(pipe, pixels)
@@ -128,4 +128,4 @@ def _outside(pipe: Any, family: Family, image: Image.Image, mask: Image.Image, s
     # the pipeline takes from its seed a sample of the encoder's posterior first, and then this very noise
     _, noise = (torch.randn(clean.shape, generator=generator) for _ in range(2))
     small = interpolate(mask_of(mask), size=clean.shape[-2:], mode="area")
-    return Outside(clean, noise.to(clean), small.to(clean))
+    return KeptRegion(clean, noise.to(clean), small.to(clean))

@@ -49,7 +49,7 @@ class Structure:
 
 
 @dataclass(frozen=True)
-class Told:
+class DeclaredMetadata:
     """What the metadata of a file say of it: a stranger's words, on one line each and cut where they are long.
 
     Attributes:
@@ -67,14 +67,14 @@ class Told:
 
 
 @dataclass(frozen=True)
-class Glance:
+class HeaderSummary:
     """An adapter file as its header has it."""
 
     structure: Structure
-    told: Told
+    told: DeclaredMetadata
 
 
-def glance(path: str | Path, known: MutableMapping[bytes, Structure] | None = None) -> Glance:
+def summarise_header(path: str | Path, known: MutableMapping[bytes, Structure] | None = None) -> HeaderSummary:
     """What a file is, without reading a tensor.
 
     Args:
@@ -88,7 +88,7 @@ def glance(path: str | Path, known: MutableMapping[bytes, Structure] | None = No
     path, known = Path(path), {} if known is None else known
     quick = None if path.is_dir() else _split_header(path)
     if quick is not None and (key := _structure_key(quick.tensors, quick.metadata)) in known:
-        return Glance(known[key], told_by(quick.metadata))
+        return HeaderSummary(known[key], declared_metadata(quick.metadata))
     entries, metadata = _folder_entries(path) if path.is_dir() else _file_entries(path)
     try:
         structure = _structure(path, entries, metadata)
@@ -96,7 +96,7 @@ def glance(path: str | Path, known: MutableMapping[bytes, Structure] | None = No
         raise ValueError(f"{shown(path, 300)}: {str(error).removeprefix(f'{path}: ')}") from None
     if quick is not None and quick.metadata == metadata:
         known[key] = structure
-    return Glance(structure, told_by(metadata))
+    return HeaderSummary(structure, declared_metadata(metadata))
 
 
 Entries = Mapping[str, tuple[str, tuple[int, ...]]]  # key -> dtype as safetensors spells it, shape
@@ -206,7 +206,7 @@ def _blank(dtype: str, shape: tuple[int, ...]) -> Tensor:
     return torch.ones(shape) if is_number else torch.empty(shape, dtype=DTYPES[dtype], device="meta")
 
 
-def told_by(metadata: Mapping[str, str]) -> Told:
+def declared_metadata(metadata: Mapping[str, str]) -> DeclaredMetadata:
     """What metadata say, in the words of kohya's trainers, Stability's modelspec and ours."""
     frequency = _tag_counts(metadata)
     tags = [*_split(metadata.get("modelspec.tags", "")), *(tag for tag, _ in frequency.most_common(_TAGS))]
@@ -215,7 +215,7 @@ def told_by(metadata: Mapping[str, str]) -> Told:
         *_split(metadata.get("dora_diffusion.instance_prompt", "")),
         *metadata.get("dora_diffusion.words", "").split(),
     ]
-    return Told(
+    return DeclaredMetadata(
         title=_first(metadata, "modelspec.title", "ss_output_name"),
         author=_first(metadata, "modelspec.author"),
         base=_first(

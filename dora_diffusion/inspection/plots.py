@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dora_diffusion.blending import block_of
 from dora_diffusion.formats import load_adapter
-from dora_diffusion.functional.blend_modes import MODES, Term
+from dora_diffusion.functional.blend_modes import MODES, AdapterTerm
 from dora_diffusion.functional.dora import TINY_NORM, rows
 from dora_diffusion.pipelines.base_weights import BaseWeights
 from dora_diffusion.state import AdapterState
@@ -41,7 +41,7 @@ def changes(adapter: AdapterState, base: BaseWeights) -> dict[str, Change]:
     found: dict[str, list[Tensor]] = {}
     for path, module in adapter.modules.items():
         weight, whole = base(path).float(), module.to(dtype=torch.float32)
-        new = MODES["additive"](weight, [Term(whole.delta(), whole.magnitude, whole.axis)])
+        new = MODES["additive"](weight, [AdapterTerm(whole.delta(), whole.magnitude, whole.axis)])
         found.setdefault(block_of(path), []).append(_row_changes(rows(weight), rows(new)))
     means = {block: torch.cat(parts, dim=1).mean(dim=1).tolist() for block, parts in found.items()}
     return {block: Change(*mean) for block, mean in means.items()}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dora_diffusion.functional.blend_modes import MODES, Term
+from dora_diffusion.functional.blend_modes import MODES, AdapterTerm
 from dora_diffusion.functional.strengths import Weight, strength_at
 from dora_diffusion.state import AdapterState, Module
 
@@ -83,9 +83,9 @@ def _found(
     ]
 
 
-def _term(module: Module, strength: float) -> Term:
+def _term(module: Module, strength: float) -> AdapterTerm:
     whole = module.to(dtype=torch.float32)
-    return Term(whole.delta(), whole.magnitude, whole.axis, strength)
+    return AdapterTerm(whole.delta(), whole.magnitude, whole.axis, strength)
 
 
 def _relative(difference: Tensor, change: Tensor) -> float:

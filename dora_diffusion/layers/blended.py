@@ -15,7 +15,7 @@ class BlendedLayer(nn.Module):
 
         y = base(x) + (c - 1)(base(x) - b) + P (mix * Q x)          and  + W (c_in - 1) x  for magnitudes of the in axis
 
-    `hold` lays the adapters' P and Q side by side; `weigh` sets their strengths, which touches c and mix alone. Without
+    `set_terms` lays the adapters' P and Q side by side; `set_strengths` sets their strengths, which touches c and mix alone. Without
     adapters it is the base, bit for bit. With `room` the buffers have a fixed shape, padded with zeros, so that a
     compiled model swaps adapters without compiling anew.
     """
@@ -32,7 +32,7 @@ class BlendedLayer(nn.Module):
         self.left: Tensor | None  # P at strength 1, (out, R[, 1, 1])
         self.right: Tensor | None  # Q, (R, in[, kernel])
         self.in_offset: Tensor | None  # c_in - 1, (in,); None when no adapter scales inputs
-        self._held = _Held(*[torch.empty(0)] * 3)
+        self._held = _HeldTerms(*[torch.empty(0)] * 3)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.left is None or self.right is None or self.mix is None:
@@ -64,11 +64,11 @@ class BlendedLayer(nn.Module):
         return torch.addcmul(base, base, self._kind.per_output(self.base, self.offset).to(base.dtype))
 
     @torch.no_grad()
-    def hold(self, terms: Sequence[GainForm], room: int | None = None) -> None:
-        """Take up adapters, each as its gain form at strength 1; `weigh` must follow.
+    def set_terms(self, terms: Sequence[GainForm], room: int | None = None) -> None:
+        """Take up adapters, each as its gain form at strength 1; `set_strengths` must follow.
 
         Args:
-            terms: gain forms on this base; their order is that of `weigh`'s strengths.
+            terms: gain forms on this base; their order is that of `set_strengths`'s strengths.
             room: the total rank of the buffers whatever `terms` need; None = as they need.
         """
         ranks = [term.right.shape[0] for term in terms]
@@ -107,8 +107,8 @@ class BlendedLayer(nn.Module):
         self.in_offset = zeros(rest[0]) if any(term.in_offset is not None for term in terms) else None
 
     @torch.no_grad()
-    def weigh(self, strengths: Tensor) -> None:
-        """Set the strengths (n,) fp32 of the adapters that `hold` took up, in its order."""
+    def set_strengths(self, strengths: Tensor) -> None:
+        """Set the strengths (n,) fp32 of the adapters that `set_terms` took up, in its order."""
         if self.mix is None:
             return
         held = self._held = self._held.on(strengths.device)  # the layer may have moved: CPU offload does at every call
@@ -138,8 +138,8 @@ def _keep_all(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Held:
-    """What `weigh` needs of the n adapters: who owns each rank (R,), and their gain offsets at strength 1, fp32.
+class _HeldTerms:
+    """What `set_strengths` needs of the n adapters: who owns each rank (R,), and their gain offsets at strength 1, fp32.
 
     A rank that nobody owns (padding) belongs to number n, whose strength is 0.
     """
@@ -152,10 +152,10 @@ class _Held:
         """The same on a device; itself when it is there already."""
         if self.offsets.device == device:
             return self
-        return _Held(self.owners.to(device), self.offsets.to(device), self.in_offsets.to(device))
+        return _HeldTerms(self.owners.to(device), self.offsets.to(device), self.in_offsets.to(device))
 
 
-def _held(terms: Sequence[GainForm], left: Tensor) -> _Held:
+def _held(terms: Sequence[GainForm], left: Tensor) -> _HeldTerms:
     owners = [index for index, term in enumerate(terms) for _ in range(term.right.shape[0])]
     owners += [len(terms)] * (left.shape[1] - len(owners))
     device, none = left.device, torch.zeros(0, left.shape[0], device=left.device)
@@ -165,4 +165,4 @@ def _held(terms: Sequence[GainForm], left: Tensor) -> _Held:
     in_offsets = none
     if known is not None:
         in_offsets = torch.stack([torch.zeros_like(known) if offset is None else offset for offset in inputs])
-    return _Held(torch.tensor(owners, device=device), offsets, in_offsets)
+    return _HeldTerms(torch.tensor(owners, device=device), offsets, in_offsets)

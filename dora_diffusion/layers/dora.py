@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dora_diffusion.functional.dora import RowNorms, RowSums, compose, gain, norms_from, row_sums
 from dora_diffusion.layers.base_layers import Base, branch_dtype, dense_weight, kind_of
 from dora_diffusion.layers.config import NormGrad
-from dora_diffusion.layers.initialisation import Pair
+from dora_diffusion.layers.initialisation import InitialPair
 from dora_diffusion.layers.step_counter import CLOCK, stamp
 from dora_diffusion.state import ModuleState
 
@@ -25,7 +25,7 @@ class Adapter(nn.Module):
     With an anchor (A0, B0), which is frozen, D = s (B A - B0 A0).
     """
 
-    def __init__(self, pair: Pair, magnitude: Tensor | None, *, scale: float) -> None:
+    def __init__(self, pair: InitialPair, magnitude: Tensor | None, *, scale: float) -> None:
         super().__init__()
         self.down = nn.Parameter(pair.down)
         self.up = nn.Parameter(pair.up)

@@ -15,7 +15,7 @@ INITS: tuple[Init, ...] = ("default", "gaussian", "orthogonal", "pissa")
 
 
 @dataclass(frozen=True)
-class Pair:
+class InitialPair:
     """A (r, in[, kernel]) and B (out, r[, 1, 1]); with an anchor, D = s (B A - anchor.B anchor.A)."""
 
     down: Tensor
@@ -25,7 +25,7 @@ class Pair:
     def to(self, device: torch.device, dtype: torch.dtype) -> "Pair":
         """The same numbers elsewhere."""
         anchor = None if self.anchor is None else self.anchor.to(device, dtype)
-        return Pair(self.down.to(device, dtype), self.up.to(device, dtype), anchor)
+        return InitialPair(self.down.to(device, dtype), self.up.to(device, dtype), anchor)
 
 
 Fill = Callable[[Tensor, torch.Generator], object]
@@ -46,7 +46,7 @@ def _orthogonal(down: Tensor, generator: torch.Generator) -> None:
 FILLS: dict[Init, Fill] = {"default": _kaiming, "gaussian": _gaussian, "orthogonal": _orthogonal}
 
 
-def initial_pair(shape: tuple[int, ...], rank: int, init: Init, generator: torch.Generator) -> Pair:
+def initial_pair(shape: tuple[int, ...], rank: int, init: Init, generator: torch.Generator) -> InitialPair:
     """A by `init` and B = 0, fp32 on the CPU, for a weight of `shape` (out, in[, kernel]).
 
     "default": Kaiming-uniform, as PEFT and the paper; "gaussian": N(0, 1/r), as PEFT; "orthogonal": orthonormal rows
@@ -55,16 +55,16 @@ def initial_pair(shape: tuple[int, ...], rank: int, init: Init, generator: torch
     out, *rest = shape
     down = torch.empty(rank, *rest)
     FILLS[init](down, generator)
-    return Pair(down, torch.zeros(out, rank, *[1] * (len(rest) - 1)))
+    return InitialPair(down, torch.zeros(out, rank, *[1] * (len(rest) - 1)))
 
 
-def embedding_pair(shape: tuple[int, ...], rank: int, generator: torch.Generator) -> Pair:
+def embedding_pair(shape: tuple[int, ...], rank: int, generator: torch.Generator) -> InitialPair:
     """A = 0 and B ~ N(0, 1), as PEFT: every token learns its own r numbers, of which B makes a direction."""
     dimension, tokens = shape
-    return Pair(torch.zeros(rank, tokens), torch.randn(dimension, rank, generator=generator))
+    return InitialPair(torch.zeros(rank, tokens), torch.randn(dimension, rank, generator=generator))
 
 
-def principal_pair(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> Pair:
+def principal_pair(weight: Tensor, rank: int, scale: float, generator: torch.Generator) -> InitialPair:
     """PiSSA (arXiv 2404.02948): s B A is W's best approximation of rank r, by a randomised SVD.
 
     PiSSA takes that part out of the base. Here the base stays as it is and the same pair, frozen, is subtracted: the
@@ -81,4 +81,4 @@ def principal_pair(weight: Tensor, rank: int, scale: float, generator: torch.Gen
     up = dense.new_zeros(dense.shape[0], rank)
     down[:count], up[:, :count] = root[:, None] * v[:, :count].T, u[:, :count] * root
     down, up = down.reshape(rank, *weight.shape[1:]), up.reshape(-1, rank, *[1] * (weight.dim() - 2))
-    return Pair(down, up, Pair(down.clone(), up.clone()))
+    return InitialPair(down, up, InitialPair(down.clone(), up.clone()))

@@ -179,7 +179,7 @@ def _submodule(model: nn.Module | None, path: str) -> nn.Module | None:
 
 
 def _refuse_folded(path: str, layer: nn.Module) -> nn.Module:
-    if getattr(layer, "is_folded", False):
+    if getattr(layer, "is_fused", False):
         raise ValueError(f"{path}: adapters are fused into the base's weights; call unfuse() first")
     return layer
 

@@ -9,7 +9,7 @@ from dora_diffusion.layers.base_layers import Base, check_adaptable
 from dora_diffusion.layers.blended import BlendedLayer
 
 
-class Sites:
+class PipelineModules:
     """The layers and parameters of a pipeline, by component and path, past whatever wraps them."""
 
     def __init__(self, pipe: Any, components: Sequence[str]) -> None:

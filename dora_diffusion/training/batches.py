@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.dataset import Example, StepSampler, load_sample
-from dora_diffusion.training.trainable import Subject
+from dora_diffusion.training.trainable import TrainablePipeline
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Latent(NamedTuple):
     frame: Tensor
 
 
-class LatentStore:
+class LatentCache:
     """Latents of examples, encoded once when nothing random is done to the pixels, else at every use."""
 
-    def __init__(self, subject: Subject, config: TrainConfig, size: tuple[int, int]) -> None:
-        self._subject = subject
+    def __init__(self, trainable: TrainablePipeline, config: TrainConfig, size: tuple[int, int]) -> None:
+        self._subject = trainable
         self._data = config.data
         self._size = size
         self._kept: dict[tuple[str, bool], Latent] = {}
@@ -60,25 +60,25 @@ class LatentStore:
         return latent
 
 
-class CaptionStore:
+class ConditioningCache:
     """Conditioning of captions: kept when no text encoder is trained."""
 
-    def __init__(self, subject: Subject) -> None:
-        self._subject = subject
+    def __init__(self, trainable: TrainablePipeline) -> None:
+        self._subject = trainable
         self._kept: dict[str, Mapping[str, Tensor]] = {}
 
     def keep(self, captions: Sequence[str]) -> None:
         """Encode what is new among captions, once and for all."""
-        subject = self._subject
+        trainable = self._subject
         if new := dict.fromkeys(caption for caption in captions if caption not in self._kept):
-            with torch.no_grad(), subject.awake():
-                self._kept.update({caption: subject.family.encode(subject.pipe, [caption]) for caption in new})
+            with torch.no_grad(), trainable.encoders_on_device():
+                self._kept.update({caption: trainable.family.encode(trainable.pipe, [caption]) for caption in new})
 
     def encode(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
         """Captions -> batched conditioning, with gradients when a text encoder is trained."""
-        subject = self._subject
-        if subject.trains_text():
-            return subject.family.encode(subject.pipe, list(captions))
+        trainable = self._subject
+        if trainable.trains_text():
+            return trainable.family.encode(trainable.pipe, list(captions))
         self.keep(captions)
         names = self._kept[captions[0]].keys()
         return {name: _together([self._kept[caption][name] for caption in captions]) for name in names}
@@ -98,7 +98,7 @@ class BatchSource:
 
     def __init__(
         self,
-        subject: Subject,
+        trainable: TrainablePipeline,
         config: TrainConfig,
         size: tuple[int, int],
         *,
@@ -106,11 +106,11 @@ class BatchSource:
         classes: Sequence[Example],
     ) -> None:
         self._config = config
-        self._latents = LatentStore(subject, config, size)
-        self._captions = CaptionStore(subject)
+        self._latents = LatentCache(trainable, config, size)
+        self._captions = ConditioningCache(trainable)
         self._instances, self._classes = instances, classes
         batch, seed = config.optim.batch_size, config.optim.seed
-        if not subject.trains_text():
+        if not trainable.trains_text():
             self._captions.keep(["", *(example.caption for example in (*instances, *classes))])
         self._instance_order = StepSampler(len(instances), batch_size=batch, seed=seed)
         self._class_order = StepSampler(len(classes), batch_size=batch, seed=seed + 1) if classes else None

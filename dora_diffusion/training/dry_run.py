@@ -26,26 +26,26 @@ def describe_plan(config: TrainConfig) -> str:
     from dora_diffusion.training.memory import estimate_memory
     from dora_diffusion.training.meta_pipeline import load_skeleton
     from dora_diffusion.training.objective import objective_of
-    from dora_diffusion.training.trainable import PRECISIONS, adapter_metadata, prepare_subject, trainable_count
+    from dora_diffusion.training.trainable import PRECISIONS, adapter_metadata, prepare_trainable, trainable_count
 
     examples = checked_examples(config).train
     check_words(config, examples)
-    subject = prepare_subject(load_skeleton(config.model, dtype=PRECISIONS[config.optim.mixed_precision]), config)
-    objective_of(subject.pipe, config, tokens=1)  # raises for a scheduler that cannot be trained
+    trainable = prepare_trainable(load_skeleton(config.model, dtype=PRECISIONS[config.optim.mixed_precision]), config)
+    objective_of(trainable.pipe, config, tokens=1)  # raises for a scheduler that cannot be trained
     optim = config.optim
     seen = optim.steps * optim.batch_size * optim.gradient_accumulation
-    file = file_bytes(subject.adapter(adapter_metadata(config, subject.family, step=optim.steps)))
+    file = file_bytes(trainable.adapter(adapter_metadata(config, trainable.family, step=optim.steps)))
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     lines = [
-        f"base       {config.model} ({subject.family.name})",
+        f"base       {config.model} ({trainable.family.name})",
         f"images     {len(examples)} in {config.data.instance_dir}, each seen about {seen / len(examples):.0f} times",
-        *(f"adapter    {name}: {len(part.matched)} layers" for name, part in subject.injections.items()),
-        *([] if subject.words is None else [f"words      {_words(subject.words)}"]),
-        f"trained    {trainable_count(subject.parameters()):,} numbers",
-        *([f"file       {file / 1e6:.1f} MB"] if subject.injections else []),
+        *(f"adapter    {name}: {len(part.matched)} layers" for name, part in trainable.injections.items()),
+        *([] if trainable.words is None else [f"words      {_words(trainable.words)}"]),
+        f"trained    {trainable_count(trainable.parameters()):,} numbers",
+        *([f"file       {file / 1e6:.1f} MB"] if trainable.injections else []),
         f"steps      {optim.steps} of {optim.batch_size} x {optim.gradient_accumulation}, seed {optim.seed}",
         f"prior      {', '.join(config.prior.prompts) or 'none'}",
-        *memory_lines(estimate_memory(subject, config, device=device), f"on {device}"),
+        *memory_lines(estimate_memory(trainable, config, device=device), f"on {device}"),
         f"output     {config.output_dir}",
     ]
     return "\n".join(lines)

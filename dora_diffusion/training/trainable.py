@@ -26,7 +26,7 @@ PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 
 
 @dataclass(frozen=True)
-class Subject:
+class TrainablePipeline:
     """A pipeline under training. `injections`: component name -> its adapter; `words`: new ones, or None."""
 
     pipe: Any
@@ -50,7 +50,7 @@ class Subject:
             encoder.to("cpu")
 
     @contextmanager
-    def awake(self) -> Any:
+    def encoders_on_device(self) -> Any:
         """Text encoders beside the denoiser, to encode new captions or to draw; they rest again afterwards."""
         device = next(self.denoiser.parameters()).device
         for encoder in self._resting():
@@ -87,7 +87,7 @@ class Subject:
         return join([injection.state().under(name) for name, injection in self.injections.items()], metadata)
 
     def eject(self) -> None:
-        """Leave the pipeline as it was before `prepare_subject`."""
+        """Leave the pipeline as it was before `prepare_trainable`."""
         for injection in self.injections.values():
             injection.eject()
         if self.words is not None:
@@ -113,7 +113,7 @@ def load_base(config: TrainConfig, device: torch.device) -> Any:
     return pipe
 
 
-def prepare_subject(pipe: Any, config: TrainConfig) -> Subject:
+def prepare_trainable(pipe: Any, config: TrainConfig) -> TrainablePipeline:
     """Put the adapters and new words that the config asks for into a base pipeline."""
     family = family_of_pipeline(pipe)
     wanted = {family.denoiser.name: config.adapter.rank} if config.adapter.train_unet else {}
@@ -133,10 +133,10 @@ def prepare_subject(pipe: Any, config: TrainConfig) -> Subject:
     if config.optim.gradient_checkpointing:
         for name in {family.denoiser.name, *injections}:  # gradients of text adapters run through the denoiser too
             _enable_checkpointing(getattr(pipe, name))
-    subject = Subject(pipe, family, injections, words)
-    subject.train()
-    subject.rest()
-    return subject
+    trainable = TrainablePipeline(pipe, family, injections, words)
+    trainable.train()
+    trainable.rest()
+    return trainable
 
 
 def text_encoders_of(pipe: Any, family: Family, config: TrainConfig) -> list[str]:
@@ -196,31 +196,31 @@ def _targets(config: TrainConfig, is_denoiser: bool) -> str | list[str] | None:
     return targets if is_denoiser or targets in presets else None
 
 
-def picture_size(subject: Subject, config: TrainConfig) -> tuple[int, int]:
+def picture_size(trainable: TrainablePipeline, config: TrainConfig) -> tuple[int, int]:
     """(width, height) of training pictures: the config's or the model's own; a ValueError when it cannot be drawn."""
-    side = config.data.resolution or subject.family.native_side(subject.pipe)
-    multiple = pixel_multiple(subject.pipe, subject.family)
+    side = config.data.resolution or trainable.family.native_side(trainable.pipe)
+    multiple = pixel_multiple(trainable.pipe, trainable.family)
     if side % multiple:
-        raise ValueError(f"data.resolution: got {side}, expected a multiple of {multiple} for {subject.family.name}")
+        raise ValueError(f"data.resolution: got {side}, expected a multiple of {multiple} for {trainable.family.name}")
     return side, side
 
 
-def build_optimizer(subject: Subject, config: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(trainable: TrainablePipeline, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with each component's own rate; B has LoRA+'s ratio, magnitudes a multiplier and no weight decay."""
     optim = config.optim
     groups: list[dict[str, Any]] = []
-    for name, injection in subject.injections.items():
-        is_text = name != subject.family.denoiser.name
+    for name, injection in trainable.injections.items():
+        is_text = name != trainable.family.denoiser.name
         rate = _own(optim.text_encoder_learning_rate if is_text else None, name, optim.learning_rate)
         decay = optim.weight_decay
         groups.append({"params": injection.downs(), "lr": rate, "weight_decay": decay})
         groups.append({"params": injection.ups(), "lr": rate * optim.loraplus_lr_ratio, "weight_decay": decay})
         if magnitudes := injection.magnitudes():
             groups.append({"params": magnitudes, "lr": rate * optim.magnitude_lr_multiplier, "weight_decay": 0.0})
-    if subject.words is not None:
+    if trainable.words is not None:
         until = max(1, round(config.words.share * optim.steps))
         rate = optim.words_learning_rate
-        groups.append({"params": subject.words.parameters(), "lr": rate, "weight_decay": 0.0, "until": until})
+        groups.append({"params": trainable.words.parameters(), "lr": rate, "weight_decay": 0.0, "until": until})
     return torch.optim.AdamW(groups)
 
 

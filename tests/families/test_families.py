@@ -108,16 +108,18 @@ def test_encode_and_predict_are_what_the_pipeline_itself_does(tiny) -> None:
 
 
 def test_captions_of_several_lengths_are_predicted_as_each_alone(tiny) -> None:
-    from dora_diffusion.training.batches import CaptionStore
+    from dora_diffusion.training.batches import ConditioningCache
 
     pipe = tiny.build()
     family = family_of_pipeline(pipe)
-    subject: Any = SimpleNamespace(pipe=pipe, family=family, trains_text=lambda: False, awake=nullcontext)
+    trainable: Any = SimpleNamespace(
+        pipe=pipe, family=family, trains_text=lambda: False, encoders_on_device=nullcontext
+    )
     captions = [PROMPT, "a cat", ""]
     denoiser = getattr(pipe, family.denoiser.name)
     latents, timesteps, frames = some_latents(pipe, tiny, len(captions))
     with torch.no_grad():
-        together = family.predict(denoiser, latents, timesteps, CaptionStore(subject).encode(captions), frames)
+        together = family.predict(denoiser, latents, timesteps, ConditioningCache(trainable).encode(captions), frames)
         for i, caption in enumerate(captions):
             alone = family.predict(
                 denoiser, latents[i : i + 1], timesteps[i : i + 1], family.encode(pipe, [caption]), frames[i : i + 1]

@@ -10,7 +10,7 @@ MAX_WAITING = 64
 LOOK_SECONDS = 0.1
 
 
-class Turns:
+class DrawQueue:
     """A queue for one thing that only one may use at a time."""
 
     def __init__(self) -> None:

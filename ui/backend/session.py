@@ -20,7 +20,7 @@ from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.generation.samplers import sampler_names
 from dora_diffusion.pipelines.base_weights import BaseWeights, base_weights
 from dora_diffusion.pipelines.loading import load_pipeline
-from ui.backend.draw_queue import Turns
+from ui.backend.draw_queue import DrawQueue
 from ui.backend.engine import Engine, Loaded, bases_offered
 from ui.backend.inputs import keep_input
 from ui.backend.request import AdapterChoice, DrawRequest, Parts
@@ -76,7 +76,7 @@ class Session:
         self._engine = Engine(pipe, model=model, library=self.library)
         self._first = model
         self._models_folder = models
-        self._turns = Turns()
+        self._turns = DrawQueue()
         self._bases: OrderedDict[tuple[object, ...], Path] = OrderedDict()
         self._runs: dict[str, Run] = {}
         self._runs_lock = threading.Lock()

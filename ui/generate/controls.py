@@ -22,7 +22,7 @@ Values = Mapping[Component, Any]
 
 
 @dataclass(frozen=True)
-class Desk:
+class Controls:
     """What decides the picture on one page.
 
     Attributes:

@@ -16,7 +16,7 @@ from ui.backend.picture_difference import largest_difference
 from ui.backend.request import check_whole
 from ui.backend.session import Session
 from ui.errors import told
-from ui.generate.controls import Desk
+from ui.generate.controls import Controls
 from ui.generate.restore import restore_from, restored_updates
 
 PAGE = 24
@@ -131,7 +131,7 @@ class History:
     pinned: gr.State
 
 
-def build_history(session: Session, desk: Desk, demo: gr.Blocks) -> History:
+def build_history(session: Session, desk: Controls, demo: gr.Blocks) -> History:
     """Lay out the gallery inside the open block and wire it to the form and the rack."""
     with gr.Row(elem_id="history-nav"):
         look = gr.Button("Look again", size="sm", elem_id="history-refresh", min_width=100)
@@ -185,7 +185,7 @@ def _wire_pages(history: History, session: Session, looks: list[Any], turns: tup
         )  # fmt: skip
 
 
-def _wire_picture(history: History, session: Session, desk: Desk, *, restore: gr.Button, pin: gr.Button) -> None:
+def _wire_picture(history: History, session: Session, desk: Controls, *, restore: gr.Button, pin: gr.Button) -> None:
     def select(names: tuple[str, ...], pinned: str | None, event: gr.SelectData) -> dict[Component, Any]:
         with told():
             index = check_whole("picture", event.index, low=0, high=max(0, len(names) - 1))

@@ -25,7 +25,7 @@ from ui.backend.request import (
 )
 from ui.backend.session import Session
 from ui.errors import told
-from ui.generate.controls import Desk
+from ui.generate.controls import Controls
 from ui.generate.recipes import Recipe
 from ui.generate.restore import Restored, restored_updates
 from ui.library.hashes import Missing, Wanted, find_all, hash_of
@@ -166,7 +166,7 @@ class Presets:
     report: gr.HTML
 
 
-def build_presets(session: Session, desk: Desk) -> Presets:
+def build_presets(session: Session, desk: Controls) -> Presets:
     """Lay out the presets inside the open block and wire them to the form and the rack."""
     with gr.Row(elem_id="presets"):
         name = gr.Dropdown(
@@ -181,7 +181,7 @@ def build_presets(session: Session, desk: Desk) -> Presets:
     return presets
 
 
-def _wire(presets: Presets, session: Session, desk: Desk) -> None:
+def _wire(presets: Presets, session: Session, desk: Controls) -> None:
     def choices(value: str | None) -> gr.Dropdown:
         return gr.Dropdown(list(list_presets(session.output)), value=value)
 

@@ -21,7 +21,7 @@ from ui.backend.request import DetailValues, Parts, SlotValues, check_settings
 from ui.backend.session import Session
 from ui.errors import told
 from ui.generate.canvas import canvas_value
-from ui.generate.controls import Desk
+from ui.generate.controls import Controls
 from ui.generate.infotext import Parameters, parse_a1111, settings_of
 from ui.generate.recipes import Recipe, cut_to_rack, placed
 from ui.library.hashes import Missing, Wanted, by_name, find_all
@@ -182,7 +182,7 @@ def _missing_html(one: Missing) -> str:
     return f"<b>{escape(one.name)}</b>{hash}: {escape(one.reason)}"
 
 
-def restored_updates(restored: Restored, desk: Desk, session: Session, report: gr.HTML) -> dict[Component, Any]:
+def restored_updates(restored: Restored, desk: Controls, session: Session, report: gr.HTML) -> dict[Component, Any]:
     """What shows a restored picture: form, rack and the report below."""
     recipe, left_out = cut_to_rack(restored.recipe, len(desk.rack.slots))
     shown = replace(restored, slots=recipe.slots, notes=(*restored.notes, *left_out))
@@ -204,7 +204,7 @@ class Restore:
     report: gr.HTML
 
 
-def build_restore(session: Session, desk: Desk) -> Restore:
+def build_restore(session: Session, desk: Controls) -> Restore:
     """Lay out the drop inside the open block and wire it: a picture dropped fills the form and the rack."""
     with gr.Row():
         # not gr.Image: that one encodes what is dropped anew, or leaves its file open

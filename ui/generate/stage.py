@@ -142,7 +142,7 @@ def _picture(label: str, elem_id: str, alt: str) -> gr.Image:
     )  # fmt: skip
 
 
-class Screenplay:
+class ProgressView:
     """Turns the updates of one run into changes of widgets, sending each finished picture once."""
 
     def __init__(self, stage: Stage) -> None:

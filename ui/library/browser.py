@@ -85,7 +85,7 @@ class _Widgets:
         return [self.family, self.kind, self.tag]
 
 
-class Looker:
+class BrowserHandlers:
     """What the handlers do, without widgets: the library, its pictures, the family of the app's base."""
 
     def __init__(self, library: AdapterLibrary, family: Callable[[], str]) -> None:
@@ -161,7 +161,7 @@ def build_browser(session: Any, demo: gr.Blocks) -> Browser:
         session: its `library`, and `family`, the name of its base's family.
         demo: the page, whose loading fills the browser.
     """
-    looker = Looker(session.library, lambda: str(session.family))
+    looker = BrowserHandlers(session.library, lambda: str(session.family))
     widgets = _lay_out()
     picked = gr.Textbox(visible=False, elem_id="browser-picked")
     word = gr.Textbox(visible=False, elem_id="browser-word")
@@ -228,7 +228,7 @@ def _lay_out() -> _Widgets:
     )
 
 
-def _wire_looks(widgets: _Widgets, looker: Looker, demo: gr.Blocks) -> None:
+def _wire_looks(widgets: _Widgets, looker: BrowserHandlers, demo: gr.Blocks) -> None:
     """Whatever changes, one handler draws the cards, one call at a time: an older answer never comes after a newer."""
 
     def show(had: Any, *asked: Any) -> list[Any]:

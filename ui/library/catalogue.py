@@ -10,7 +10,7 @@ from ui.library.library import AdapterFile, AdapterLibrary
 PAGE = 48
 LONGEST_SEARCH = 200
 MOST_CHOICES = 200
-NOT_TOLD = "not told"
+UNDECLARED = "not told"
 ORDERS: Mapping[str, Callable[[AdapterFile], Any]] = {
     "name": lambda file: (file.name.lower(), file.name),
     "newest": lambda file: -(file.stamp.modified_ns if file.stamp else 0),
@@ -24,7 +24,7 @@ class Query:
 
     Attributes:
         text: words that all have to occur, in names, titles, trigger words, tags or authors.
-        family: of the base; "" for any, `NOT_TOLD` for those that do not say.
+        family: of the base; "" for any, `UNDECLARED` for those that do not say.
         kind, tag: "" for any.
         only_fitting: leave out what is known to be for another base than the app's.
         order: a key of ORDERS.
@@ -113,7 +113,7 @@ def choices_of(files: Iterable[AdapterFile]) -> Choices:
     tags: Counter[str] = Counter()
     for file in files:
         if file.seen is not None:
-            families[file.family or NOT_TOLD] += 1
+            families[file.family or UNDECLARED] += 1
             kinds[_plain(file.kind)] += 1
             tags.update(tag.lower() for tag in file.tags)
     return Choices(*(tuple(name for name, _ in counts.most_common(MOST_CHOICES)) for counts in (families, kinds, tags)))
@@ -127,7 +127,7 @@ def misfit(file: AdapterFile, family: str) -> str | None:
 
 
 def _matches(file: AdapterFile, query: Query, words: list[str]) -> bool:
-    if query.family and (file.family or NOT_TOLD) != query.family:
+    if query.family and (file.family or UNDECLARED) != query.family:
         return False
     if query.kind and _plain(file.kind) != query.kind:
         return False

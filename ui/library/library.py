@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from dora_diffusion.inspection.header import Glance, Structure, glance
+from dora_diffusion.inspection.header import HeaderSummary, Structure, summarise_header
 from ui.library.shelf import Entry, Stamp, list_folder, stamp_of
 from ui.library.shelf_index import Known, default_index, read_index, write_index
 from ui.library.shelf_notes import words_beside
@@ -41,7 +41,7 @@ class AdapterFile:
     where: str
     stamp: Stamp | None
     problem: str | None
-    seen: Glance | None = None
+    seen: HeaderSummary | None = None
     thumbnail: str | None = None
     note: str | None = None
 
@@ -230,7 +230,7 @@ class AdapterLibrary:
 
     def _read(self, file: AdapterFile) -> AdapterFile:
         try:
-            seen = glance(file.path, self._structures)
+            seen = summarise_header(file.path, self._structures)
         except ValueError as error:
             return replace(file, problem=str(error).removeprefix(f"{file.where}: "))
         if file.note is not None:

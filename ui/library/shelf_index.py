@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion.inspection.header import Glance, Structure, Told
+from dora_diffusion.inspection.header import DeclaredMetadata, HeaderSummary, Structure
 from dora_diffusion.utils.atomic import write_atomically
 from ui.library.shelf import Stamp
 
@@ -21,7 +21,7 @@ class Known:
 
     stamp: Stamp
     problem: str | None
-    seen: Glance | None
+    seen: HeaderSummary | None
 
 
 def default_index(folder: Path) -> Path:
@@ -69,8 +69,8 @@ def _known(row: list[Any], structures: list[Structure]) -> Known:
     if len(rest) == 1:
         return Known(stamp, str(rest[0]), None)
     number, title, author, base, triggers, tags = rest
-    told = Told(str(title), str(author), str(base), _texts(triggers), _texts(tags))
-    return Known(stamp, None, Glance(structures[number], told))
+    told = DeclaredMetadata(str(title), str(author), str(base), _texts(triggers), _texts(tags))
+    return Known(stamp, None, HeaderSummary(structures[number], told))
 
 
 def _structure(row: Mapping[str, Any]) -> Structure:

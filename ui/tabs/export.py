@@ -14,7 +14,7 @@ from dora_diffusion.generation.generate import GenerationStopped
 from ui.backend.request import check_number, check_whole
 from ui.backend.session import Session
 from ui.errors import told
-from ui.generate.controls import Desk, Stops
+from ui.generate.controls import Controls, Stops
 from ui.generate.stage import status_html
 from ui.tabs.export_files import AS_DRAWN, TARGETS, Exported, ExportOptions, check_options, export_mix
 
@@ -64,7 +64,7 @@ class _Fields:
         )
 
 
-def build_export(session: Session, desk: Desk) -> Export:
+def build_export(session: Session, desk: Controls) -> Export:
     """Lay out the tab inside the open block and wire it."""
     fields = _build_fields()
     sentence = gr.HTML(_sentence(AS_DRAWN), elem_id="export-sentence")
@@ -86,7 +86,7 @@ def build_export(session: Session, desk: Desk) -> Export:
     return export
 
 
-def _wire(export: Export, fields: _Fields, session: Session, desk: Desk) -> None:
+def _wire(export: Export, fields: _Fields, session: Session, desk: Controls) -> None:
     stops = Stops()
 
     def run(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:

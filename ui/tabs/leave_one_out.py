@@ -15,7 +15,7 @@ from ui.backend.request import DrawRequest, SlotValues, taking_part
 from ui.backend.session import Session
 from ui.backend.tags import resolve_tags
 from ui.errors import told
-from ui.generate.controls import Desk, Stops, Variations, picture_html
+from ui.generate.controls import Controls, Stops, Variations, picture_html
 from ui.generate.stage import status_html
 
 WITHOUT = "without"  # the folder of these pictures in the output folder
@@ -114,7 +114,7 @@ def _told(difference: float | None) -> str:
     return f"mean difference {difference:.1f} of 255" if difference else "no difference"
 
 
-def wire_leave_out(board: LeaveOut, session: Session, desk: Desk) -> None:
+def wire_leave_out(board: LeaveOut, session: Session, desk: Controls) -> None:
     """Connect the row to the session's drawing."""
     stops = Stops()
 

@@ -15,7 +15,7 @@ from ui.backend.request import Parts, SlotValues
 from ui.backend.session import Session
 from ui.backend.tags import Resolved, resolve_tags
 from ui.errors import told
-from ui.generate.controls import Desk, Stops, Values, Variations, picture_html
+from ui.generate.controls import Controls, Stops, Values, Variations, picture_html
 from ui.generate.stage import status_html
 from ui.tabs.axes import parse_range
 from ui.tabs.weight_grid_cells import A_B, ADAPTER_WEIGHT, KINDS, MAPS, Axes, Cell, plan, request_of, save_sheet
@@ -176,13 +176,13 @@ class _Plan:
             yield done
 
 
-def _planned(board: WeightMap, session: Session, desk: Desk, values: Mapping[Component, Any]) -> _Plan:
+def _planned(board: WeightMap, session: Session, desk: Controls, values: Mapping[Component, Any]) -> _Plan:
     axes, parts = board.read(values), session.parts
     resolved = resolve_tags(desk.request(values), session.library.usable, parts)
     return _Plan(axes, plan(axes, desk.slots(values)), resolved, parts)
 
 
-def wire_weight_map(board: WeightMap, session: Session, desk: Desk) -> None:
+def wire_weight_map(board: WeightMap, session: Session, desk: Controls) -> None:
     """Connect the map to the session's drawing."""
     stops = Stops()
 

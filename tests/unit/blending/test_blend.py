@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.blending import BLEND_SENTENCES, BlendOptions, blend, blend_with_report
-from dora_diffusion.functional.blend_modes import MODES, Term
+from dora_diffusion.functional.blend_modes import MODES, AdapterTerm
 from dora_diffusion.functional.dora import Axis, dora_weight
 from dora_diffusion.functional.merge_methods import METHODS, Sparsity
 from dora_diffusion.functional.strengths import Weight, strength_at
@@ -25,9 +25,9 @@ def three() -> dict[str, AdapterState]:
     return {"a": adapter(1), "b": adapter(20, dora=False, rank=3), "c": adapter(40, rank=1)}
 
 
-def terms_at(path: str, adapters: Mapping[str, AdapterState], weights: Mapping[str, Weight]) -> list[Term]:
+def terms_at(path: str, adapters: Mapping[str, AdapterState], weights: Mapping[str, Weight]) -> list[AdapterTerm]:
     return [
-        Term(found.modules[path].delta(), found.modules[path].magnitude, found.modules[path].axis, s)
+        AdapterTerm(found.modules[path].delta(), found.modules[path].magnitude, found.modules[path].axis, s)
         for name, found in adapters.items()
         if path in found.modules and (s := strength_at(path, weights[name])) != 0
     ]
@@ -154,7 +154,7 @@ def test_methods_of_differences_at_full_rank_are_the_method(mode: str) -> None:
     made = blend_with_report(three(), WEIGHTS, base=base, mode=mode, rank=100, options=BlendOptions(density=1.0))
     path = LINEAR
     deltas = [
-        MODES["additive"](base(path), [Term(t.delta, t.magnitude, t.axis, 1.0)]) - base(path)
+        MODES["additive"](base(path), [AdapterTerm(t.delta, t.magnitude, t.axis, 1.0)]) - base(path)
         for t in terms_at(path, three(), WEIGHTS)
     ]
     expected = METHODS[mode](deltas, [0.6, 0.5, -0.2], Sparsity(1.0))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.functional import dora as f
-from dora_diffusion.functional.blend_modes import MODE_SENTENCES, MODES, Term, direction_factor
+from dora_diffusion.functional.blend_modes import MODE_SENTENCES, MODES, AdapterTerm, direction_factor
 from dora_diffusion.functional.dora import Axis
 from tests.tolerances import assert_close, assert_identical
 
@@ -19,7 +19,7 @@ SHAPES = ((6, 5), (5, 5), (6, 4, 3, 3))
 
 def made(
     shape: tuple[int, ...], *, dtype: torch.dtype = torch.float32, axis: Axis = "out"
-) -> tuple[Tensor, list[Term]]:
+) -> tuple[Tensor, list[AdapterTerm]]:
     """A weight and three adapters: a DoRA, a LoRA, a DoRA."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator, dtype=dtype)
@@ -27,15 +27,15 @@ def made(
     for number, strength in enumerate((0.7, -0.4, 1.3)):
         delta = 0.3 * torch.randn(shape, generator=generator, dtype=dtype)
         magnitude = 0.5 + 2 * torch.rand(shape[0 if axis == "out" else 1], generator=generator, dtype=dtype)
-        terms.append(Term(delta, None if number == 1 else magnitude, axis, strength))
+        terms.append(AdapterTerm(delta, None if number == 1 else magnitude, axis, strength))
     return weight, terms
 
 
-def at(strengths: Sequence[float], terms: Sequence[Term]) -> list[Term]:
-    return [Term(term.delta, term.magnitude, term.axis, s) for term, s in zip(terms, strengths, strict=True)]
+def at(strengths: Sequence[float], terms: Sequence[AdapterTerm]) -> list[AdapterTerm]:
+    return [AdapterTerm(term.delta, term.magnitude, term.axis, s) for term, s in zip(terms, strengths, strict=True)]
 
 
-def alone(weight: Tensor, term: Term) -> Tensor:
+def alone(weight: Tensor, term: AdapterTerm) -> Tensor:
     """W' of one adapter, by the code that layers and conversion call."""
     eye = torch.eye(term.delta[0].numel(), dtype=weight.dtype).reshape(-1, *weight.shape[1:])
     return f.dora_weight(weight, eye, term.delta.flatten(1), 1.0, term.magnitude, axis=term.axis)
@@ -96,7 +96,7 @@ def test_additive_is_the_sum_of_gain_forms_that_layers_draw_with() -> None:
 
 def test_loras_alone_add_up_under_compose() -> None:
     weight, terms = made((6, 5))
-    plain = [Term(term.delta, strength=term.strength) for term in terms]
+    plain = [AdapterTerm(term.delta, strength=term.strength) for term in terms]
     expected = weight + sum(term.strength * term.delta for term in terms)
     assert_close(MODES["compose"](weight, plain), expected)
     assert_close(MODES["additive"](weight, plain), expected)
@@ -120,20 +120,21 @@ def test_direction_magnitude_is_a_dora_of_the_same_differences() -> None:
     c = direction_factor(base, norms, [term.strength for term in terms])
     delta = sum(t.strength / (c * norm)[:, None] * t.delta for t, norm in zip(terms, norms, strict=True))
     m = mixed.norm(dim=1) * c.sign()
-    assert_close(alone(weight, Term(delta, m)), mixed, computed_in=torch.float64)
+    assert_close(alone(weight, AdapterTerm(delta, m)), mixed, computed_in=torch.float64)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_dead_row_stays_finite_and_others_are_untouched(mode: str) -> None:
     weight, terms = made((6, 5))
     weight[2] = 0
-    terms[0] = Term(terms[0].delta.index_fill(0, torch.tensor([2]), 0.0), terms[0].magnitude, "out", 0.7)
+    terms[0] = AdapterTerm(terms[0].delta.index_fill(0, torch.tensor([2]), 0.0), terms[0].magnitude, "out", 0.7)
     mixed = MODES[mode](weight, terms)
     assert torch.isfinite(mixed).all()
     if mode != "a1111":  # whose columns mix rows
         rest = [0, 1, 3, 4, 5]
         kept = [
-            Term(t.delta[rest], None if t.magnitude is None else t.magnitude[rest], "out", t.strength) for t in terms
+            AdapterTerm(t.delta[rest], None if t.magnitude is None else t.magnitude[rest], "out", t.strength)
+            for t in terms
         ]
         assert_close(mixed[rest], MODES[mode](weight[rest], kept))
 
@@ -151,7 +152,7 @@ def test_half_precision_weights_and_flat_differences_are_taken_in_fp32(mode: str
     weight, terms = made((6, 4, 3, 3))
     half = weight.bfloat16()
     flat = [
-        Term(t.delta.flatten(1), None if t.magnitude is None else t.magnitude[:, None], "out", t.strength)
+        AdapterTerm(t.delta.flatten(1), None if t.magnitude is None else t.magnitude[:, None], "out", t.strength)
         for t in terms
     ]
     assert_identical(MODES[mode](half, flat), MODES[mode](half.float(), terms))
@@ -159,7 +160,7 @@ def test_half_precision_weights_and_flat_differences_are_taken_in_fp32(mode: str
 
 def test_both_axes_in_one_layer_are_refused_where_they_cannot_be_one_dora() -> None:
     weight, terms = made((5, 5))
-    terms[2] = Term(terms[2].delta, terms[2].magnitude, "in", 1.0)
+    terms[2] = AdapterTerm(terms[2].delta, terms[2].magnitude, "in", 1.0)
     for mode in ("compose", "direction-magnitude"):
         with pytest.raises(ValueError, match="convert the adapter of the in axis to the out axis first"):
             MODES[mode](weight, terms)
@@ -171,7 +172,7 @@ def test_both_axes_in_one_layer_are_refused_where_they_cannot_be_one_dora() -> N
 def test_a_negative_magnitude_has_no_geometric_mean() -> None:
     weight, terms = made((5, 5))
     with pytest.raises(ValueError, match="blend additively"):
-        MODES["compose"](weight, [Term(terms[0].delta, -torch.ones(5), "out", 0.5)])
+        MODES["compose"](weight, [AdapterTerm(terms[0].delta, -torch.ones(5), "out", 0.5)])
 
 
 def test_every_mode_has_its_sentence() -> None:

@@ -14,7 +14,7 @@ from dora_diffusion.layers import quantisation as quantised
 from dora_diffusion.layers.base_layers import check_adaptable, dense_weight, logical_shape
 from dora_diffusion.layers.blended import BlendedLayer
 from dora_diffusion.layers.config import DoRAConfig
-from dora_diffusion.layers.fuse import fold
+from dora_diffusion.layers.fuse import fuse_weights
 from dora_diffusion.layers.injection import inject
 from tests.tolerances import assert_close, assert_identical
 
@@ -138,14 +138,14 @@ def test_blends_as_the_dequantised_layer_would(kind: str) -> None:
     down, up = torch.randn(4, IN) / 4, 0.1 * torch.randn(OUT, 4)
     term = f.gain_form(weight, down, up, 1.0, f.initial_magnitude(weight) * 1.2)
     blended = BlendedLayer(model[0])
-    blended.hold([term])
-    blended.weigh(torch.tensor([0.7]))
+    blended.set_terms([term])
+    blended.set_strengths(torch.tensor([0.7]))
     dense = f.apply_gain_form(weight, f.scale_gain_form(term, 0.7))
     expected = nn.functional.linear(x.float(), dense, model[0].bias.float())
     error = (blended(x).float() - expected).abs().max() / expected.abs().max()
     assert error < 2 * MAKERS[kind][2]
     with pytest.raises(ValueError, match="some.path: a quantised .* cannot be folded; leave the adapter unfused"):
-        fold({"some.path": (model[0], term)})
+        fuse_weights({"some.path": (model[0], term)})
 
 
 def test_gradients_are_those_on_the_dequantised_layer() -> None:
@@ -202,8 +202,8 @@ def test_a_weight_kept_in_fp8_is_read_and_blended_but_not_folded() -> None:
     injection.eject()
     term = f.gain_form(weight, state.down, state.up, state.scale, state.magnitude)
     blended = BlendedLayer(base)
-    blended.hold([term])
-    blended.weigh(torch.ones(1))
+    blended.set_terms([term])
+    blended.set_strengths(torch.ones(1))
     assert_close(blended(x), trained)
     with pytest.raises(ValueError, match="cannot be folded"):
-        fold({"0": (base, term)})
+        fuse_weights({"0": (base, term)})

@@ -37,7 +37,7 @@ from ui.train.runs import (
     send_to_library,
 )
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 FIELDS = Fields(
     name="robot", dataset="sets/cats", recipe=PLAIN, instance_prompt="a zqx cat", rank=2, steps=3, learning_rate=1e-3,
     resolution=32, batch_size=1, seed=0, text_encoder=False, dora=True, samples="", every=2,

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dora_diffusion.inspection.header import Glance, Structure, Told
-from ui.library.browser import Looker, add_word
+from dora_diffusion.inspection.header import DeclaredMetadata, HeaderSummary, Structure
+from ui.library.browser import BrowserHandlers, add_word
 from ui.library.cards import card_html, initials, size_in_words
 from ui.library.catalogue import PAGE, Query, check_query, choices_of, shown_of
 from ui.library.library import AdapterFile, AdapterLibrary
@@ -21,7 +21,7 @@ def _file(
     name: str, *, family: str = "sd1", kind: str = "LoRA", tags: tuple[str, ...] = (), title: str = "", size: int = 5000
 ) -> AdapterFile:
     structure = Structure("kohya", kind, family, (4, 8), "out", 88, ("unet",))
-    seen = Glance(structure, Told(title=title, triggers=(f"{title} word",), tags=tags))
+    seen = HeaderSummary(structure, DeclaredMetadata(title=title, triggers=(f"{title} word",), tags=tags))
     return AdapterFile(name, f"/nowhere/{name}", Stamp(size, size), None, seen)
 
 
@@ -163,7 +163,7 @@ def test_handlers_look_names_and_words_up(adapters: Path) -> None:
     (adapters / "ink.json").write_text('{"activation text": "inkstyle"}')
     library = AdapterLibrary(adapters)
     library.refresh()
-    looker = Looker(library, lambda: "sd1")
+    looker = BrowserHandlers(library, lambda: "sd1")
     assert looker.pick("ink") == "ink"
     assert looker.word("ink", 0) == "inkstyle"
     for name in ("../ink", "broken", None, 7, {"a": 1}):

@@ -10,7 +10,7 @@ from dora_diffusion.training.batches import BatchSource
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.dataset import Example
 from dora_diffusion.training.objective import objective_of
-from dora_diffusion.training.trainable import RateSchedule, adapter_metadata, build_optimizer, prepare_subject
+from dora_diffusion.training.trainable import RateSchedule, adapter_metadata, build_optimizer, prepare_trainable
 from dora_diffusion.utils.images import read_image
 from tests.families.pipelines import PIPELINES
 from tests.pocket_random import random_pocket_pipeline
@@ -45,8 +45,8 @@ def examples(tmp_path) -> list[Example]:
 
 def test_groups_have_their_own_rates_and_magnitudes_no_decay(tmp_path) -> None:
     config = make_config(tmp_path)
-    subject = prepare_subject(random_pocket_pipeline(), config)
-    groups = build_optimizer(subject, config).param_groups
+    trainable = prepare_trainable(random_pocket_pipeline(), config)
+    groups = build_optimizer(trainable, config).param_groups
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [
         (1e-3, 0.1),
         (1e-2, 0.1),
@@ -55,20 +55,20 @@ def test_groups_have_their_own_rates_and_magnitudes_no_decay(tmp_path) -> None:
         (2e-3, 0.1),
         (pytest.approx(6e-4), 0.0),
     ]
-    ups = {id(up) for injection in subject.injections.values() for up in injection.ups()}
+    ups = {id(up) for injection in trainable.injections.values() for up in injection.ups()}
     assert {id(p) for index in (1, 4) for p in groups[index]["params"]} == ups
-    magnitudes = {id(m) for injection in subject.injections.values() for m in injection.magnitudes()}
+    magnitudes = {id(m) for injection in trainable.injections.values() for m in injection.magnitudes()}
     assert {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]} == magnitudes
-    assert sum(len(group["params"]) for group in groups) == len(subject.parameters())
-    ranks = {name: set(injection.matched.values()) for name, injection in subject.injections.items()}
+    assert sum(len(group["params"]) for group in groups) == len(trainable.parameters())
+    ranks = {name: set(injection.matched.values()) for name, injection in trainable.injections.items()}
     assert ranks == {"unet": {4}, "text_encoder": {2}}
-    scales = {m.scale for injection in subject.injections.values() for m in injection.state().modules.values()}
+    scales = {m.scale for injection in trainable.injections.values() for m in injection.state().modules.values()}
     assert scales == {2.0}  # a smaller rank keeps the scale
 
 
 def test_rates_are_a_function_of_the_step(tmp_path) -> None:
     config = make_config(tmp_path)
-    optimizer = build_optimizer(prepare_subject(random_pocket_pipeline(), config), config)
+    optimizer = build_optimizer(prepare_trainable(random_pocket_pipeline(), config), config)
     schedule = RateSchedule(optimizer, config)
     assert [schedule.set(step) for step in (0, 5, 0, 10)] == pytest.approx([1e-3, 5e-4, 1e-3, 0.0])
     schedule.set(5)
@@ -77,9 +77,9 @@ def test_rates_are_a_function_of_the_step(tmp_path) -> None:
 
 def test_batches_pair_latents_with_their_captions_and_weigh_the_prior(tmp_path, examples) -> None:
     config = make_config(tmp_path, prior={"class_prompt": "a cat", "weight": 0.25})
-    subject = prepare_subject(random_pocket_pipeline(), config)
-    source = BatchSource(subject, config, (32, 32), instances=examples[:2], classes=examples[2:] * 2)
-    pipe, family = subject.pipe, subject.family
+    trainable = prepare_trainable(random_pocket_pipeline(), config)
+    source = BatchSource(trainable, config, (32, 32), instances=examples[:2], classes=examples[2:] * 2)
+    pipe, family = trainable.pipe, trainable.family
     by_name = {example.path.name: example for example in examples}
     for index in range(4):
         batch = source.batch_at(index)
@@ -95,7 +95,7 @@ def test_batches_pair_latents_with_their_captions_and_weigh_the_prior(tmp_path, 
 
 def test_metadata_tells_no_path_of_the_machine(tmp_path) -> None:
     config = make_config(tmp_path, model=str(tmp_path / "my-base"))
-    metadata = adapter_metadata(config, prepare_subject(random_pocket_pipeline(), config).family, step=3)
+    metadata = adapter_metadata(config, prepare_trainable(random_pocket_pipeline(), config).family, step=3)
     assert metadata["dora_diffusion.base_model"] == "my-base"
     assert str(tmp_path) not in "".join(metadata.values())
 
@@ -107,12 +107,12 @@ def xl_config(folder, *, train: object, rank: object = None, rate: object = None
 
 def test_each_text_encoder_has_its_own_rank_and_rate(tmp_path) -> None:
     config = xl_config(tmp_path, train=True, rank={"text_encoder_2": 2}, rate={"text_encoder": 3e-5})
-    subject = prepare_subject(PIPELINES["sdxl"].build(), config)
-    ranks = {name: set(injection.matched.values()) for name, injection in subject.injections.items()}
+    trainable = prepare_trainable(PIPELINES["sdxl"].build(), config)
+    ranks = {name: set(injection.matched.values()) for name, injection in trainable.injections.items()}
     assert ranks == {"unet": {8}, "text_encoder": {8}, "text_encoder_2": {2}}
-    rates = [group["lr"] for group in build_optimizer(subject, config).param_groups[::3]]
+    rates = [group["lr"] for group in build_optimizer(trainable, config).param_groups[::3]]
     assert rates == [1e-4, 3e-5, 1e-4]
-    second = prepare_subject(PIPELINES["sdxl"].build(), xl_config(tmp_path, train=["text_encoder_2"]))
+    second = prepare_trainable(PIPELINES["sdxl"].build(), xl_config(tmp_path, train=["text_encoder_2"]))
     assert set(second.injections) == {"unet", "text_encoder_2"}
 
 
@@ -129,34 +129,34 @@ def test_each_text_encoder_has_its_own_rank_and_rate(tmp_path) -> None:
 )
 def test_a_text_encoder_that_is_not_there_or_not_trained_is_named(tmp_path, settings, complaint) -> None:
     with pytest.raises(ValueError, match=complaint):
-        prepare_subject(PIPELINES["sdxl"].build(), xl_config(tmp_path, **settings))
+        prepare_trainable(PIPELINES["sdxl"].build(), xl_config(tmp_path, **settings))
 
 
 def test_micro_conditioning_says_where_each_picture_comes_from(tmp_path) -> None:
     config = xl_config(tmp_path, train=False)
-    subject = prepare_subject(PIPELINES["sdxl"].build(), config)
+    trainable = prepare_trainable(PIPELINES["sdxl"].build(), config)
     background("red", 64).resize((96, 48)).save(tmp_path / "wide.png")
     examples = [Example(tmp_path / "wide.png", "a cat")]
-    source = BatchSource(subject, config, (32, 32), instances=examples, classes=[])
+    source = BatchSource(trainable, config, (32, 32), instances=examples, classes=[])
     batch = source.batch_at(0)
     assert batch.frames.tolist() == [[48, 96, 0, 16, 32, 32]]
     seen = {}
-    unet = subject.denoiser
+    unet = trainable.denoiser
     unet.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs["added_cond_kwargs"]), with_kwargs=True)
     with torch.no_grad():
-        subject.family.predict(unet, batch.latents, torch.tensor([10]), batch.conditioning, batch.frames)
+        trainable.family.predict(unet, batch.latents, torch.tensor([10]), batch.conditioning, batch.frames)
     assert seen["time_ids"].tolist() == batch.frames.tolist()
 
 
 def test_untrained_text_encoders_rest_and_captions_are_encoded_once(tmp_path, examples, monkeypatch) -> None:
     config = make_config(tmp_path, adapter={"rank": 2}, optim={"steps": 4, "batch_size": 2})
-    subject = prepare_subject(random_pocket_pipeline(), config)
+    trainable = prepare_trainable(random_pocket_pipeline(), config)
     moves: list[object] = []
     calls: list[int] = []
-    encoder = subject.pipe.text_encoder
+    encoder = trainable.pipe.text_encoder
     encoder.register_forward_pre_hook(lambda *_: calls.append(len(moves)))
     monkeypatch.setattr(encoder, "to", lambda device: moves.append(str(device)))
-    source = BatchSource(subject, config, (32, 32), instances=examples, classes=[])
+    source = BatchSource(trainable, config, (32, 32), instances=examples, classes=[])
     assert moves == ["cpu", "cpu"] and set(calls) == {1}  # to the denoiser's device, and back to main memory
     count = len(calls)
     for index in range(4):
@@ -165,18 +165,18 @@ def test_untrained_text_encoders_rest_and_captions_are_encoded_once(tmp_path, ex
 
 
 def test_trained_text_encoders_stay_where_they_are(tmp_path, monkeypatch) -> None:
-    subject = prepare_subject(random_pocket_pipeline(), make_config(tmp_path))
-    monkeypatch.setattr(subject.pipe.text_encoder, "to", lambda device: pytest.fail("moved"))
-    with subject.awake():
-        subject.rest()
+    trainable = prepare_trainable(random_pocket_pipeline(), make_config(tmp_path))
+    monkeypatch.setattr(trainable.pipe.text_encoder, "to", lambda device: pytest.fail("moved"))
+    with trainable.encoders_on_device():
+        trainable.rest()
 
 
 def test_words_past_their_share_have_no_say_in_clipping(tmp_path) -> None:
     config = make_config(tmp_path, words={"starts": {"zqx": "cat"}, "share": 0.01}, optim={"steps": 10})
-    subject = prepare_subject(random_pocket_pipeline(), config)
-    optimizer = build_optimizer(subject, config)
+    trainable = prepare_trainable(random_pocket_pipeline(), config)
+    optimizer = build_optimizer(trainable, config)
     rates = RateSchedule(optimizer, config)
-    (vectors,) = subject.words.parameters()
+    (vectors,) = trainable.words.parameters()
     for step, expected in ((0, True), (1, False)):  # a share of less than a step is one step
         vectors.grad = torch.ones_like(vectors)
         rates.set(step)

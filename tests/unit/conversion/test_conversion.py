@@ -12,7 +12,7 @@ from lycoris.utils import extract_conv, extract_linear
 from torch import Tensor
 
 from dora_diffusion.conversion import Extraction, Report, extract, resize, to_dora, to_lora, to_out_axis
-from dora_diffusion.functional.blend_modes import Term, additive
+from dora_diffusion.functional.blend_modes import AdapterTerm, additive
 from dora_diffusion.functional.dora import column_norms, initial_magnitude, low_rank_delta, rows
 from dora_diffusion.layers.config import DoRAConfig
 from dora_diffusion.layers.targets import target_paths
@@ -66,7 +66,7 @@ def adapter(**options) -> AdapterState:
 
 def made_of(state: Module, path: str) -> Tensor:
     """W', by the blending formulas, which conversion does not use."""
-    return additive(BASE[path], [Term(state.delta(), state.magnitude, state.axis)])
+    return additive(BASE[path], [AdapterTerm(state.delta(), state.magnitude, state.axis)])
 
 
 def tuned_by(state: AdapterState) -> dict[str, Tensor]:
@@ -213,7 +213,7 @@ def pocket_pair():
         for path, part in known.modules.items():
             component, _, inner = path.partition(".")
             layer = getattr(tuned, component).get_submodule(inner)
-            layer.weight.copy_(additive(layer.weight, [Term(part.delta(), part.magnitude)]))
+            layer.weight.copy_(additive(layer.weight, [AdapterTerm(part.delta(), part.magnitude)]))
         tuned.unet.conv_in.bias += 0.5
         next(m for m in tuned.unet.modules() if isinstance(m, torch.nn.GroupNorm)).weight += 0.25
     return base, tuned, known

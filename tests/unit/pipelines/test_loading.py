@@ -291,9 +291,11 @@ def test_strengths_follow_a_layer_that_moved() -> None:
     module = ModuleState(torch.randn(2, 6), torch.randn(4, 2), 2.0, torch.rand(4) + 0.5)
     term = gain_form(base.weight.detach(), module.down, module.up, module.scale, module.magnitude)
     layer = BlendedLayer(base)
-    layer.hold([term])
+    layer.set_terms([term])
     layer.to("meta")
-    layer.weigh(torch.ones(1, device="meta"))  # "meta" multiplies with any device, a GPU does not: look at the operands
+    layer.set_strengths(
+        torch.ones(1, device="meta")
+    )  # "meta" multiplies with any device, a GPU does not: look at the operands
     assert layer._held.offsets.device.type == layer._held.owners.device.type == "meta"
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from dora_diffusion.adapters.matching import kind_in_words
 from dora_diffusion.formats import FORMATS, detect_format, load_adapter, save_adapter
 from dora_diffusion.formats.family_detection import family_of
-from dora_diffusion.inspection.header import Structure, Told, glance, told_by
+from dora_diffusion.inspection.header import DeclaredMetadata, Structure, declared_metadata, summarise_header
 from dora_diffusion.state import AdapterState, ModuleState
 from dora_diffusion.utils.atomic import save_tensors
 from tests.formats.adapters import KINDS, adapter_of, layers_of
@@ -35,7 +35,7 @@ def test_says_what_the_loaded_adapter_says(
         save_adapter(adapter, path, format=format)
     except ValueError as error:
         pytest.skip(f"{format} cannot hold this: {str(error)[:80]}")
-    loaded, seen = load_adapter(path), glance(path).structure
+    loaded, seen = load_adapter(path), summarise_header(path).structure
     assert (seen.format, seen.kind) == (detect_format(path), kind_in_words(loaded))
     assert (seen.family, seen.ranks, seen.components) == (family_of(loaded) or "", loaded.ranks, loaded.components)
     assert seen.layers == len(loaded.modules)
@@ -52,9 +52,9 @@ def test_an_axis_that_only_a_base_could_tell_is_unclear(tmp_path: Path) -> None:
         f"{name}.dora_scale": torch.ones(8),
     }
     save_tensors(tensors, path)
-    assert glance(path).structure.axis == "unclear"
+    assert summarise_header(path).structure.axis == "unclear"
     save_tensors(tensors, path, {"dora_diffusion.magnitude_axis": "in"})
-    assert glance(path).structure.axis == "in"
+    assert summarise_header(path).structure.axis == "in"
 
 
 def _file(path: Path, metadata: dict[str, str], rank: int = 2) -> Path:
@@ -69,10 +69,10 @@ def _file(path: Path, metadata: dict[str, str], rank: int = 2) -> Path:
 
 def test_files_of_one_structure_are_taken_apart_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known: dict[bytes, Structure] = {}
-    first = glance(_file(tmp_path / "a.safetensors", {"ss_base_model_version": "sd_v1"}), known)
+    first = summarise_header(_file(tmp_path / "a.safetensors", {"ss_base_model_version": "sd_v1"}), known)
     monkeypatch.setattr("dora_diffusion.inspection.header.read_header", None)  # would fail if it were called
     other = _file(tmp_path / "b.safetensors", {"ss_base_model_version": "sd_v1", "modelspec.title": "Other"})
-    again = glance(other, known)
+    again = summarise_header(other, known)
     assert again.structure is first.structure
     assert again.told.title == "Other"
     assert len(known) == 1
@@ -80,9 +80,11 @@ def test_files_of_one_structure_are_taken_apart_once(tmp_path: Path, monkeypatch
 
 def test_what_tells_the_family_or_the_shapes_is_looked_at_again(tmp_path: Path) -> None:
     known: dict[bytes, Structure] = {}
-    one = glance(_file(tmp_path / "a.safetensors", {"dora_diffusion.family": "sd1"}), known).structure
-    two = glance(_file(tmp_path / "b.safetensors", {"dora_diffusion.family": "sdxl"}), known).structure
-    three = glance(_file(tmp_path / "c.safetensors", {"dora_diffusion.family": "sd1"}, rank=3), known).structure
+    one = summarise_header(_file(tmp_path / "a.safetensors", {"dora_diffusion.family": "sd1"}), known).structure
+    two = summarise_header(_file(tmp_path / "b.safetensors", {"dora_diffusion.family": "sdxl"}), known).structure
+    three = summarise_header(
+        _file(tmp_path / "c.safetensors", {"dora_diffusion.family": "sd1"}, rank=3), known
+    ).structure
     assert [one.family, two.family] == ["sd1", "sdxl"]
     assert (one.ranks, three.ranks) == ((2,), (3,))
 
@@ -90,15 +92,15 @@ def test_what_tells_the_family_or_the_shapes_is_looked_at_again(tmp_path: Path) 
 def test_a_file_that_is_cut_short_is_never_known(tmp_path: Path) -> None:
     known: dict[bytes, Structure] = {}
     path = _file(tmp_path / "a.safetensors", {"x": "y"})
-    glance(path, known)
+    summarise_header(path, known)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"a.safetensors: tensors end at byte \d+ of \d+; the file is cut short"):
-        glance(path, known)
+        summarise_header(path, known)
 
 
 def test_what_metadata_tell() -> None:
     frequency = {"10_sks dog": {"sks dog": 20, " park ": 12, "grass": 30}, "img": {"park": 9, "bad": "many"}}
-    told = told_by(
+    told = declared_metadata(
         {
             "modelspec.title": "  A\ndog ",
             "modelspec.author": "<b>me</b>",
@@ -111,7 +113,7 @@ def test_what_metadata_tell() -> None:
             "ss_base_model_version": "sd_v1",
         }
     )
-    assert told == Told(
+    assert told == DeclaredMetadata(
         title="A dog",
         author="<b>me</b>",
         base="sd_v1",
@@ -125,9 +127,12 @@ ODD = ("", "no JSON", "[]", '{"a": 1}', '{"reg": {"x": -1}}', "[" * 100_000, "x"
 
 @pytest.mark.parametrize("text", ODD)
 def test_odd_metadata_tell_nothing(text: str) -> None:
-    assert told_by({"ss_tag_frequency": text, "ss_dataset_dirs": text, "modelspec.tags": "," * 9000 + "late"}) == Told()
+    assert (
+        declared_metadata({"ss_tag_frequency": text, "ss_dataset_dirs": text, "modelspec.tags": "," * 9000 + "late"})
+        == DeclaredMetadata()
+    )
 
 
 def test_folders_of_kohyas_name_what_was_trained() -> None:
-    told = told_by({"ss_dataset_dirs": json.dumps({"10_sks dog": {"n_repeats": 10}, "reg": {}})})
+    told = declared_metadata({"ss_dataset_dirs": json.dumps({"10_sks dog": {"n_repeats": 10}, "reg": {}})})
     assert told.triggers == ("sks dog",)

@@ -18,7 +18,7 @@ from ui.backend.run import Update
 from ui.backend.session import Session
 from ui.backend.tags import resolve_tags
 from ui.generate.controls import Stops, Variations
-from ui.generate.stage import Screenplay, build_stage, status_of
+from ui.generate.stage import ProgressView, build_stage, status_of
 from ui.tabs import leave_one_out, weight_grid
 from ui.tabs.axes import MAX_CELLS, parse_range
 from ui.tabs.inspect_page import facts_of, meter_of, plot_of
@@ -360,7 +360,7 @@ def test_the_status_tells_times_and_the_queue() -> None:
 def test_a_finished_run_fills_slider_and_batch(session: Session) -> None:
     with gr.Blocks():
         stage = build_stage()
-    screenplay = Screenplay(stage)
+    screenplay = ProgressView(stage)
     run = session.start(DrawRequest(SETTINGS, (AdapterChoice("ink", 1.0),), count=2), owner="tab")
     sent: dict = {}
     for update in run.updates():

@@ -23,7 +23,7 @@ from dora_diffusion.generation.generate import GenerationSettings  # noqa: E402
 from ui.backend.interference import measure, meter_html, verdict  # noqa: E402
 from ui.backend.request import NAMED_CURVES, DrawRequest, SlotValues, check_adapters  # noqa: E402
 from ui.backend.session import Session  # noqa: E402
-from ui.generate.controls import Desk  # noqa: E402
+from ui.generate.controls import Controls  # noqa: E402
 from ui.generate.curves import CONSTANT, OWN_POINTS, curve_html, name_of_text, text_of_name  # noqa: E402
 from ui.generate.form import build_form, build_prompt  # noqa: E402
 from ui.generate.masks import SIDE, canvas_value, mask_html, read_painted  # noqa: E402
@@ -74,7 +74,7 @@ def test_what_is_put_in_is_read_back(rack: Rack) -> None:
 def test_the_desk_asks_for_what_the_page_holds(session: Session) -> None:
     with gr.Blocks() as demo:
         form = build_form(session, build_prompt(), demo)
-        desk = Desk(session, gr.State("random"), form, build_rack(session, demo))
+        desk = Controls(session, gr.State("random"), form, build_rack(session, demo))
     settings = GenerationSettings("a cat", "dog", 3, 2, 3.0, 64, 128, "euler")
     changes = desk.updates(Recipe(settings, (EMPTY, INK), "additive"))
     assert set(changes) <= desk.outputs

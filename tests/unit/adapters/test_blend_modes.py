@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.manager import AdapterManager
-from dora_diffusion.functional.blend_modes import MODES, Term
+from dora_diffusion.functional.blend_modes import MODES, AdapterTerm
 from dora_diffusion.state import AdapterState, FactoredState, ModuleState
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 from tests.tolerances import assert_close, assert_identical
@@ -73,9 +73,9 @@ def modules_of(pipe) -> list[int]:
     return [id(module) for part in (pipe.unet, pipe.text_encoder) for module in part.modules()]
 
 
-def term(state: AdapterState, path: str, strength: float) -> Term:
+def term(state: AdapterState, path: str, strength: float) -> AdapterTerm:
     module = state.modules[path]
-    return Term(module.delta(), module.magnitude, module.axis, strength)
+    return AdapterTerm(module.delta(), module.magnitude, module.axis, strength)
 
 
 @pytest.mark.parametrize("mode", FOLDED)

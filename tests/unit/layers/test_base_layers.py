@@ -8,7 +8,7 @@ from dora_diffusion.functional import dora as f
 from dora_diffusion.layers.base_layers import check_adaptable, check_shapes, dense_weight, logical_shape
 from dora_diffusion.layers.blended import BlendedLayer
 from dora_diffusion.layers.config import DoRAConfig
-from dora_diffusion.layers.fuse import fold
+from dora_diffusion.layers.fuse import fuse_weights
 from dora_diffusion.layers.injection import inject
 from dora_diffusion.state import ModuleState
 from tests.kinds import KINDS, disturb, make_input, make_model, reference, with_weight
@@ -77,19 +77,19 @@ def test_blended_equals_folded_and_unfolds_bit_for_bit(kind, bias, dtype, streng
     blended = BlendedLayer(base)
     assert_identical(blended(x), plain)
     term = f.gain_form(dense_weight(base), state.down, state.up, state.scale, state.magnitude)
-    blended.hold([term])
-    blended.weigh(torch.tensor([strength]))
+    blended.set_terms([term])
+    blended.set_strengths(torch.tensor([strength]))
     drawn = blended(x)
-    folded = fold({"layer": (base, f.scale_gain_form(term, strength))})
+    folded = fuse_weights({"layer": (base, f.scale_gain_form(term, strength))})
     expected = base(x).detach()
     folded.undo()
     size = float(expected.abs().max())
     torch.testing.assert_close(drawn / size, expected / size, rtol=0, atol=3 * TOLERANCES[dtype].absolute)
     assert_identical(base.weight, before)
     assert base.weight.data_ptr() == address
-    blended.weigh(torch.tensor([0.0]))
+    blended.set_strengths(torch.tensor([0.0]))
     torch.testing.assert_close(blended(x), plain, rtol=0, atol=0)
-    blended.hold([])
+    blended.set_terms([])
     assert_identical(blended(x), plain)
 
 
@@ -99,7 +99,7 @@ def test_a_fold_that_fails_half_way_changes_nothing() -> None:
     good = f.GainForm(torch.ones(5), torch.ones(5, 1), torch.ones(1, 6))
     bad = f.GainForm(torch.ones(5), torch.ones(5, 1), torch.ones(1, 7))
     with pytest.raises(RuntimeError):
-        fold({"0": (layers[0], good), "1": (layers[1], bad)})
+        fuse_weights({"0": (layers[0], good), "1": (layers[1], bad)})
     assert_identical([layer.weight for layer in layers], before)
 
 
@@ -126,8 +126,8 @@ def test_magnitudes_of_the_in_axis_draw_as_their_dense_weight(kind: str, bias: b
             tuned = tuned * (magnitude / tuned.flatten(1).norm(dim=1)).reshape(-1, *[1] * (weight.dim() - 1))
         expected += 0.6 * (tuned - weight)
     blended = BlendedLayer(base)
-    blended.hold(terms)
-    blended.weigh(torch.tensor([0.6] * len(terms)))
+    blended.set_terms(terms)
+    blended.set_strengths(torch.tensor([0.6] * len(terms)))
     assert_close(blended(x), with_weight(base, expected, x).detach())
 
 
