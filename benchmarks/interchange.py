@@ -33,7 +33,6 @@ from dora_diffusion.conversion import Extraction, resize, to_dora, to_lora
 from dora_diffusion.formats import FORMATS
 from dora_diffusion.functional.dora import initial_magnitude
 from dora_diffusion.layers.base_layers import logical_shape
-from dora_diffusion.layers.config import DoRAConfig
 from dora_diffusion.layers.targets import target_paths
 from dora_diffusion.state import AdapterState, ModuleState
 from dora_diffusion.utils.atomic import write_atomically
@@ -98,7 +97,7 @@ def shapes_of(preset: str, *, divisor: int = 1) -> Shapes:
     shapes = {}
     for part in PARTS:
         model = getattr(pipe, part)
-        for path in target_paths(model, DoRAConfig(target_modules=preset)):
+        for path in target_paths(model, preset):
             out, columns, *kernel = logical_shape(model.get_submodule(path))
             sides = (max(4, out // divisor), max(4, columns // divisor))
             shapes[f"{part}.{path.removeprefix('text_model.')}"] = (*sides, *kernel)

@@ -7,6 +7,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
+from dora_diffusion.functional.blend_modes import AdapterTerm
 from dora_diffusion.functional.dora import Axis, low_rank_delta, rows, scale_of
 from dora_diffusion.functional.lycoris import (
     Factors,
@@ -194,6 +195,11 @@ _PAIRS: Mapping[Algorithm, Callable[[Factors], Pair]] = {
 }
 
 Module = ModuleState | FactoredState
+
+
+def term_of(module: Module, strength: float = 1.0) -> AdapterTerm:
+    """A module as `blend_modes` takes it: D dense, in the module's dtype, with its magnitude and a strength."""
+    return AdapterTerm(module.delta(), module.magnitude, module.axis, strength)
 
 
 @dataclass(frozen=True)

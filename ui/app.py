@@ -19,7 +19,7 @@ from ui.backend.session import Session
 from ui.layout import TABS_AT_ONCE, Page, build_page
 from ui.options import UiOptions
 from ui.server.health import health_route, on_shutdown
-from ui.server.security import guards
+from ui.server.security import security_middleware
 from ui.theme import CSS, HEAD, theme
 
 MAX_UPLOAD_BYTES = 24 << 20
@@ -80,7 +80,7 @@ def serve(session: Session, options: UiOptions) -> RunningApp:
             footer_links=[],
             max_file_size=MAX_UPLOAD_BYTES,
             allowed_paths=[str(session.output.resolve())],
-            app_kwargs={"middleware": guards(options.host, most_upload_bytes=MAX_UPLOAD_BYTES)},
+            app_kwargs={"middleware": security_middleware(options.host, most_upload_bytes=MAX_UPLOAD_BYTES)},
             theme=theme(),
             css=CSS,
             head=HEAD,

@@ -13,7 +13,7 @@ LONGEST_PATH = 300
 
 
 @contextmanager
-def told(*, is_markup: bool = True) -> Iterator[None]:
+def user_errors(*, is_markup: bool = True) -> Iterator[None]:
     """Let errors inside the block go to the browser as one line.
 
     Args:

@@ -9,7 +9,7 @@ import gradio as gr
 from gradio.components import Component
 
 from ui.backend.session import Session
-from ui.errors import told
+from ui.errors import user_errors
 from ui.generate.controls import Controls
 from ui.generate.form import Form, build_form, build_prompt
 from ui.generate.history import build_history
@@ -22,8 +22,8 @@ from ui.options import UiOptions
 from ui.server.api import add_api
 from ui.tabs.export import build_export
 from ui.tabs.inspect_page import build_inspect_page
-from ui.tabs.leave_one_out import build_leave_out, wire_leave_out
-from ui.tabs.weight_grid import WeightMap, build_weight_map, picked_slots, wire_weight_map
+from ui.tabs.leave_one_out import build_leave_one_out, wire_leave_one_out
+from ui.tabs.weight_grid import WeightGrid, build_weight_grid, picked_slots, wire_weight_grid
 from ui.train.tab import Train, build_train
 
 TABS_AT_ONCE = 8
@@ -53,28 +53,28 @@ def build_page(session: Session, options: UiOptions, demo: gr.Blocks) -> Page:
     with gr.Row():
         with gr.Column(scale=6, min_width=300, elem_id="stage"):
             stage = build_stage()
-            leave_out = build_leave_out()
+            leave_one_out = build_leave_one_out()
         with gr.Column(scale=5, min_width=300):
             form = build_form(session, above, demo)
             rack = build_rack(session, demo)
-    desk = Controls(session, model, form, rack)
+    controls = Controls(session, model, form, rack)
     with gr.Tabs(elem_id="tabs"):
         with gr.Tab("History", elem_id="tab-history") as history:
-            build_presets(session, desk)
-            build_history(session, desk, demo)
-            build_restore(session, desk)
+            build_presets(session, controls)
+            build_history(session, controls, demo)
+            build_restore(session, controls)
         with gr.Tab("Weight map", elem_id="tab-map"):
-            board = build_weight_map(session)
+            board = build_weight_grid(session)
         with gr.Tab("Merge", elem_id="tab-merge"):
-            export = build_export(session, desk)
+            export = build_export(session, controls)
         with gr.Tab("Train", elem_id="tab-train"):
             train = build_train(session, options)
         with gr.Tab("Inspect", elem_id="tab-inspect"):
             build_inspect_page(session)
     history.select(None, js=_LOOK_AGAIN, queue=False, api_visibility="private")
-    _wire_draw(session, desk, stage)
-    wire_leave_out(leave_out, session, desk)
-    wire_weight_map(board, session, desk)
+    _wire_draw(session, controls, stage)
+    wire_leave_one_out(leave_one_out, session, controls)
+    wire_weight_grid(board, session, controls)
     _wire_map(board, rack)
     _wire_browser(browser, form, rack)
     _wire_new_files(session, train.sent, export.exported, rack)
@@ -98,14 +98,14 @@ def news_html(session: Session) -> str:
     return f'<p class="news" role="status">{escape(session.family)} · {queue} · {held}</p>'
 
 
-def _wire_draw(session: Session, desk: Controls, stage: Stage) -> None:
+def _wire_draw(session: Session, controls: Controls, stage: Stage) -> None:
     def draw(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:
-        with told():
+        with user_errors():
             try:
-                screenplay = ProgressView(stage)
-                run = session.start(desk.request(values), owner=str(request.session_hash))
+                progress_view = ProgressView(stage)
+                run = session.start(controls.request(values), owner=str(request.session_hash))
                 for update in run.updates():
-                    yield screenplay.changes(update)
+                    yield progress_view.changes(update)
             except Exception:
                 yield {stage.status: status_html("Nothing more was drawn.")}
                 raise
@@ -113,21 +113,21 @@ def _wire_draw(session: Session, desk: Controls, stage: Stage) -> None:
     def stop(request: gr.Request) -> None:
         session.stop(str(request.session_hash))
 
-    drawn = desk.form.generate.click(
+    drawn = controls.form.generate.click(
         draw,
-        {*desk.inputs},
+        {*controls.inputs},
         list(stage.outputs),
         show_progress="hidden",
         concurrency_limit=TABS_AT_ONCE,
         api_visibility="private",
     )
     drawn.then(None, js=_LOOK_AGAIN, queue=False, api_visibility="private")
-    desk.form.stop.click(stop, queue=False, api_visibility="private")
+    controls.form.stop.click(stop, queue=False, api_visibility="private")
 
 
-def _wire_map(board: WeightMap, rack: Rack) -> None:
+def _wire_map(board: WeightGrid, rack: Rack) -> None:
     def load(picked: object, cells: object) -> Updates:
-        with told():
+        with user_errors():
             return rack.updates(picked_slots(picked, cells)) if picked else {}
 
     board.picked.change(
@@ -137,7 +137,7 @@ def _wire_map(board: WeightMap, rack: Rack) -> None:
 
 def _wire_browser(browser: Browser, form: Form, rack: Rack) -> None:
     def add(values: dict[Component, Any]) -> Updates:
-        with told():
+        with user_errors():
             return rack.add(values, values[browser.picked])
 
     browser.when_picked.success(
@@ -160,7 +160,7 @@ def _wire_new_files(session: Session, sent: gr.Textbox, exported: gr.Textbox, ra
         name = values[sent]
         if not name:  # emptied before each press, so that the same name again is a change
             return {rack.sentence: gr.skip()}  # of an empty dict gradio says that values are missing
-        with told():
+        with user_errors():
             session.library.refresh()
             return rack.add(values, name)
 
@@ -187,7 +187,7 @@ def _wire_model(session: Session, model: gr.Dropdown, news: gr.HTML, form: Form,
         }
 
     def switch(values: dict[Component, Any]) -> dict[Component, Any]:
-        with told():
+        with user_errors():
             misfits = session.switch(values[model])
         for file, reason in list(misfits.items())[:3]:
             gr.Warning(escape(f"{file}: {reason}"[:300], quote=False))

@@ -54,7 +54,7 @@ class Outcome:
     problems: tuple[str, ...]
 
 
-def desk(folder: Path) -> Path:
+def controls(folder: Path) -> Path:
     """A folder of four adapters for the random pocket, half of them DoRAs."""
     pipe = random_pocket_pipeline()
     folder.mkdir(parents=True, exist_ok=True)
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
-        folder, output = desk(Path(name) / "adapters"), Path(name) / "out"
+        folder, output = controls(Path(name) / "adapters"), Path(name) / "out"
         outcomes = [
             concurrent(folder, output, count=options.requests, clients=options.clients),
             cancels(folder, output, count=options.cancels),

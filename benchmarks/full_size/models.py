@@ -17,7 +17,6 @@ from torch import nn
 from benchmarks.full_size.published import Part, Published
 from dora_diffusion.families import component_of_model, coverage, family_of_pipeline
 from dora_diffusion.layers.base_layers import logical_shape
-from dora_diffusion.layers.config import DoRAConfig
 from dora_diffusion.layers.targets import target_paths
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.dry_run import file_bytes
@@ -61,7 +60,7 @@ def estimate(model: Published, config: TrainConfig, *, device: Device = "cuda") 
 
 def adapter_numbers(model: nn.Module, preset: str, rank: int) -> int:
     """Numbers of a DoRA adapter: rank (in + out) + out for each layer, a convolution's `in` with its kernel."""
-    shapes = [logical_shape(model.get_submodule(p)) for p in target_paths(model, DoRAConfig(target_modules=preset))]
+    shapes = [logical_shape(model.get_submodule(p)) for p in target_paths(model, preset)]
     return sum(rank * (math.prod(rest) + out) + out for out, *rest in shapes)
 
 

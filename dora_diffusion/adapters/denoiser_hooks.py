@@ -18,7 +18,7 @@ class DenoiserHooks:
     """The schedules and masks of a pipeline's adapters. Hooks stand on its denoiser exactly while one needs them."""
 
     def __init__(self, pipe: Any, family: Family, set_strengths: SetStrengths) -> None:
-        """`set_strengths` gives the denoiser's layers their strengths, times a factor for each adapter that it names."""
+        """`set_strengths` gives the denoiser's layers theirs, times a factor for each adapter that it names."""
         self._pipe = pipe
         self._family = family
         self._set_strengths = set_strengths

@@ -4,7 +4,8 @@
 
 Strength 0 is the base bit for bit, strength 1 what was trained; the order of adapters is nothing. Every layer's mix is
 one gain form (see `functional`), so drawing costs one base product and one low-rank pair however many adapters. The
-other modes of `mixing` are no such sum: their weights are computed densely and folded in, until the strengths change.
+other modes of `blend_modes` are no such sum: their weights are computed densely and fused in, until the strengths
+change.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,19 +23,17 @@ from dora_diffusion.adapters.blended_layers import Slots
 from dora_diffusion.adapters.denoiser_hooks import DenoiserHooks
 from dora_diffusion.adapters.matching import Loaded, LoadReport, fit, kind_in_words
 from dora_diffusion.families import family_of_pipeline
-from dora_diffusion.formats import load_adapter
-from dora_diffusion.functional.blend_modes import ADDITIVE, MODES, AdapterTerm
+from dora_diffusion.formats import load_examined
+from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.functional.dora import master_dtype
 from dora_diffusion.functional.masks import mask_of
 from dora_diffusion.functional.schedules import schedule_of
 from dora_diffusion.functional.strengths import Weight, check_strength, is_meant, strength_at
 from dora_diffusion.layers.base_layers import dense_weight
-from dora_diffusion.layers.config import DoRAConfig
 from dora_diffusion.layers.fuse import Change, FusedWeights, check_fusable, fuse_weights, fuse_weights_by
 from dora_diffusion.layers.targets import target_paths
 from dora_diffusion.pipelines.modules import PipelineModules
-from dora_diffusion.state import AdapterState, ModuleState
-from dora_diffusion.utils.atomic import sha256_of
+from dora_diffusion.state import AdapterState, ModuleState, term_of
 
 
 class AdapterManager:
@@ -88,7 +87,7 @@ class AdapterManager:
 
     @property
     def blend(self) -> str:
-        """The mode that the adapters are mixed by, as last set: a key of `functional.blend_modes.MODES`."""
+        """The mode that the adapters are mixed by, as last set: a key of `blend_modes.MODES`."""
         return self._blend
 
     @property
@@ -99,6 +98,13 @@ class AdapterManager:
     def paths(self, name: str) -> tuple[str, ...]:
         """Everything that a loaded adapter changes: layers and parameters, by their full paths."""
         return self._loaded(name).paths
+
+    def _read(self, source: str | Path | AdapterState, name: str) -> tuple[AdapterState, str, str | None]:
+        """An adapter, what an error calls it, and the SHA-256 of its file."""
+        if isinstance(source, AdapterState):
+            return source, name, None
+        adapter, examined = load_examined(source, base=self._base_weight)
+        return adapter, str(source), examined.sha256
 
     def _base_weight(self, path: str) -> Tensor:
         """What tells the axis of a magnitude when its file does not."""
@@ -114,8 +120,7 @@ class AdapterManager:
         if name in self._adapters:
             raise ValueError(f"an adapter named {name!r} is loaded already; delete it first or choose another name")
         self._refuse_while_fused("load an adapter")
-        adapter = source if isinstance(source, AdapterState) else load_adapter(source, base=self._base_weight)
-        label = name if isinstance(source, AdapterState) else str(source)
+        adapter, label, sha256 = self._read(source, name)
         fitted = fit(adapter, label, self._pipe_modules)
         self._slots.check_reserved(label, fitted.modules)
         report = LoadReport(
@@ -127,7 +132,7 @@ class AdapterManager:
             vectors=len(fitted.vectors),
             extra=len(adapter.extra),
             components=adapter.components,
-            sha256=None if isinstance(source, AdapterState) else sha256_of(Path(source)),
+            sha256=sha256,
             metadata=adapter.metadata,
         )
         with self._unfolded():  # gain forms are of the base's own weights
@@ -143,9 +148,9 @@ class AdapterManager:
 
         Args:
             weights: adapter -> strength. Their order counts in the modes "peft", "comfyui" and "a1111".
-            blend: a mode of `functional.blend_modes.MODES`. Any but "additive" is computed densely and folded into the
-                weights: a change of strengths takes as long as a `fuse`, and strengths cannot change as the picture is
-                drawn. Where a strength of 0 is not the base in the tool that a mode follows, it is not here either.
+            blend: a key of `blend_modes.MODES`. Any but "additive" is computed densely and fused into the weights: a
+                change of strengths takes as long as a `fuse`, and strengths cannot change as the picture is drawn.
+                Where a strength of 0 is not the base in the tool that a mode follows, it is not here either.
 
         Raises:
             ValueError: an unknown adapter or mode, a part that fits none of its layers, a strength that is no finite
@@ -221,7 +226,7 @@ class AdapterManager:
             is_preset = not isinstance(target_modules, list) and target_modules in (None, *part.presets)
             if not is_preset and part is not self._family.denoiser:
                 continue
-            inner = target_paths(model, DoRAConfig(target_modules=target_modules))
+            inner = target_paths(model, target_modules)
             self._slots.reserve([f"{part.name}.{path}" for path in inner], max_rank)
 
     @torch.no_grad()
@@ -355,10 +360,7 @@ class AdapterManager:
 
 def _mixed(weight: Tensor, *, path: str, blend: str, meant: Sequence[tuple[ModuleState, float]]) -> Tensor:
     """W' of a mode, fp32 (fp64 stays fp64), from the layer's own weight."""
-    terms = []
-    for module, strength in meant:
-        here = module.to(device=weight.device)
-        terms.append(AdapterTerm(here.delta().reshape(weight.shape), here.magnitude, here.axis, strength))
+    terms = [term_of(module.to(device=weight.device), strength) for module, strength in meant]
     try:
         return MODES[blend](weight.to(master_dtype(weight.dtype)), terms)
     except ValueError as error:

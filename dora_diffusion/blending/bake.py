@@ -20,10 +20,10 @@ from torch import Tensor
 from dora_diffusion._version import __version__
 from dora_diffusion.formats.base_checkpoint import Checkpoint, Place, main_weights, open_checkpoint, weight_files
 from dora_diffusion.formats.safetensors_stream import BLOCK_BYTES, TensorFile, write_tensor_file
-from dora_diffusion.functional.blend_modes import ACTIVE_AT_ZERO, MODES, AdapterTerm
+from dora_diffusion.functional.blend_modes import ACTIVE_AT_ZERO, MODES
 from dora_diffusion.functional.strengths import Weight, check_strength, is_meant, strength_at
 from dora_diffusion.pipelines.base_weights import is_table, local_base
-from dora_diffusion.state import AdapterState, Module
+from dora_diffusion.state import AdapterState, Module, term_of
 from dora_diffusion.utils.atomic import atomic_file, sync_folder
 
 NOTE = "dora_diffusion.baked"
@@ -121,12 +121,12 @@ def bake(
 
     Args:
         base: the name of an embedded base, a folder in diffusers' layout, or a single .safetensors file, which keeps
-            its makers' names and its fused projections.
+            its original names and its fused projections.
         adapters: name -> adapter.
         weights: name -> strength, as `AdapterManager.set_adapters` takes it; an adapter not named has 0. Modes that
             depend on order take this one.
         output: a folder, or a file for a single file. One that is there already must have been baked here.
-        mode: how adapters mix, a key of `functional.blend_modes.MODES`.
+        mode: how adapters mix, a key of `blend_modes.MODES`.
         on_progress: is told of bytes as they are written.
 
     Raises:
@@ -308,7 +308,11 @@ def _bake_in(change: _Change, whole: Tensor, mode: str) -> None:
 def _mixed(change: _Change, stored: Tensor, mode: str) -> Tensor:
     """The new parameter in fp32 (fp64 stays), in the shape of the stored one."""
     mixed = stored if stored.dtype == torch.float64 else stored.float()
-    terms = [_term(part.what, part.strength) for part in change.parts if not isinstance(part.what, Tensor)]
+    terms = [
+        term_of(part.what.to(dtype=torch.float32, device="cpu"), part.strength)
+        for part in change.parts
+        if not isinstance(part.what, Tensor)
+    ]
     if terms:
         weight = mixed.T if _is_table(change.path) else mixed
         try:
@@ -320,11 +324,6 @@ def _mixed(change: _Change, stored: Tensor, mode: str) -> Tensor:
         if isinstance(part.what, Tensor):
             mixed = mixed + part.strength * part.what.to(mixed.dtype).reshape(mixed.shape)
     return mixed
-
-
-def _term(module: Module, strength: float) -> AdapterTerm:
-    module = module.to(dtype=torch.float32, device="cpu")
-    return AdapterTerm(module.delta(), module.magnitude, module.axis, strength)
 
 
 class _Counter:

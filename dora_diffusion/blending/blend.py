@@ -231,18 +231,18 @@ def _metadata(
         if key in all_facts[0] and all(facts.get(key) == all_facts[0][key] for facts in all_facts)
     }
     words = dict.fromkeys(word for facts in all_facts for word in facts.get(_WORDS, "").split())
-    told = {
+    facts = {
         "mode": report.mode,
         "names": json.dumps(list(adapters), ensure_ascii=False),
         "weights": json.dumps({name: weights[name] for name in adapters}, ensure_ascii=False, default=dict),
         "result": report.sentence(),
     }
     if report.mode not in MODES:
-        told |= {"density": str(options.density), "seed": str(options.seed), "elect": options.elect}
+        facts |= {"density": str(options.density), "seed": str(options.seed), "elect": options.elect}
     return {
         **shared,
         **({_WORDS: " ".join(words)} if words else {}),
-        **{f"dora_diffusion.blend.{key}": value for key, value in told.items()},
+        **{f"dora_diffusion.blend.{key}": value for key, value in facts.items()},
         "modelspec.merged_from": ", ".join(
             adapter.metadata.get("modelspec.title", name) for name, adapter in adapters.items()
         ),

@@ -7,8 +7,8 @@
     compose              c = 1,                       k_i = s_i                                   W' = R to length m
     direction-magnitude  c = N(W) `direction_factor`, k_i = s_i N(W) / N(V_i)                     W' = R to length m
 
-The gains g_i are those of `mixing`. A LoRA's is 1, and its k_i is s_i; in a sequence it leaves c and every other k as
-they are. On the in axis the diagonal matrices stand on the right. `a1111` has no such form for magnitudes of the out
+The gains g_i are those of `blend_modes`. A LoRA's is 1, and its k_i is s_i; in a sequence it leaves c and every other k
+as they are. On the in axis the diagonal matrices stand on the right. `a1111` has no such form for magnitudes of the out
 axis.
 """
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dora_diffusion.functional.blend_modes import AdapterTerm
 from dora_diffusion.functional.dora import rows
-from dora_diffusion.state import Module, ModuleState
+from dora_diffusion.state import Module, ModuleState, term_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Piece:
 
     def term(self) -> AdapterTerm:
         """As a dense difference."""
-        return AdapterTerm(self.module.delta(), self.module.magnitude, self.module.axis, self.strength)
+        return term_of(self.module, self.strength)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Extraction:
             it; None for the attention layers of every component.
         use_dora: False extracts a plain LoRA, the truncated SVD of T - W.
         error: keep no more ranks than leave this relative error in a layer, as far as the rank reaches.
-        rounds: of the alternation between direction and magnitude (`functional.low_rank.extract_dora`).
+        rounds: of the alternation (`low_rank.extract_dora`).
         vectors: also take the biases and normalisations that changed, whole.
         negligible: a layer that changed by no more than this share of its norm is left out, as one that is equal is.
         dtype: of the pairs and vectors; magnitudes are fp32.
@@ -91,13 +91,13 @@ def extract(
         both = _both(path, new.weight, old.weight)
         return None if both is None else _extracted(path, both, rank, chosen)
 
-    modules, told = walk(layers_of(new, chosen.target_modules), convert, progress)
+    modules, summary = walk(layers_of(new, chosen.target_modules), convert, progress)
     vectors = _changed_vectors(tuned, new, old, chosen.dtype) if chosen.vectors else {}
     if not modules and not vectors:
-        raise ValueError(f"nothing to extract: the {len(told.left_out)} layers compared are equal in both models")
+        raise ValueError(f"nothing to extract: the {len(summary.left_out)} layers compared are equal in both models")
     if report is not None:
-        report(told)
-    return AdapterState(modules, {"dora_diffusion.extracted": told.sentence()}, vectors)
+        report(summary)
+    return AdapterState(modules, {"dora_diffusion.extracted": summary.sentence()}, vectors)
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,8 @@ def rewritten(
     report: Callable[[Report], None] | None,
 ) -> AdapterState:
     """The adapter with the layers that `convert` changes, everything else kept, and a fact about it in the metadata."""
-    modules, told = walk(adapter.modules, convert, progress)
+    modules, summary = walk(adapter.modules, convert, progress)
     if report is not None:
-        report(told)
-    metadata = {**adapter.metadata, f"dora_diffusion.{operation}": told.sentence()}
+        report(summary)
+    metadata = {**adapter.metadata, f"dora_diffusion.{operation}": summary.sentence()}
     return replace(adapter, modules={**adapter.modules, **modules}, metadata=metadata)

@@ -27,7 +27,7 @@ def resize(
 
     The magnitude of a DoRA is kept, so the rows of W' keep their lengths to the digit and only their directions give
     way. Without a base D itself is cut (its truncated SVD), which is not quite what is nearest once rows are scaled to
-    m; with one, D is sought anew for W' (as `extract` does), and errors are those of W'.
+    m; with one, D is sought anew for W' (`low_rank.extract_dora`), and errors are those of W'.
 
     Tucker, LoHa, LoKr and whole differences become low-rank pairs. A layer whose rank is no higher already stays as it
     is. Pairs keep their dtype; alpha becomes the rank.

@@ -1,15 +1,16 @@
 """Which layers of two models are compared, and which vectors beside them."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dora_diffusion.families import FAMILIES, Component, ends_with
 from dora_diffusion.formats.base_checkpoint import open_checkpoint
+from dora_diffusion.layers.targets import named_paths
 from dora_diffusion.pipelines.base_weights import BaseWeights, base_weights, local_base
+from dora_diffusion.pipelines.modules import adaptable_models
 
 _PRESETS = ("attention", "all-linear", "all")
 
@@ -38,13 +39,8 @@ def layers_of(source: BaseWeights, targets: str | Sequence[str] | None) -> tuple
     paths = source.paths()
     if targets is None or targets in _PRESETS:
         found = _of_preset(paths, "attention" if targets is None else str(targets))
-    elif isinstance(targets, str):
-        pattern = _compiled(targets)
-        found = tuple(path for path in paths if pattern.fullmatch(path.partition(".")[2]))
     else:
-        if unused := [ending for ending in targets if not any(ends_with(path, ending) for path in paths)]:
-            raise ValueError(f"target_modules: {unused[0]!r} matches no layer of {source.name}")
-        found = tuple(path for path in paths if any(ends_with(path, ending) for ending in targets))
+        found = tuple(named_paths(paths, targets, owner=source.name, inner=lambda path: path.partition(".")[2]))
     if not found:
         raise ValueError(f"target_modules={targets!r} matches none of the {len(paths)} layers of {source.name}")
     return found
@@ -64,13 +60,10 @@ def vectors_of(model: Any) -> tuple[str, ...]:
 
 
 def _vectors_of_pipeline(pipe: Any) -> Iterable[str]:
-    for name in dict.fromkeys(part.name for family in FAMILIES for part in family.components):
-        model = getattr(pipe, name, None)
-        model = getattr(model, "_orig_mod", model)
-        if isinstance(model, nn.Module):
-            for path, parameter in model.named_parameters():
-                if parameter.dim() == 1:
-                    yield f"{name}.{path.removeprefix('text_model.')}"
+    for name, model in adaptable_models(pipe).items():
+        for path, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                yield f"{name}.{path.removeprefix('text_model.')}"
 
 
 def _of_mapping(tensors: Mapping[str, Tensor]) -> BaseWeights:
@@ -108,10 +101,3 @@ def _component(name: str, paths: Sequence[str]) -> Component:
 
 def _ends(path: str, endings: Iterable[str]) -> bool:
     return any(ends_with(path, ending) for ending in endings)
-
-
-def _compiled(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise ValueError(f"target_modules: {text!r} is no regular expression ({error})") from None

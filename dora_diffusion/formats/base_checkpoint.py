@@ -1,4 +1,4 @@
-"""Where a base's parameters lie on disk: in a diffusers folder, or in one file under its makers' names.
+"""Where a base's parameters lie on disk: in a diffusers folder, or in one file under its original names.
 
 Paths are an adapter's: the pipeline's component first, `unet.conv_in.weight`, and without the `text_model.` of CLIP.
 """
@@ -209,7 +209,7 @@ def _shards(index: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Part:
-    """A component in a single file: its prefix, and its makers' names (None = diffusers' own)."""
+    """A component in a single file: its prefix, and its original names (None = diffusers' own)."""
 
     component: str
     prefix: str
@@ -256,7 +256,7 @@ def _under(keys: Sequence[str], prefix: str) -> list[str]:
 
 
 def _layout(keys: Sequence[str], component: str) -> Layout | None:
-    """The makers' names, when they know half of the layers, and as many of them as diffusers' names do."""
+    """The original names, when they know half of the layers, and as many of them as diffusers' names do."""
     layers = {_split(key)[0] for key in keys}
     layouts = [layout for layout in LAYOUTS if layout.component == component]
     counts = [sum(layout.of_original(layer) is not None for layer in layers) for layout in layouts]

@@ -9,7 +9,7 @@ from dora_diffusion.formats.layouts import Fusion
 
 
 def split_vector(fusion: Fusion, vector: Tensor) -> dict[str, Tensor]:
-    """(out,) of a makers' layer -> path -> (out of the piece,).
+    """(out,) of an original layer -> path -> (out of the piece,).
 
     Raises:
         ValueError: the rows cannot be divided so.

@@ -23,7 +23,7 @@ class Size:
     Attributes:
         blocks: pattern whose group is a block's number -> how many blocks there are.
         inputs: pattern of a layer -> its input features; the first that fits counts.
-        layout: the makers' names of its layers, where the part's pattern allows for more.
+        layout: the original names of its layers, where the part's pattern allows for more.
     """
 
     blocks: Mapping[str, int]
@@ -306,8 +306,8 @@ def family_of(adapter: AdapterState) -> str | None:
     exact = exact or [name for name in fitting if denoiser and _is_published(FAMILIES[name], denoiser)]
     left = exact or fitting
     if len(left) != 1 or not (exact or _is_tiny(layers)):
-        told = _told(adapter.metadata)
-        left = [name for name in left if name in told]
+        declared = _declared(adapter.metadata)
+        left = [name for name in left if name in declared]
     return left[0] if len(left) == 1 else None
 
 
@@ -370,7 +370,7 @@ def _has_size(size: Size, layer: _Layer) -> bool:
     return wanted in (None, layer.inputs)
 
 
-def _told(metadata: Mapping[str, str]) -> frozenset[str]:
+def _declared(metadata: Mapping[str, str]) -> frozenset[str]:
     """The families that the metadata allow: our own note, else all that tools say, so far as they agree."""
     if (own := metadata.get("dora_diffusion.family", "")) in FAMILIES:
         return frozenset({own})

@@ -148,7 +148,7 @@ def flatten(path: str) -> str:
 def unflatten(flat: str) -> str | None:
     """The dotted path of a layer's flat name, without the prefix of its component; None where no known model has it.
 
-    Paths of diffusers' and transformers' models and the makers' own are known, of layers and of what holds layers.
+    Paths of diffusers' and transformers' models and the original own are known, of layers and of what holds layers.
     """
     if len(flat) > _LONGEST or "#" in flat:
         return None

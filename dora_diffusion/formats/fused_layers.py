@@ -1,4 +1,4 @@
-"""An adapter of a layer of the makers' model <-> adapters of the layers of diffusers' model that it is.
+"""An adapter of a layer of the original model <-> adapters of the layers of diffusers' model that it is.
 
 The rows of a fused weight are those of its parts, one below the other:
 

@@ -59,15 +59,15 @@ class Place:
         fusion: the layers that it is; without the component.
         prefix: of the name, as written; may be empty.
         is_flat: whether it was flattened with underscores.
-        is_makers: whether the layer is called as its makers call it, not as diffusers does.
-        is_piece: whether it is a numbered piece of a makers' layer (`qkv.0`).
+        is_original: whether the layer is called as its makers call it, not as diffusers does.
+        is_piece: whether it is a numbered piece of an original layer (`qkv.0`).
     """
 
     component: str
     fusion: Fusion
     prefix: str
     is_flat: bool
-    is_makers: bool
+    is_original: bool
     is_piece: bool = False
 
     @property

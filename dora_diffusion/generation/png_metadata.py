@@ -31,7 +31,7 @@ class AdapterUse:
         name: what it was loaded under.
         sha256: of its file.
         weight: its strength, or one for each part.
-        mode: how adapters were mixed, a key of `functional.blend_modes.MODES`.
+        mode: how adapters were mixed, a key of `blend_modes.MODES`.
         schedule: (progress, factor) points, or None for a constant strength.
         mask: `picture_sha256` of where it drew, or None for everywhere.
     """
@@ -223,8 +223,8 @@ def read_metadata(path: Path) -> PictureRecord | None:
         record = json.loads(texts[METADATA_CHUNK])
         return _record_of(record, texts.get("parameters", ""))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        told = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise ValueError(f"{path.name}: its metadata is not as this app writes it ({told})") from None
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise ValueError(f"{path.name}: its metadata is not as this app writes it ({reason})") from None
 
 
 def _record_of(record: Mapping[str, Any], parameters: str) -> PictureRecord:

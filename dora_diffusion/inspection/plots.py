@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.blending import block_of
-from dora_diffusion.formats import load_adapter
-from dora_diffusion.functional.blend_modes import MODES, AdapterTerm
+from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.functional.dora import TINY_NORM, rows
 from dora_diffusion.pipelines.base_weights import BaseWeights
-from dora_diffusion.state import AdapterState
+from dora_diffusion.state import AdapterState, term_of
 from dora_diffusion.utils.atomic import write_atomically
 
 
@@ -40,8 +39,8 @@ def changes(adapter: AdapterState, base: BaseWeights) -> dict[str, Change]:
     """Block -> its change, at strength 1."""
     found: dict[str, list[Tensor]] = {}
     for path, module in adapter.modules.items():
-        weight, whole = base(path).float(), module.to(dtype=torch.float32)
-        new = MODES["additive"](weight, [AdapterTerm(whole.delta(), whole.magnitude, whole.axis)])
+        weight = base(path).float()
+        new = MODES[ADDITIVE](weight, [term_of(module.to(dtype=torch.float32))])
         found.setdefault(block_of(path), []).append(_row_changes(rows(weight), rows(new)))
     means = {block: torch.cat(parts, dim=1).mean(dim=1).tolist() for block, parts in found.items()}
     return {block: Change(*mean) for block, mean in means.items()}
@@ -55,8 +54,8 @@ def _row_changes(weight: Tensor, new: Tensor) -> Tensor:
     return torch.stack([(1 - cosines).clamp(min=0), (after[alive] / before[alive] - 1).abs()])
 
 
-def plot_adapters(paths: Sequence[Path], base: BaseWeights, output: Path) -> Path:
-    """Draw the changes of adapters, side by side, as a PNG.
+def plot_adapters(adapters: Mapping[str, AdapterState], base: BaseWeights, output: Path) -> Path:
+    """Draw the changes of adapters, by their names, side by side, as a PNG.
 
     Raises:
         ValueError: matplotlib is not installed, or an adapter has a layer that the base lacks.
@@ -66,7 +65,7 @@ def plot_adapters(paths: Sequence[Path], base: BaseWeights, output: Path) -> Pat
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("plots need matplotlib: pip install 'dora-diffusion[plots]'") from None
-    found = {path.stem: changes(load_adapter(path, base=base), base) for path in paths}
+    found = {name: changes(adapter, base) for name, adapter in adapters.items()}
     blocks = list(dict.fromkeys(block for of in found.values() for block in of))
     figure = Figure(figsize=(11, 1.6 + 0.34 * len(blocks)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)

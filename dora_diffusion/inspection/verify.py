@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dora_diffusion.functional.blend_modes import MODES, AdapterTerm
 from dora_diffusion.functional.strengths import Weight, strength_at
-from dora_diffusion.state import AdapterState, Module
+from dora_diffusion.state import AdapterState, Module, term_of
 
 WeightOf = Callable[[str], Tensor]
 Progress = Callable[[int, int], None]
@@ -84,8 +84,7 @@ def _found(
 
 
 def _term(module: Module, strength: float) -> AdapterTerm:
-    whole = module.to(dtype=torch.float32)
-    return AdapterTerm(whole.delta(), whole.magnitude, whole.axis, strength)
+    return term_of(module.to(dtype=torch.float32), strength)
 
 
 def _relative(difference: Tensor, change: Tensor) -> float:

@@ -15,9 +15,9 @@ class BlendedLayer(nn.Module):
 
         y = base(x) + (c - 1)(base(x) - b) + P (mix * Q x)          and  + W (c_in - 1) x  for magnitudes of the in axis
 
-    `set_terms` lays the adapters' P and Q side by side; `set_strengths` sets their strengths, which touches c and mix alone. Without
-    adapters it is the base, bit for bit. With `room` the buffers have a fixed shape, padded with zeros, so that a
-    compiled model swaps adapters without compiling anew.
+    `set_terms` lays the adapters' P and Q side by side; `set_strengths` touches c and mix alone. Without adapters it is
+    the base, bit for bit. With `room` the buffers have a fixed shape, padded with zeros, so that a compiled model swaps
+    adapters without compiling anew.
     """
 
     def __init__(self, base: Base) -> None:
@@ -139,7 +139,7 @@ def _keep_all(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _HeldTerms:
-    """What `set_strengths` needs of the n adapters: who owns each rank (R,), and their gain offsets at strength 1, fp32.
+    """What `set_strengths` needs of the n adapters: who owns each rank (R,), and gain offsets at strength 1, fp32.
 
     A rank that nobody owns (padding) belongs to number n, whose strength is 0.
     """
@@ -148,7 +148,7 @@ class _HeldTerms:
     offsets: Tensor
     in_offsets: Tensor
 
-    def on(self, device: torch.device) -> "_Held":
+    def on(self, device: torch.device) -> "_HeldTerms":
         """The same on a device; itself when it is there already."""
         if self.offsets.device == device:
             return self

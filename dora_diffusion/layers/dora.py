@@ -72,8 +72,8 @@ class _KeptNorm:
 class DoRALayer(nn.Module):
     """y = g (x W^T + s B(A x)) + b,  g = m / N(W + s B A); plain LoRA when the adapter has no magnitude.
 
-    Any kind of base that `bases` knows. Dropout acts on the low-rank branch only. The output has the base's shape and
-    dtype. The norm is taken anew at every forward, unless `keeps_norm`: then once an optimiser step (see `_norms`).
+    Any kind of base that `base_layers` knows. Dropout acts on the low-rank branch only. The output has the base's shape
+    and dtype. The norm is taken anew at every forward, unless `keeps_norm`: then once an optimiser step (see `_norms`).
     """
 
     def __init__(self, base: Base, adapter: Adapter, *, dropout: float, norm_grad: NormGrad) -> None:

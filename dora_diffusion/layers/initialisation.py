@@ -20,9 +20,9 @@ class InitialPair:
 
     down: Tensor
     up: Tensor
-    anchor: "Pair | None" = None
+    anchor: "InitialPair | None" = None
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Pair":
+    def to(self, device: torch.device, dtype: torch.dtype) -> "InitialPair":
         """The same numbers elsewhere."""
         anchor = None if self.anchor is None else self.anchor.to(device, dtype)
         return InitialPair(self.down.to(device, dtype), self.up.to(device, dtype), anchor)

@@ -194,7 +194,9 @@ def inject(model: nn.Module, config: DoRAConfig, *, generator: torch.Generator |
     if any(isinstance(module, Adapter | BlendedLayer) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} holds an adapter already: eject it, or unload its manager, first")
     generator = generator or torch.Generator().manual_seed(0)
-    targets = {path: check_adaptable(path, model.get_submodule(path)) for path in target_paths(model, config)}
+    targets = {
+        path: check_adaptable(path, model.get_submodule(path)) for path in target_paths(model, config.target_modules)
+    }
     ranks = by_pattern("rank_pattern", config.rank_pattern, list(targets), config.rank)
     alphas = by_pattern("alpha_pattern", config.alpha_pattern, list(targets), config.alpha)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,13 +1,12 @@
 """Which layers of a model an adapter goes to."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from torch import nn
 
 from dora_diffusion.families import component_of_model, ends_with
-from dora_diffusion.layers.config import DoRAConfig
 
 Number = TypeVar("Number", int, float)
 
@@ -23,21 +22,40 @@ def by_pattern(name: str, patterns: Mapping[str, Number], paths: list[str], defa
     return {path: default if pattern is None else patterns[pattern] for path, pattern in found.items()}
 
 
-def target_paths(model: nn.Module, config: DoRAConfig) -> list[str]:
-    """The paths of the layers that `config.target_modules` names, in the model's order; a ValueError when none."""
+def target_paths(model: nn.Module, targets: str | list[str] | None) -> list[str]:
+    """The paths of a model's layers that `DoRAConfig.target_modules` names, in its order; a ValueError when none."""
     paths = [path for path, _ in model.named_modules() if path]
-    endings = _endings(model, config.target_modules)
-    if endings is None:
-        pattern = _pattern("target_modules", str(config.target_modules))
-        found = [path for path in paths if pattern.fullmatch(path)]
+    preset = None if isinstance(targets, list) else _preset(model, targets)
+    if preset is not None:
+        found = [path for path in paths if any(ends_with(path, end) for end in preset)]
     else:
-        unused = [end for end in endings if not any(ends_with(path, end) for path in paths)]
-        if isinstance(config.target_modules, list) and unused:
-            raise ValueError(f"target_modules: {unused[0]!r} matches no layer of {type(model).__name__}")
-        found = [path for path in paths if any(ends_with(path, end) for end in endings)]
+        assert targets is not None  # without a preset a ValueError was raised
+        found = named_paths(paths, targets, owner=type(model).__name__)
     if not found:
-        raise ValueError(f"target_modules={config.target_modules!r} matches no layer of {type(model).__name__}")
+        raise ValueError(f"target_modules={targets!r} matches no layer of {type(model).__name__}")
     return found
+
+
+def named_paths(
+    paths: Sequence[str], targets: str | Sequence[str], *, owner: str, inner: Callable[[str], str] = str
+) -> list[str]:
+    """The paths that a regular expression matches whole, or that end in one of several names.
+
+    Args:
+        paths: of a model's layers.
+        targets: a regular expression, or ends of paths.
+        owner: what an error calls the model.
+        inner: a path -> what the regular expression is matched with.
+
+    Raises:
+        ValueError: no regular expression, or an ending that fits nothing.
+    """
+    if isinstance(targets, str):
+        pattern = _pattern("target_modules", targets)
+        return [path for path in paths if pattern.fullmatch(inner(path))]
+    if unused := [end for end in targets if not any(ends_with(path, end) for path in paths)]:
+        raise ValueError(f"target_modules: {unused[0]!r} matches no layer of {owner}")
+    return [path for path in paths if any(ends_with(path, end) for end in targets)]
 
 
 def _pattern(name: str, text: str) -> re.Pattern[str]:
@@ -47,12 +65,9 @@ def _pattern(name: str, text: str) -> re.Pattern[str]:
         raise ValueError(f"{name}: {text!r} is no regular expression ({error})") from None
 
 
-def _endings(model: nn.Module, targets: str | list[str] | None) -> tuple[str, ...] | None:
-    """Path endings for a preset or list; None when `targets` is a regular expression."""
-    if isinstance(targets, list):
-        return tuple(targets)
+def _preset(model: nn.Module, name: str | None) -> tuple[str, ...] | None:
+    """Path endings of a family's preset; None when `name` is no preset, but a regular expression."""
     component = component_of_model(model)
-    if component is None and targets is None:
+    if component is None and name is None:
         raise ValueError(f"{type(model).__name__} is of no family known here: name its layers in target_modules")
-    presets = component.presets if component else {}
-    return presets.get(targets or "attention")
+    return None if component is None else component.presets.get(name or "attention")

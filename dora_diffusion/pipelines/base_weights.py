@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dora_diffusion.families import FAMILIES
 from dora_diffusion.formats.base_checkpoint import Checkpoint, Place, open_checkpoint
 from dora_diffusion.layers.base_layers import check_adaptable, dense_weight, logical_shape
 from dora_diffusion.layers.blended import BlendedLayer
 from dora_diffusion.layers.dora import DoRALayer
+from dora_diffusion.pipelines.modules import adaptable_models, at_hand, find_module
 
 _ASSETS = Path(__file__).parents[1] / "assets"
 POCKET = _ASSETS / "pocket"
@@ -24,7 +24,7 @@ EMBEDDED: Mapping[str, Path] = {"pocket": POCKET, "pocket-dit": POCKET_DIT}
 WeightOf = Callable[[str], Tensor]
 """An adapter's path, component first -> the layer's dense W (out, in[, kh, kw]) as stored; ValueError when missing."""
 
-# Layers whose tensor is a table, one row per token: W is its transpose, as in `bases`.
+# Layers whose tensor is a table, one row per token: W is its transpose, as in `base_layers`.
 _TABLES = (
     *("token_embedding", "position_embedding", "shared", "embed_tokens", "relative_attention_bias"),
     *("word_embeddings", "position_embeddings", "token_type_embeddings", "style_embedder", "class_embedding"),
@@ -58,7 +58,7 @@ def weights_of(base: Any) -> WeightOf:
 
     Args:
         base: a diffusers pipeline, the name of an embedded base, a folder in diffusers' layout, a single .safetensors
-            file under its makers' names or diffusers', or a function of the same kind, which is returned as it is.
+            file under its original names or diffusers', or a function of the same kind, which is returned as it is.
 
     Raises:
         ValueError: one line that says what was looked for and what is there.
@@ -113,39 +113,31 @@ def _of_checkpoint(checkpoint: Checkpoint) -> BaseWeights:
 
 
 def _of_pipeline(pipe: Any) -> BaseWeights:
-    models = dict(_models(pipe))
     name = type(pipe).__name__
+    if getattr(pipe, "num_fused_loras", 0):
+        raise ValueError(f"{name} has fused LoRAs in its weights: call unfuse_lora() first")
+    models = adaptable_models(pipe)
 
     def layer_at(path: str) -> nn.Module:
         component, _, inner = path.partition(".")
-        for candidate in (inner, f"text_model.{inner}", inner.removeprefix("text_model.")):
-            if (found := _submodule(models.get(component), candidate)) is not None:
-                return _refuse_folded(path, _unwrapped(found))
-        raise ValueError(f"{name}: layer {path} is not there; is the adapter for another base model?")
+        found = find_module(models[component], inner) if component in models else None
+        if found is None:
+            raise ValueError(f"{name}: layer {path} is not there; is the adapter for another base model?")
+        return _refuse_fused(path, _unwrapped(found[1]))
 
     def weight(path: str) -> Tensor:
         base = check_adaptable(path, layer_at(path))
-        return _at_hand(path, base.weight, dense_weight(base))
+        at_hand(path, base.weight)
+        return dense_weight(base)
 
     def parameter(path: str) -> Tensor:
         layer, _, ending = path.rpartition(".")
         found = getattr(layer_at(layer), ending, None)
         if not isinstance(found, Tensor):
             raise ValueError(f"{name}: parameter {path} is not there; is the adapter for another base model?")
-        return _at_hand(path, found, found.detach())
+        return at_hand(path, found).detach()
 
     return BaseWeights(name, weight, parameter, lambda: tuple(_layers(models)))
-
-
-def _models(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
-    """The parts of a pipeline that adapters may change, out of the wrapper that torch.compile puts around them."""
-    if getattr(pipe, "num_fused_loras", 0):
-        raise ValueError(f"{type(pipe).__name__} has fused LoRAs in its weights: call unfuse_lora() first")
-    for name in dict.fromkeys(part.name for family in FAMILIES for part in family.components):
-        model = getattr(pipe, name, None)
-        model = getattr(model, "_orig_mod", model)
-        if isinstance(model, nn.Module):
-            yield name, model
 
 
 def _layers(models: Mapping[str, nn.Module]) -> Iterator[str]:
@@ -171,20 +163,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return module.base if isinstance(module, BlendedLayer | DoRALayer) else module
 
 
-def _submodule(model: nn.Module | None, path: str) -> nn.Module | None:
-    try:
-        return None if model is None else model.get_submodule(path)
-    except AttributeError:
-        return None
-
-
-def _refuse_folded(path: str, layer: nn.Module) -> nn.Module:
+def _refuse_fused(path: str, layer: nn.Module) -> nn.Module:
     if getattr(layer, "is_fused", False):
         raise ValueError(f"{path}: adapters are fused into the base's weights; call unfuse() first")
     return layer
-
-
-def _at_hand(path: str, stored: Tensor, dense: Tensor) -> Tensor:
-    if stored.is_meta:
-        raise ValueError(f"{path}: its weight is away (sequential CPU offload); use offload='model' or none")
-    return dense

@@ -45,7 +45,7 @@ def load_pipeline(
 
     Args:
         source: the name of an embedded base ("pocket", "pocket-dit"), a folder in diffusers' layout, a single
-            `.safetensors` file in its makers' layout, or a hub id such as `owner/name`.
+            `.safetensors` file in its original layout, or a hub id such as `owner/name`.
         dtype: of the weights in memory.
         device: "cpu", "cuda", "mps".
         config: for a single file only: a diffusers folder or hub id of the same architecture, whose configs and

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dora_diffusion.families import FAMILIES
 from dora_diffusion.layers.base_layers import Base, check_adaptable
 from dora_diffusion.layers.blended import BlendedLayer
 
@@ -17,24 +18,22 @@ class PipelineModules:
         self._components = tuple(components)
 
     def model(self, component: str) -> nn.Module | None:
-        """A component, out of the wrapper that torch.compile puts around it; None when the pipeline has none."""
-        model = getattr(self._pipe, component, None) if component in self._components else None
-        return getattr(model, "_orig_mod", model)
+        """A component; None when the pipeline has none of that name."""
+        return model_of(self._pipe, component) if component in self._components else None
 
     def find(self, path: str) -> tuple[str, nn.Module]:
         """The path as this pipeline spells it, and the module there; never a BlendedLayer, but the base inside it.
 
-        CLIP encoders have or lack `text_model.`, by transformers' version. A ValueError when there is none.
+        A ValueError when there is none.
         """
         component, _, inner = path.partition(".")
         model = self.model(component)
-        for candidate in (inner, f"text_model.{inner}", inner.removeprefix("text_model.")):
-            found = None if model is None else _submodule(model, candidate)
-            if found is not None:
-                return f"{component}.{candidate}".removesuffix("."), found.base if isinstance(
-                    found, BlendedLayer
-                ) else found
-        raise ValueError(f"layer {path} is not in this pipeline; is the adapter for another base model?")
+        found = None if model is None else find_module(model, inner)
+        if found is None:
+            raise ValueError(f"layer {path} is not in this pipeline; is the adapter for another base model?")
+        live, module = found
+        base = module.base if isinstance(module, BlendedLayer) else module
+        return f"{component}.{live}".removesuffix("."), base
 
     def layer(self, path: str) -> tuple[str, Base]:
         """As `find`, for a layer that can carry an adapter; a ValueError for one that cannot."""
@@ -64,15 +63,34 @@ class PipelineModules:
         model.set_submodule(inner, module)
 
 
-def _submodule(model: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
+def model_of(pipe: Any, component: str) -> nn.Module | None:
+    """A pipeline's component, out of the wrapper that torch.compile puts around it; None when it is no model."""
+    model = getattr(pipe, component, None)
+    model = getattr(model, "_orig_mod", model)
+    return model if isinstance(model, nn.Module) else None
+
+
+def adaptable_models(pipe: Any) -> dict[str, nn.Module]:
+    """The components of a pipeline that some family's adapters change, by name."""
+    names = dict.fromkeys(part.name for family in FAMILIES for part in family.components)
+    return {name: model for name in names if (model := model_of(pipe, name)) is not None}
+
+
+def find_module(model: nn.Module, path: str) -> tuple[str, nn.Module] | None:
+    """The path as this model spells it, and the module there; None when there is none.
+
+    CLIP encoders have or lack `text_model.`, by transformers' version.
+    """
+    for candidate in (path, f"text_model.{path}", path.removeprefix("text_model.")):
+        try:
+            return candidate, model.get_submodule(candidate)
+        except AttributeError:
+            continue
+    return None
 
 
 def at_hand(path: str, tensor: Tensor) -> Tensor:
     """The tensor; a ValueError when it is away."""
     if tensor.is_meta:
-        raise ValueError(f"{path}: its weight is away (sequential CPU offload); adapters need offload='model' or none")
+        raise ValueError(f"{path}: its weight is away (sequential CPU offload); use offload='model' or none")
     return tensor

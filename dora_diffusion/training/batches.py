@@ -41,7 +41,7 @@ class LatentCache:
     """Latents of examples, encoded once when nothing random is done to the pixels, else at every use."""
 
     def __init__(self, trainable: TrainablePipeline, config: TrainConfig, size: tuple[int, int]) -> None:
-        self._subject = trainable
+        self._trainable = trainable
         self._data = config.data
         self._size = size
         self._kept: dict[tuple[str, bool], Latent] = {}
@@ -53,7 +53,7 @@ class LatentCache:
         if key in self._kept:
             return self._kept[key]
         sample = load_sample(example, size=self._size, crop=self._data.crop, flip=flip, rng=rng)
-        encoded = self._subject.family.codec.encode(self._subject.pipe, sample.pixels[None])
+        encoded = self._trainable.family.codec.encode(self._trainable.pipe, sample.pixels[None])
         latent = Latent(encoded, sample.frame[None].to(encoded.device))
         if self._data.crop == "center":
             self._kept[key] = latent
@@ -64,19 +64,19 @@ class ConditioningCache:
     """Conditioning of captions: kept when no text encoder is trained."""
 
     def __init__(self, trainable: TrainablePipeline) -> None:
-        self._subject = trainable
+        self._trainable = trainable
         self._kept: dict[str, Mapping[str, Tensor]] = {}
 
     def keep(self, captions: Sequence[str]) -> None:
         """Encode what is new among captions, once and for all."""
-        trainable = self._subject
+        trainable = self._trainable
         if new := dict.fromkeys(caption for caption in captions if caption not in self._kept):
             with torch.no_grad(), trainable.encoders_on_device():
                 self._kept.update({caption: trainable.family.encode(trainable.pipe, [caption]) for caption in new})
 
     def encode(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
         """Captions -> batched conditioning, with gradients when a text encoder is trained."""
-        trainable = self._subject
+        trainable = self._trainable
         if trainable.trains_text():
             return trainable.family.encode(trainable.pipe, list(captions))
         self.keep(captions)

@@ -175,11 +175,11 @@ def _move(module: nn.Module, twins: dict[int, Tensor]) -> None:
 def estimate_memory(trainable: TrainablePipeline, config: TrainConfig, *, device: Device) -> MemoryEstimate:
     """What one training step of `trainable` holds at its worst.
 
-    A subject on the meta device is used up by it. With a true subject on the CPU a true step is taken, which tests
+    A pipeline on the meta device is used up by it. With a true one on the CPU a true step is taken, which tests
     compare with.
 
     Args:
-        subject: injected, as `prepare_trainable` leaves it.
+        trainable: injected, as `prepare_trainable` leaves it.
         config: batch, resolution, precision, prior preservation (which doubles the batch).
         device: where training will run; "cuda" computes norms and softmax in fp32 under autocast.
 

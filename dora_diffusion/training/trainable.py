@@ -44,7 +44,7 @@ class TrainablePipeline:
         """Whether captions must be encoded anew at every step."""
         return self.words is not None or any(name != self.family.denoiser.name for name in self.injections)
 
-    def rest(self) -> None:
+    def offload_encoders(self) -> None:
         """Move the text encoders to main memory, when none is trained: captions are encoded once, and kept."""
         for encoder in self._resting():
             encoder.to("cpu")
@@ -58,7 +58,7 @@ class TrainablePipeline:
         try:
             yield
         finally:
-            self.rest()
+            self.offload_encoders()
 
     def _resting(self) -> list[nn.Module]:
         """The untrained encoders that have weights to move: none of a skeleton on the meta device."""
@@ -135,7 +135,7 @@ def prepare_trainable(pipe: Any, config: TrainConfig) -> TrainablePipeline:
             _enable_checkpointing(getattr(pipe, name))
     trainable = TrainablePipeline(pipe, family, injections, words)
     trainable.train()
-    trainable.rest()
+    trainable.offload_encoders()
     return trainable
 
 

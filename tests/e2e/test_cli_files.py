@@ -156,7 +156,7 @@ def test_a_baked_folder_draws_the_mix(capsys, tmp_path, files) -> None:
 def test_mistakes_are_one_line(capsys, tmp_path, files) -> None:
     ink, base = files / "ink.safetensors", files / "base"
     target = tmp_path / "out.safetensors"
-    assert "makers' name" in fails(capsys, "convert", ink, target, "--to", "comfyui")
+    assert "original name" in fails(capsys, "convert", ink, target, "--to", "comfyui")
     assert "name it with --base" in fails(capsys, "convert", ink, target, "--lora")
     assert "dora-diffusion resize" in fails(capsys, "convert", ink, target, "--rank", "2")
     assert "no such file" in fails(capsys, "blend", target, "--adapter", tmp_path / "no.safetensors", "--base", base)

@@ -12,7 +12,6 @@ from benchmarks.full_size.published import PUBLISHED
 from dora_diffusion import families
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.formats.family_detection import FAMILIES, family_of
-from dora_diffusion.layers.config import DoRAConfig
 from dora_diffusion.layers.targets import target_paths
 from dora_diffusion.state import AdapterState, FactoredState, Module, ModuleState
 from tests.families.pipelines import PIPELINES
@@ -47,7 +46,7 @@ def adapter(pipe: Any, preset: str, components: tuple[str, ...]) -> AdapterState
     for component in components:
         model = getattr(pipe, component)
         layers = dict(model.named_modules())
-        for path in target_paths(model, DoRAConfig(target_modules=preset)):
+        for path in target_paths(model, preset):
             modules[f"{component}.{path}"] = pair(layers[path])
     return AdapterState(modules)
 
@@ -67,8 +66,8 @@ def test_a_published_model_is_told_by_its_layers(name: str, preset: str) -> None
     # without its feed-forward layers, the small Sana is a PixArt of another name
     is_in_doubt = family.name in TWINS or (name == "Sana 0.6B" and preset == "attention")
     assert family_of(state) == (None if is_in_doubt else family.name)
-    told = AdapterState(state.modules, {"dora_diffusion.family": family.name})
-    assert family_of(told) == family.name
+    declared = AdapterState(state.modules, {"dora_diffusion.family": family.name})
+    assert family_of(declared) == family.name
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -1,4 +1,4 @@
-"""The makers' names of Stable Diffusion's UNets and text encoders: every layer both ways, diffusers being the judge."""
+"""The original names of Stable Diffusion's UNets and text encoders: every layer both ways, judged by diffusers."""
 
 from collections.abc import Callable
 from functools import cache

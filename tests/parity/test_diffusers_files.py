@@ -238,8 +238,10 @@ def save(pipe: Any, name: str, folder: Path, *, metadata: bool, converted: bool 
     layers = state_dicts(pipe, name)
     if converted:
         layers = {component: convert_state_dict_to_diffusers(tensors) for component, tensors in layers.items()}
-    told = _collate_lora_metadata({part: getattr(pipe, part) for part in LOADED[name]}) if metadata else {}
-    pipe.save_lora_weights(folder, **{f"{part}_lora_layers": tensors for part, tensors in layers.items()}, **told)
+    written_metadata = _collate_lora_metadata({part: getattr(pipe, part) for part in LOADED[name]}) if metadata else {}
+    pipe.save_lora_weights(
+        folder, **{f"{part}_lora_layers": tensors for part, tensors in layers.items()}, **written_metadata
+    )
     return folder / "pytorch_lora_weights.safetensors"
 
 

@@ -334,8 +334,10 @@ def test_metadata_and_strangers_survive_a_round_trip(tmp_path: Path) -> None:
 
 def _mixed(weights: dict[str, Tensor]) -> AdapterState:
     generator = torch.Generator().manual_seed(0)
-    makers = [dora, lora]
-    return AdapterState({path: makers[n % 2](weight, generator) for n, (path, weight) in enumerate(weights.items())})
+    original_for = [dora, lora]
+    return AdapterState(
+        {path: original_for[n % 2](weight, generator) for n, (path, weight) in enumerate(weights.items())}
+    )
 
 
 def _whole(make: Make) -> Callable[[dict[str, Tensor]], AdapterState]:

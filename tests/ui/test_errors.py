@@ -11,13 +11,13 @@ gr = pytest.importorskip("gradio", reason="gradio is not installed: pip install 
 from dora_diffusion.training.config import TrainConfig  # noqa: E402
 from dora_diffusion.utils import atomic as storage  # noqa: E402  (after the skip above)
 from ui.backend.session import Session  # noqa: E402
-from ui.errors import line_of, told  # noqa: E402
+from ui.errors import line_of, user_errors  # noqa: E402
 from ui.tabs.inspect_page import plot_of  # noqa: E402
 from ui.train.process import Trainer  # noqa: E402
 
 
 def _shown(work: Callable[[], object], *, is_markup: bool = True) -> gr.Error:
-    with pytest.raises(gr.Error) as caught, told(is_markup=is_markup):
+    with pytest.raises(gr.Error) as caught, user_errors(is_markup=is_markup):
         work()
     return caught.value
 

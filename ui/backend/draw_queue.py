@@ -63,20 +63,20 @@ class DrawQueue:
             self._change.notify_all()
 
     def _wait(self, ticket: "_Ticket", should_stop: Callable[[], bool], on_wait: Callable[[int], None]) -> None:
-        told = None
+        announced = None
         while True:
             with self._change:
                 ahead = self._queue.index(ticket)
-                if ahead == told and ahead > 0:
+                if ahead == announced and ahead > 0:
                     self._change.wait(LOOK_SECONDS)
                     ahead = self._queue.index(ticket)
             if should_stop():
                 raise GenerationStopped
             if ahead == 0:
                 return
-            if ahead != told:
+            if ahead != announced:
                 on_wait(ahead)
-                told = ahead
+                announced = ahead
 
 
 class _Ticket:

@@ -24,7 +24,7 @@ def measure(session: Session, files: Sequence[str]) -> Interference:
         return interference(states, base=weights)
 
 
-def meter_html(found: Interference) -> str:
+def interference_html(found: Interference) -> str:
     """Norms by block as bars, and the cosine of every pair."""
     return f'<div class="meter">{_pairs(found)}{_norms(found)}</div>'
 

@@ -123,7 +123,7 @@ class DrawRequest:
         settings: of the first picture; its prompt may hold `<lora:name:0.8>` tags.
         adapters: who takes part, in an order that counts for some modes; one at strength 0 is not drawn, and keeps the
             prompt's tags from drawing it.
-        blend: a key of `mixing.MODES`.
+        blend: a key of `blend_modes.MODES`.
         count: how many pictures; each has the seed after the one before.
         canvas: a picture to start from, or None.
     """
@@ -279,8 +279,8 @@ def check_picture(name: str, value: object) -> Image.Image | None:
         try:
             return read_image(value)  # turned and laid on white as everywhere
         except ValueError as error:
-            told = str(error).rpartition(f"{Path(value).name}: ")[2]
-            raise ValueError(f"{name}: not a picture that can be read ({told})") from None
+            reason = str(error).rpartition(f"{Path(value).name}: ")[2]
+            raise ValueError(f"{name}: not a picture that can be read ({reason})") from None
     if not isinstance(value, Image.Image):
         raise ValueError(f"{name}: got {shown(value)}, expected a picture")
     _check_pixels(name, value.size)

@@ -68,8 +68,8 @@ def _file_of_tag(name: str, names: Sequence[str]) -> str:
         if alike:
             raise ValueError(f"prompt: <lora:{name}> may be any of {', '.join(alike[:5])}; write one of these")
     nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    told = f"; nearest: {', '.join(nearest)}" if nearest else f"; there are {len(names)} adapters"
-    raise ValueError(f"prompt: no adapter named {shown(name)} for <lora:...>{told}")
+    hint = f"; nearest: {', '.join(nearest)}" if nearest else f"; there are {len(names)} adapters"
+    raise ValueError(f"prompt: no adapter named {shown(name)} for <lora:...>{hint}")
 
 
 def _weight_of_tag(tag: LoraTag, parts: Parts) -> float | dict[str, float]:

@@ -57,10 +57,10 @@ def _svg(curve: Curve | None) -> str:
         return 4 + (_HEIGHT - 8) * (high - factor) / (high - low)
 
     line = " ".join(f"{index * _WIDTH / _SAMPLES:.1f},{y(factor):.1f}" for index, factor in enumerate(factors))
-    told = f"strength times {factors[0]:g} at the first step, {factors[-1]:g} at the last"
+    label = f"strength times {factors[0]:g} at the first step, {factors[-1]:g} at the last"
     grid = "".join(f'<line class="grid" x1="0" x2="{_WIDTH}" y1="{y(at):.1f}" y2="{y(at):.1f}"/>' for at in (0, 1))
     return (
-        f'<svg class="curve" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{told}">{grid}'
+        f'<svg class="curve" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{grid}'
         f'<polyline points="{line}"/></svg><p class="curve-ends"><span>first step</span><span>last step</span></p>'
     )
 

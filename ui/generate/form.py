@@ -37,7 +37,7 @@ class Form:
     """The widgets above the rack.
 
     Attributes:
-        canvas: holds the names that `canvases` reads.
+        canvas: holds the names that `canvas` reads.
         fold: around canvas and strength.
     """
 

@@ -15,7 +15,7 @@ from dora_diffusion.generation.png_metadata import metadata_text, read_metadata
 from ui.backend.picture_difference import largest_difference
 from ui.backend.request import check_whole
 from ui.backend.session import Session
-from ui.errors import told
+from ui.errors import user_errors
 from ui.generate.controls import Controls
 from ui.generate.restore import restore_from, restored_updates
 
@@ -131,7 +131,7 @@ class History:
     pinned: gr.State
 
 
-def build_history(session: Session, desk: Controls, demo: gr.Blocks) -> History:
+def build_history(session: Session, controls: Controls, demo: gr.Blocks) -> History:
     """Lay out the gallery inside the open block and wire it to the form and the rack."""
     with gr.Row(elem_id="history-nav"):
         look = gr.Button("Look again", size="sm", elem_id="history-refresh", min_width=100)
@@ -159,13 +159,13 @@ def build_history(session: Session, desk: Controls, demo: gr.Blocks) -> History:
     names, chosen, pinned = gr.State(()), gr.State(None), gr.State(None)
     history = History(gallery, page, place, facts, report, metadata, compare, names, chosen, pinned)
     _wire_pages(history, session, [look.click, demo.load], (newer, older))
-    _wire_picture(history, session, desk, restore=restore, pin=pin)
+    _wire_picture(history, session, controls, restore=restore, pin=pin)
     return history
 
 
 def _wire_pages(history: History, session: Session, looks: list[Any], turns: tuple[gr.Button, gr.Button]) -> None:
     def show(page: object, step: int) -> dict[Component, Any]:
-        with told():
+        with user_errors():
             wanted = check_whole("page", page, low=0, high=MAX_PAGE) + step
             found = list_pictures(session.output, max(0, wanted))
         return {
@@ -185,9 +185,11 @@ def _wire_pages(history: History, session: Session, looks: list[Any], turns: tup
         )  # fmt: skip
 
 
-def _wire_picture(history: History, session: Session, desk: Controls, *, restore: gr.Button, pin: gr.Button) -> None:
+def _wire_picture(
+    history: History, session: Session, controls: Controls, *, restore: gr.Button, pin: gr.Button
+) -> None:
     def select(names: tuple[str, ...], pinned: str | None, event: gr.SelectData) -> dict[Component, Any]:
-        with told():
+        with user_errors():
             index = check_whole("picture", event.index, low=0, high=max(0, len(names) - 1))
             if not names:
                 raise ValueError("picture: the history is empty")
@@ -196,16 +198,16 @@ def _wire_picture(history: History, session: Session, desk: Controls, *, restore
             return changes | _compared(history, session, pinned, path)
 
     def bring_back(chosen: str | None) -> dict[Component, Any]:
-        with told():
+        with user_errors():
             if chosen is None:
                 raise ValueError("press a picture first")
             session.library.refresh()
             path = find_picture(session.output, chosen)
             restored = restore_from(path, session.library, session.parts, output=session.output)
-            return restored_updates(restored, desk, session, history.report)
+            return restored_updates(restored, controls, session, history.report)
 
     def keep(chosen: str | None) -> tuple[str, str]:
-        with told():
+        with user_errors():
             if chosen is None:
                 raise ValueError("press a picture first")
         return chosen, f'<p class="kept">Press another picture to compare it with {escape(chosen)}.</p>'
@@ -215,7 +217,7 @@ def _wire_picture(history: History, session: Session, desk: Controls, *, restore
         [history.chosen, history.facts, history.metadata, history.compare, history.report],
         show_progress="hidden", api_visibility="private",
     )  # fmt: skip
-    restore.click(bring_back, history.chosen, [*desk.outputs, history.report], api_visibility="private")
+    restore.click(bring_back, history.chosen, [*controls.outputs, history.report], api_visibility="private")
     pin.click(keep, history.chosen, [history.pinned, history.report], queue=False, api_visibility="private")
 
 

@@ -57,7 +57,7 @@ class Parameters:
     notes: tuple[str, ...] = ()
 
 
-def parse_a1111(text: str) -> Parameters:
+def parse_infotext(text: str) -> Parameters:
     """Take a `parameters` text apart; whatever it is, something comes of it.
 
     Raises:

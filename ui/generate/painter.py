@@ -86,7 +86,7 @@ const pen = canvas.getContext('2d', { willReadFrequently: true });
 const below = element.querySelector('.under img');
 const before = [];
 let tell = () => {};
-let told = '';
+let sent = '';
 let finger = null;
 let last = null;
 let turn = 0;
@@ -140,7 +140,7 @@ function lay(picture) {
 function start(width, height, mask, name) {
   Object.assign(canvas, { width, height });  // which wipes it
   before.length = 0;
-  told = name;
+  sent = name;
   if (mask) lay(mask);
 }
 function show(picture) {
@@ -150,12 +150,12 @@ function show(picture) {
   element.querySelector('.under').style.setProperty('--ratio', ratio);
 }
 function remember() {
-  before.push([levels(), told]);
+  before.push([levels(), sent]);
   if (before.length > most) before.shift();
 }
 function changed(now) {
-  told = now;
-  tell(told);
+  sent = now;
+  tell(sent);
 }
 function place(event) {
   const box = canvas.getBoundingClientRect();

@@ -24,7 +24,7 @@ from ui.backend.request import (
     check_settings,
 )
 from ui.backend.session import Session
-from ui.errors import told
+from ui.errors import user_errors
 from ui.generate.controls import Controls
 from ui.generate.recipes import Recipe
 from ui.generate.restore import Restored, restored_updates
@@ -166,7 +166,7 @@ class Presets:
     report: gr.HTML
 
 
-def build_presets(session: Session, desk: Controls) -> Presets:
+def build_presets(session: Session, controls: Controls) -> Presets:
     """Lay out the presets inside the open block and wire them to the form and the rack."""
     with gr.Row(elem_id="presets"):
         name = gr.Dropdown(
@@ -177,36 +177,36 @@ def build_presets(session: Session, desk: Controls) -> Presets:
         save = gr.Button("Save", size="sm", elem_id="preset-save", min_width=70)
         delete = gr.Button("Delete", size="sm", variant="stop", elem_id="preset-delete", min_width=70)
     presets = Presets(name, save, load, delete, gr.HTML(elem_id="preset-report"))
-    _wire(presets, session, desk)
+    _wire(presets, session, controls)
     return presets
 
 
-def _wire(presets: Presets, session: Session, desk: Controls) -> None:
+def _wire(presets: Presets, session: Session, controls: Controls) -> None:
     def choices(value: str | None) -> gr.Dropdown:
         return gr.Dropdown(list(list_presets(session.output)), value=value)
 
     def save(values: dict[Component, Any]) -> tuple[gr.Dropdown, str]:
-        with told():
-            recipe = desk.recipe(values)
+        with user_errors():
+            recipe = controls.recipe(values)
             path = save_preset(
                 values[presets.name], recipe, session.library, model=session.model, output=session.output
             )
         return choices(path.stem), '<p class="kept" role="status">Saved.</p>'
 
     def load(name: object) -> dict[Component, Any]:
-        with told():
+        with user_errors():
             session.library.refresh()
             restored = load_preset(name, session.library, session.parts, output=session.output)
-            return restored_updates(restored, desk, session, presets.report)
+            return restored_updates(restored, controls, session, presets.report)
 
     def delete(name: object) -> tuple[gr.Dropdown, str]:
-        with told():
+        with user_errors():
             delete_preset(name, session.output)
         return choices(None), '<p class="kept" role="status">Deleted.</p>'
 
     told_in = [presets.name, presets.report]
-    presets.save.click(save, {presets.name, *desk.inputs}, told_in, api_visibility="private")
-    presets.load.click(load, presets.name, [*desk.outputs, presets.report], api_visibility="private")
+    presets.save.click(save, {presets.name, *controls.inputs}, told_in, api_visibility="private")
+    presets.load.click(load, presets.name, [*controls.outputs, presets.report], api_visibility="private")
     presets.delete.click(delete, presets.name, told_in, api_visibility="private")
     presets.name.focus(lambda: gr.Dropdown(list(list_presets(session.output))), None, presets.name,
                        queue=False, show_progress="hidden", api_visibility="private")  # fmt: skip

@@ -14,11 +14,11 @@ import gradio as gr
 from gradio.components import Component
 
 from dora_diffusion.functional.blend_modes import ADDITIVE, IN_ORDER, MODE_SENTENCES, MODES
-from ui.backend import interference as meter
-from ui.backend.interference import measure, meter_html
+from ui.backend import interference
+from ui.backend.interference import interference_html, measure
 from ui.backend.request import SlotValues, check_whole
 from ui.backend.session import Session
-from ui.errors import told
+from ui.errors import user_errors
 from ui.generate import curves, masks, slots
 from ui.generate.curves import curve_html, name_of_text, text_of_name
 from ui.generate.masks import Painter, build_painter, canvas_value, read_painted, targets
@@ -81,7 +81,7 @@ class Rack:
 
         Args:
             wanted: from the first slot on.
-            blend: a key of `mixing.MODES`; None leaves the mode.
+            blend: a key of `blend_modes.MODES`; None leaves the mode.
 
         Raises:
             ValueError: more slots than there are, or no such mode.
@@ -237,7 +237,7 @@ def _wire_moves(rack: Rack, index: int) -> None:
     )
     for button, deed in deeds:
         button.click(
-            told()(deed),
+            user_errors()(deed),
             {*rack.inputs},
             list(rack.outputs),
             show_progress="hidden",
@@ -265,7 +265,9 @@ def _wire_fine(rack: Rack, index: int) -> None:
     slot.apart.input(
         set_apart, [slot.apart, slot.strength], [slot.strength, slot.denoiser, slot.text_encoders], **plain
     )
-    slot.curve_name.input(told()(name_curve), [slot.curve_name, slot.curve], [slot.curve, slot.curve_plot], **plain)
+    slot.curve_name.input(
+        user_errors()(name_curve), [slot.curve_name, slot.curve], [slot.curve, slot.curve_plot], **plain
+    )
     slot.curve.input(write_curve, slot.curve, [slot.curve_name, slot.curve_plot], trigger_mode="always_last", **plain)
 
 
@@ -282,13 +284,13 @@ def _wire_masks(rack: Rack) -> None:
 
     # every stroke: by default gradio drops those that come while it still answers the one before
     views = [slot.mask_view for slot in rack.slots]
-    painter.canvas.input(told()(painted), painter.target, [*states, *views], trigger_mode="multiple", **plain)
-    painter.target.input(told()(aim), [painter.target, *states], painter.canvas, **plain)
+    painter.canvas.input(user_errors()(painted), painter.target, [*states, *views], trigger_mode="multiple", **plain)
+    painter.target.input(user_errors()(aim), [painter.target, *states], painter.canvas, **plain)
     files = [slot.file for slot in rack.slots]
 
     def moved(target: int, *held: Any) -> Updates:
         named = gr.Dropdown(targets(held[:SLOTS]))
-        return {painter.canvas: told()(aim)(target, *held[SLOTS:]), painter.target: named}
+        return {painter.canvas: user_errors()(aim)(target, *held[SLOTS:]), painter.target: named}
 
     # what moves or empties slots changes `asked`: the painter shows the mask that its slot has now
     rack.asked.change(moved, [painter.target, *files, *states], [painter.canvas, painter.target], **plain)
@@ -353,7 +355,7 @@ def _wire_rest(rack: Rack, ask: gr.Button, answer: gr.HTML) -> None:
     def interfere(*chosen: str) -> Iterator[str]:
         yield '<p class="rack-note">measuring …</p>'
         try:
-            yield meter_html(measure(rack.session, [file for file in chosen if file]))
+            yield interference_html(measure(rack.session, [file for file in chosen if file]))
         except ValueError as error:
             yield problem_badge(str(error))
 
@@ -367,7 +369,7 @@ def _wire_rest(rack: Rack, ask: gr.Button, answer: gr.HTML) -> None:
         api_visibility="private",
     )
     rack.mode.input(
-        told()(mode_html),
+        user_errors()(mode_html),
         rack.mode,
         rack.sentence,
         show_progress="hidden",
@@ -377,4 +379,4 @@ def _wire_rest(rack: Rack, ask: gr.Button, answer: gr.HTML) -> None:
     ask.click(interfere, files, answer, show_progress="hidden", api_visibility="private")
 
 
-CSS = slots.CSS + curves.CSS + masks.CSS + meter.CSS
+CSS = slots.CSS + curves.CSS + masks.CSS + interference.CSS

@@ -74,8 +74,8 @@ def _of_encoders(file: str, left: dict[str, float], parts: Parts, notes: list[st
     """One strength for all text encoders: the rack has no more."""
     values = [left.pop(part, 0.0) for part in parts.text_encoders]
     if len(set(values)) > 1:
-        told = ", ".join(f"{value:g}" for value in values)
-        notes.append(f"{file}: its text encoders had strengths of {told}; the first is taken for all")
+        listed = ", ".join(f"{value:g}" for value in values)
+        notes.append(f"{file}: its text encoders had strengths of {listed}; the first is taken for all")
     return _within(file, "text encoders", values[0], notes) if values else 0.0
 
 

@@ -19,10 +19,10 @@ from dora_diffusion.generation.png_metadata import AdapterUse, PictureRecord, pi
 from ui.backend.inputs import find_input
 from ui.backend.request import DetailValues, Parts, SlotValues, check_settings
 from ui.backend.session import Session
-from ui.errors import told
+from ui.errors import user_errors
 from ui.generate.canvas import canvas_value
 from ui.generate.controls import Controls
-from ui.generate.infotext import Parameters, parse_a1111, settings_of
+from ui.generate.infotext import Parameters, parse_infotext, settings_of
 from ui.generate.recipes import Recipe, cut_to_rack, placed
 from ui.library.hashes import Missing, Wanted, by_name, find_all
 from ui.library.library import AdapterLibrary
@@ -84,7 +84,7 @@ def restore_from(path: Path, library: AdapterLibrary, parts: Parts, *, output: P
         return _of_record(record, library, parts, output)
     texts = picture_texts(path)
     if "parameters" in texts:
-        return _of_parameters(parse_a1111(texts["parameters"]), library, parts)
+        return _of_parameters(parse_infotext(texts["parameters"]), library, parts)
     has = "a ComfyUI workflow, which is not read here" if "workflow" in texts or "prompt" in texts else "nothing"
     raise ValueError(f"{path.name}: tells {has}; expected the text that this app or A1111 writes into a PNG")
 
@@ -182,17 +182,17 @@ def _missing_html(one: Missing) -> str:
     return f"<b>{escape(one.name)}</b>{hash}: {escape(one.reason)}"
 
 
-def restored_updates(restored: Restored, desk: Controls, session: Session, report: gr.HTML) -> dict[Component, Any]:
+def restored_updates(restored: Restored, controls: Controls, session: Session, report: gr.HTML) -> dict[Component, Any]:
     """What shows a restored picture: form, rack and the report below."""
-    recipe, left_out = cut_to_rack(restored.recipe, len(desk.rack.slots))
+    recipe, left_out = cut_to_rack(restored.recipe, len(controls.rack.slots))
     shown = replace(restored, slots=recipe.slots, notes=(*restored.notes, *left_out))
-    changes = {**desk.updates(recipe), report: report_html(shown, model=session.model)}
+    changes = {**controls.updates(recipe), report: report_html(shown, model=session.model)}
     if restored.tells_canvas:
-        changes[desk.form.canvas] = canvas_value(restored.canvas)
+        changes[controls.form.canvas] = canvas_value(restored.canvas)
     if restored.canvas is not None:
-        changes[desk.form.fold] = gr.Accordion(open=True)
+        changes[controls.form.fold] = gr.Accordion(open=True)
     if restored.settings.strength is not None:
-        changes[desk.form.strength] = restored.settings.strength
+        changes[controls.form.strength] = restored.settings.strength
     return changes
 
 
@@ -204,7 +204,7 @@ class Restore:
     report: gr.HTML
 
 
-def build_restore(session: Session, desk: Controls) -> Restore:
+def build_restore(session: Session, controls: Controls) -> Restore:
     """Lay out the drop inside the open block and wire it: a picture dropped fills the form and the rack."""
     with gr.Row():
         # not gr.Image: that one encodes what is dropped anew, or leaves its file open
@@ -215,12 +215,12 @@ def build_restore(session: Session, desk: Controls) -> Restore:
         report = gr.HTML(_HINT, elem_id="restore-report", min_width=260)
 
     def restore(path: str | None) -> Mapping[Component, Any]:
-        with told():
+        with user_errors():
             if not path:
                 raise ValueError("no picture came; drop one")
             session.library.refresh()
             restored = restore_from(Path(path), session.library, session.parts, output=session.output)
-            return restored_updates(restored, desk, session, report)
+            return restored_updates(restored, controls, session, report)
 
-    picture.upload(restore, picture, [*desk.outputs, report], api_visibility="private")
+    picture.upload(restore, picture, [*controls.outputs, report], api_visibility="private")
     return Restore(picture, report)

@@ -82,8 +82,8 @@ def status_of(update: Update) -> str:
 
 def _times(update: Update) -> str:
     parts = {"load": update.load_seconds, "re-weight": update.mix_seconds, "draw": update.draw_seconds}
-    told = [f"{name} {seconds:.2g} s" for name, seconds in parts.items() if seconds >= 0.0005]
-    return f" ({', '.join(told)})" if told else ""
+    spent = [f"{name} {seconds:.2g} s" for name, seconds in parts.items() if seconds >= 0.0005]
+    return f" ({', '.join(spent)})" if spent else ""
 
 
 def _others(update: Update) -> str:

@@ -12,7 +12,7 @@ import gradio as gr
 from gradio.components import Component
 from gradio.events import Dependency
 
-from ui.errors import told
+from ui.errors import user_errors
 from ui.library.cards import CSS, ON_LOAD, cards_html, status_html
 from ui.library.catalogue import ORDERS, Query, check_query, choices_of, shown_of
 from ui.library.library import AdapterLibrary
@@ -161,19 +161,19 @@ def build_browser(session: Any, demo: gr.Blocks) -> Browser:
         session: its `library`, and `family`, the name of its base's family.
         demo: the page, whose loading fills the browser.
     """
-    looker = BrowserHandlers(session.library, lambda: str(session.family))
+    handlers = BrowserHandlers(session.library, lambda: str(session.family))
     widgets = _lay_out()
     picked = gr.Textbox(visible=False, elem_id="browser-picked")
     word = gr.Textbox(visible=False, elem_id="browser-word")
-    _wire_looks(widgets, looker, demo)
+    _wire_looks(widgets, handlers, demo)
 
     def pick(event: gr.EventData) -> str:
-        with told():
-            return looker.pick(_sent(event, "name"))
+        with user_errors():
+            return handlers.pick(_sent(event, "name"))
 
     def offer(event: gr.EventData) -> str:
-        with told():
-            return looker.word(_sent(event, "name"), _sent(event, "word"))
+        with user_errors():
+            return handlers.word(_sent(event, "name"), _sent(event, "word"))
 
     when_picked = widgets.cards.pick(pick, None, picked, show_progress="hidden", api_visibility="private")
     when_word = widgets.cards.word(offer, None, word, show_progress="hidden", api_visibility="private")
@@ -228,24 +228,24 @@ def _lay_out() -> _Widgets:
     )
 
 
-def _wire_looks(widgets: _Widgets, looker: BrowserHandlers, demo: gr.Blocks) -> None:
+def _wire_looks(widgets: _Widgets, handlers: BrowserHandlers, demo: gr.Blocks) -> None:
     """Whatever changes, one handler draws the cards, one call at a time: an older answer never comes after a newer."""
 
     def show(had: Any, *asked: Any) -> list[Any]:
         filters = json.dumps(asked[:-1])
-        with told():
-            answered, waiting = looker.look(*asked[:-1], asked[-1] if filters == had else 0)
+        with user_errors():
+            answered, waiting = handlers.look(*asked[:-1], asked[-1] if filters == had else 0)
         return [*answered, filters, waiting]
 
     def look_again(*chosen: Any) -> list[Any]:
-        looker.library.refresh()
-        return [looker.state(), *looker.choices(*chosen)]
+        handlers.library.refresh()
+        return [handlers.state(), *handlers.choices(*chosen)]
 
     def watch(seen: Any, waiting: Any, *chosen: Any) -> list[Any]:
-        looker.library.watch(LOOK_EVERY)
-        state = looker.state()
+        handlers.library.watch(LOOK_EVERY)
+        state = handlers.state()
         if seen != state:
-            return [state, *looker.choices(*chosen)]
+            return [state, *handlers.choices(*chosen)]
         more = f"{state} and pictures" if waiting else gr.skip()
         return [more, *[gr.skip()] * len(widgets.choices)]
 

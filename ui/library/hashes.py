@@ -99,8 +99,8 @@ def checked_hash(one: Wanted) -> str | Missing:
     if match is None:
         return Missing(one.name, one.hash[:80], f"its hash is none: expected {SHORTEST} to 64 hex digits")
     if EMPTY.startswith(match[1]):
-        told = "its hash is that of an empty file, which some tools write by mistake"
-        return Missing(one.name, match[1], told)
+        reason = "its hash is that of an empty file, which some tools write by mistake"
+        return Missing(one.name, match[1], reason)
     return match[1]
 
 

@@ -58,7 +58,7 @@ class AdapterFile:
     @property
     def title(self) -> str:
         """What its maker calls it, or else the last part of its name."""
-        return (self.seen.told.title if self.seen else "") or self.name.rstrip("/").rpartition("/")[2]
+        return (self.seen.declared.title if self.seen else "") or self.name.rstrip("/").rpartition("/")[2]
 
     @property
     def kind(self) -> str:
@@ -79,23 +79,27 @@ class AdapterFile:
     @property
     def base(self) -> str:
         """What its trainer called the base; empty when it says nothing."""
-        return self.seen.told.base if self.seen else ""
+        return self.seen.declared.base if self.seen else ""
 
     @property
     def triggers(self) -> tuple[str, ...]:
         """Words and phrases to put into a prompt."""
-        return self.seen.told.triggers if self.seen else ()
+        return self.seen.declared.triggers if self.seen else ()
 
     @property
     def tags(self) -> tuple[str, ...]:
         """What its captions are about, the most frequent first."""
-        return self.seen.told.tags if self.seen else ()
+        return self.seen.declared.tags if self.seen else ()
 
     @cached_property
     def haystack(self) -> str:
         """All that a search looks through, in small letters."""
-        told = self.seen.told if self.seen else None
-        texts = () if told is None else (told.title, told.author, told.base, *told.triggers, *told.tags)
+        declared = self.seen.declared if self.seen else None
+        texts = (
+            ()
+            if declared is None
+            else (declared.title, declared.author, declared.base, *declared.triggers, *declared.tags)
+        )
         return "\n".join((self.name, self.kind, *texts)).lower()
 
     @property
@@ -234,8 +238,8 @@ class AdapterLibrary:
         except ValueError as error:
             return replace(file, problem=str(error).removeprefix(f"{file.where}: "))
         if file.note is not None:
-            words = dict.fromkeys((*words_beside(Path(file.note)), *seen.told.triggers))
-            seen = replace(seen, told=replace(seen.told, triggers=tuple(words)))
+            words = dict.fromkeys((*words_beside(Path(file.note)), *seen.declared.triggers))
+            seen = replace(seen, declared=replace(seen.declared, triggers=tuple(words)))
         return replace(file, seen=seen)
 
     def _read_until(self, end: float) -> None:

@@ -59,8 +59,16 @@ def _row(known: Known, numbers: Mapping[Structure, int]) -> list[Any]:
     """Date, size, then the problem, or the number of the structure and what the metadata say."""
     if known.seen is None:
         return [*known.stamp, known.problem]
-    told = known.seen.told
-    return [*known.stamp, numbers[known.seen.structure], told.title, told.author, told.base, told.triggers, told.tags]
+    declared = known.seen.declared
+    return [
+        *known.stamp,
+        numbers[known.seen.structure],
+        declared.title,
+        declared.author,
+        declared.base,
+        declared.triggers,
+        declared.tags,
+    ]
 
 
 def _known(row: list[Any], structures: list[Structure]) -> Known:
@@ -69,8 +77,8 @@ def _known(row: list[Any], structures: list[Structure]) -> Known:
     if len(rest) == 1:
         return Known(stamp, str(rest[0]), None)
     number, title, author, base, triggers, tags = rest
-    told = DeclaredMetadata(str(title), str(author), str(base), _texts(triggers), _texts(tags))
-    return Known(stamp, None, HeaderSummary(structures[number], told))
+    declared = DeclaredMetadata(str(title), str(author), str(base), _texts(triggers), _texts(tags))
+    return Known(stamp, None, HeaderSummary(structures[number], declared))
 
 
 def _structure(row: Mapping[str, Any]) -> Structure:

@@ -30,7 +30,7 @@ from ui.backend.request import (
 )
 from ui.backend.run import Update
 from ui.backend.session import Session
-from ui.errors import told
+from ui.errors import user_errors
 from ui.library.library import AdapterFile
 
 CALLS_AT_ONCE = 8
@@ -61,7 +61,7 @@ def add_api(session: Session, demo: gr.Blocks) -> None:
         "picture", "mask", "strength"}, the last three to start from an uploaded picture. Cancelling the job stops
         the drawing.
         """
-        with told(is_markup=False):
+        with user_errors(is_markup=False):
             settings = {"seed": seed, "steps": steps, "guidance": guidance}
             request = draw_request(session.parts, (prompt, negative_prompt), settings, adapters, options, demo)
             for update in session.start(request, owner=f"api-{uuid.uuid4()}").updates():
@@ -80,7 +80,7 @@ def add_api(session: Session, demo: gr.Blocks) -> None:
         rank: int | None = None,
     ) -> dict[str, Any]:
         """Merge adapters into one new file of the adapter folder: adapters as for generate, name without a suffix."""
-        with told(is_markup=False):
+        with user_errors(is_markup=False):
             return _blended(session, (adapters, name), mode=mode, format=format, rank=rank)
 
     for endpoint in (generate, list_adapters, blend):

@@ -39,7 +39,7 @@ _PAGE_POLICY = (
 _FILE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:; sandbox"
 
 
-def guards(host: str, *, most_upload_bytes: int) -> list[Middleware]:
+def security_middleware(host: str, *, most_upload_bytes: int) -> list[Middleware]:
     """What stands between the network and Gradio.
 
     Args:

@@ -13,7 +13,7 @@ from dora_diffusion.formats import FORMATS
 from dora_diffusion.generation.generate import GenerationStopped
 from ui.backend.request import check_number, check_whole
 from ui.backend.session import Session
-from ui.errors import told
+from ui.errors import user_errors
 from ui.generate.controls import Controls, Stops
 from ui.generate.stage import status_html
 from ui.tabs.export_files import AS_DRAWN, TARGETS, Exported, ExportOptions, check_options, export_mix
@@ -64,7 +64,7 @@ class _Fields:
         )
 
 
-def build_export(session: Session, desk: Controls) -> Export:
+def build_export(session: Session, controls: Controls) -> Export:
     """Lay out the tab inside the open block and wire it."""
     fields = _build_fields()
     sentence = gr.HTML(_sentence(AS_DRAWN), elem_id="export-sentence")
@@ -82,11 +82,11 @@ def build_export(session: Session, desk: Controls) -> Export:
             for label, elem_id in (("The rack", "export-live"), ("What was written", "export-again"))
         )  # fmt: skip
     export = Export(go, stop, gr.Textbox(visible=False, elem_id="exported"), status, live, again)
-    _wire(export, fields, session, desk)
+    _wire(export, fields, session, controls)
     return export
 
 
-def _wire(export: Export, fields: _Fields, session: Session, desk: Controls) -> None:
+def _wire(export: Export, fields: _Fields, session: Session, controls: Controls) -> None:
     stops = Stops()
 
     def run(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:
@@ -94,10 +94,10 @@ def _wire(export: Export, fields: _Fields, session: Session, desk: Controls) -> 
             export.status: status_html("Drawing, writing, and drawing with what was written …"),
             **{export.live: None, export.again: None},
         }
-        with told():
+        with user_errors():
             try:
                 with stops.running(str(request.session_hash)) as stop:
-                    done = export_mix(session, desk.request(values), fields.read(values), should_stop=stop.is_set)
+                    done = export_mix(session, controls.request(values), fields.read(values), should_stop=stop.is_set)
             except GenerationStopped:
                 yield {export.status: status_html("Stopped; nothing was exported.", kind="warn")}
                 return
@@ -113,7 +113,7 @@ def _wire(export: Export, fields: _Fields, session: Session, desk: Controls) -> 
 
     export.go.click(
         run,
-        desk.inputs | {getattr(fields, name) for name in fields.__dataclass_fields__},
+        controls.inputs | {getattr(fields, name) for name in fields.__dataclass_fields__},
         [export.status, export.live, export.again, export.exported],
         show_progress="hidden",
         concurrency_limit=2,

@@ -10,13 +10,12 @@ from PIL import Image
 
 from dora_diffusion.blending import BLEND_SENTENCES, BlendOptions, blend_with_report
 from dora_diffusion.blending.bake import bake
-from dora_diffusion.formats import FORMATS, load_adapter, save_adapter
+from dora_diffusion.formats import FORMATS, load_examined, save_adapter
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.generation.generate import GenerationStopped, generate
 from dora_diffusion.pipelines.base_weights import EMBEDDED, BaseWeights
 from dora_diffusion.pipelines.loading import load_pipeline
 from dora_diffusion.state import AdapterState
-from dora_diffusion.utils.atomic import sha256_of
 from ui.backend.picture_difference import largest_difference
 from ui.backend.request import AdapterChoice, DrawRequest, check_name
 from ui.backend.session import Drawn, Session, ShouldStop
@@ -133,7 +132,7 @@ def _as_adapter(session: Session, request: DrawRequest, options: ExportOptions, 
         (again,) = session.draw(merged, should_stop=should_stop)
         if again.model != live.model:
             raise ValueError(f"the base was switched to {again.model} meanwhile; export again")
-        return _compared(session, live, again, path, name=name, told=blended.report.sentence())
+        return _compared(session, live, again, path, name=name, summary=blended.report.sentence())
     except BaseException:
         if written:
             _remove(path)
@@ -159,7 +158,7 @@ def _as_model(session: Session, request: DrawRequest, options: ExportOptions, sh
                 written = True
             image = generate(load_pipeline(path), live.settings, canvas=request.canvas, should_stop=should_stop)
         again = replace(live, image=image, adapters=(), model=options.name)
-        return _compared(session, live, again, path, name="", told=f"{report.layers} layers changed")
+        return _compared(session, live, again, path, name="", summary=f"{report.layers} layers changed")
     except BaseException:
         if written:
             _remove(path)
@@ -176,8 +175,8 @@ def _mix(
     weights: Weights = {}
     for choice, use in zip(request.adapters, live.adapters, strict=True):
         path = session.library.find(choice.file).path
-        state = load_adapter(path, base=base)
-        if use.sha256 is not None and sha256_of(path) != use.sha256:
+        state, examined = load_examined(path, base=base)
+        if use.sha256 is not None and examined.sha256 != use.sha256:
             raise ValueError(f"{choice.file}: the file has changed since it was drawn with; export again")
         states[choice.file] = state
         weights[choice.file] = choice.weight_on((*state.modules, *state.vectors), session.parts)
@@ -213,11 +212,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _compared(session: Session, live: Drawn, again: Drawn, path: Path, *, name: str, told: str) -> Exported:
+def _compared(session: Session, live: Drawn, again: Drawn, path: Path, *, name: str, summary: str) -> Exported:
     pictures = session.save(live, session.output / EXPORTS), session.save(again, session.output / EXPORTS)
     largest = largest_difference(_rgb(live.image), _rgb(again.image))
     verdict = "the same picture, pixel for pixel" if largest == 0 else f"largest difference {largest} of 255"
-    return Exported(path, name, pictures, largest, f"Wrote {path}: {told}. Drawn from the file: {verdict}.")
+    return Exported(path, name, pictures, largest, f"Wrote {path}: {summary}. Drawn from the file: {verdict}.")
 
 
 def _rgb(image: Any) -> Image.Image:

@@ -7,11 +7,12 @@ from typing import Any
 
 import gradio as gr
 
+from dora_diffusion.formats import load_adapter
 from dora_diffusion.inspection.plots import plot_adapters
 from dora_diffusion.inspection.report import inspect_adapter
-from ui.backend.interference import measure, meter_html
+from ui.backend.interference import interference_html, measure
 from ui.backend.session import Session
-from ui.errors import told
+from ui.errors import user_errors
 from ui.generate.stage import status_html
 from ui.tabs.inspect_html import CSS, facts_html
 
@@ -32,7 +33,7 @@ class InspectPage:
     status: gr.HTML
     facts: gr.HTML
     picture: gr.Image
-    meter: gr.HTML
+    interference: gr.HTML
 
 
 def build_inspect_page(session: Session) -> InspectPage:
@@ -51,8 +52,8 @@ def build_inspect_page(session: Session) -> InspectPage:
         label="Turned and stretched, by block", show_label=False, format="png", type="filepath", interactive=False,
         visible=False, elem_id="inspect-picture", buttons=["download", "fullscreen"],
     )  # fmt: skip
-    meter = gr.HTML(elem_id="inspect-meter")
-    page = InspectPage(file, beside, refresh, plot, compare, status, facts, picture, meter)
+    interference = gr.HTML(elem_id="inspect-meter")
+    page = InspectPage(file, beside, refresh, plot, compare, status, facts, picture, interference)
     _wire(page, session)
     return page
 
@@ -75,10 +76,11 @@ def plot_of(session: Session, names: tuple[str, ...]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     stem = "+".join(file.name.rstrip("/").replace("/", "_") for file in files)[:100]
     with session.weights() as base:
-        return plot_adapters([file.path for file in files], base, folder / f"{stem}.png")
+        states = {file.name: load_adapter(file.path, base=base) for file in files}
+        return plot_adapters(states, base, folder / f"{stem}.png")
 
 
-def meter_of(session: Session, names: tuple[str, ...]) -> str:
+def interference_of(session: Session, names: tuple[str, ...]) -> str:
     """The interference of library files on the base, as HTML.
 
     Raises:
@@ -86,27 +88,27 @@ def meter_of(session: Session, names: tuple[str, ...]) -> str:
     """
     if len(set(names)) < 2:
         raise ValueError("interference: got one adapter, expected two; pick another one beside it")
-    return meter_html(measure(session, names))
+    return interference_html(measure(session, names))
 
 
 def _wire(page: InspectPage, session: Session) -> None:
     def show(file: object) -> Iterator[tuple[str, str, Any, str]]:
-        with told():
+        with user_errors():
             yield status_html("Reading …"), "", gr.Image(value=None, visible=False), ""
             yield "", facts_of(session, file) if file else "", gr.skip(), gr.skip()
 
     def plot(file: object, beside: object) -> Iterator[tuple[str, Any]]:
-        with told():
+        with user_errors():
             names = _names(file, beside)
             yield status_html("Measuring every row …"), gr.skip()
             picture = plot_of(session, names)
             yield "", gr.Image(str(picture), visible=True)
 
     def compare(file: object, beside: object) -> Iterator[tuple[str, str]]:
-        with told():
+        with user_errors():
             names = _names(file, beside)
             yield status_html("Measuring every layer …"), ""
-            yield "", meter_of(session, names)
+            yield "", interference_of(session, names)
 
     def look_again() -> tuple[gr.Dropdown, gr.Dropdown]:
         session.library.refresh()
@@ -115,10 +117,10 @@ def _wire(page: InspectPage, session: Session) -> None:
 
     pair = [page.file, page.beside]
     page.file.input(
-        show, page.file, [page.status, page.facts, page.picture, page.meter], show_progress="hidden",
+        show, page.file, [page.status, page.facts, page.picture, page.interference], show_progress="hidden",
         trigger_mode="always_last", api_visibility="private",
     ).then(lambda: "", outputs=page.status, queue=False, api_visibility="private")  # fmt: skip
-    for button, handler, output in ((page.plot, plot, page.picture), (page.compare, compare, page.meter)):
+    for button, handler, output in ((page.plot, plot, page.picture), (page.compare, compare, page.interference)):
         button.click(
             handler, pair, [page.status, output], show_progress="hidden", concurrency_limit=1,
             api_visibility="private",

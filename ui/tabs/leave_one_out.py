@@ -14,7 +14,7 @@ from dora_diffusion.generation.generate import GenerationStopped
 from ui.backend.request import DrawRequest, SlotValues, taking_part
 from ui.backend.session import Session
 from ui.backend.tags import resolve_tags
-from ui.errors import told
+from ui.errors import user_errors
 from ui.generate.controls import Controls, Stops, Variations, picture_html
 from ui.generate.stage import status_html
 
@@ -30,7 +30,7 @@ CSS = """
 
 
 @dataclass(frozen=True)
-class LeaveOut:
+class LeaveOneOut:
     """The widgets of the row."""
 
     draw: gr.Button
@@ -48,13 +48,13 @@ class Without:
     difference: float | None
 
 
-def build_leave_out() -> LeaveOut:
+def build_leave_one_out() -> LeaveOneOut:
     """Lay out the row inside the open block."""
     with gr.Row():
         draw = gr.Button("What does each adapter do?", size="sm", elem_id="leave-out", min_width=190)
         stop = gr.Button("Stop", size="sm", elem_id="leave-out-stop", min_width=70, visible=False)
     status = gr.HTML(elem_id="leave-out-status")
-    return LeaveOut(draw, stop, status, gr.HTML(elem_id="leave-out-row"))
+    return LeaveOneOut(draw, stop, status, gr.HTML(elem_id="leave-out-row"))
 
 
 def mean_difference(one: Path, other: Path) -> float:
@@ -114,16 +114,16 @@ def _told(difference: float | None) -> str:
     return f"mean difference {difference:.1f} of 255" if difference else "no difference"
 
 
-def wire_leave_out(board: LeaveOut, session: Session, desk: Controls) -> None:
+def wire_leave_one_out(board: LeaveOneOut, session: Session, controls: Controls) -> None:
     """Connect the row to the session's drawing."""
     stops = Stops()
 
     def draw(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:
-        with told(), stops.running(str(request.session_hash)) as stop:
-            asked = replace(desk.request(values), count=1)
+        with user_errors(), stops.running(str(request.session_hash)) as stop:
+            asked = replace(controls.request(values), count=1)
             wanted = resolve_tags(asked, session.library.usable, session.parts).request
             yield from _drawing(
-                board, wanted, names_in(wanted, desk.slots(values)),
+                board, wanted, names_in(wanted, controls.slots(values)),
                 Variations(session, session.output / WITHOUT, stop),
             )  # fmt: skip
 
@@ -132,7 +132,7 @@ def wire_leave_out(board: LeaveOut, session: Session, desk: Controls) -> None:
 
     board.draw.click(
         draw,
-        {*desk.inputs},
+        {*controls.inputs},
         [board.stop, board.status, board.row],
         show_progress="hidden",
         api_visibility="private",
@@ -141,7 +141,7 @@ def wire_leave_out(board: LeaveOut, session: Session, desk: Controls) -> None:
 
 
 def _drawing(
-    board: LeaveOut, wanted: DrawRequest, names: Sequence[str], draw: Variations
+    board: LeaveOneOut, wanted: DrawRequest, names: Sequence[str], draw: Variations
 ) -> Iterator[dict[Component, Any]]:
     total = len(names) + 1
     row: tuple[Without, ...] = ()

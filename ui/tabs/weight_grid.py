@@ -14,7 +14,7 @@ from dora_diffusion.generation.generate import GenerationStopped
 from ui.backend.request import Parts, SlotValues
 from ui.backend.session import Session
 from ui.backend.tags import Resolved, resolve_tags
-from ui.errors import told
+from ui.errors import user_errors
 from ui.generate.controls import Controls, Stops, Values, Variations, picture_html
 from ui.generate.stage import status_html
 from ui.tabs.axes import parse_range
@@ -47,7 +47,7 @@ element.addEventListener("click", (event) => {
 
 
 @dataclass(frozen=True)
-class WeightMap:
+class WeightGrid:
     """The widgets of the map.
 
     `picked` changes when a cell is clicked; `picked_slots(picked, cells)` says then what the rack should hold.
@@ -81,7 +81,7 @@ class WeightMap:
         return Axes(kind, tuple(files), parse_range(values[self.across]), down, bool(values[self.alone]))
 
 
-def build_weight_map(session: Session) -> WeightMap:
+def build_weight_grid(session: Session) -> WeightGrid:
     """Lay out the map inside the open block."""
     with gr.Row():
         kind = gr.Radio(list(KINDS), value=ADAPTER_WEIGHT, label="Map", elem_id="map-kind", min_width=220)
@@ -110,7 +110,7 @@ def build_weight_map(session: Session) -> WeightMap:
         lambda: gr.Dropdown(list(session.library.usable)), None, files, queue=False, show_progress="hidden",
         api_visibility="private",
     )  # fmt: skip
-    return WeightMap(kind, files, across, down, alone, draw, stop, status, sheet, file, gr.State(()), picked)
+    return WeightGrid(kind, files, across, down, alone, draw, stop, status, sheet, file, gr.State(()), picked)
 
 
 def map_html(rows: Sequence[Sequence[Cell]], pictures: Sequence[Path]) -> str:
@@ -142,8 +142,8 @@ def picked_slots(picked: object, cells: object) -> tuple[SlotValues, ...]:
     """The rack of the cell that was clicked.
 
     Args:
-        picked: the value of `WeightMap.picked`.
-        cells: that of `WeightMap.cells`.
+        picked: the value of `WeightGrid.picked`.
+        cells: that of `WeightGrid.cells`.
 
     Raises:
         ValueError: no cell of the map that is shown.
@@ -176,24 +176,24 @@ class _Plan:
             yield done
 
 
-def _planned(board: WeightMap, session: Session, desk: Controls, values: Mapping[Component, Any]) -> _Plan:
+def _planned(board: WeightGrid, session: Session, controls: Controls, values: Mapping[Component, Any]) -> _Plan:
     axes, parts = board.read(values), session.parts
-    resolved = resolve_tags(desk.request(values), session.library.usable, parts)
-    return _Plan(axes, plan(axes, desk.slots(values)), resolved, parts)
+    resolved = resolve_tags(controls.request(values), session.library.usable, parts)
+    return _Plan(axes, plan(axes, controls.slots(values)), resolved, parts)
 
 
-def wire_weight_map(board: WeightMap, session: Session, desk: Controls) -> None:
+def wire_weight_grid(board: WeightGrid, session: Session, controls: Controls) -> None:
     """Connect the map to the session's drawing."""
     stops = Stops()
 
     def draw(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:
-        with told():
-            wanted = _planned(board, session, desk, values)
+        with user_errors():
+            wanted = _planned(board, session, controls, values)
             with stops.running(str(request.session_hash)) as stop:
                 yield from _drawing(board, session, wanted, Variations(session, session.output / MAPS, stop))
 
     def pick(cells: object, event: gr.EventData) -> str:
-        with told():
+        with user_errors():
             picked = f"{getattr(event, 'cell', None)}:{time.monotonic_ns()}"  # the same cell again is a change, too
             picked_slots(picked, cells)
             return picked
@@ -203,7 +203,7 @@ def wire_weight_map(board: WeightMap, session: Session, desk: Controls) -> None:
 
     board.draw.click(
         draw,
-        desk.inputs | board.inputs,
+        controls.inputs | board.inputs,
         [board.status, board.sheet, board.file, board.cells, board.stop],
         show_progress="hidden",
         api_visibility="private",
@@ -216,7 +216,7 @@ def wire_weight_map(board: WeightMap, session: Session, desk: Controls) -> None:
     )  # fmt: skip
 
 
-def _drawing(board: WeightMap, session: Session, wanted: _Plan, draw: Variations) -> Iterator[dict[Component, Any]]:
+def _drawing(board: WeightGrid, session: Session, wanted: _Plan, draw: Variations) -> Iterator[dict[Component, Any]]:
     """What to send to the browser, cell by cell."""
     started, total = time.monotonic(), len(wanted.cells)
     pictures: tuple[Path, ...] = ()

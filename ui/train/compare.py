@@ -11,7 +11,7 @@ import gradio as gr
 from dora_diffusion.generation.generate import GenerationStopped
 from ui.backend.request import DrawRequest, check_settings
 from ui.backend.session import Session
-from ui.errors import told
+from ui.errors import user_errors
 from ui.generate.controls import Stops
 from ui.generate.stage import status_html
 from ui.options import UiOptions
@@ -79,7 +79,7 @@ def wire_compare(board: Compare, run: gr.Dropdown, session: Session, options: Ui
     def draw(
         chosen: object, prompt: object, weights: object, steps: object, seed: object, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
-        with told():
+        with user_errors():
             folder = find_run(options.runs, chosen)
             values = check_weights(weights)
             settings = check_settings(prompt or _first_prompt(folder), "", seed, steps, GUIDANCE)
@@ -112,7 +112,7 @@ def wire_compare(board: Compare, run: gr.Dropdown, session: Session, options: Ui
 
 def _wire_send(board: Compare, run: gr.Dropdown, session: Session, options: UiOptions) -> None:
     def send(chosen: object, step: object, name: object) -> Iterator[tuple[str, str]]:
-        with told():
+        with user_errors():
             folder = find_run(options.runs, chosen)
             yield "", status_html("Copying …")  # so that the same name again is a change, too
             sent = send_to_library(folder, step, session.library, name=name)

@@ -10,7 +10,7 @@ from gradio.components import Component
 from dora_diffusion.training.config import TrainConfig
 from ui.backend.request import MAX_SEED
 from ui.backend.session import Session
-from ui.errors import told
+from ui.errors import user_errors
 from ui.options import UiOptions
 from ui.train.plan import Planner
 from ui.train.recipes import (
@@ -121,12 +121,12 @@ def wire_form(form: Form, planner: Planner, session: Session, options: UiOptions
     filled = tuple(_form_values(PLAIN, options))
 
     def fill(recipe: object) -> list[Any]:
-        with told():
+        with user_errors():
             values = _form_values(recipe, options)
             return [values[name] for name in filled]
 
     def estimate(values: dict[Component, Any]) -> str:
-        with told():
+        with user_errors():
             return report_html(planner.plan(config_of(form, values, session, options)))
 
     form.recipe.input(

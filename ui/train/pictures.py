@@ -12,7 +12,7 @@ from PIL import Image
 from dora_diffusion.training.doctor import examine, format_report
 from dora_diffusion.utils.images import read_image
 from ui.backend.request import check_text, check_whole
-from ui.errors import told
+from ui.errors import user_errors
 from ui.options import UiOptions
 from ui.train.data import Captioned, find_dataset, find_picture, list_datasets, list_pictures, save_caption
 from ui.train.widgets import report_html
@@ -60,17 +60,17 @@ def wire_pictures(board: Pictures, instance_prompt: gr.Textbox, options: UiOptio
     roots = options.datasets
 
     def show(dataset: object, prompt: object) -> Iterator[tuple[Any, ...]]:
-        with told():
+        with user_errors():
             folder = find_dataset(dataset, roots)
             yield report_html("Looking …"), *_page_of(folder, 1), "", ""
             yield _doctor(folder, prompt), gr.skip(), gr.skip(), gr.skip(), gr.skip()
 
     def turn(dataset: object, page: object) -> tuple[Any, ...]:
-        with told():
+        with user_errors():
             return _page_of(find_dataset(dataset, roots), page)
 
     def select(dataset: object, page: object, event: gr.SelectData) -> tuple[str, str]:
-        with told():
+        with user_errors():
             pictures = list_pictures(find_dataset(dataset, roots))
             index = event.index if isinstance(event.index, int) else -1
             at = (check_whole("page", page, low=1, high=_pages(pictures)) - 1) * PAGE + index
@@ -79,7 +79,7 @@ def wire_pictures(board: Pictures, instance_prompt: gr.Textbox, options: UiOptio
             return pictures[at].name, pictures[at].caption or ""
 
     def write(dataset: object, page: object, picture: object, caption: object, prompt: object) -> tuple[Any, ...]:
-        with told():
+        with user_errors():
             folder = find_dataset(dataset, roots)
             save_caption(folder, picture, caption)
             return _doctor(folder, prompt), *_page_of(folder, page), find_picture(folder, picture).caption
@@ -88,7 +88,7 @@ def wire_pictures(board: Pictures, instance_prompt: gr.Textbox, options: UiOptio
         return gr.Dropdown(list(list_datasets(roots)))
 
     def examine_again(dataset: object, prompt: object) -> Any:
-        with told():
+        with user_errors():
             return _doctor(find_dataset(dataset, roots), prompt) if dataset else gr.skip()
 
     shown = [board.gallery, board.page]

@@ -30,9 +30,9 @@ class Planner:
             ValueError: the run itself would be refused, in its one line; it takes too long, or the app is closing.
         """
         with self._turn, tempfile.TemporaryDirectory(prefix="dora-plan-") as folder:
-            file, told, errors = (Path(folder) / name for name in (CONFIG, "told.txt", "errors.txt"))
+            file, printed, errors = (Path(folder) / name for name in (CONFIG, "printed.txt", "errors.txt"))
             write_atomically(file, config.to_yaml().encode())
-            with open(told, "wb") as stdout, open(errors, "wb") as stderr:
+            with open(printed, "wb") as stdout, open(errors, "wb") as stderr:
                 self._process = process = spawn(file, "--dry-run", stdout=stdout, stderr=stderr)
             if self._closed:  # while it was being started
                 end(process, grace=0)
@@ -41,7 +41,7 @@ class Planner:
                 raise ValueError("plan: the app is closing; start it again")
             if code:
                 raise ValueError(last_reason(errors) or f"plan: ended with status {code}; try again")
-            return told.read_text(errors="replace").strip()
+            return printed.read_text(errors="replace").strip()
 
     def close(self) -> None:
         """End what is being planned, and wait until its folder is gone; nothing can be planned afterwards."""

@@ -11,7 +11,7 @@ import gradio as gr
 from gradio.components import Component
 
 from ui.backend.session import Session
-from ui.errors import told
+from ui.errors import user_errors
 from ui.generate.stage import status_html
 from ui.options import UiOptions
 from ui.train.compare import build_compare, wire_compare
@@ -80,12 +80,12 @@ def _wire_trainer(form: Form, watch: Watch, trainer: Trainer, session: Session, 
         return gr.Dropdown(names, value=run.name), status_html(line), *buttons
 
     def start(values: dict[Component, Any]) -> tuple[Any, ...]:
-        with told():
+        with user_errors():
             run = trainer.start(config_of(form, values, session, options))
             return on_show(run, f"{run.name}: starting …")
 
     def resume(chosen: object) -> tuple[Any, ...]:
-        with told():
+        with user_errors():
             run = find_run(options.runs, chosen)
             trainer.resume(run)
             return on_show(run, f"{run.name}: going on …")

@@ -141,10 +141,10 @@ def _mark(*values: object) -> str:
 def _read(seen: object) -> dict[str, Any]:
     """What the page says it shows; nothing when it says no such thing."""
     try:
-        told = json.loads(seen) if isinstance(seen, str) else None
+        sent = json.loads(seen) if isinstance(seen, str) else None
     except (ValueError, RecursionError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return sent if isinstance(sent, dict) else {}
 
 
 def _plan(run: Path) -> tuple[int, str]:

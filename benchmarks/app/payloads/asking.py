@@ -100,8 +100,8 @@ def _listen(target: Target, session: str, waiting: dict[str, Reply]) -> None:
     """Read what the queue says until every call (event -> its reply) has ended."""
     end = time.perf_counter() + PATIENCE_SECONDS
     path = f"gradio_api/queue/data?session_hash={session}"
-    with target.http.stream("GET", path, timeout=PATIENCE_SECONDS) as told:
-        for line in told.iter_lines():
+    with target.http.stream("GET", path, timeout=PATIENCE_SECONDS) as events:
+        for line in events.iter_lines():
             message = json.loads(line.removeprefix("data: ")) if line.startswith("data: ") else {}
             event = str(message.get("event_id"))
             if event in waiting:

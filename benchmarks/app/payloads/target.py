@@ -143,10 +143,10 @@ def lay_out(root: Path, adapters: Mapping[str, bytes]) -> None:
         (place / "secret.txt").write_text(SECRET)
     tensors = load(adapters["lego.safetensors"])
     for number, script in enumerate(SCRIPTS):
-        told = {"modelspec.title": script, "modelspec.author": script, "modelspec.trigger_phrase": script}
+        metadata = {"modelspec.title": script, "modelspec.author": script, "modelspec.trigger_phrase": script}
         tags = {"ss_tag_frequency": json.dumps({script: {script: 3}}), "ss_base_model_version": script}
         name = script.replace("/", "")
-        (folder / f"{name}.safetensors").write_bytes(save(tensors, metadata=told | tags))
+        (folder / f"{name}.safetensors").write_bytes(save(tensors, metadata=metadata | tags))
         (folder / f"{number}{name}-broken.safetensors").write_bytes(script.encode())
 
 

@@ -23,7 +23,7 @@ from ui.backend.picture_difference import largest_difference
 from ui.backend.request import AdapterChoice, DrawRequest, SlotValues, check_adapters
 from ui.backend.session import Session
 from ui.generate.history import PAGE, described, find_picture, list_pictures
-from ui.generate.infotext import parse_a1111, settings_of
+from ui.generate.infotext import parse_infotext, settings_of
 from ui.generate.presets import delete_preset, list_presets, load_preset, save_preset
 from ui.generate.recipes import Recipe, placed
 from ui.generate.restore import Restored, report_html, restore_from
@@ -147,7 +147,7 @@ def test_a1111_text_is_read() -> None:
         'Model hash: 1a2b3c4d5e, Model: "my, model", Clip skip: 2, '
         'Lora hashes: "ink: 0123456789ab, sub/lego: fedcba98", Version: v1.10.1'
     )
-    parsed = parse_a1111(text)
+    parsed = parse_infotext(text)
     assert parsed.prompt == "a cat (red:1.2)\non a hill"
     assert parsed.negative == "dog,\nbird"
     assert parsed.tags == (LoraTag("ink", 0.8), LoraTag("sub/lego", -0.3))
@@ -162,7 +162,7 @@ def test_a1111_text_is_read() -> None:
 
 def test_what_cannot_be_taken_over_is_told() -> None:
     text = "x\nSteps: 900, Sampler: Restart, CFG scale: 7, Seed: -1, Size: 511x512"
-    settings, notes = settings_of(parse_a1111(text))
+    settings, notes = settings_of(parse_infotext(text))
     assert settings == GenerationSettings("x", steps=20, guidance_scale=7.0, height=512)
     assert sorted(note.partition(":")[0] for note in notes) == ["Sampler", "Seed", "Steps", "width"]
 
@@ -171,13 +171,13 @@ def test_what_cannot_be_taken_over_is_told() -> None:
     "text", ["", "just words", "a\nNegative prompt: b", "Steps: 1", "<lora:a:b>", "\x00", "Steps: x, a, b"]
 )
 def test_odd_texts_do_not_break_it(text: str) -> None:
-    settings, _ = settings_of(parse_a1111(text))
+    settings, _ = settings_of(parse_infotext(text))
     assert settings.steps >= 1
 
 
 def test_civitai_hashes_are_read() -> None:
     text = 'a <lora:ink:1>\nSteps: 20, Seed: 1, CFG scale: 7, Hashes: {"model": "aaaaaaaaaa", "lora:ink": "0123456789"}'
-    parsed = parse_a1111(text)
+    parsed = parse_infotext(text)
     assert parsed.hashes == {"ink": "0123456789"} and parsed.facts["Seed"] == "1"
 
 

@@ -20,7 +20,7 @@ import gradio as gr  # noqa: E402  (after the skip above)
 from dora_diffusion.blending import Interference  # noqa: E402
 from dora_diffusion.functional.blend_modes import MODES  # noqa: E402
 from dora_diffusion.generation.generate import GenerationSettings  # noqa: E402
-from ui.backend.interference import measure, meter_html, verdict  # noqa: E402
+from ui.backend.interference import interference_html, measure, verdict  # noqa: E402
 from ui.backend.request import NAMED_CURVES, DrawRequest, SlotValues, check_adapters  # noqa: E402
 from ui.backend.session import Session  # noqa: E402
 from ui.generate.controls import Controls  # noqa: E402
@@ -74,23 +74,23 @@ def test_what_is_put_in_is_read_back(rack: Rack) -> None:
 def test_the_desk_asks_for_what_the_page_holds(session: Session) -> None:
     with gr.Blocks() as demo:
         form = build_form(session, build_prompt(), demo)
-        desk = Controls(session, gr.State("random"), form, build_rack(session, demo))
+        controls = Controls(session, gr.State("random"), form, build_rack(session, demo))
     settings = GenerationSettings("a cat", "dog", 3, 2, 3.0, 64, 128, "euler")
-    changes = desk.updates(Recipe(settings, (EMPTY, INK), "additive"))
-    assert set(changes) <= desk.outputs
-    state = {widget: getattr(widget, "value", None) for widget in desk.inputs}
+    changes = controls.updates(Recipe(settings, (EMPTY, INK), "additive"))
+    assert set(changes) <= controls.outputs
+    state = {widget: getattr(widget, "value", None) for widget in controls.inputs}
     state |= {widget: _value(change) for widget, change in changes.items()} | {form.count: 3}
     parts = session.parts
     asked = DrawRequest(settings, check_adapters((replace(INK, blocks=(1.0, 1.0, 1.0)),), parts), count=3)
-    assert desk.request(state) == asked
-    kept = desk.recipe(state)
+    assert controls.request(state) == asked
+    kept = controls.recipe(state)
     assert (kept.settings, kept.blend, [slot.file for slot in kept.slots]) == (settings, "additive", ["ink"])
-    state[desk.rack.slots[1].strength] = 9
-    for read in (desk.request, desk.recipe):
+    state[controls.rack.slots[1].strength] = 9
+    for read in (controls.request, controls.recipe):
         with pytest.raises(ValueError, match="^slot 2, strength: got 9"):
             read(state)
         with pytest.raises(ValueError, match="^the base is random now: another tab has switched it"):
-            read(state | {desk.model: "pocket"})
+            read(state | {controls.model: "pocket"})
 
 
 def test_more_adapters_than_slots_are_refused(rack: Rack) -> None:
@@ -170,19 +170,19 @@ def test_order_changes_nothing_where_the_rack_says_so(session: Session, mode: st
 
 def test_a_mode_is_told_in_one_sentence() -> None:
     for mode in MODES:
-        told = mode_html(mode)
-        assert ("The order of the slots changes the picture" in told) == (mode in IN_ORDER)
-        assert ("Curves and masks need the additive mode" in told) == (mode != "additive")
+        html = mode_html(mode)
+        assert ("The order of the slots changes the picture" in html) == (mode in IN_ORDER)
+        assert ("Curves and masks need the additive mode" in html) == (mode != "additive")
     with pytest.raises(ValueError, match="blend: got '<script>', expected one of additive"):
         mode_html("<script>")
 
 
 def test_badge_tells_type_rank_axis_format_and_time(session: Session, rack: Rack) -> None:
     assert rack.badges.known("ink") == LOADING
-    told = rack.badges.load("ink")
+    html = rack.badges.load("ink")
     for part in ("DoRA", "rank 4", "out axis", "diffusers", "88/88 keys matched", "loaded in"):
-        assert part in told
-    assert rack.badges.known("ink") == told
+        assert part in html
+    assert rack.badges.known("ink") == html
     assert "no such adapter" in rack.badges.load("<b>")
     assert "<b>" not in rack.badges.load("<b>")
     report = replace(session.load("ink").report, kind="<i>odd</i>", matched=87)
@@ -202,16 +202,16 @@ def test_a_file_replaced_while_it_waits_is_told_as_what_was_read(rack: Rack, ada
     session, ink = rack.session, adapters / "ink.safetensors"
     before, after = ink.read_bytes(), (adapters / "lego.safetensors").read_bytes()
     written = ink.stat().st_mtime_ns
-    told: list[str] = []
+    html: list[str] = []
     with session.weights():
-        waiting = threading.Thread(target=lambda: told.append(rack.badges.load("ink")))
+        waiting = threading.Thread(target=lambda: html.append(rack.badges.load("ink")))
         waiting.start()
         while session.waiting < 2:
             assert waiting.is_alive()
         ink.write_bytes(after)
     waiting.join()
     session.library.refresh()
-    assert "LoRA" in told[0] and rack.badges.known("ink") == told[0]
+    assert "LoRA" in html[0] and rack.badges.known("ink") == html[0]
     ink.write_bytes(before)
     os.utime(ink, ns=(written, written))
     session.library.refresh()
@@ -246,9 +246,9 @@ def test_curves_go_by_name_and_by_points() -> None:
 def test_a_curve_is_drawn_or_refused_in_one_line() -> None:
     assert 'aria-label="strength times 0 at the first step, 1 at the last"' in curve_html("fade in")
     assert "<polyline" in curve_html("0:-2, 1:2")
-    told = curve_html("<script>alert(1)</script>")
-    assert "<script>" not in told
-    assert 'role="alert"' in told
+    html = curve_html("<script>alert(1)</script>")
+    assert "<script>" not in html
+    assert 'role="alert"' in html
 
 
 def _png(picture: Image.Image) -> str:
@@ -293,10 +293,10 @@ def test_what_is_no_mask_is_refused(sent: object) -> None:
 def test_the_meter_measures_the_rack(session: Session) -> None:
     found = measure(session, ["ink", "lego"])
     assert found.shared["ink", "lego"] == 88
-    told = meter_html(found)
-    assert "88 layers in common" in told
-    assert "unet.down_blocks.0" in told
-    assert "With two adapters" in meter_html(measure(session, ["ink"]))
+    html = interference_html(found)
+    assert "88 layers in common" in html
+    assert "unet.down_blocks.0" in html
+    assert "With two adapters" in interference_html(measure(session, ["ink"]))
     with pytest.raises(ValueError, match="the rack is empty"):
         measure(session, [])
     with pytest.raises(ValueError, match="no such adapter"):
@@ -313,5 +313,5 @@ def test_the_meter_puts_cosines_in_words_and_escapes_names() -> None:
     found = Interference(
         {"<b>": {"unet": 1.0}, "ink": {}}, {"<b>": 1.0, "ink": 0.0}, {pair: {}}, {pair: 0.0}, {pair: 0}
     )
-    assert "<b>ink" not in meter_html(found)
-    assert "&lt;b&gt; and ink" in meter_html(found)
+    assert "<b>ink" not in interference_html(found)
+    assert "&lt;b&gt; and ink" in interference_html(found)

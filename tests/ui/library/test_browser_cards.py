@@ -163,17 +163,17 @@ def test_handlers_look_names_and_words_up(adapters: Path) -> None:
     (adapters / "ink.json").write_text('{"activation text": "inkstyle"}')
     library = AdapterLibrary(adapters)
     library.refresh()
-    looker = BrowserHandlers(library, lambda: "sd1")
-    assert looker.pick("ink") == "ink"
-    assert looker.word("ink", 0) == "inkstyle"
+    handlers = BrowserHandlers(library, lambda: "sd1")
+    assert handlers.pick("ink") == "ink"
+    assert handlers.word("ink", 0) == "inkstyle"
     for name in ("../ink", "broken", None, 7, {"a": 1}):
         with pytest.raises(ValueError):
-            looker.pick(name)
+            handlers.pick(name)
     for number in (1, -1, "0", True, None, 0.0):
         with pytest.raises(ValueError, match="it has 1 trigger words"):
-            looker.word("ink", number)
-    answered, waiting = looker.look("", None, [], "", True, "name", 0)
+            handlers.word("ink", number)
+    answered, waiting = handlers.look("", None, [], "", True, "name", 0)
     assert waiting == 0 and str(answered[0]).count("data-pick") == 2
     assert "2 of" not in str(answered[1]) and "3 of 3 adapters · 1 cannot be used" in str(answered[1])
     with pytest.raises(ValueError, match="text: got int"):
-        looker.look(7, "", "", "", True, "name", 0)
+        handlers.look(7, "", "", "", True, "name", 0)

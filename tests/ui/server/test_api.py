@@ -56,12 +56,12 @@ def client(app: Served, tmp_path: Path) -> Iterator[Client]:
 
 
 def test_the_endpoints_are_documented_and_no_other_is(client: Client) -> None:
-    told = client.view_api(return_format="dict")
-    assert set(told["named_endpoints"]) == {"/generate", "/list_adapters", "/blend"}
-    assert told["unnamed_endpoints"] == {}
-    names = [parameter["parameter_name"] for parameter in told["named_endpoints"]["/generate"]["parameters"]]
+    answer = client.view_api(return_format="dict")
+    assert set(answer["named_endpoints"]) == {"/generate", "/list_adapters", "/blend"}
+    assert answer["unnamed_endpoints"] == {}
+    names = [parameter["parameter_name"] for parameter in answer["named_endpoints"]["/generate"]["parameters"]]
     assert names == ["prompt", "adapters", "negative_prompt", "seed", "steps", "guidance", "options"]
-    assert all(endpoint["description"] for endpoint in told["named_endpoints"].values())
+    assert all(endpoint["description"] for endpoint in answer["named_endpoints"].values())
 
 
 def test_generate_draws_what_a_session_draws(client: Client, app: Served) -> None:
@@ -121,8 +121,8 @@ def test_adapters_are_listed_with_what_is_wrong(client: Client) -> None:
 
 
 def test_a_blend_is_a_new_adapter_that_draws(client: Client, app: Served) -> None:
-    told = client.predict({"ink": 0.6, "lego": -0.4}, "both", api_name="/blend")
-    assert told["name"] == "both" and told["layers"] > 0
+    answer = client.predict({"ink": 0.6, "lego": -0.4}, "both", api_name="/blend")
+    assert answer["name"] == "both" and answer["layers"] > 0
     assert "both" in app.session.library.usable
     alone = client.predict("a fox", {"both": 1}, steps=2, api_name="/generate")
     assert alone["phase"] == "done"
@@ -146,8 +146,8 @@ def test_a_mix_is_drawn_and_blended_alike(
         own = {path: module for path, module in modules.items() if path.startswith(component)}
         save_adapter(AdapterState(own), app.session.library.folder / f"{name}.safetensors")
     app.session.library.refresh()
-    told = client.predict(mix, "blended", api_name="/blend")
-    assert told["layers"] > 0
+    answer = client.predict(mix, "blended", api_name="/blend")
+    assert answer["layers"] > 0
     pictures = []
     for adapters in (mix, {"blended": 1}):
         (path,) = client.predict("a fox", adapters, seed=3, steps=2, api_name="/generate")["pictures"]
@@ -192,11 +192,11 @@ def test_mistakes_are_told_in_one_line(client: Client, call: dict, message: str)
 
 
 def test_health_tells_model_queue_memory_and_version(app: Served) -> None:
-    told = app.ask("GET", "health").json()
-    assert told["status"] == "ok" and told["model"] == "random" and told["version"]
-    assert told["queue"] == 0 and told["busy"] is False
-    assert told["adapters"] == {"usable": 2, "broken": 1, "loaded": 0}
-    assert told["memory"]["process_bytes"] > 1 << 20
+    answer = app.ask("GET", "health").json()
+    assert answer["status"] == "ok" and answer["model"] == "random" and answer["version"]
+    assert answer["queue"] == 0 and answer["busy"] is False
+    assert answer["adapters"] == {"usable": 2, "broken": 1, "loaded": 0}
+    assert answer["memory"]["process_bytes"] > 1 << 20
 
 
 def test_closers_are_all_called_and_waited_for_no_longer_than_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.app.load import cancels, concurrent, desk, faults
+from benchmarks.app.load import cancels, concurrent, controls, faults
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return desk(tmp_path_factory.mktemp("load") / "adapters")
+    return controls(tmp_path_factory.mktemp("load") / "adapters")
 
 
 def test_each_picture_is_the_one_drawn_alone(folder: Path, tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ def _status(headers: list[tuple[bytes, bytes]], host: str = "127.0.0.1") -> int:
     async def send(message: dict) -> None:
         sent.append(message)
 
-    guard = HostGuard(PlainTextResponse("served"), host=host)
+    middleware = HostGuard(PlainTextResponse("served"), host=host)
     scope = {"type": "http", "method": "GET", "path": "/", "headers": headers}
-    asyncio.run(guard(scope, receive, send))  # type: ignore[arg-type]
+    asyncio.run(middleware(scope, receive, send))  # type: ignore[arg-type]
     return sent[0]["status"]
 
 
@@ -69,7 +69,7 @@ def test_a_link_from_elsewhere_opens_the_page() -> None:
 
 
 def _judged(path: str, chunks: list[bytes], headers: list[tuple[bytes, bytes]] | None = None) -> tuple[int, bytes]:
-    """The status of a POST, and the body that reached the app behind the guard."""
+    """The status of a POST, and the body that reached the app behind the middleware."""
     sent: list[dict] = []
     arrived: list[bytes] = []
     messages = [
@@ -91,9 +91,9 @@ def _judged(path: str, chunks: list[bytes], headers: list[tuple[bytes, bytes]] |
             more = message["more_body"]
         await PlainTextResponse("served")(scope, receive, send)
 
-    guard = BodyGuard(behind, most_upload_bytes=1000)  # type: ignore[arg-type]
+    middleware = BodyGuard(behind, most_upload_bytes=1000)  # type: ignore[arg-type]
     scope = {"type": "http", "method": "POST", "path": path, "headers": headers or []}
-    asyncio.run(guard(scope, receive, send))  # type: ignore[arg-type]
+    asyncio.run(middleware(scope, receive, send))  # type: ignore[arg-type]
     return sent[0]["status"], b"".join(arrived)
 
 
@@ -140,8 +140,8 @@ def test_answers_tell_the_browser_to_stay_here(path: str, policy: str) -> None:
     async def receive() -> dict:
         return {"type": "http.request"}
 
-    guard = HeaderGuard(PlainTextResponse("served"))
-    asyncio.run(guard({"type": "http", "method": "GET", "path": path, "headers": []}, receive, send))  # type: ignore[arg-type]
+    middleware = HeaderGuard(PlainTextResponse("served"))
+    asyncio.run(middleware({"type": "http", "method": "GET", "path": path, "headers": []}, receive, send))  # type: ignore[arg-type]
     headers = dict(sent[0]["headers"])
     assert policy in headers[b"content-security-policy"].decode()
     assert headers[b"x-content-type-options"] == b"nosniff"

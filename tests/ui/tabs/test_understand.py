@@ -21,9 +21,9 @@ from ui.generate.controls import Stops, Variations
 from ui.generate.stage import ProgressView, build_stage, status_of
 from ui.tabs import leave_one_out, weight_grid
 from ui.tabs.axes import MAX_CELLS, parse_range
-from ui.tabs.inspect_page import facts_of, meter_of, plot_of
+from ui.tabs.inspect_page import facts_of, interference_of, plot_of
 from ui.tabs.leave_one_out import leave_each_out, mean_difference, names_in, row_html
-from ui.tabs.weight_grid import build_weight_map, map_html, picked_slots
+from ui.tabs.weight_grid import build_weight_grid, map_html, picked_slots
 from ui.tabs.weight_grid_cells import A_B, ADAPTER_WEIGHT, Axes, Cell, plan, request_of, save_sheet
 
 PARTS = Parts("unet", ("text_encoder",))
@@ -55,7 +55,7 @@ def test_ranges(text: str, values: tuple[float, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "complaint"),
     [
         (None, "expected such as"),
         ("", "expected such as"),
@@ -76,10 +76,10 @@ def test_ranges(text: str, values: tuple[float, ...]) -> None:
         (["0"], "list"),
     ],
 )
-def test_what_is_no_range_is_told_in_one_line(text: object, told: str) -> None:
+def test_what_is_no_range_is_told_in_one_line(text: object, complaint: str) -> None:
     with pytest.raises(ValueError, match="^weights: ") as caught:
         parse_range(text)
-    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert complaint in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_map_of_adapters_and_weights_keeps_the_rest_of_the_mix() -> None:
@@ -180,15 +180,17 @@ def _first_cells(session: Session, failing: int, monkeypatch: pytest.MonkeyPatch
 
 def test_a_map_that_breaks_off_says_so(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     with gr.Blocks():
-        board = build_weight_map(session)
+        board = build_weight_grid(session)
     resolved = resolve_tags(DrawRequest(SETTINGS), session.library.usable, PARTS)
     rows = plan(Axes(ADAPTER_WEIGHT, ("ink",), (1.0, 2.0)), RACK)
     wanted = weight_grid._Plan(Axes(ADAPTER_WEIGHT, ("ink",), (1.0, 2.0)), rows, resolved, session.parts)
     _first_cells(session, 2, monkeypatch)
-    told = weight_grid._drawing(board, session, wanted, Variations(session, session.output / "maps", threading.Event()))
+    changed = weight_grid._drawing(
+        board, session, wanted, Variations(session, session.output / "maps", threading.Event())
+    )
     last: dict[Any, Any] = {}
     with pytest.raises(ValueError, match="the file is gone"):
-        for changes in told:
+        for changes in changed:
             last |= changes
     assert "Nothing more was drawn: 2 of 3 cells are there, and no sheet" in last[board.status]
     assert last[board.sheet].count("<img") == 2
@@ -196,15 +198,15 @@ def test_a_map_that_breaks_off_says_so(session: Session, monkeypatch: pytest.Mon
 
 def test_a_row_that_breaks_off_says_so(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     with gr.Blocks():
-        board = leave_one_out.build_leave_out()
+        board = leave_one_out.build_leave_one_out()
     request = DrawRequest(SETTINGS, (AdapterChoice("ink", 0.8), AdapterChoice("lego", -0.5)))
     _first_cells(session, 1, monkeypatch)
-    told = leave_one_out._drawing(
+    changed = leave_one_out._drawing(
         board, request, ["#1 ink", "#2 lego"], Variations(session, session.output, threading.Event())
     )
     last: dict[Any, Any] = {}
     with pytest.raises(ValueError, match="the file is gone"):
-        for changes in told:
+        for changes in changed:
             last |= changes
     assert "Nothing more was drawn: 1 of 3 pictures" in last[board.status]
 
@@ -318,8 +320,8 @@ def test_a_stop_ends_variations_of_its_own_tab_only(session: Session, tmp_path: 
 
 def test_the_page_of_an_adapter(session: Session, adapters: Path) -> None:
     html = facts_of(session, "ink")
-    for told in ("DoRA", "rank 4", "88 of 88 layers", "unet", "text_encoder"):
-        assert told in html
+    for part in ("DoRA", "rank 4", "88 of 88 layers", "unet", "text_encoder"):
+        assert part in html
     tensors = load_file(adapters / "ink.safetensors")
     evil = {"modelspec.title": "<script>alert(1)</script>", "ss_tag_frequency": "x" * 9000}
     save_file(tensors, adapters / "evil.safetensors", metadata=evil)
@@ -335,10 +337,10 @@ def test_a_plot_and_the_interference_of_two(session: Session, tmp_path: Path) ->
     pytest.importorskip("matplotlib")
     with Image.open(plot_of(session, ("ink", "lego"))) as plot:
         assert plot.format == "PNG" and plot.width > 800
-    html = meter_of(session, ("ink", "lego"))
+    html = interference_of(session, ("ink", "lego"))
     assert "88 layers in common" in html and "unet.mid_block" in html
     with pytest.raises(ValueError, match="expected two"):
-        meter_of(session, ("ink",))
+        interference_of(session, ("ink",))
 
 
 def test_without_matplotlib_the_plot_says_so(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,11 +362,11 @@ def test_the_status_tells_times_and_the_queue() -> None:
 def test_a_finished_run_fills_slider_and_batch(session: Session) -> None:
     with gr.Blocks():
         stage = build_stage()
-    screenplay = ProgressView(stage)
+    progress_view = ProgressView(stage)
     run = session.start(DrawRequest(SETTINGS, (AdapterChoice("ink", 1.0),), count=2), owner="tab")
     sent: dict = {}
     for update in run.updates():
-        changes = screenplay.changes(update)
+        changes = progress_view.changes(update)
         assert {*changes} <= stage.outputs
         sent |= changes
     assert len(sent[stage.shown]) == 2

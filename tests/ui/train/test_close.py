@@ -79,12 +79,12 @@ trainer.start(config)
 while planner._process is None:
     time.sleep(0.01)
 class Demo:
-    told = False
+    was_told = False
     @property
     def is_running(self):  # asked first when the signals have their handlers
-        if not self.told:
+        if not self.was_told:
             print(planner._process.pid, trainer._last.process.pid, flush=True)
-        self.told = True
+        self.was_told = True
         return True
     def close(self, verbose):
         pass

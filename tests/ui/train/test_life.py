@@ -163,8 +163,8 @@ def test_a_page_that_still_shows_a_removed_run_is_told_not_refused(
             asked = {"fn_index": tick._id, "data": [seen, ""], "session_hash": "page"}
             answer = app.ask("POST", "gradio_api/run/predict", json=asked)
             assert answer.status_code == 200
-            told = "robot: step 0 of 3" if seen == "robot" else "No run on show"
-            assert told in answer.json()["data"][1]
+            expected = "robot: step 0 of 3" if seen == "robot" else "No run on show"
+            assert expected in answer.json()["data"][1]
 
 
 def test_a_run_whose_folder_is_removed_while_it_trains_is_told(

@@ -193,8 +193,8 @@ def test_the_plan_tells_memory_and_refuses_as_training_would(
     roots: tuple[Path, ...], base: Path, tmp_path: Path
 ) -> None:
     planner = Planner()
-    told = planner.plan(_config(roots, tmp_path / "runs", base))
-    assert "memory" in told and "steps      3 of 1 x 1" in told
+    printed = planner.plan(_config(roots, tmp_path / "runs", base))
+    assert "memory" in printed and "steps      3 of 1 x 1" in printed
     assert not (tmp_path / "runs").exists()
     with pytest.raises(ValueError, match="2 of 3 pictures have no caption") as raised:
         planner.plan(_config(roots, tmp_path / "runs", base, instance_prompt=""))

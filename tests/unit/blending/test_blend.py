@@ -135,9 +135,9 @@ def test_a_tools_mode_is_one_dora_too(mode: str, axis: Axis, order: str, path: s
 def test_what_a1111_makes_of_the_out_axis_is_approximated_and_told() -> None:
     made = blend_with_report(three(), WEIGHTS, base=base, mode="a1111", rank=10)
     goal = MODES["a1111"](base(LINEAR), terms_at(LINEAR, three(), WEIGHTS))
-    told = made.report.layers[LINEAR].error
-    assert told == pytest.approx(error(dense(LINEAR, made.adapter.modules[LINEAR]), goal, base(LINEAR)), abs=1e-9)
-    assert told < 1e-9  # of full rank
+    reported = made.report.layers[LINEAR].error
+    assert reported == pytest.approx(error(dense(LINEAR, made.adapter.modules[LINEAR]), goal, base(LINEAR)), abs=1e-9)
+    assert reported < 1e-9  # of full rank
     assert blend_with_report(three(), WEIGHTS, base=base, mode="a1111").report.layers[LINEAR].error > 1e-3
 
 
@@ -182,9 +182,9 @@ def test_a_smaller_rank_is_near_and_its_error_is_told(mode: str) -> None:
     for path, module in made.adapter.modules.items():
         goal = MODES[mode](base(path), terms_at(path, three(), WEIGHTS))
         assert module.rank == 4
-        told = made.report.layers[path].error
-        assert told == pytest.approx(error(dense(path, module), goal, base(path)), rel=1e-6)
-        assert 0 < told < 0.5
+        reported = made.report.layers[path].error
+        assert reported == pytest.approx(error(dense(path, module), goal, base(path)), rel=1e-6)
+        assert 0 < reported < 0.5
     assert made.report.exact == 0
     assert made.report.worst in SHAPES
 

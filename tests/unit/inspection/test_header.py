@@ -74,7 +74,7 @@ def test_files_of_one_structure_are_taken_apart_once(tmp_path: Path, monkeypatch
     other = _file(tmp_path / "b.safetensors", {"ss_base_model_version": "sd_v1", "modelspec.title": "Other"})
     again = summarise_header(other, known)
     assert again.structure is first.structure
-    assert again.told.title == "Other"
+    assert again.declared.title == "Other"
     assert len(known) == 1
 
 
@@ -100,7 +100,7 @@ def test_a_file_that_is_cut_short_is_never_known(tmp_path: Path) -> None:
 
 def test_what_metadata_tell() -> None:
     frequency = {"10_sks dog": {"sks dog": 20, " park ": 12, "grass": 30}, "img": {"park": 9, "bad": "many"}}
-    told = declared_metadata(
+    declared = declared_metadata(
         {
             "modelspec.title": "  A\ndog ",
             "modelspec.author": "<b>me</b>",
@@ -113,7 +113,7 @@ def test_what_metadata_tell() -> None:
             "ss_base_model_version": "sd_v1",
         }
     )
-    assert told == DeclaredMetadata(
+    assert declared == DeclaredMetadata(
         title="A dog",
         author="<b>me</b>",
         base="sd_v1",
@@ -134,5 +134,5 @@ def test_odd_metadata_tell_nothing(text: str) -> None:
 
 
 def test_folders_of_kohyas_name_what_was_trained() -> None:
-    told = declared_metadata({"ss_dataset_dirs": json.dumps({"10_sks dog": {"n_repeats": 10}, "reg": {}})})
-    assert told.triggers == ("sks dog",)
+    declared = declared_metadata({"ss_dataset_dirs": json.dumps({"10_sks dog": {"n_repeats": 10}, "reg": {}})})
+    assert declared.triggers == ("sks dog",)

@@ -20,9 +20,9 @@ def test_zero_rows_are_told_once_and_adapt_as_lora(kind: str, norm_grad: str, dt
     weight = model.layer.weight.detach()
     (weight.T if kind == "embedding" else weight)[1] = 0
     plain = model(x)
-    with pytest.warns(UserWarning, match="^1 rows of 1 layers .layer first. are zero") as told:
+    with pytest.warns(UserWarning, match="^1 rows of 1 layers .layer first. are zero") as caught:
         injection = inject(model, DoRAConfig(**CONFIG, norm_grad=norm_grad))
-    assert len(told) == 1
+    assert len(caught) == 1
     assert_identical(model(x), plain)
     disturb(model.layer)
     gain = model.layer.gain()

@@ -37,19 +37,19 @@ def test_eject_leaves_the_very_same_modules_and_bytes(pipe, component: str, pres
 
 
 def test_presets_grow(pipe) -> None:
-    counts = [len(target_paths(pipe.unet, DoRAConfig(target_modules=p))) for p in ("attention", "all-linear", "all")]
+    counts = [len(target_paths(pipe.unet, p)) for p in ("attention", "all-linear", "all")]
     assert counts == sorted(set(counts))
     attention = [
         path
         for path, module in pipe.unet.named_modules()
         if isinstance(module, nn.Linear) and (".attn1." in path or ".attn2." in path)
     ]
-    assert target_paths(pipe.unet, DoRAConfig()) == attention
+    assert target_paths(pipe.unet, None) == attention
 
 
 def test_targets_by_list_and_regular_expression(pipe) -> None:
-    by_list = target_paths(pipe.unet, DoRAConfig(target_modules=["attn2.to_q"]))
-    by_regex = target_paths(pipe.unet, DoRAConfig(target_modules=r".*attn2\.to_q"))
+    by_list = target_paths(pipe.unet, ["attn2.to_q"])
+    by_regex = target_paths(pipe.unet, r".*attn2\.to_q")
     assert by_list == by_regex
     assert len(by_list) == sum(path.endswith("attn2.to_q") for path, _ in pipe.unet.named_modules())
 

@@ -91,7 +91,7 @@ def test_a_single_file_in_its_makers_names_is_its_pipeline(name: str, layout: An
                 assert_identical(base.parameter(f"{component}.{key}"), parameter)
 
 
-def in_makers_names(model: nn.Module, layout_name: str) -> dict[str, Tensor]:
+def in_original_names(model: nn.Module, layout_name: str) -> dict[str, Tensor]:
     """A transformer's tensors fused into its makers', by our own layout."""
     layout = next(layout for layout in LAYOUTS if layout.name == layout_name)
     left, found = dict(model.state_dict()), {}
@@ -112,7 +112,7 @@ def in_makers_names(model: nn.Module, layout_name: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", ["flux-dev", "flux-schnell"])
 def test_a_flux_file_gives_the_parts_of_its_fused_layers(name: str, prefix: str, tmp_path: Path) -> None:
     pipe = PIPELINES[name].build()
-    tensors = {prefix + key: tensor for key, tensor in in_makers_names(pipe.transformer, "flux").items()}
+    tensors = {prefix + key: tensor for key, tensor in in_original_names(pipe.transformer, "flux").items()}
     base = base_weights(original_layouts.save(tensors, tmp_path / "flux.safetensors"))
     expected = base_weights(pipe)
     own = [path for path in expected.paths() if path.startswith("transformer.")]

@@ -241,8 +241,8 @@ def test_one_picture_cannot_be_parted() -> None:
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="no folder shared/data/dreambooth beside the repository")
 @pytest.mark.parametrize(("subject", "count"), [("dog", 5), ("teapot", 5), ("vase", 6)])
-def test_real_photos(trainable: str, count: int) -> None:
-    found = find_examples(PHOTOS / trainable, instance_prompt=f"a {trainable}")
+def test_real_photos(subject: str, count: int) -> None:
+    found = find_examples(PHOTOS / subject, instance_prompt=f"a {subject}")
     assert [example.path.name for example in found] == [f"0{index}.jpg" for index in range(count)]
     pixels = load_sample(found[0], size=(128, 96), crop="random", flip=True, rng=Random(0)).pixels
     assert pixels.shape == (3, 96, 128)

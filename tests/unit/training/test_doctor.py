@@ -194,7 +194,7 @@ def test_no_folder_and_no_pictures(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="no folder shared/data/dreambooth beside the repository")
 @pytest.mark.parametrize(("subject", "count"), [("dog", 5), ("teapot", 5), ("vase", 6)])
-def test_real_photos_are_sound(trainable: str, count: int) -> None:
-    report = examine(PHOTOS / trainable, instance_prompt=f"a {trainable}")
+def test_real_photos_are_sound(subject: str, count: int) -> None:
+    report = examine(PHOTOS / subject, instance_prompt=f"a {subject}")
     assert (report.images, report.findings) == (count, ())
-    assert found(examine(PHOTOS / trainable)) == [("missing-caption", f"0{index}.jpg") for index in range(count)]
+    assert found(examine(PHOTOS / subject)) == [("missing-caption", f"0{index}.jpg") for index in range(count)]

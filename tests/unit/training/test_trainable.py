@@ -168,7 +168,7 @@ def test_trained_text_encoders_stay_where_they_are(tmp_path, monkeypatch) -> Non
     trainable = prepare_trainable(random_pocket_pipeline(), make_config(tmp_path))
     monkeypatch.setattr(trainable.pipe.text_encoder, "to", lambda device: pytest.fail("moved"))
     with trainable.encoders_on_device():
-        trainable.rest()
+        trainable.offload_encoders()
 
 
 def test_words_past_their_share_have_no_say_in_clipping(tmp_path) -> None:
