@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from PIL import Image
 
@@ -34,7 +34,7 @@ NAMED_CURVES: Mapping[str, Curve | None] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SlotValues:
     """The widgets of one slot of the rack, as they came from the browser.
 
@@ -60,6 +60,19 @@ class SlotValues:
     curve: str = ""
     mask: Image.Image | Path | str | None = None
     solo: bool = False
+
+    @classmethod
+    def of(cls, file: str | None, strength: float, *, curve: str = "") -> Self:
+        """A slot that is on, with one strength for all components, everywhere in the picture."""
+        return cls(
+            file=file,
+            enabled=True,
+            strength=strength,
+            apart=False,
+            denoiser=strength,
+            text_encoders=strength,
+            curve=curve,
+        )
 
 
 @dataclass(frozen=True)
@@ -149,7 +162,7 @@ class DrawRequest:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DetailValues:
     """The further widgets of the form, as they came from the browser; None is the model's own."""
 

@@ -122,7 +122,9 @@ def _kept_of(entry: Mapping[str, Any]) -> tuple[SlotValues, str, str | None]:
 
 
 def _settings_of(record: Mapping[str, Any]) -> GenerationSettings:
-    details = DetailValues(record["sampler"], record["width"], record["height"], record["strength"])
+    details = DetailValues(
+        sampler=record["sampler"], width=record["width"], height=record["height"], strength=record["strength"]
+    )
     return check_settings(
         record["prompt"],
         record["negative_prompt"],

@@ -23,7 +23,7 @@ from ui.generate import curves, masks, slots
 from ui.generate.curves import curve_html, name_of_text, text_of_name
 from ui.generate.masks import Painter, build_painter, canvas_value, read_painted, targets
 from ui.generate.slots import (
-    EMPTY,
+    EMPTY_SLOT,
     LONGEST_LIST,
     Badges,
     Slot,
@@ -88,7 +88,7 @@ class Rack:
         """
         if len(wanted) > SLOTS:
             raise ValueError(f"rack: got {len(wanted)} adapters, expected at most {SLOTS}")
-        every = (*wanted, *[EMPTY] * (SLOTS - len(wanted)))
+        every = (*wanted, *[EMPTY_SLOT] * (SLOTS - len(wanted)))
         changes = self._asked([slot.file for slot in every])
         for slot, values in zip(self.slots, every, strict=True):
             changes |= self._filled(slot, values)
@@ -108,7 +108,7 @@ class Rack:
         if free is None:
             raise ValueError(f"{file}: all {SLOTS} slots are taken; remove an adapter first")
         files[free] = file
-        return self._filled(self.slots[free], _new(file, strength)) | self._asked(files)
+        return self._filled(self.slots[free], SlotValues.of(file, strength)) | self._asked(files)
 
     def switched(self, values: Values) -> Updates:
         """What makes the rack one of the session's new base; adapters are loaded into it, and told of, afterwards."""
@@ -133,7 +133,7 @@ class Rack:
         """What empties a slot."""
         files = self._files(values)
         files[index] = None
-        return self._filled(self.slots[index], EMPTY) | self._asked(files)
+        return self._filled(self.slots[index], EMPTY_SLOT) | self._asked(files)
 
     def shown(self, files: Sequence[object]) -> Updates:
         """What shows the slots with a file, and the first without."""
@@ -148,10 +148,6 @@ class Rack:
     def _asked(self, files: Sequence[str | None]) -> Updates:
         """Shows slots, and lets the page ask for what they hold: the state's change does, so it is always another."""
         return self.shown(files) | {self.asked: (next(_fresh), *(file or "" for file in files))}
-
-
-def _new(file: str, strength: float) -> SlotValues:
-    return SlotValues(file, enabled=True, strength=strength, apart=False, denoiser=strength, text_encoders=strength)
 
 
 def mode_html(mode: object, *, moved: bool = False) -> str:

@@ -50,15 +50,15 @@ def placed(file: str, weight: float | Mapping[str, float], parts: Parts, *, curv
     notes: list[str] = []
     if not isinstance(weight, Mapping):
         strength = _within(file, "strength", weight, notes)
-        return Placed(SlotValues(file, True, strength, False, strength, strength, curve=_text(curve)), tuple(notes))
+        return Placed(SlotValues.of(file, strength, curve=_text(curve)), tuple(notes))
     left = _by_own_names(weight, parts)
     denoiser = _within(file, parts.denoiser, left.pop(parts.denoiser, 0.0), notes)
     text = _of_encoders(file, left, parts, notes)
     blocks = _of_blocks(file, left, denoiser, parts, notes)
     notes += [f"{file}: the base here has no part {part[:80]} to give a strength of {left[part]:g}" for part in left]
     is_apart = bool(parts.text_encoders) and denoiser != text
-    slot = SlotValues(file, True, denoiser, is_apart, denoiser, text, blocks, _text(curve))
-    return Placed(slot, tuple(notes))
+    slot = SlotValues.of(file, denoiser, curve=_text(curve))
+    return Placed(replace(slot, apart=is_apart, text_encoders=text, blocks=blocks), tuple(notes))
 
 
 def _text(curve: Curve | None) -> str:

@@ -127,7 +127,9 @@ def _of_parameters(parameters: Parameters, library: AdapterLibrary, parts: Parts
 
 def _beyond(settings: GenerationSettings) -> tuple[str, ...]:
     """A line when the form cannot draw what a picture tells, as one of the command line may."""
-    details = DetailValues(settings.sampler, settings.width, settings.height, settings.strength)
+    details = DetailValues(
+        sampler=settings.sampler, width=settings.width, height=settings.height, strength=settings.strength
+    )
     try:
         check_settings(
             settings.prompt, settings.negative_prompt, settings.seed, settings.steps, settings.guidance_scale, details

@@ -18,7 +18,7 @@ from ui.library.library import AdapterFile, AdapterLibrary, Stamp, stamp_of
 MAX_BLOCKS = 3
 LONGEST_LIST = 300
 NO_ADAPTER = ("none", "")
-EMPTY = SlotValues(None, enabled=True, strength=1.0, apart=False, denoiser=1.0, text_encoders=1.0)
+EMPTY_SLOT = SlotValues.of(None, 1.0)
 LOADING = '<span class="chip">loading …</span>'
 
 

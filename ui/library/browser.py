@@ -183,7 +183,15 @@ def build_browser(session: Any, demo: gr.Blocks) -> Browser:
 def _query(asked: Sequence[Any]) -> Query:
     """What the widgets hold; an emptied dropdown asks for any."""
     text, family, kind, tag, only_fitting, order, page = asked
-    return Query(text or "", family or "", kind or "", tag or "", only_fitting, order or "", page or 0)
+    return Query(
+        text=text or "",
+        family=family or "",
+        kind=kind or "",
+        tag=tag or "",
+        only_fitting=only_fitting,
+        order=order or "",
+        page=page or 0,
+    )
 
 
 def _sent(event: gr.EventData, field: str) -> Any:

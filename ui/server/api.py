@@ -110,7 +110,12 @@ def draw_request(
         ValueError: one line that names the field.
     """
     wanted = _fields("options", options, OPTIONS)
-    details = DetailValues(wanted.get("sampler"), wanted.get("width"), wanted.get("height"), wanted.get("strength"))
+    details = DetailValues(
+        sampler=wanted.get("sampler"),
+        width=wanted.get("width"),
+        height=wanted.get("height"),
+        strength=wanted.get("strength"),
+    )
     return DrawRequest(
         check_settings(*prompts, settings["seed"], settings["steps"], settings["guidance"], details),
         choices_of(adapters, parts, demo),
@@ -137,7 +142,7 @@ def choices_of(adapters: Any, parts: Parts, demo: gr.Blocks | None = None) -> tu
 
 def _slot(name: Any, value: Any, demo: gr.Blocks | None) -> SlotValues:
     if not isinstance(value, Mapping):
-        return SlotValues(name, True, value, False, 0.0, 0.0)
+        return SlotValues.of(name, value)
     fields = _fields(f"adapters, {str(name)[:40]}", value, ADAPTER_FIELDS)
     strength = fields.get("strength", 1.0)
     blocks = fields.get("blocks")

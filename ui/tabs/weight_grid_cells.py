@@ -124,7 +124,7 @@ def _seated(slots: list[SlotValues], files: Sequence[str]) -> list[SlotValues]:
         free = next((index for index, slot in enumerate(slots) if not slot.file), None)
         if free is None:
             raise ValueError(f"{file}: the rack has no free slot for it; empty one, or take an adapter of the rack")
-        slots[free] = SlotValues(file, False, 1.0, False, 1.0, 1.0)
+        slots[free] = replace(SlotValues.of(file, 1.0), enabled=False)
     return slots
 
 

@@ -25,7 +25,7 @@ from ui.backend.tags import resolve_tags
 
 GOOD = {"prompt": " a cat ", "negative": None, "seed": 7, "steps": 20, "guidance": 4}
 POCKET = Parts("unet", ("text_encoder",))
-SLOT = SlotValues("ink", True, 0.5, False, 1.0, 1.0)
+SLOT = SlotValues.of("ink", 0.5)
 
 
 def test_good_settings() -> None:
@@ -102,7 +102,7 @@ def test_details_of_the_form() -> None:
     details = DetailValues(sampler="euler a", width=512, height=64.0, strength=0.5)
     settings = check_settings(**GOOD, details=details)
     assert (settings.sampler, settings.width, settings.height, settings.strength) == ("euler a", 512, 64, 0.5)
-    assert check_settings(**GOOD, details=DetailValues(None, 0, None, None)) == check_settings(**GOOD)
+    assert check_settings(**GOOD, details=DetailValues(sampler=None, width=0)) == check_settings(**GOOD)
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ from ui.generate.form import build_form, build_prompt  # noqa: E402
 from ui.generate.masks import SIDE, canvas_value, mask_html, read_painted  # noqa: E402
 from ui.generate.rack import IN_ORDER, SLOTS, Rack, broken_list, build_rack, mode_html  # noqa: E402
 from ui.generate.recipes import Recipe  # noqa: E402
-from ui.generate.slots import EMPTY, LOADING, badge, block_updates, choices_of, shown_slots  # noqa: E402
+from ui.generate.slots import EMPTY_SLOT, LOADING, badge, block_updates, choices_of, shown_slots  # noqa: E402
 
-INK = SlotValues("ink", enabled=True, strength=0.8, apart=False, denoiser=1.0, text_encoders=1.0)
+INK = SlotValues.of("ink", 0.8)
 LEGO = replace(INK, file="lego", strength=-0.5, curve="0:0, 1:1", solo=True, blocks=(1.0, 0.5, 0.0))
 
 
@@ -76,7 +76,7 @@ def test_the_desk_asks_for_what_the_page_holds(session: Session) -> None:
         form = build_form(session, build_prompt(), demo)
         controls = Controls(session, gr.State("random"), form, build_rack(session, demo))
     settings = GenerationSettings("a cat", "dog", 3, 2, 3.0, 64, 128, "euler")
-    changes = controls.updates(Recipe(settings, (EMPTY, INK), "additive"))
+    changes = controls.updates(Recipe(settings, (EMPTY_SLOT, INK), "additive"))
     assert set(changes) <= controls.outputs
     state = {widget: getattr(widget, "value", None) for widget in controls.inputs}
     state |= {widget: _value(change) for widget, change in changes.items()} | {form.count: 3}
@@ -109,7 +109,7 @@ def test_filled_slots_are_shown_and_the_first_empty_one(rack: Rack) -> None:
 def test_add_takes_the_next_free_slot(rack: Rack) -> None:
     state = _state(rack, (INK,))
     state = _moved(state, rack.add(state, "lego", strength=0.4))
-    assert rack.read(state)[1] == replace(EMPTY, file="lego", strength=0.4, denoiser=0.4, text_encoders=0.4,
+    assert rack.read(state)[1] == replace(EMPTY_SLOT, file="lego", strength=0.4, denoiser=0.4, text_encoders=0.4,
                                           blocks=(1.0, 1.0, 1.0))  # fmt: skip
     with pytest.raises(ValueError, match="lego: is in slot 2 already"):
         rack.add(state, "lego")
@@ -124,7 +124,7 @@ def test_add_takes_the_next_free_slot(rack: Rack) -> None:
 
 def test_a_move_takes_everything_along_and_passes_empty_slots(rack: Rack) -> None:
     mask = Image.new("L", (8, 8), 255)
-    before = _state(rack, (replace(INK, mask=mask), EMPTY, LEGO))
+    before = _state(rack, (replace(INK, mask=mask), EMPTY_SLOT, LEGO))
     after = _moved(before, rack.move(before, 0, 1))
     assert rack.read(after)[0] == LEGO
     assert rack.read(after)[2] == replace(INK, mask=mask, blocks=(1.0, 1.0, 1.0))
@@ -150,7 +150,7 @@ def test_another_base_has_its_own_blocks_and_tells_of_the_adapters_anew(rack: Ra
 def test_remove_forgets_what_the_slot_held(rack: Rack) -> None:
     state = _state(rack, (LEGO, INK))
     state = _moved(state, rack.remove(state, 0))
-    assert rack.read(state)[0] == replace(EMPTY, file="", blocks=(1.0, 1.0, 1.0))
+    assert rack.read(state)[0] == replace(EMPTY_SLOT, file="", blocks=(1.0, 1.0, 1.0))
     assert rack.read(state)[1].file == "ink"
 
 

@@ -31,7 +31,7 @@ SETTINGS = GenerationSettings("a cat", seed=3, steps=2)
 
 
 def _slot(file: str | None, strength: float = 1.0, *, enabled: bool = True, solo: bool = False) -> SlotValues:
-    return SlotValues(file, enabled, strength, False, 1.0, 1.0, solo=solo)
+    return replace(SlotValues.of(file, strength), enabled=enabled, solo=solo)
 
 
 RACK = (_slot("ink", 0.8), _slot("lego", -0.5), _slot(None))
