@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dora_diffusion.generation.prompts import LoraTag, parse_prompt
-from ui.backend.request import MAX_STRENGTH, AdapterChoice, DrawRequest, Parts, check_number, shown
+from ui.backend.checks import check_strength_number, shown
+from ui.backend.request import AdapterChoice, DrawRequest, Parts
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,10 @@ def _file_of_tag(name: str, names: Sequence[str]) -> str:
 
 def _weight_of_tag(tag: LoraTag, parts: Parts) -> float | dict[str, float]:
     if not isinstance(tag.weight, Mapping):
-        return check_number(f"prompt, <lora:{tag.name}>", tag.weight, low=-MAX_STRENGTH, high=MAX_STRENGTH)
+        return check_strength_number(f"prompt, <lora:{tag.name}>", tag.weight)
     weights: dict[str, float] = {}
     for part, value in tag.weight.items():
-        strength = check_number(f"prompt, <lora:{tag.name}>, {part}", value, low=-MAX_STRENGTH, high=MAX_STRENGTH)
+        strength = check_strength_number(f"prompt, <lora:{tag.name}>, {part}", value)
         own = {"denoiser": (parts.denoiser,), "text_encoders": parts.text_encoders}.get(part, (part,))
         weights |= dict.fromkeys(own, strength)
     return weights

@@ -3,7 +3,8 @@
 from html import escape
 
 from dora_diffusion.functional.schedules import Schedule
-from ui.backend.request import MAX_STRENGTH, NAMED_CURVES, Curve, curve_text, parse_curve
+from ui.backend.checks import MAX_STRENGTH
+from ui.backend.curve_text import NAMED_CURVES, Curve, curve_text, parse_curve
 
 CONSTANT = "constant"
 OWN_POINTS = "own points"

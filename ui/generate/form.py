@@ -10,16 +10,8 @@ from gradio.components import Component
 
 from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.generation.img2img import Canvas
-from ui.backend.request import (
-    MAX_COUNT,
-    MAX_GUIDANCE,
-    MAX_SEED,
-    MAX_SIDE,
-    MAX_STEPS,
-    DetailValues,
-    check_settings,
-    check_whole,
-)
+from ui.backend.checks import MAX_COUNT, MAX_GUIDANCE, MAX_SEED, MAX_SIDE, MAX_STEPS, check_whole
+from ui.backend.request import DetailValues, check_settings
 from ui.backend.session import Session
 from ui.generate import canvas as canvases
 from ui.generate.canvas import CanvasReader, build_canvas, has_picture

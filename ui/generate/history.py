@@ -12,8 +12,8 @@ from gradio.components import Component
 from PIL import Image
 
 from dora_diffusion.generation.png_metadata import metadata_text, read_metadata
+from ui.backend.checks import check_whole
 from ui.backend.picture_difference import largest_difference
-from ui.backend.request import check_whole
 from ui.backend.session import Session
 from ui.errors import user_errors
 from ui.generate.controls import Controls

@@ -11,7 +11,7 @@ from pathlib import Path
 import gradio as gr
 from PIL import Image
 
-from ui.backend.request import check_picture
+from ui.backend.picture_checks import check_picture
 from ui.generate import painter
 
 SIDE = 256

@@ -15,8 +15,9 @@ from gradio.components import Component
 
 from dora_diffusion.functional.blend_modes import ADDITIVE, IN_ORDER, MODE_SENTENCES, MODES
 from ui.backend import interference
+from ui.backend.checks import check_whole
 from ui.backend.interference import interference_html, measure
-from ui.backend.request import SlotValues, check_whole
+from ui.backend.request import SlotValues
 from ui.backend.session import Session
 from ui.errors import user_errors
 from ui.generate import curves, masks, slots

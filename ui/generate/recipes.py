@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from dora_diffusion.functional.blend_modes import ADDITIVE
 from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.generation.img2img import Canvas
-from ui.backend.request import MAX_STRENGTH, Curve, DrawRequest, Parts, SlotValues, check_adapters, curve_text
+from ui.backend.checks import MAX_STRENGTH
+from ui.backend.curve_text import Curve, curve_text
+from ui.backend.request import DrawRequest, Parts, SlotValues, check_adapters
 
 _ENCODERS, _DENOISER = "text_encoders", "denoiser"
 

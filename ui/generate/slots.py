@@ -9,7 +9,8 @@ import gradio as gr
 from gradio.components import Component
 
 from dora_diffusion.adapters.matching import LoadReport
-from ui.backend.request import MAX_STRENGTH, Parts, SlotValues
+from ui.backend.checks import MAX_STRENGTH
+from ui.backend.request import Parts, SlotValues
 from ui.backend.session import Session
 from ui.generate.curves import CONSTANT, CURVE_NAMES, curve_html, name_of_text
 from ui.generate.masks import Mask, mask_html

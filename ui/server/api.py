@@ -16,6 +16,8 @@ import dora_diffusion as dd
 from dora_diffusion.formats import FORMATS
 from dora_diffusion.functional.blend_modes import ADDITIVE
 from dora_diffusion.generation.generate import Canvas
+from ui.backend.checks import check_text, check_whole
+from ui.backend.picture_checks import check_canvas
 from ui.backend.request import (
     AdapterChoice,
     DetailValues,
@@ -23,10 +25,7 @@ from ui.backend.request import (
     Parts,
     SlotValues,
     check_adapters,
-    check_canvas,
     check_settings,
-    check_text,
-    check_whole,
 )
 from ui.backend.run import Update
 from ui.backend.session import Session

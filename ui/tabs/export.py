@@ -11,7 +11,7 @@ from gradio.components import Component
 from dora_diffusion.blending import BLEND_SENTENCES
 from dora_diffusion.formats import FORMATS
 from dora_diffusion.generation.generate import GenerationStopped
-from ui.backend.request import check_number, check_whole
+from ui.backend.checks import check_number, check_whole
 from ui.backend.session import Session
 from ui.errors import user_errors
 from ui.generate.controls import Controls, Stops

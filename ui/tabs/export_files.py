@@ -17,8 +17,9 @@ from dora_diffusion.pipelines.base_weights import EMBEDDED, BaseWeights
 from dora_diffusion.pipelines.loading import load_pipeline
 from dora_diffusion.state import AdapterState
 from dora_diffusion.utils.atomic import sha256_of
+from ui.backend.checks import check_name
 from ui.backend.picture_difference import largest_difference
-from ui.backend.request import AdapterChoice, DrawRequest, check_name
+from ui.backend.request import AdapterChoice, DrawRequest
 from ui.backend.session import Drawn, Session, ShouldStop
 from ui.backend.tags import resolve_tags
 

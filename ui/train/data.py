@@ -11,7 +11,7 @@ from pathlib import Path
 from dora_diffusion.training.dataset import find_caption, find_pictures, find_sidecar, read_metadata
 from dora_diffusion.utils.atomic import write_atomically
 from dora_diffusion.utils.images import SUFFIXES, shown
-from ui.backend.request import check_text
+from ui.backend.checks import check_text
 
 MAX_DEPTH = 3
 MAX_FOLDERS = 500

@@ -8,7 +8,7 @@ import gradio as gr
 from gradio.components import Component
 
 from dora_diffusion.training.config import TrainConfig
-from ui.backend.request import MAX_SEED
+from ui.backend.checks import MAX_SEED
 from ui.backend.session import Session
 from ui.errors import user_errors
 from ui.options import UiOptions

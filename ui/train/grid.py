@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dora_diffusion.generation.generate import GenerationSettings
-from ui.backend.request import MAX_STRENGTH, AdapterChoice, DrawRequest, check_number
+from ui.backend.checks import check_strength_number
+from ui.backend.request import AdapterChoice, DrawRequest
 from ui.library.library import AdapterLibrary
 from ui.train.runs import list_checkpoints, send_to_library
 
@@ -49,7 +50,7 @@ def _number(text: str) -> float:
         value: object = float(text)
     except ValueError:
         value = text
-    return check_number("weights", value, low=-MAX_STRENGTH, high=MAX_STRENGTH)
+    return check_strength_number("weights", value)
 
 
 def choose_rows(steps: Sequence[int]) -> list[int]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dora_diffusion.training.doctor import examine, format_report
 from dora_diffusion.utils.images import read_image
-from ui.backend.request import check_text, check_whole
+from ui.backend.checks import check_text, check_whole
 from ui.errors import user_errors
 from ui.options import UiOptions
 from ui.train.data import Captioned, find_dataset, find_picture, list_datasets, list_pictures, save_caption

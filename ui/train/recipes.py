@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dora_diffusion.training.config import TrainConfig
-from ui.backend.request import MAX_PROMPT, MAX_SEED, check_name, check_number, check_text, check_whole
+from ui.backend.checks import MAX_PROMPT, MAX_SEED, check_name, check_number, check_text, check_whole
 from ui.train.data import find_dataset
 
 PLAIN = "plain"
