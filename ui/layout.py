@@ -1,22 +1,21 @@
 """The whole page: where its parts stand, and what they tell one another."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
-from typing import Any
 
 import gradio as gr
-from gradio.components import Component
 
 from ui.backend.session import Session
 from ui.errors import user_errors
 from ui.generate.controls import Controls
-from ui.generate.form import Form, build_form, build_prompt
+from ui.generate.form import GenerateForm, build_form, build_prompt
 from ui.generate.history import build_history
 from ui.generate.presets import build_presets
 from ui.generate.rack import Rack, build_rack
 from ui.generate.restore import build_restore
 from ui.generate.stage import ProgressView, Stage, build_stage, status_html
+from ui.generate.values import Updates, Values
 from ui.library.browser import Browser, add_word, build_browser
 from ui.options import UiOptions
 from ui.server.api import add_api
@@ -29,12 +28,10 @@ from ui.train.tab import Train, build_train
 TABS_AT_ONCE = 8
 NEWS_SECONDS = 3
 _LOOK_AGAIN = "() => { document.querySelector('#history-refresh')?.click(); }"
-Values = Mapping[Component, Any]
-Updates = Mapping[Component, Any]
 
 
 @dataclass(frozen=True)
-class Page:
+class AppPage:
     """What the app needs of the page after it is built.
 
     Attributes:
@@ -44,7 +41,7 @@ class Page:
     train: Train
 
 
-def build_page(session: Session, options: UiOptions, demo: gr.Blocks) -> Page:
+def build_page(session: Session, options: UiOptions, demo: gr.Blocks) -> AppPage:
     """Lay out the page inside the open block, wired to the session."""
     with gr.Sidebar(open=True, width=330, elem_id="sidebar"):
         model, news = _build_model(session)
@@ -80,7 +77,7 @@ def build_page(session: Session, options: UiOptions, demo: gr.Blocks) -> Page:
     _wire_new_files(session, train.sent, export.exported, rack)
     _wire_model(session, model, news, form, rack, demo)
     add_api(session, demo)
-    return Page(train)
+    return AppPage(train)
 
 
 def _build_model(session: Session) -> tuple[gr.Dropdown, gr.HTML]:
@@ -99,7 +96,7 @@ def news_html(session: Session) -> str:
 
 
 def _wire_draw(session: Session, controls: Controls, stage: Stage) -> None:
-    def draw(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:
+    def draw(values: Values, request: gr.Request) -> Iterator[Updates]:
         with user_errors():
             try:
                 progress_view = ProgressView(stage)
@@ -135,8 +132,8 @@ def _wire_map(board: WeightGrid, rack: Rack) -> None:
     )
 
 
-def _wire_browser(browser: Browser, form: Form, rack: Rack) -> None:
-    def add(values: dict[Component, Any]) -> Updates:
+def _wire_browser(browser: Browser, form: GenerateForm, rack: Rack) -> None:
+    def add(values: Values) -> Updates:
         with user_errors():
             return rack.add(values, values[browser.picked])
 
@@ -156,7 +153,7 @@ def _wire_browser(browser: Browser, form: Form, rack: Rack) -> None:
 def _wire_new_files(session: Session, sent: gr.Textbox, exported: gr.Textbox, rack: Rack) -> None:
     """An adapter that was trained or merged here goes into the rack, when it is sent there."""
 
-    def add(values: dict[Component, Any]) -> Updates:
+    def add(values: Values) -> Updates:
         name = values[sent]
         if not name:  # emptied before each press, so that the same name again is a change
             return {rack.sentence: gr.skip()}  # of an empty dict gradio says that values are missing
@@ -175,8 +172,10 @@ def _wire_new_files(session: Session, sent: gr.Textbox, exported: gr.Textbox, ra
     exported.change(lambda: session.library.refresh(), None, None, queue=False, api_visibility="private")
 
 
-def _wire_model(session: Session, model: gr.Dropdown, news: gr.HTML, form: Form, rack: Rack, demo: gr.Blocks) -> None:
-    def shown(values: Values) -> dict[Component, Any]:
+def _wire_model(
+    session: Session, model: gr.Dropdown, news: gr.HTML, form: GenerateForm, rack: Rack, demo: gr.Blocks
+) -> None:
+    def shown(values: Values) -> Updates:
         """The page as the present base has it."""
         samplers = list(session.samplers)
         return {
@@ -186,7 +185,7 @@ def _wire_model(session: Session, model: gr.Dropdown, news: gr.HTML, form: Form,
             news: news_html(session),
         }
 
-    def switch(values: dict[Component, Any]) -> dict[Component, Any]:
+    def switch(values: Values) -> Updates:
         with user_errors():
             misfits = session.switch(values[model])
         for file, reason in list(misfits.items())[:3]:
@@ -201,7 +200,7 @@ def _wire_model(session: Session, model: gr.Dropdown, news: gr.HTML, form: Form,
         api_visibility="private",
     )
 
-    def opened(values: dict[Component, Any]) -> dict[Component, Any]:
+    def opened(values: Values) -> Updates:
         """Nothing anew unless another tab has switched the base: what was chosen meanwhile would be lost."""
         return {news: news_html(session)} if values[model] == session.model else shown(values)
 

@@ -37,7 +37,7 @@ class SlotValues:
         strength: for all components, unless `apart`.
         apart: whether the components have strengths of their own.
         denoiser, text_encoders: those strengths.
-        blocks: a factor on the denoiser's strength for each of `Parts.blocks`, 1 leaves it; None leaves all.
+        blocks: a factor on the denoiser's strength for each of `BaseParts.blocks`, 1 leaves it; None leaves all.
         curve: over the run, as `parse_curve` takes it; "" is constant.
         mask: white where the adapter draws; a picture, a path to one that the app itself wrote, or None for everywhere.
         solo: while any slot that takes part is solo, only such slots do.
@@ -77,7 +77,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Parts:
+class BaseParts:
     """What the base calls its components: `unet` or `transformer`, its text encoders, and the denoiser's blocks."""
 
     denoiser: str
@@ -106,7 +106,7 @@ class AdapterChoice:
         """Whether any of its strengths is other than 0."""
         return any(self.weight.values()) if isinstance(self.weight, dict) else bool(self.weight)
 
-    def weight_on(self, paths: Collection[str], parts: Parts) -> float | dict[str, float]:
+    def weight_on(self, paths: Collection[str], parts: BaseParts) -> float | dict[str, float]:
         """The strength without blocks of the base where the adapter, whose layers are `paths`, has none.
 
         The rack and the API name every block of the base; an adapter of text encoders, say, has nothing there.
@@ -195,7 +195,7 @@ def taking_part(slots: Sequence[SlotValues]) -> list[SlotValues]:
     return [slot for slot in filled if slot.solo] or filled
 
 
-def check_adapters(slots: Sequence[SlotValues], parts: Parts) -> tuple[AdapterChoice, ...]:
+def check_adapters(slots: Sequence[SlotValues], parts: BaseParts) -> tuple[AdapterChoice, ...]:
     """Slots that take part, those at strength 0 too, in the rack's order; strengths by the base's own parts.
 
     Raises:
@@ -218,7 +218,7 @@ def check_adapters(slots: Sequence[SlotValues], parts: Parts) -> tuple[AdapterCh
     return tuple(choices)
 
 
-def _check_weight(number: int, slot: SlotValues, parts: Parts) -> float | dict[str, float]:
+def _check_weight(number: int, slot: SlotValues, parts: BaseParts) -> float | dict[str, float]:
     factors = _check_blocks(number, slot.blocks, parts)
     if not slot.apart:
         strength = check_strength_number(f"slot {number}, strength", slot.strength)
@@ -232,7 +232,7 @@ def _check_weight(number: int, slot: SlotValues, parts: Parts) -> float | dict[s
     return strengths | _times(strengths[parts.denoiser], factors)
 
 
-def _check_blocks(number: int, blocks: Sequence[float] | None, parts: Parts) -> dict[str, float]:
+def _check_blocks(number: int, blocks: Sequence[float] | None, parts: BaseParts) -> dict[str, float]:
     """Prefix -> factor of the blocks that differ from 1."""
     if blocks is None:
         return {}

@@ -21,9 +21,9 @@ from dora_diffusion.generation.samplers import sampler_names
 from dora_diffusion.pipelines.base_weights import BaseWeights, base_weights
 from dora_diffusion.pipelines.loading import load_pipeline
 from ui.backend.draw_queue import DrawQueue
-from ui.backend.engine import Engine, Loaded, bases_offered
+from ui.backend.engine import Engine, LoadedAdapter, bases_offered
 from ui.backend.inputs import keep_input
-from ui.backend.request import AdapterChoice, DrawRequest, Parts
+from ui.backend.request import AdapterChoice, BaseParts, DrawRequest
 from ui.backend.run import Run
 from ui.backend.tags import Resolved, resolve_tags
 from ui.library.library import AdapterLibrary
@@ -100,7 +100,7 @@ class Session:
         return tuple(bases_offered(self._first, self._models_folder))
 
     @property
-    def parts(self) -> Parts:
+    def parts(self) -> BaseParts:
         """The base's components and blocks that adapters may change."""
         return self._engine.parts
 
@@ -129,7 +129,7 @@ class Session:
         """How many drawings there are: the one under way and those that wait."""
         return self._turns.waiting
 
-    def load(self, file: str) -> Loaded:
+    def load(self, file: str) -> LoadedAdapter:
         """Load an adapter of the library unless it is loaded already; waits for a drawing under way, and no other.
 
         Raises:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from dora_diffusion.generation.prompts import LoraTag, parse_prompt
 from ui.backend.checks import check_strength_number, shown
-from ui.backend.request import AdapterChoice, DrawRequest, Parts
+from ui.backend.request import AdapterChoice, BaseParts, DrawRequest
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Resolved:
     tagged: tuple[AdapterChoice, ...] = ()
 
 
-def resolve_tags(request: DrawRequest, names: Sequence[str], parts: Parts) -> Resolved:
+def resolve_tags(request: DrawRequest, names: Sequence[str], parts: BaseParts) -> Resolved:
     """Let `<lora:name:0.8>` tags of the prompt become adapters; what is at strength 0 is left out.
 
     Args:
@@ -73,7 +73,7 @@ def _file_of_tag(name: str, names: Sequence[str]) -> str:
     raise ValueError(f"prompt: no adapter named {shown(name)} for <lora:...>{hint}")
 
 
-def _weight_of_tag(tag: LoraTag, parts: Parts) -> float | dict[str, float]:
+def _weight_of_tag(tag: LoraTag, parts: BaseParts) -> float | dict[str, float]:
     if not isinstance(tag.weight, Mapping):
         return check_strength_number(f"prompt, <lora:{tag.name}>", tag.weight)
     weights: dict[str, float] = {}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.components import Component
 from PIL import Image
 
 from dora_diffusion.generation.png_metadata import metadata_text, read_metadata
@@ -18,6 +17,7 @@ from ui.backend.session import Session
 from ui.errors import user_errors
 from ui.generate.controls import Controls
 from ui.generate.restore import restore_from, restored_updates
+from ui.generate.values import Updates
 
 PAGE = 24
 MAX_PAGE = 1_000_000
@@ -30,7 +30,7 @@ CSS = """
 
 
 @dataclass(frozen=True)
-class Page:
+class HistoryPage:
     """A part of the output folder.
 
     Attributes:
@@ -52,7 +52,7 @@ class Page:
         return f"{self.found} picture{'' if self.found == 1 else 's'}, page {self.number + 1} of {self.pages}"
 
 
-def list_pictures(output: Path, page: object = 0) -> Page:
+def list_pictures(output: Path, page: object = 0) -> HistoryPage:
     """The PNGs of the output folder itself, newest first; hidden ones and links are left out.
 
     Raises:
@@ -72,7 +72,7 @@ def list_pictures(output: Path, page: object = 0) -> Page:
     pages = max(1, -(-len(found) // PAGE))
     number = min(number, pages - 1)
     names = tuple(name for _, name in found[number * PAGE : (number + 1) * PAGE])
-    return Page(names, number, pages, len(found))
+    return HistoryPage(names, number, pages, len(found))
 
 
 def find_picture(output: Path, name: object) -> Path:
@@ -164,7 +164,7 @@ def build_history(session: Session, controls: Controls, demo: gr.Blocks) -> Hist
 
 
 def _wire_pages(history: History, session: Session, looks: list[Any], turns: tuple[gr.Button, gr.Button]) -> None:
-    def show(page: object, step: int) -> dict[Component, Any]:
+    def show(page: object, step: int) -> Updates:
         with user_errors():
             wanted = check_whole("page", page, low=0, high=MAX_PAGE) + step
             found = list_pictures(session.output, max(0, wanted))
@@ -188,7 +188,7 @@ def _wire_pages(history: History, session: Session, looks: list[Any], turns: tup
 def _wire_picture(
     history: History, session: Session, controls: Controls, *, restore: gr.Button, pin: gr.Button
 ) -> None:
-    def select(names: tuple[str, ...], pinned: str | None, event: gr.SelectData) -> dict[Component, Any]:
+    def select(names: tuple[str, ...], pinned: str | None, event: gr.SelectData) -> Updates:
         with user_errors():
             index = check_whole("picture", event.index, low=0, high=max(0, len(names) - 1))
             if not names:
@@ -197,7 +197,7 @@ def _wire_picture(
             changes = {history.chosen: path.name, history.facts: described(path), history.metadata: metadata_text(path)}
             return changes | _compared(history, session, pinned, path)
 
-    def bring_back(chosen: str | None) -> dict[Component, Any]:
+    def bring_back(chosen: str | None) -> Updates:
         with user_errors():
             if chosen is None:
                 raise ValueError("press a picture first")
@@ -221,7 +221,7 @@ def _wire_picture(
     pin.click(keep, history.chosen, [history.pinned, history.report], queue=False, api_visibility="private")
 
 
-def _compared(history: History, session: Session, pinned: str | None, path: Path) -> dict[Component, Any]:
+def _compared(history: History, session: Session, pinned: str | None, path: Path) -> Updates:
     if pinned is None or pinned == path.name:
         return {history.compare: gr.ImageSlider(visible=False), history.report: ""}
     other = find_picture(session.output, pinned)

@@ -23,7 +23,7 @@ Mask = Image.Image | Path | str | None
 
 
 @dataclass(frozen=True)
-class Painter:
+class MaskPainter:
     """The widgets below the rack that paint the mask of one slot."""
 
     fold: gr.Accordion
@@ -59,7 +59,7 @@ def mask_html(mask: Mask) -> str:
     )
 
 
-def canvas_value(mask: Mask) -> str:
+def painter_value(mask: Mask) -> str:
     """What shows a mask in the painter. Never the same twice, so that the painter always notices."""
     picture = check_picture("mask", mask)
     shown = "" if picture is None else painter.png_url(picture.convert("L").resize((SIDE, SIDE)))
@@ -71,7 +71,7 @@ def targets(files: Sequence[str | None]) -> list[tuple[str, int]]:
     return [(f"slot {number}: {file}" if file else f"slot {number}", number) for number, file in enumerate(files, 1)]
 
 
-def build_painter(slots: int) -> Painter:
+def build_painter(slots: int) -> MaskPainter:
     """Lay out the painter inside the open block, for the masks of so many slots."""
     with gr.Accordion("Mask painter", open=False, elem_id="mask-painter") as fold:
         target = gr.Dropdown(
@@ -81,7 +81,7 @@ def build_painter(slots: int) -> Painter:
             elem_id="mask-slot",
         )
         canvas = gr.HTML("", html_template=_TEMPLATE, js_on_load=_SCRIPT, elem_id="mask-canvas")
-    return Painter(fold, target, canvas)
+    return MaskPainter(fold, target, canvas)
 
 
 _FILE = '<label class="file">From a picture <input type="file" accept="image/png,image/jpeg,image/webp"></label>'

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.components import Component
 from PIL import Image
 
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
@@ -16,12 +15,13 @@ from dora_diffusion.utils.atomic import write_atomically
 from ui.backend.checks import check_name
 from ui.backend.inputs import find_input, keep_input
 from ui.backend.picture_checks import check_picture
-from ui.backend.request import DetailValues, Parts, SlotValues, check_adapters, check_settings
+from ui.backend.request import BaseParts, DetailValues, SlotValues, check_adapters, check_settings
 from ui.backend.session import Session
 from ui.errors import user_errors
 from ui.generate.controls import Controls
-from ui.generate.recipes import Recipe
+from ui.generate.recipes import DrawRecipe
 from ui.generate.restore import Restored, restored_updates
+from ui.generate.values import Updates, Values
 from ui.library.hashes import Missing, Wanted, find_all, hash_of
 from ui.library.library import AdapterLibrary
 
@@ -35,7 +35,7 @@ def list_presets(output: Path) -> tuple[str, ...]:
     return tuple(sorted((path.stem for path in (output / FOLDER).glob("*.json")), key=str.lower))
 
 
-def save_preset(name: object, recipe: Recipe, library: AdapterLibrary, *, model: str, output: Path) -> Path:
+def save_preset(name: object, recipe: DrawRecipe, library: AdapterLibrary, *, model: str, output: Path) -> Path:
     """Write a preset, over one of the same name.
 
     Args:
@@ -65,7 +65,7 @@ def save_preset(name: object, recipe: Recipe, library: AdapterLibrary, *, model:
     return path
 
 
-def load_preset(name: object, library: AdapterLibrary, parts: Parts, *, output: Path) -> Restored:
+def load_preset(name: object, library: AdapterLibrary, parts: BaseParts, *, output: Path) -> Restored:
     """Read a preset, and find its adapters by their hashes.
 
     Raises:
@@ -130,7 +130,7 @@ def _settings_of(record: Mapping[str, Any]) -> GenerationSettings:
 
 
 def _found(
-    kept: Sequence[tuple[SlotValues, str, str | None]], library: AdapterLibrary, parts: Parts, output: Path
+    kept: Sequence[tuple[SlotValues, str, str | None]], library: AdapterLibrary, parts: BaseParts, output: Path
 ) -> tuple[tuple[SlotValues, ...], tuple[Missing, ...], tuple[str, ...]]:
     """Slots whose files are there, those that are missing, and what is other than it was."""
     found = find_all([Wanted(str(slot.file), sha256) for slot, sha256, _ in kept], library)
@@ -152,7 +152,7 @@ def _found(
 
 
 @dataclass(frozen=True)
-class Presets:
+class PresetWidgets:
     """The widgets of the presets."""
 
     name: gr.Dropdown
@@ -162,7 +162,7 @@ class Presets:
     report: gr.HTML
 
 
-def build_presets(session: Session, controls: Controls) -> Presets:
+def build_presets(session: Session, controls: Controls) -> PresetWidgets:
     """Lay out the presets inside the open block and wire them to the form and the rack."""
     with gr.Row(elem_id="presets"):
         name = gr.Dropdown(
@@ -172,16 +172,16 @@ def build_presets(session: Session, controls: Controls) -> Presets:
         load = gr.Button("Load", size="sm", elem_id="preset-load", min_width=70)
         save = gr.Button("Save", size="sm", elem_id="preset-save", min_width=70)
         delete = gr.Button("Delete", size="sm", variant="stop", elem_id="preset-delete", min_width=70)
-    presets = Presets(name, save, load, delete, gr.HTML(elem_id="preset-report"))
+    presets = PresetWidgets(name, save, load, delete, gr.HTML(elem_id="preset-report"))
     _wire(presets, session, controls)
     return presets
 
 
-def _wire(presets: Presets, session: Session, controls: Controls) -> None:
+def _wire(presets: PresetWidgets, session: Session, controls: Controls) -> None:
     def choices(value: str | None) -> gr.Dropdown:
         return gr.Dropdown(list(list_presets(session.output)), value=value)
 
-    def save(values: dict[Component, Any]) -> tuple[gr.Dropdown, str]:
+    def save(values: Values) -> tuple[gr.Dropdown, str]:
         with user_errors():
             recipe = controls.recipe(values)
             path = save_preset(
@@ -189,7 +189,7 @@ def _wire(presets: Presets, session: Session, controls: Controls) -> None:
             )
         return choices(path.stem), '<p class="kept" role="status">Saved.</p>'
 
-    def load(name: object) -> dict[Component, Any]:
+    def load(name: object) -> Updates:
         with user_errors():
             session.library.refresh()
             restored = load_preset(name, session.library, session.parts, output=session.output)

@@ -22,28 +22,26 @@ from ui.backend.session import Session
 from ui.errors import user_errors
 from ui.generate import curves, masks, slots
 from ui.generate.curves import curve_html, name_of_text, text_of_name
-from ui.generate.masks import Painter, build_painter, canvas_value, read_painted, targets
+from ui.generate.masks import MaskPainter, build_painter, painter_value, read_painted, targets
 from ui.generate.slots import (
     EMPTY_SLOT,
     LONGEST_LIST,
     Badges,
-    Slot,
+    RackSlot,
     block_updates,
     build_slot,
-    choices_of,
     loads,
     problem_badge,
     shown_slots,
+    slot_choices,
     with_mask,
 )
+from ui.generate.values import Updates, Values
 from ui.library.library import AdapterLibrary
 
 SLOTS = 8
 MOST_BROKEN = 20
 _fresh = itertools.count(1)
-
-Values = Mapping[Component, Any]
-Updates = dict[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -51,10 +49,10 @@ class Rack:
     """All slots, and what stands around them."""
 
     session: Session
-    slots: tuple[Slot, ...]
+    slots: tuple[RackSlot, ...]
     mode: gr.Dropdown
     sentence: gr.HTML
-    painter: Painter
+    painter: MaskPainter
     badges: Badges
     asked: gr.State
 
@@ -143,7 +141,7 @@ class Rack:
     def _files(self, values: Values) -> list[Any]:
         return [values[slot.file] for slot in self.slots]
 
-    def _filled(self, slot: Slot, values: SlotValues) -> Updates:
+    def _filled(self, slot: RackSlot, values: SlotValues) -> Updates:
         return slot.updates(values, library=self.session.library, badge=self.badges.known(values.file))
 
     def _asked(self, files: Sequence[str | None]) -> Updates:
@@ -277,7 +275,7 @@ def _wire_masks(rack: Rack) -> None:
         return with_mask(slot, read_painted(getattr(event, "png", None)))
 
     def aim(target: int, *held: masks.Mask) -> str:
-        return canvas_value(held[check_whole("mask of", target, low=1, high=SLOTS) - 1])
+        return painter_value(held[check_whole("mask of", target, low=1, high=SLOTS) - 1])
 
     # every stroke: by default gradio drops those that come while it still answers the one before
     views = [slot.mask_view for slot in rack.slots]
@@ -295,16 +293,16 @@ def _wire_masks(rack: Rack) -> None:
         _wire_mask(slot, painter, files, plain)
 
 
-def _wire_mask(slot: Slot, painter: Painter, files: Sequence[gr.Dropdown], plain: Mapping[str, Any]) -> None:
+def _wire_mask(slot: RackSlot, painter: MaskPainter, files: Sequence[gr.Dropdown], plain: Mapping[str, Any]) -> None:
     def paint(mask: masks.Mask, *chosen: str | None) -> Updates:
         return {
             painter.fold: gr.Accordion(open=True),
             painter.target: gr.Dropdown(targets(chosen), value=slot.number),
-            painter.canvas: canvas_value(mask),
+            painter.canvas: painter_value(mask),
         }
 
     def unmask(target: int) -> Updates:
-        shown = {painter.canvas: canvas_value(None)} if target == slot.number else {}
+        shown = {painter.canvas: painter_value(None)} if target == slot.number else {}
         return with_mask(slot, None) | shown
 
     slot.paint.click(paint, [slot.mask, *files], [painter.fold, painter.target, painter.canvas], **plain)
@@ -324,7 +322,7 @@ def _wire_refresh(rack: Rack, events: Sequence[Any], broken: gr.HTML) -> None:
         }
         for slot, name, had in zip(rack.slots, kept, chosen, strict=True):
             lost = bool(had) and not name
-            choices = choices_of(library, name)
+            choices = slot_choices(library, name)
             changes[slot.file] = gr.Dropdown(choices, value="") if lost else gr.Dropdown(choices)
             if lost:
                 changes[slot.body] = gr.Column(visible=False)

@@ -3,27 +3,25 @@
 Adapters are found by the hash of their files alone. What is missing is listed, never put in another's place.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
-from gradio.components import Component
 
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.generation.img2img import Canvas
 from dora_diffusion.generation.png_metadata import AdapterUse, PictureRecord, picture_texts, read_metadata
 from ui.backend.inputs import find_input
-from ui.backend.request import DetailValues, Parts, SlotValues, check_settings
+from ui.backend.request import BaseParts, DetailValues, SlotValues, check_settings
 from ui.backend.session import Session
 from ui.errors import user_errors
 from ui.generate.canvas import canvas_value
 from ui.generate.controls import Controls
 from ui.generate.infotext import Parameters, parse_infotext, settings_of
-from ui.generate.recipes import Recipe, cut_to_rack, placed
+from ui.generate.recipes import DrawRecipe, cut_to_rack, placed
+from ui.generate.values import Updates
 from ui.library.hashes import Missing, Wanted, by_name, find_all
 from ui.library.library import AdapterLibrary
 
@@ -62,12 +60,12 @@ class Restored:
     tells_canvas: bool = True
 
     @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> DrawRecipe:
         """What goes into the form and the rack."""
-        return Recipe(self.settings, self.slots, self.blend)
+        return DrawRecipe(self.settings, self.slots, self.blend)
 
 
-def restore_from(path: Path, library: AdapterLibrary, parts: Parts, *, output: Path) -> Restored:
+def restore_from(path: Path, library: AdapterLibrary, parts: BaseParts, *, output: Path) -> Restored:
     """Read what a picture was made of, and find its adapters.
 
     Args:
@@ -89,7 +87,7 @@ def restore_from(path: Path, library: AdapterLibrary, parts: Parts, *, output: P
     raise ValueError(f"{path.name}: tells {has}; expected the text that this app or A1111 writes into a PNG")
 
 
-def _of_record(record: PictureRecord, library: AdapterLibrary, parts: Parts, output: Path) -> Restored:
+def _of_record(record: PictureRecord, library: AdapterLibrary, parts: BaseParts, output: Path) -> Restored:
     found = find_all([Wanted(use.name, use.sha256) for use in record.adapters], library)
     slots, missing, notes = [], [], list[str]()
     for use, answer in zip(record.adapters, found, strict=True):
@@ -107,7 +105,7 @@ def _of_record(record: PictureRecord, library: AdapterLibrary, parts: Parts, out
     return Restored(record.settings, tuple(slots), blend, tuple(missing), record.model, tuple(notes), canvas)
 
 
-def _of_parameters(parameters: Parameters, library: AdapterLibrary, parts: Parts) -> Restored:
+def _of_parameters(parameters: Parameters, library: AdapterLibrary, parts: BaseParts) -> Restored:
     settings, notes = settings_of(parameters)
     tags = {tag.name: tag for tag in parameters.tags}
     wanted = [Wanted(name, by_name(parameters.hashes, name)) for name in tags]
@@ -184,7 +182,7 @@ def _missing_html(one: Missing) -> str:
     return f"<b>{escape(one.name)}</b>{hash}: {escape(one.reason)}"
 
 
-def restored_updates(restored: Restored, controls: Controls, session: Session, report: gr.HTML) -> dict[Component, Any]:
+def restored_updates(restored: Restored, controls: Controls, session: Session, report: gr.HTML) -> Updates:
     """What shows a restored picture: form, rack and the report below."""
     recipe, left_out = cut_to_rack(restored.recipe, len(controls.rack.slots))
     shown = replace(restored, slots=recipe.slots, notes=(*restored.notes, *left_out))
@@ -216,7 +214,7 @@ def build_restore(session: Session, controls: Controls) -> Restore:
         )  # fmt: skip
         report = gr.HTML(_HINT, elem_id="restore-report", min_width=260)
 
-    def restore(path: str | None) -> Mapping[Component, Any]:
+    def restore(path: str | None) -> Updates:
         with user_errors():
             if not path:
                 raise ValueError("no picture came; drop one")

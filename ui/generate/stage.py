@@ -10,6 +10,7 @@ from gradio.components import Component
 
 from dora_diffusion.generation.png_metadata import metadata_text
 from ui.backend.run import Update
+from ui.generate.values import Updates
 
 IDLE = "Ctrl + Enter draws."
 PHASES = {
@@ -149,10 +150,10 @@ class ProgressView:
         self._stage = stage
         self._sent: dict[str, object] = {}
 
-    def changes(self, update: Update) -> dict[Component, Any]:
+    def changes(self, update: Update) -> Updates:
         """What to send to the browser for this update."""
         stage = self._stage
-        changes: dict[Component, Any] = {stage.status: status_of(update)}
+        changes: Updates = {stage.status: status_of(update)}
         if update.phase == "loading":
             changes |= {stage.blend: gr.Image(None, label=BLEND), stage.metadata: "", stage.compare: None}
             changes |= {stage.batch: gr.Gallery([], visible=update.count > 1), stage.shown: ()}
@@ -166,7 +167,7 @@ class ProgressView:
             changes[stage.metadata] = metadata_text(update.picture)
         return changes | self._at_the_end(update) | self._pair(update) | self._batch(update)
 
-    def _at_the_end(self, update: Update) -> dict[Component, Any]:
+    def _at_the_end(self, update: Update) -> Updates:
         """Both pictures once more: the page loses one now and then that follows a preview closely (gradio 6.31)."""
         if not update.is_last:
             return {}
@@ -174,14 +175,14 @@ class ProgressView:
         pairs = ((stage.base, update.base), (stage.blend, update.picture))
         return {widget: str(path) for widget, path in pairs if path is not None}
 
-    def _pair(self, update: Update) -> dict[Component, Any]:
+    def _pair(self, update: Update) -> Updates:
         """Both pictures for the slider, once there are both: the base is that of the last seed."""
         if not update.is_last or update.base is None or update.picture is None:
             return {}
         pair = (str(update.base), str(update.picture))
         return {self._stage.compare: pair} if self._is_new("pair", pair) else {}
 
-    def _batch(self, update: Update) -> dict[Component, Any]:
+    def _batch(self, update: Update) -> Updates:
         if update.count < 2 or not update.pictures or not self._is_new("pictures", update.pictures):
             return {}
         paths = tuple(str(path) for path in update.pictures)

@@ -13,8 +13,8 @@ from gradio.components import Component
 from gradio.events import Dependency
 
 from ui.errors import user_errors
-from ui.library.cards import CSS, ON_LOAD, cards_html, status_html
-from ui.library.catalogue import ORDERS, Query, check_query, choices_of, shown_of
+from ui.library.cards import CSS, ON_LOAD, cards_html, library_status_html
+from ui.library.catalogue import ORDERS, Query, check_query, filter_choices, shown_of
 from ui.library.library import AdapterLibrary
 from ui.library.thumbnails import Thumbnails
 
@@ -103,7 +103,7 @@ class BrowserHandlers:
         shown = shown_of(self.library, query, family=family)
         cards, waiting = cards_html(shown, self._thumbnails, family=family)
         library = self.library
-        status = status_html(
+        status = library_status_html(
             shown,
             total=len(library.files),
             broken=len(library.broken),
@@ -119,7 +119,7 @@ class BrowserHandlers:
 
     def choices(self, *chosen: Any) -> list[Any]:
         """The filters with what the files offer now; a choice that nothing has any more stays to be taken back."""
-        found = choices_of(self.library.files)
+        found = filter_choices(self.library.files)
         offered = (found.families, found.kinds, found.tags)
         return [
             gr.Dropdown([ANY, *dict.fromkeys((*names, *([value] if isinstance(value, str) and value else [])))])

@@ -160,7 +160,7 @@ def _chips(file: AdapterFile) -> str:
     return f'<div class="words">{"".join((*words, *found))}</div>' if words or found else ""
 
 
-def status_html(shown: Shown, *, total: int, broken: int, unread: int, notice: str) -> str:
+def library_status_html(shown: Shown, *, total: int, broken: int, unread: int, notice: str) -> str:
     """How many there are, what is still being read, what was left out."""
     where = f"page {shown.page + 1} of {shown.pages}" if shown.pages > 1 else ""
     facts = [f"{shown.found:,} of {total:,} adapters", where]

@@ -20,9 +20,9 @@ from ui.backend.checks import check_text, check_whole
 from ui.backend.picture_checks import check_canvas
 from ui.backend.request import (
     AdapterChoice,
+    BaseParts,
     DetailValues,
     DrawRequest,
-    Parts,
     SlotValues,
     check_adapters,
     check_settings,
@@ -89,7 +89,7 @@ def add_api(session: Session, demo: gr.Blocks) -> None:
 
 
 def draw_request(
-    parts: Parts,
+    parts: BaseParts,
     prompts: tuple[Any, Any],
     settings: Mapping[str, Any],
     adapters: Any,
@@ -117,14 +117,14 @@ def draw_request(
     )
     return DrawRequest(
         check_settings(*prompts, settings["seed"], settings["steps"], settings["guidance"], details),
-        choices_of(adapters, parts, demo),
+        adapter_choices(adapters, parts, demo),
         check_text("blend", wanted.get("blend")) or ADDITIVE,
         check_whole("count", wanted.get("count", 1), low=1, high=16),
         _canvas(wanted, demo),
     )
 
 
-def choices_of(adapters: Any, parts: Parts, demo: gr.Blocks | None = None) -> tuple[AdapterChoice, ...]:
+def adapter_choices(adapters: Any, parts: BaseParts, demo: gr.Blocks | None = None) -> tuple[AdapterChoice, ...]:
     """Adapters as a caller names them, checked; names are looked up when they are loaded.
 
     Raises:
@@ -221,7 +221,7 @@ def _described(file: AdapterFile, session: Session) -> dict[str, Any]:
 
 def _blended(session: Session, named: tuple[Any, Any], *, mode: Any, format: Any, rank: Any) -> dict[str, Any]:
     parts = session.parts
-    choices = [choice for choice in choices_of(named[0], parts) if choice.draws]
+    choices = [choice for choice in adapter_choices(named[0], parts) if choice.draws]
     if not choices:
         raise ValueError("adapters: none has a strength; name at least one, such as {'ink': 0.8}")
     moving = next((choice.file for choice in choices if choice.curve or choice.mask), None)

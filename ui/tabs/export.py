@@ -3,10 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
-from typing import Any
 
 import gradio as gr
-from gradio.components import Component
 
 from dora_diffusion.blending import BLEND_SENTENCES
 from dora_diffusion.formats import FORMATS
@@ -16,6 +14,7 @@ from ui.backend.session import Session
 from ui.errors import user_errors
 from ui.generate.controls import Controls, Stops
 from ui.generate.stage import status_html
+from ui.generate.values import Updates, Values
 from ui.tabs.export_files import AS_DRAWN, TARGETS, Exported, ExportOptions, check_options, export_mix
 
 __all__ = ["Export", "ExportOptions", "Exported", "build_export", "export_mix"]
@@ -51,7 +50,7 @@ class _Fields:
     rank: gr.Number
     density: gr.Slider
 
-    def read(self, values: dict[Component, Any]) -> ExportOptions:
+    def read(self, values: Values) -> ExportOptions:
         return check_options(
             ExportOptions(
                 name=values[self.name],
@@ -89,7 +88,7 @@ def build_export(session: Session, controls: Controls) -> Export:
 def _wire(export: Export, fields: _Fields, session: Session, controls: Controls) -> None:
     stops = Stops()
 
-    def run(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:
+    def run(values: Values, request: gr.Request) -> Iterator[Updates]:
         yield {
             export.status: status_html("Drawing, writing, and drawing with what was written …"),
             **{export.live: None, export.again: None},

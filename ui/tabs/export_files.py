@@ -27,7 +27,7 @@ AS_DRAWN = ""
 TARGETS = ("an adapter", "a whole model")
 EXPORTS, MODELS = "exports", "models"
 
-Weights = dict[str, float | dict[str, float]]
+MixWeights = dict[str, float | dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -169,12 +169,12 @@ def _as_model(session: Session, request: DrawRequest, options: ExportOptions, sh
 
 def _mix(
     session: Session, request: DrawRequest, live: Drawn, base: BaseWeights
-) -> tuple[dict[str, AdapterState], Weights]:
+) -> tuple[dict[str, AdapterState], MixWeights]:
     """The adapters that drew `live`, and their strengths."""
     if session.model != live.model:
         raise ValueError(f"the base was switched to {session.model} meanwhile; export again")
     states: dict[str, AdapterState] = {}
-    weights: Weights = {}
+    weights: MixWeights = {}
     for choice, use in zip(request.adapters, live.adapters, strict=True):
         path = session.library.find(choice.file).path
         state = load_adapter(path, base=base)

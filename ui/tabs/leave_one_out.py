@@ -4,10 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
-from gradio.components import Component
 from PIL import Image, ImageChops, ImageStat
 
 from dora_diffusion.generation.generate import GenerationStopped
@@ -17,6 +15,7 @@ from ui.backend.tags import resolve_tags
 from ui.errors import user_errors
 from ui.generate.controls import Controls, Stops, Variations, picture_html
 from ui.generate.stage import status_html
+from ui.generate.values import Updates, Values
 
 WITHOUT = "without"  # the folder of these pictures in the output folder
 
@@ -118,7 +117,7 @@ def wire_leave_one_out(board: LeaveOneOut, session: Session, controls: Controls)
     """Connect the row to the session's drawing."""
     stops = Stops()
 
-    def draw(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:
+    def draw(values: Values, request: gr.Request) -> Iterator[Updates]:
         with user_errors(), stops.running(str(request.session_hash)) as stop:
             asked = replace(controls.request(values), count=1)
             wanted = resolve_tags(asked, session.library.usable, session.parts).request
@@ -140,9 +139,7 @@ def wire_leave_one_out(board: LeaveOneOut, session: Session, controls: Controls)
     board.stop.click(halt, queue=False, api_visibility="private")
 
 
-def _drawing(
-    board: LeaveOneOut, wanted: DrawRequest, names: Sequence[str], draw: Variations
-) -> Iterator[dict[Component, Any]]:
+def _drawing(board: LeaveOneOut, wanted: DrawRequest, names: Sequence[str], draw: Variations) -> Iterator[Updates]:
     total = len(names) + 1
     row: tuple[Without, ...] = ()
     yield {board.status: status_html("Drawing …", share=0.0), board.stop: gr.Button(visible=True), board.row: ""}

@@ -1,24 +1,24 @@
 """The weight map: adapters against strengths, or one adapter's strengths against another's, cell by cell."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 
 from dora_diffusion.generation.generate import GenerationStopped
-from ui.backend.request import Parts, SlotValues
+from ui.backend.request import BaseParts, SlotValues
 from ui.backend.session import Session
 from ui.backend.tags import Resolved, resolve_tags
 from ui.errors import user_errors
-from ui.generate.controls import Controls, Stops, Values, Variations, picture_html
+from ui.generate.controls import Controls, Stops, Variations, picture_html
 from ui.generate.stage import status_html
+from ui.generate.values import Updates, Values
 from ui.tabs.axes import parse_range
-from ui.tabs.weight_grid_cells import A_B, ADAPTER_WEIGHT, KINDS, MAPS, Axes, Cell, plan, request_of, save_sheet
+from ui.tabs.weight_grid_cells import A_B, ADAPTER_WEIGHT, KINDS, MAPS, Axes, GridCell, plan, request_of, save_sheet
 
 MAX_FILES = 16
 
@@ -113,7 +113,7 @@ def build_weight_grid(session: Session) -> WeightGrid:
     return WeightGrid(kind, files, across, down, alone, draw, stop, status, sheet, file, gr.State(()), picked)
 
 
-def map_html(rows: Sequence[Sequence[Cell]], pictures: Sequence[Path]) -> str:
+def map_html(rows: Sequence[Sequence[GridCell]], pictures: Sequence[Path]) -> str:
     """The map as a table; cells that have no picture yet are empty."""
     heads = "".join(f'<th scope="col">{escape(cell.column)}</th>' for cell in rows[0])
     lines, number = [], 0
@@ -130,7 +130,7 @@ def map_html(rows: Sequence[Sequence[Cell]], pictures: Sequence[Path]) -> str:
     )
 
 
-def _cell_html(cell: Cell, number: int, pictures: Sequence[Path]) -> str:
+def _cell_html(cell: GridCell, number: int, pictures: Sequence[Path]) -> str:
     if number >= len(pictures):
         return '<span class="pending"></span>'
     label = escape(f"{cell.label}: load into the rack")
@@ -156,16 +156,16 @@ def picked_slots(picked: object, cells: object) -> tuple[SlotValues, ...]:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _GridPlan:
     """What will be drawn."""
 
     axes: Axes
-    rows: list[list[Cell]]
+    rows: list[list[GridCell]]
     resolved: Resolved
-    parts: Parts
+    parts: BaseParts
 
     @property
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[GridCell]:
         return [cell for row in self.rows for cell in row]
 
     def pictures(self, draw: Variations) -> Iterator[tuple[Path, ...]]:
@@ -176,17 +176,17 @@ class _Plan:
             yield done
 
 
-def _planned(board: WeightGrid, session: Session, controls: Controls, values: Mapping[Component, Any]) -> _Plan:
+def _planned(board: WeightGrid, session: Session, controls: Controls, values: Values) -> _GridPlan:
     axes, parts = board.read(values), session.parts
     resolved = resolve_tags(controls.request(values), session.library.usable, parts)
-    return _Plan(axes, plan(axes, controls.slots(values)), resolved, parts)
+    return _GridPlan(axes, plan(axes, controls.slots(values)), resolved, parts)
 
 
 def wire_weight_grid(board: WeightGrid, session: Session, controls: Controls) -> None:
     """Connect the map to the session's drawing."""
     stops = Stops()
 
-    def draw(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:
+    def draw(values: Values, request: gr.Request) -> Iterator[Updates]:
         with user_errors():
             wanted = _planned(board, session, controls, values)
             with stops.running(str(request.session_hash)) as stop:
@@ -216,7 +216,7 @@ def wire_weight_grid(board: WeightGrid, session: Session, controls: Controls) ->
     )  # fmt: skip
 
 
-def _drawing(board: WeightGrid, session: Session, wanted: _Plan, draw: Variations) -> Iterator[dict[Component, Any]]:
+def _drawing(board: WeightGrid, session: Session, wanted: _GridPlan, draw: Variations) -> Iterator[Updates]:
     """What to send to the browser, cell by cell."""
     started, total = time.monotonic(), len(wanted.cells)
     pictures: tuple[Path, ...] = ()

@@ -15,7 +15,7 @@ from ui.errors import user_errors
 from ui.generate.controls import Stops
 from ui.generate.stage import status_html
 from ui.options import UiOptions
-from ui.train.grid import Cell, Draw, check_weights, draw_grid
+from ui.train.grid import CheckpointCell, DrawPicture, check_weights, draw_grid
 from ui.train.runs import find_run, run_config, send_to_library
 
 GUIDANCE = 4.0
@@ -85,7 +85,7 @@ def wire_compare(board: Compare, run: gr.Dropdown, session: Session, options: Ui
             settings = check_settings(prompt or _first_prompt(folder), "", seed, steps, GUIDANCE)
             with stops.running(str(request.session_hash)) as stop:
                 yield gr.Gallery([], columns=1 + len(values)), (), status_html("Drawing the base …")
-                cells: tuple[Cell, ...] = ()
+                cells: tuple[CheckpointCell, ...] = ()
                 try:
                     for cells in draw_grid(folder, session.library, settings, values, _drawer(session, stop)):
                         yield _shown(cells), _steps(cells), status_html(f"{cells[-1].label}: drawn")
@@ -124,7 +124,7 @@ def _wire_send(board: Compare, run: gr.Dropdown, session: Session, options: UiOp
     )  # fmt: skip
 
 
-def _drawer(session: Session, stop: threading.Event) -> Draw:
+def _drawer(session: Session, stop: threading.Event) -> DrawPicture:
     """Draws one picture, and raises GenerationStopped once it should not."""
 
     def draw(request: DrawRequest) -> Path:
@@ -141,9 +141,9 @@ def _first_prompt(run: Path) -> str:
     return next(iter(config.preview.prompts), config.data.instance_prompt or "")
 
 
-def _shown(cells: tuple[Cell, ...]) -> list[tuple[str, str]]:
+def _shown(cells: tuple[CheckpointCell, ...]) -> list[tuple[str, str]]:
     return [(str(cell.picture), cell.label) for cell in cells]
 
 
-def _steps(cells: tuple[Cell, ...]) -> tuple[int, ...]:
+def _steps(cells: tuple[CheckpointCell, ...]) -> tuple[int, ...]:
     return tuple(cell.step for cell in cells)

@@ -10,17 +10,17 @@ from PIL import Image
 from dora_diffusion.generation.generate import GenerationSettings
 from ui.backend.request import (
     AdapterChoice,
+    BaseParts,
     Block,
     DetailValues,
     DrawRequest,
-    Parts,
     SlotValues,
     check_adapters,
     check_settings,
 )
 
 GOOD = {"prompt": " a cat ", "negative": None, "seed": 7, "steps": 20, "guidance": 4}
-POCKET = Parts("unet", ("text_encoder",))
+POCKET = BaseParts("unet", ("text_encoder",))
 SLOT = SlotValues.of("ink", 0.5)
 
 
@@ -68,7 +68,7 @@ def test_slots_that_take_part() -> None:
 
 def test_strengths_go_to_the_bases_own_parts() -> None:
     slot = replace(SLOT, apart=True, denoiser=0.5, text_encoders=-1)
-    parts = Parts("transformer", ("text_encoder", "text_encoder_2"))
+    parts = BaseParts("transformer", ("text_encoder", "text_encoder_2"))
     expected = {"transformer": 0.5, "text_encoder": -1.0, "text_encoder_2": -1.0}
     assert check_adapters([slot], parts) == (AdapterChoice("ink", expected),)
 
@@ -90,7 +90,7 @@ def test_bad_slots(slots: list[SlotValues], message: str) -> None:
     assert str(caught.value) == message
 
 
-PARTS = Parts("unet", ("text_encoder",), (Block("down", ("unet.down_blocks",)), Block("up", ("unet.a", "unet.b"))))
+PARTS = BaseParts("unet", ("text_encoder",), (Block("down", ("unet.down_blocks",)), Block("up", ("unet.a", "unet.b"))))
 DOT = Image.new("L", (4, 4), 255)
 
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from dora_diffusion.generation.generate import GenerationSettings
-from ui.backend.request import AdapterChoice, DrawRequest, Parts, SlotValues, check_adapters
+from ui.backend.request import AdapterChoice, BaseParts, DrawRequest, SlotValues, check_adapters
 from ui.backend.tags import resolve_tags
 
-POCKET = Parts("unet", ("text_encoder",))
+POCKET = BaseParts("unet", ("text_encoder",))
 SLOT = SlotValues.of("ink", 0.5)
 
 
@@ -18,7 +18,7 @@ def _tagged(prompt: str, *adapters: AdapterChoice) -> DrawRequest:
 
 def test_tags_become_adapters() -> None:
     names = ("ink", "Toys/Lego", "a/wool", "b/wool")
-    parts = Parts("transformer", ("text_encoder", "text_encoder_2"))
+    parts = BaseParts("transformer", ("text_encoder", "text_encoder_2"))
     resolved = resolve_tags(_tagged("a <lora:lego:-0.5> cat <lora:INK:0.25:1> <lora:a/wool:0>"), names, parts)
     assert resolved.request.settings.prompt == "a cat"
     apart = {"text_encoder": 0.25, "text_encoder_2": 0.25, "transformer": 1.0}

@@ -25,7 +25,7 @@ from ui.backend.session import Session
 from ui.generate.history import PAGE, described, find_picture, list_pictures
 from ui.generate.infotext import parse_infotext, settings_of
 from ui.generate.presets import delete_preset, list_presets, load_preset, save_preset
-from ui.generate.recipes import Recipe, placed
+from ui.generate.recipes import DrawRecipe, placed
 from ui.generate.restore import Restored, report_html, restore_from
 from ui.library import hashes as hashes_module
 from ui.library.hashes import EMPTY_SHA256, Missing, Wanted, find_all
@@ -230,7 +230,7 @@ def test_strengths_that_the_rack_cannot_hold_are_told(session: Session) -> None:
 def test_presets_come_back_as_they_were(session: Session, adapters: Path, tmp_path: Path) -> None:
     mask = Image.new("L", (64, 64), 128)
     off = replace(LEGO, enabled=False, solo=True, curve="0:0, 0.3:1")
-    recipe = Recipe(SETTINGS, (replace(INK, mask=mask), off), "additive")
+    recipe = DrawRecipe(SETTINGS, (replace(INK, mask=mask), off), "additive")
     save_preset("my-look", recipe, session.library, model="random", output=session.output)
     assert list_presets(session.output) == ("my-look",)
     (adapters / "lego.safetensors").rename(adapters / "bricks.safetensors")
@@ -248,7 +248,7 @@ def test_presets_come_back_as_they_were(session: Session, adapters: Path, tmp_pa
 @pytest.mark.parametrize("name", ["../x", "", None, 3, ".x", "a/b", "x" * 99, "a\x00"])
 def test_names_of_presets_are_checked(session: Session, name: object) -> None:
     with pytest.raises(ValueError, match="^preset: got"):
-        save_preset(name, Recipe(SETTINGS), session.library, model="random", output=session.output)
+        save_preset(name, DrawRecipe(SETTINGS), session.library, model="random", output=session.output)
     with pytest.raises(ValueError, match="^preset: got"):
         load_preset(name, session.library, session.parts, output=session.output)
     with pytest.raises(ValueError, match="^preset: got"):
@@ -265,7 +265,7 @@ def test_broken_presets_are_one_line(session: Session, content: str) -> None:
 
 
 def test_presets_with_wrong_values_are_refused(session: Session) -> None:
-    path = save_preset("a", Recipe(SETTINGS, (INK,)), session.library, model="random", output=session.output)
+    path = save_preset("a", DrawRecipe(SETTINGS, (INK,)), session.library, model="random", output=session.output)
     whole = json.loads(path.read_text())
     for change in ({"strength": 9}, {"enabled": "yes"}, {"curve": 3}, {"blocks": ["x"]}, {"mask": "../../etc/passwd"}):
         path.write_text(json.dumps({**whole, "slots": [{**whole["slots"][0], **change}]}))

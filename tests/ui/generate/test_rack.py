@@ -27,10 +27,10 @@ from ui.backend.session import Session  # noqa: E402
 from ui.generate.controls import Controls  # noqa: E402
 from ui.generate.curves import CONSTANT, OWN_POINTS, curve_html, name_of_text, text_of_name  # noqa: E402
 from ui.generate.form import build_form, build_prompt  # noqa: E402
-from ui.generate.masks import SIDE, canvas_value, mask_html, read_painted  # noqa: E402
+from ui.generate.masks import SIDE, mask_html, painter_value, read_painted  # noqa: E402
 from ui.generate.rack import IN_ORDER, SLOTS, Rack, broken_list, build_rack, mode_html  # noqa: E402
-from ui.generate.recipes import Recipe  # noqa: E402
-from ui.generate.slots import EMPTY_SLOT, LOADING, badge, block_updates, choices_of, shown_slots  # noqa: E402
+from ui.generate.recipes import DrawRecipe  # noqa: E402
+from ui.generate.slots import EMPTY_SLOT, LOADING, badge, block_updates, shown_slots, slot_choices  # noqa: E402
 
 INK = SlotValues.of("ink", 0.8)
 LEGO = replace(INK, file="lego", strength=-0.5, curve="0:0, 1:1", solo=True, blocks=(1.0, 0.5, 0.0))
@@ -77,7 +77,7 @@ def test_the_desk_asks_for_what_the_page_holds(session: Session) -> None:
         form = build_form(session, build_prompt(), demo)
         controls = Controls(session, gr.State("random"), form, build_rack(session, demo))
     settings = GenerationSettings("a cat", "dog", 3, 2, 3.0, 64, 128, "euler")
-    changes = controls.updates(Recipe(settings, (EMPTY_SLOT, INK), "additive"))
+    changes = controls.updates(DrawRecipe(settings, (EMPTY_SLOT, INK), "additive"))
     assert set(changes) <= controls.outputs
     state = {widget: getattr(widget, "value", None) for widget in controls.inputs}
     state |= {widget: _value(change) for widget, change in changes.items()} | {form.count: 3}
@@ -224,7 +224,7 @@ def test_lists_are_short_and_hold_what_is_chosen(session: Session, adapters: Pat
     for number in range(320):
         (adapters / f"a{number:03}.safetensors").write_bytes((adapters / "lego.safetensors").read_bytes())
     session.library.refresh(patience=0)
-    names = choices_of(session.library, "lego")
+    names = slot_choices(session.library, "lego")
     assert len(names) == 302
     assert "lego" in names
     assert "The first 300 of" in broken_list(session.library)
@@ -268,7 +268,7 @@ def test_a_painted_mask_is_read_and_shown() -> None:
     assert "draws in 50% of the picture" in mask_html(mask)
     assert "draws everywhere" in mask_html(None)
     assert read_painted("") is None
-    assert canvas_value(mask) != canvas_value(mask)
+    assert painter_value(mask) != painter_value(mask)
 
 
 @pytest.mark.parametrize(
