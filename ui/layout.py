@@ -7,7 +7,7 @@ from html import escape
 import gradio as gr
 
 from ui.backend.session import Session
-from ui.errors import user_errors
+from ui.errors import LATEST, QUICK, EventOptions, wire, wire_js
 from ui.generate.controls import Controls
 from ui.generate.form import GenerateForm, build_form, build_prompt
 from ui.generate.history import build_history
@@ -68,7 +68,7 @@ def build_page(session: Session, options: UiOptions, demo: gr.Blocks) -> AppPage
             train = build_train(session, options)
         with gr.Tab("Inspect", elem_id="tab-inspect"):
             build_inspect_page(session)
-    history.select(None, js=_LOOK_AGAIN, queue=False, api_visibility="private")
+    wire_js(history.select, _LOOK_AGAIN)
     _wire_draw(session, controls, stage)
     wire_leave_one_out(leave_one_out, session, controls)
     wire_weight_grid(board, session, controls)
@@ -97,56 +97,47 @@ def news_html(session: Session) -> str:
 
 def _wire_draw(session: Session, controls: Controls, stage: Stage) -> None:
     def draw(values: Values, request: gr.Request) -> Iterator[Updates]:
-        with user_errors():
-            try:
-                progress_view = ProgressView(stage)
-                run = session.start(controls.request(values), owner=str(request.session_hash))
-                for update in run.updates():
-                    yield progress_view.changes(update)
-            except Exception:
-                yield {stage.status: status_html("Nothing more was drawn.")}
-                raise
+        try:
+            progress_view = ProgressView(stage)
+            run = session.start(controls.request(values), owner=str(request.session_hash))
+            for update in run.updates():
+                yield progress_view.changes(update)
+        except Exception:
+            yield {stage.status: status_html("Nothing more was drawn.")}
+            raise
 
     def stop(request: gr.Request) -> None:
         session.stop(str(request.session_hash))
 
-    drawn = controls.form.generate.click(
+    drawn = wire(
+        controls.form.generate.click,
         draw,
         {*controls.inputs},
         list(stage.outputs),
-        show_progress="hidden",
-        concurrency_limit=TABS_AT_ONCE,
-        api_visibility="private",
+        options=EventOptions(concurrency_limit=TABS_AT_ONCE),
     )
-    drawn.then(None, js=_LOOK_AGAIN, queue=False, api_visibility="private")
-    controls.form.stop.click(stop, queue=False, api_visibility="private")
+    wire_js(drawn.then, _LOOK_AGAIN)
+    wire(controls.form.stop.click, stop, options=QUICK)
 
 
 def _wire_map(board: WeightGrid, rack: Rack) -> None:
     def load(picked: object, cells: object) -> Updates:
-        with user_errors():
-            return rack.updates(picked_slots(picked, cells)) if picked else {}
+        return rack.updates(picked_slots(picked, cells)) if picked else {}
 
-    board.picked.change(
-        load, [board.picked, board.cells], list(rack.outputs), show_progress="hidden", api_visibility="private"
-    )
+    wire(board.picked.change, load, [board.picked, board.cells], list(rack.outputs))
 
 
 def _wire_browser(browser: Browser, form: GenerateForm, rack: Rack) -> None:
     def add(values: Values) -> Updates:
-        with user_errors():
-            return rack.add(values, values[browser.picked])
+        return rack.add(values, values[browser.picked])
 
-    browser.when_picked.success(
-        add, rack.inputs | {browser.picked}, list(rack.outputs), show_progress="hidden", api_visibility="private"
-    )
-    browser.when_word.success(
+    wire(browser.when_picked.success, add, rack.inputs | {browser.picked}, list(rack.outputs))
+    wire(
+        browser.when_word.success,
         lambda prompt, word: add_word(prompt or "", word),
         [form.prompt, browser.word],
         form.prompt,
-        show_progress="hidden",
-        queue=False,
-        api_visibility="private",
+        options=QUICK,
     )
 
 
@@ -157,19 +148,12 @@ def _wire_new_files(session: Session, sent: gr.Textbox, exported: gr.Textbox, ra
         name = values[sent]
         if not name:  # emptied before each press, so that the same name again is a change
             return {rack.sentence: gr.skip()}  # of an empty dict gradio says that values are missing
-        with user_errors():
-            session.library.refresh()
-            return rack.add(values, name)
+        session.library.refresh()
+        return rack.add(values, name)
 
-    sent.change(
-        add,
-        rack.inputs | {sent},
-        list(rack.outputs),
-        show_progress="hidden",
-        trigger_mode="always_last",  # the name follows the emptying at once, and must not be dropped for it
-        api_visibility="private",
-    )
-    exported.change(lambda: session.library.refresh(), None, None, queue=False, api_visibility="private")
+    # the latest, too: the name follows the emptying at once, and must not be dropped for it
+    wire(sent.change, add, rack.inputs | {sent}, list(rack.outputs), options=LATEST)
+    wire(exported.change, lambda: session.library.refresh(), options=QUICK)
 
 
 def _wire_model(
@@ -186,31 +170,23 @@ def _wire_model(
         }
 
     def switch(values: Values) -> Updates:
-        with user_errors():
-            misfits = session.switch(values[model])
+        misfits = session.switch(values[model])
         for file, reason in list(misfits.items())[:3]:
             gr.Warning(escape(f"{file}: {reason}"[:300], quote=False))
         return shown(values)
 
-    model.input(
+    wire(
+        model.input,
         switch,
         rack.inputs | {model},
         [*rack.outputs, form.sampler, model, news],
-        show_progress="minimal",
-        api_visibility="private",
+        options=EventOptions(show_progress="minimal"),
     )
 
     def opened(values: Values) -> Updates:
         """Nothing anew unless another tab has switched the base: what was chosen meanwhile would be lost."""
         return {news: news_html(session)} if values[model] == session.model else shown(values)
 
-    demo.load(
-        opened,
-        rack.inputs | {model},
-        [*rack.outputs, form.sampler, model, news],
-        show_progress="hidden",
-        queue=False,
-        api_visibility="private",
-    )
+    wire(demo.load, opened, rack.inputs | {model}, [*rack.outputs, form.sampler, model, news], options=QUICK)
     timer = gr.Timer(NEWS_SECONDS)
-    timer.tick(lambda: news_html(session), outputs=news, show_progress="hidden", queue=False, api_visibility="private")
+    wire(timer.tick, lambda: news_html(session), outputs=news, options=QUICK)

@@ -11,6 +11,7 @@ from dora_diffusion.generation.img2img import Canvas
 from ui.backend.checks import MAX_COUNT, MAX_GUIDANCE, MAX_SEED, MAX_SIDE, MAX_STEPS, check_whole
 from ui.backend.request import DetailValues, check_settings
 from ui.backend.session import Session
+from ui.errors import QUICK, wire
 from ui.generate import canvas as canvases
 from ui.generate.canvas import CanvasReader, build_canvas, has_picture
 from ui.generate.values import Updates, Values
@@ -153,5 +154,5 @@ def build_form(
     form = GenerateForm(
         *above, seed, new_seed, count, steps, guidance, sampler, width, height, canvas, strength, fold, reader
     )
-    new_seed.click(lambda: random.randint(0, MAX_SEED), outputs=seed, queue=False, api_visibility="private")
+    wire(new_seed.click, lambda: random.randint(0, MAX_SEED), outputs=seed, options=QUICK)
     return form

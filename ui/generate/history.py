@@ -14,7 +14,7 @@ from dora_diffusion.generation.png_metadata import metadata_text, read_metadata
 from ui.backend.checks import check_whole
 from ui.backend.picture_difference import largest_difference
 from ui.backend.session import Session
-from ui.errors import user_errors
+from ui.errors import QUICK, WITH_PROGRESS, wire
 from ui.generate.controls import Controls
 from ui.generate.restore import restore_from, restored_updates
 from ui.generate.values import Updates
@@ -165,9 +165,8 @@ def build_history(session: Session, controls: Controls, demo: gr.Blocks) -> Hist
 
 def _wire_pages(history: History, session: Session, looks: list[Any], turns: tuple[gr.Button, gr.Button]) -> None:
     def show(page: object, step: int) -> Updates:
-        with user_errors():
-            wanted = check_whole("page", page, low=0, high=MAX_PAGE) + step
-            found = list_pictures(session.output, max(0, wanted))
+        wanted = check_whole("page", page, low=0, high=MAX_PAGE) + step
+        found = list_pictures(session.output, max(0, wanted))
         return {
             history.gallery: gr.Gallery([str(session.output / name) for name in found.names], selected_index=None),
             history.page: found.number,
@@ -177,48 +176,43 @@ def _wire_pages(history: History, session: Session, looks: list[Any], turns: tup
 
     outputs = [history.gallery, history.page, history.names, history.place]
     for look in looks:
-        look(lambda page: show(page, 0), history.page, outputs, show_progress="hidden", api_visibility="private")
+        wire(look, lambda page: show(page, 0), history.page, outputs)
     for button, step in zip(turns, (-1, 1), strict=True):
-        button.click(
-            lambda page, step=step: show(page, step),
-            history.page, outputs, show_progress="hidden", api_visibility="private",
-        )  # fmt: skip
+        wire(button.click, lambda page, step=step: show(page, step), history.page, outputs)
 
 
 def _wire_picture(
     history: History, session: Session, controls: Controls, *, restore: gr.Button, pin: gr.Button
 ) -> None:
     def select(names: tuple[str, ...], pinned: str | None, event: gr.SelectData) -> Updates:
-        with user_errors():
-            index = check_whole("picture", event.index, low=0, high=max(0, len(names) - 1))
-            if not names:
-                raise ValueError("picture: the history is empty")
-            path = find_picture(session.output, names[index])
-            changes = {history.chosen: path.name, history.facts: described(path), history.metadata: metadata_text(path)}
-            return changes | _compared(history, session, pinned, path)
+        index = check_whole("picture", event.index, low=0, high=max(0, len(names) - 1))
+        if not names:
+            raise ValueError("picture: the history is empty")
+        path = find_picture(session.output, names[index])
+        changes = {history.chosen: path.name, history.facts: described(path), history.metadata: metadata_text(path)}
+        return changes | _compared(history, session, pinned, path)
 
     def bring_back(chosen: str | None) -> Updates:
-        with user_errors():
-            if chosen is None:
-                raise ValueError("press a picture first")
-            session.library.refresh()
-            path = find_picture(session.output, chosen)
-            restored = restore_from(path, session.library, session.parts, output=session.output)
-            return restored_updates(restored, controls, session, history.report)
+        if chosen is None:
+            raise ValueError("press a picture first")
+        session.library.refresh()
+        path = find_picture(session.output, chosen)
+        restored = restore_from(path, session.library, session.parts, output=session.output)
+        return restored_updates(restored, controls, session, history.report)
 
     def keep(chosen: str | None) -> tuple[str, str]:
-        with user_errors():
-            if chosen is None:
-                raise ValueError("press a picture first")
+        if chosen is None:
+            raise ValueError("press a picture first")
         return chosen, f'<p class="kept">Press another picture to compare it with {escape(chosen)}.</p>'
 
-    history.gallery.select(
-        select, [history.names, history.pinned],
+    wire(
+        history.gallery.select,
+        select,
+        [history.names, history.pinned],
         [history.chosen, history.facts, history.metadata, history.compare, history.report],
-        show_progress="hidden", api_visibility="private",
-    )  # fmt: skip
-    restore.click(bring_back, history.chosen, [*controls.outputs, history.report], api_visibility="private")
-    pin.click(keep, history.chosen, [history.pinned, history.report], queue=False, api_visibility="private")
+    )
+    wire(restore.click, bring_back, history.chosen, [*controls.outputs, history.report], options=WITH_PROGRESS)
+    wire(pin.click, keep, history.chosen, [history.pinned, history.report], options=QUICK)
 
 
 def _compared(history: History, session: Session, pinned: str | None, path: Path) -> Updates:

@@ -17,7 +17,7 @@ from ui.backend.inputs import find_input, keep_input
 from ui.backend.picture_checks import check_picture
 from ui.backend.request import BaseParts, DetailValues, SlotValues, check_adapters, check_settings
 from ui.backend.session import Session
-from ui.errors import user_errors
+from ui.errors import QUICK, WITH_PROGRESS, wire
 from ui.generate.controls import Controls
 from ui.generate.recipes import DrawRecipe
 from ui.generate.restore import Restored, restored_updates
@@ -182,27 +182,23 @@ def _wire(presets: PresetWidgets, session: Session, controls: Controls) -> None:
         return gr.Dropdown(list(list_presets(session.output)), value=value)
 
     def save(values: Values) -> tuple[gr.Dropdown, str]:
-        with user_errors():
-            recipe = controls.recipe(values)
-            path = save_preset(
-                values[presets.name], recipe, session.library, model=session.model, output=session.output
-            )
+        recipe = controls.recipe(values)
+        path = save_preset(values[presets.name], recipe, session.library, model=session.model, output=session.output)
         return choices(path.stem), '<p class="kept" role="status">Saved.</p>'
 
     def load(name: object) -> Updates:
-        with user_errors():
-            session.library.refresh()
-            restored = load_preset(name, session.library, session.parts, output=session.output)
-            return restored_updates(restored, controls, session, presets.report)
+        session.library.refresh()
+        restored = load_preset(name, session.library, session.parts, output=session.output)
+        return restored_updates(restored, controls, session, presets.report)
 
     def delete(name: object) -> tuple[gr.Dropdown, str]:
-        with user_errors():
-            delete_preset(name, session.output)
+        delete_preset(name, session.output)
         return choices(None), '<p class="kept" role="status">Deleted.</p>'
 
     told_in = [presets.name, presets.report]
-    presets.save.click(save, {presets.name, *controls.inputs}, told_in, api_visibility="private")
-    presets.load.click(load, presets.name, [*controls.outputs, presets.report], api_visibility="private")
-    presets.delete.click(delete, presets.name, told_in, api_visibility="private")
-    presets.name.focus(lambda: gr.Dropdown(list(list_presets(session.output))), None, presets.name,
-                       queue=False, show_progress="hidden", api_visibility="private")  # fmt: skip
+    wire(presets.save.click, save, {presets.name, *controls.inputs}, told_in, options=WITH_PROGRESS)
+    wire(presets.load.click, load, presets.name, [*controls.outputs, presets.report], options=WITH_PROGRESS)
+    wire(presets.delete.click, delete, presets.name, told_in, options=WITH_PROGRESS)
+    wire(
+        presets.name.focus, lambda: gr.Dropdown(list(list_presets(session.output))), outputs=presets.name, options=QUICK
+    )

@@ -5,7 +5,7 @@ and the first without, where the next adapter goes.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -19,7 +19,7 @@ from ui.backend.checks import check_whole
 from ui.backend.interference import interference_html, measure
 from ui.backend.request import SlotValues
 from ui.backend.session import Session
-from ui.errors import user_errors
+from ui.errors import QUICK, QUICK_LATEST, EventOptions, wire
 from ui.generate import curves, masks, slots
 from ui.generate.curves import curve_html, name_of_text, text_of_name
 from ui.generate.masks import MaskPainter, build_painter, painter_value, read_painted, targets
@@ -212,14 +212,12 @@ def _wire_file(rack: Rack, index: int) -> None:
         if file:
             yield {slot.badge: rack.badges.load(file)}
 
-    slot.file.input(
+    wire(
+        slot.file.input,
         load,
         files,
         [*(other.root for other in rack.slots), slot.body, slot.badge],
-        show_progress="hidden",
-        trigger_mode="always_last",
-        concurrency_limit=SLOTS,
-        api_visibility="private",
+        options=EventOptions(trigger_mode="always_last", concurrency_limit=SLOTS),
     )
 
 
@@ -231,14 +229,7 @@ def _wire_moves(rack: Rack, index: int) -> None:
         (slot.remove, lambda values: rack.remove(values, index)),
     )
     for button, deed in deeds:
-        button.click(
-            user_errors()(deed),
-            {*rack.inputs},
-            list(rack.outputs),
-            show_progress="hidden",
-            queue=False,
-            api_visibility="private",
-        )
+        wire(button.click, deed, {*rack.inputs}, list(rack.outputs), options=QUICK)
 
 
 def _wire_fine(rack: Rack, index: int) -> None:
@@ -256,19 +247,19 @@ def _wire_fine(rack: Rack, index: int) -> None:
     def write_curve(text: str) -> tuple[str, str]:
         return name_of_text(text), curve_html(text)
 
-    plain: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
-    slot.apart.input(
-        set_apart, [slot.apart, slot.strength], [slot.strength, slot.denoiser, slot.text_encoders], **plain
+    wire(
+        slot.apart.input,
+        set_apart,
+        [slot.apart, slot.strength],
+        [slot.strength, slot.denoiser, slot.text_encoders],
+        options=QUICK,
     )
-    slot.curve_name.input(
-        user_errors()(name_curve), [slot.curve_name, slot.curve], [slot.curve, slot.curve_plot], **plain
-    )
-    slot.curve.input(write_curve, slot.curve, [slot.curve_name, slot.curve_plot], trigger_mode="always_last", **plain)
+    wire(slot.curve_name.input, name_curve, [slot.curve_name, slot.curve], [slot.curve, slot.curve_plot], options=QUICK)
+    wire(slot.curve.input, write_curve, slot.curve, [slot.curve_name, slot.curve_plot], options=QUICK_LATEST)
 
 
 def _wire_masks(rack: Rack) -> None:
     painter, states = rack.painter, [slot.mask for slot in rack.slots]
-    plain: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 
     def painted(target: int, event: gr.EventData) -> Updates:
         slot = rack.slots[check_whole("mask of", target, low=1, high=SLOTS) - 1]
@@ -279,21 +270,27 @@ def _wire_masks(rack: Rack) -> None:
 
     # every stroke: by default gradio drops those that come while it still answers the one before
     views = [slot.mask_view for slot in rack.slots]
-    painter.canvas.input(user_errors()(painted), painter.target, [*states, *views], trigger_mode="multiple", **plain)
-    painter.target.input(user_errors()(aim), [painter.target, *states], painter.canvas, **plain)
+    wire(
+        painter.canvas.input,
+        painted,
+        painter.target,
+        [*states, *views],
+        options=EventOptions(trigger_mode="multiple", queue=False),
+    )
+    wire(painter.target.input, aim, [painter.target, *states], painter.canvas, options=QUICK)
     files = [slot.file for slot in rack.slots]
 
     def moved(target: int, *held: Any) -> Updates:
         named = gr.Dropdown(targets(held[:SLOTS]))
-        return {painter.canvas: user_errors()(aim)(target, *held[SLOTS:]), painter.target: named}
+        return {painter.canvas: aim(target, *held[SLOTS:]), painter.target: named}
 
     # what moves or empties slots changes `asked`: the painter shows the mask that its slot has now
-    rack.asked.change(moved, [painter.target, *files, *states], [painter.canvas, painter.target], **plain)
+    wire(rack.asked.change, moved, [painter.target, *files, *states], [painter.canvas, painter.target], options=QUICK)
     for slot in rack.slots:
-        _wire_mask(slot, painter, files, plain)
+        _wire_mask(slot, painter, files)
 
 
-def _wire_mask(slot: RackSlot, painter: MaskPainter, files: Sequence[gr.Dropdown], plain: Mapping[str, Any]) -> None:
+def _wire_mask(slot: RackSlot, painter: MaskPainter, files: Sequence[gr.Dropdown]) -> None:
     def paint(mask: masks.Mask, *chosen: str | None) -> Updates:
         return {
             painter.fold: gr.Accordion(open=True),
@@ -305,8 +302,8 @@ def _wire_mask(slot: RackSlot, painter: MaskPainter, files: Sequence[gr.Dropdown
         shown = {painter.canvas: painter_value(None)} if target == slot.number else {}
         return with_mask(slot, None) | shown
 
-    slot.paint.click(paint, [slot.mask, *files], [painter.fold, painter.target, painter.canvas], **plain)
-    slot.unmask.click(unmask, painter.target, [slot.mask, slot.mask_view, painter.canvas], **plain)
+    wire(slot.paint.click, paint, [slot.mask, *files], [painter.fold, painter.target, painter.canvas], options=QUICK)
+    wire(slot.unmask.click, unmask, painter.target, [slot.mask, slot.mask_view, painter.canvas], options=QUICK)
 
 
 def _wire_refresh(rack: Rack, events: Sequence[Any], broken: gr.HTML) -> None:
@@ -330,14 +327,7 @@ def _wire_refresh(rack: Rack, events: Sequence[Any], broken: gr.HTML) -> None:
 
     outputs = [broken, *itertools.chain(*((slot.file, slot.root, slot.body) for slot in rack.slots))]
     for event in events:
-        event(
-            look_again,
-            [slot.file for slot in rack.slots],
-            outputs,
-            show_progress="hidden",
-            queue=False,
-            api_visibility="private",
-        )
+        wire(event, look_again, [slot.file for slot in rack.slots], outputs, options=QUICK)
 
 
 def _wire_rest(rack: Rack, ask: gr.Button, answer: gr.HTML) -> None:
@@ -354,24 +344,15 @@ def _wire_rest(rack: Rack, ask: gr.Button, answer: gr.HTML) -> None:
         except ValueError as error:
             yield problem_badge(str(error))
 
-    rack.asked.change(
+    wire(
+        rack.asked.change,
         load_asked,
         rack.asked,
         [slot.badge for slot in rack.slots],
-        show_progress="hidden",
-        trigger_mode="always_last",
-        concurrency_limit=SLOTS,
-        api_visibility="private",
+        options=EventOptions(trigger_mode="always_last", concurrency_limit=SLOTS),
     )
-    rack.mode.input(
-        user_errors()(mode_html),
-        rack.mode,
-        rack.sentence,
-        show_progress="hidden",
-        queue=False,
-        api_visibility="private",
-    )
-    ask.click(interfere, files, answer, show_progress="hidden", api_visibility="private")
+    wire(rack.mode.input, mode_html, rack.mode, rack.sentence, options=QUICK)
+    wire(ask.click, interfere, files, answer)
 
 
 CSS = slots.CSS + curves.CSS + masks.CSS + interference.CSS

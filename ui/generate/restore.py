@@ -16,7 +16,7 @@ from dora_diffusion.generation.png_metadata import AdapterUse, PictureRecord, pi
 from ui.backend.inputs import find_input
 from ui.backend.request import BaseParts, DetailValues, SlotValues, check_settings
 from ui.backend.session import Session
-from ui.errors import user_errors
+from ui.errors import WITH_PROGRESS, wire
 from ui.generate.canvas import canvas_value
 from ui.generate.controls import Controls
 from ui.generate.infotext import Parameters, parse_infotext, settings_of
@@ -215,12 +215,11 @@ def build_restore(session: Session, controls: Controls) -> Restore:
         report = gr.HTML(_HINT, elem_id="restore-report", min_width=260)
 
     def restore(path: str | None) -> Updates:
-        with user_errors():
-            if not path:
-                raise ValueError("no picture came; drop one")
-            session.library.refresh()
-            restored = restore_from(Path(path), session.library, session.parts, output=session.output)
-            return restored_updates(restored, controls, session, report)
+        if not path:
+            raise ValueError("no picture came; drop one")
+        session.library.refresh()
+        restored = restore_from(Path(path), session.library, session.parts, output=session.output)
+        return restored_updates(restored, controls, session, report)
 
-    picture.upload(restore, picture, [*controls.outputs, report], api_visibility="private")
+    wire(picture.upload, restore, picture, [*controls.outputs, report], options=WITH_PROGRESS)
     return Restore(picture, report)

@@ -10,6 +10,7 @@ from gradio.components import Component
 
 from dora_diffusion.generation.png_metadata import metadata_text
 from ui.backend.run import Update
+from ui.errors import QUICK, wire
 from ui.generate.values import Updates
 
 IDLE = "Ctrl + Enter draws."
@@ -128,11 +129,8 @@ def _wire(stage: Stage, view: gr.Radio, beside: gr.Row) -> None:
         label = BLEND if is_last else f"{BLEND} {event.index + 1} of {len(paths)}; the base has the last one's seed"
         return gr.Image(str(path), label=label), metadata_text(path)
 
-    view.input(look, view, [beside, stage.compare], show_progress="hidden", queue=False, api_visibility="private")
-    stage.batch.select(
-        pick, stage.shown, [stage.blend, stage.metadata], show_progress="hidden", queue=False,
-        api_visibility="private",
-    )  # fmt: skip
+    wire(view.input, look, view, [beside, stage.compare], options=QUICK)
+    wire(stage.batch.select, pick, stage.shown, [stage.blend, stage.metadata], options=QUICK)
 
 
 def _picture(label: str, elem_id: str, alt: str) -> gr.Image:

@@ -6,13 +6,14 @@ Every tab looks at the same library; what it asks for is checked, and names and 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 from gradio.events import Dependency
 
-from ui.errors import user_errors
+from ui.errors import QUICK_LATEST, wire
 from ui.library.cards import CSS, ON_LOAD, cards_html, library_status_html
 from ui.library.catalogue import ORDERS, Query, check_query, filter_choices, shown_of
 from ui.library.library import AdapterLibrary
@@ -168,15 +169,13 @@ def build_browser(session: Any, demo: gr.Blocks) -> Browser:
     _wire_looks(widgets, handlers, demo)
 
     def pick(event: gr.EventData) -> str:
-        with user_errors():
-            return handlers.pick(_sent(event, "name"))
+        return handlers.pick(_sent(event, "name"))
 
     def offer(event: gr.EventData) -> str:
-        with user_errors():
-            return handlers.word(_sent(event, "name"), _sent(event, "word"))
+        return handlers.word(_sent(event, "name"), _sent(event, "word"))
 
-    when_picked = widgets.cards.pick(pick, None, picked, show_progress="hidden", api_visibility="private")
-    when_word = widgets.cards.word(offer, None, word, show_progress="hidden", api_visibility="private")
+    when_picked = wire(widgets.cards.pick, pick, outputs=picked)
+    when_word = wire(widgets.cards.word, offer, outputs=word)
     return Browser(picked, when_picked, word, when_word)
 
 
@@ -241,8 +240,7 @@ def _wire_looks(widgets: _Widgets, handlers: BrowserHandlers, demo: gr.Blocks) -
 
     def show(had: Any, *asked: Any) -> list[Any]:
         filters = json.dumps(asked[:-1])
-        with user_errors():
-            answered, waiting = handlers.look(*asked[:-1], asked[-1] if filters == had else 0)
+        answered, waiting = handlers.look(*asked[:-1], asked[-1] if filters == had else 0)
         return [*answered, filters, waiting]
 
     def look_again(*chosen: Any) -> list[Any]:
@@ -258,23 +256,21 @@ def _wire_looks(widgets: _Widgets, handlers: BrowserHandlers, demo: gr.Blocks) -
         return [more, *[gr.skip()] * len(widgets.choices)]
 
     asked = (widgets.text, widgets.family, widgets.kind, widgets.tag, widgets.only_fitting, widgets.order)
-    gr.on(
-        [changed.change for changed in (*asked, widgets.page, widgets.seen)],
+    wire(
+        partial(gr.on, [changed.change for changed in (*asked, widgets.page, widgets.seen)]),
         show,
         [widgets.filters, *widgets.asked],
         [*widgets.answered, widgets.filters, widgets.waiting],
-        show_progress="hidden",
-        trigger_mode="always_last",
-        queue=False,
-        api_visibility="private",
+        options=QUICK_LATEST,
     )
     known = [widgets.seen, *widgets.choices]
-    _on(widgets.refresh.click, look_again, widgets.choices, known)
-    _on(demo.load, look_again, widgets.choices, known)
-    _on(gr.Timer(LOOK_EVERY).tick, watch, [widgets.seen, widgets.waiting, *widgets.choices], known)
-    _on(widgets.before.click, lambda page: max(0, _number(page) - 1), [widgets.page], [widgets.page])
-    _on(widgets.after.click, lambda page: _number(page) + 1, [widgets.page], [widgets.page])
-    _on(widgets.cards.tag, _chosen_tag, [], [widgets.tag])
+    wire(widgets.refresh.click, look_again, widgets.choices, known, options=QUICK_LATEST)
+    wire(demo.load, look_again, widgets.choices, known, options=QUICK_LATEST)
+    watched = [widgets.seen, widgets.waiting, *widgets.choices]
+    wire(gr.Timer(LOOK_EVERY).tick, watch, watched, known, options=QUICK_LATEST)
+    wire(widgets.before.click, lambda page: max(0, _number(page) - 1), widgets.page, widgets.page, options=QUICK_LATEST)
+    wire(widgets.after.click, lambda page: _number(page) + 1, widgets.page, widgets.page, options=QUICK_LATEST)
+    wire(widgets.cards.tag, _chosen_tag, outputs=widgets.tag, options=QUICK_LATEST)
 
 
 def _chosen_tag(event: gr.EventData) -> gr.Dropdown:
@@ -285,20 +281,3 @@ def _chosen_tag(event: gr.EventData) -> gr.Dropdown:
 
 def _number(value: Any) -> int:
     return int(value) if isinstance(value, int | float) and 0 <= value < 1 << 30 else 0
-
-
-def _on(
-    event: Callable[..., Dependency],
-    handler: Callable[..., Any],
-    inputs: Sequence[Component],
-    outputs: Sequence[Component],
-) -> None:
-    event(
-        handler,
-        list(inputs),
-        list(outputs),
-        show_progress="hidden",
-        trigger_mode="always_last",
-        queue=False,
-        api_visibility="private",
-    )

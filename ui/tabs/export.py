@@ -11,7 +11,7 @@ from dora_diffusion.formats import FORMATS
 from dora_diffusion.generation.generate import GenerationStopped
 from ui.backend.checks import check_number, check_whole
 from ui.backend.session import Session
-from ui.errors import user_errors
+from ui.errors import QUICK, EventOptions, wire
 from ui.generate.controls import Controls, Stops
 from ui.generate.stage import status_html
 from ui.generate.values import Updates, Values
@@ -67,7 +67,7 @@ def build_export(session: Session, controls: Controls) -> Export:
     """Lay out the tab inside the open block and wire it."""
     fields = _build_fields()
     sentence = gr.HTML(_sentence(AS_DRAWN), elem_id="export-sentence")
-    fields.mode.input(_sentence, fields.mode, sentence, queue=False, show_progress="hidden", api_visibility="private")
+    wire(fields.mode.input, _sentence, fields.mode, sentence, options=QUICK)
     with gr.Row():  # always enabled: gradio may lose an update that follows another closely
         go = gr.Button("Export", variant="primary", elem_id="export-go", min_width=160)
         stop = gr.Button("Stop export", variant="stop", elem_id="export-stop", min_width=110)
@@ -93,16 +93,15 @@ def _wire(export: Export, fields: _Fields, session: Session, controls: Controls)
             export.status: status_html("Drawing, writing, and drawing with what was written …"),
             **{export.live: None, export.again: None},
         }
-        with user_errors():
-            try:
-                with stops.running(str(request.session_hash)) as stop:
-                    done = export_mix(session, controls.request(values), fields.read(values), should_stop=stop.is_set)
-            except GenerationStopped:
-                yield {export.status: status_html("Stopped; nothing was exported.", kind="warn")}
-                return
-            except Exception:
-                yield {export.status: status_html("Nothing was exported.")}
-                raise
+        try:
+            with stops.running(str(request.session_hash)) as stop:
+                done = export_mix(session, controls.request(values), fields.read(values), should_stop=stop.is_set)
+        except GenerationStopped:
+            yield {export.status: status_html("Stopped; nothing was exported.", kind="warn")}
+            return
+        except Exception:
+            yield {export.status: status_html("Nothing was exported.")}
+            raise
         live, again = (str(path) for path in done.pictures)
         changes = {export.status: status_html(done.sentence, kind="good"), export.live: live, export.again: again}
         yield changes | ({export.exported: done.name} if done.name else {})
@@ -110,15 +109,14 @@ def _wire(export: Export, fields: _Fields, session: Session, controls: Controls)
     def halt(request: gr.Request) -> None:
         stops.stop(str(request.session_hash))
 
-    export.go.click(
+    wire(
+        export.go.click,
         run,
         controls.inputs | {getattr(fields, name) for name in fields.__dataclass_fields__},
         [export.status, export.live, export.again, export.exported],
-        show_progress="hidden",
-        concurrency_limit=2,
-        api_visibility="private",
+        options=EventOptions(concurrency_limit=2),
     )
-    export.stop.click(halt, queue=False, api_visibility="private")
+    wire(export.stop.click, halt, options=QUICK)
 
 
 def _build_fields() -> _Fields:

@@ -12,7 +12,7 @@ from dora_diffusion.generation.generate import GenerationStopped
 from ui.backend.request import DrawRequest, SlotValues, taking_part
 from ui.backend.session import Session
 from ui.backend.tags import resolve_tags
-from ui.errors import user_errors
+from ui.errors import QUICK, wire
 from ui.generate.controls import Controls, Stops, Variations, picture_html
 from ui.generate.stage import status_html
 from ui.generate.values import Updates, Values
@@ -118,7 +118,7 @@ def wire_leave_one_out(board: LeaveOneOut, session: Session, controls: Controls)
     stops = Stops()
 
     def draw(values: Values, request: gr.Request) -> Iterator[Updates]:
-        with user_errors(), stops.running(str(request.session_hash)) as stop:
+        with stops.running(str(request.session_hash)) as stop:
             asked = replace(controls.request(values), count=1)
             wanted = resolve_tags(asked, session.library.usable, session.parts).request
             yield from _drawing(
@@ -129,14 +129,9 @@ def wire_leave_one_out(board: LeaveOneOut, session: Session, controls: Controls)
     def halt(request: gr.Request) -> None:
         stops.stop(str(request.session_hash))
 
-    board.draw.click(
-        draw,
-        {*controls.inputs},
-        [board.stop, board.status, board.row],
-        show_progress="hidden",
-        api_visibility="private",
-    ).then(lambda: gr.Button(visible=False), outputs=board.stop, queue=False, api_visibility="private")
-    board.stop.click(halt, queue=False, api_visibility="private")
+    drawn = wire(board.draw.click, draw, {*controls.inputs}, [board.stop, board.status, board.row])
+    wire(drawn.then, lambda: gr.Button(visible=False), outputs=board.stop, options=QUICK)
+    wire(board.stop.click, halt, options=QUICK)
 
 
 def _drawing(board: LeaveOneOut, wanted: DrawRequest, names: Sequence[str], draw: Variations) -> Iterator[Updates]:

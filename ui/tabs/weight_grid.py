@@ -13,7 +13,7 @@ from dora_diffusion.generation.generate import GenerationStopped
 from ui.backend.request import BaseParts, SlotValues
 from ui.backend.session import Session
 from ui.backend.tags import Resolved, resolve_tags
-from ui.errors import user_errors
+from ui.errors import QUICK, wire
 from ui.generate.controls import Controls, Stops, Variations, picture_html
 from ui.generate.stage import status_html
 from ui.generate.values import Updates, Values
@@ -106,10 +106,7 @@ def build_weight_grid(session: Session) -> WeightGrid:
     status = gr.HTML(status_html(_IDLE), elem_id="map-status")
     sheet = gr.HTML(elem_id="map", js_on_load=_PICK)
     picked = gr.Textbox(visible="hidden", elem_id="map-picked")
-    files.focus(
-        lambda: gr.Dropdown(list(session.library.usable)), None, files, queue=False, show_progress="hidden",
-        api_visibility="private",
-    )  # fmt: skip
+    wire(files.focus, lambda: gr.Dropdown(list(session.library.usable)), outputs=files, options=QUICK)
     return WeightGrid(kind, files, across, down, alone, draw, stop, status, sheet, file, gr.State(()), picked)
 
 
@@ -187,33 +184,24 @@ def wire_weight_grid(board: WeightGrid, session: Session, controls: Controls) ->
     stops = Stops()
 
     def draw(values: Values, request: gr.Request) -> Iterator[Updates]:
-        with user_errors():
-            wanted = _planned(board, session, controls, values)
-            with stops.running(str(request.session_hash)) as stop:
-                yield from _drawing(board, session, wanted, Variations(session, session.output / MAPS, stop))
+        wanted = _planned(board, session, controls, values)
+        with stops.running(str(request.session_hash)) as stop:
+            yield from _drawing(board, session, wanted, Variations(session, session.output / MAPS, stop))
 
     def pick(cells: object, event: gr.EventData) -> str:
-        with user_errors():
-            picked = f"{getattr(event, 'cell', None)}:{time.monotonic_ns()}"  # the same cell again is a change, too
-            picked_slots(picked, cells)
-            return picked
+        picked = f"{getattr(event, 'cell', None)}:{time.monotonic_ns()}"  # the same cell again is a change, too
+        picked_slots(picked, cells)
+        return picked
 
     def halt(request: gr.Request) -> None:
         stops.stop(str(request.session_hash))
 
-    board.draw.click(
-        draw,
-        controls.inputs | board.inputs,
-        [board.status, board.sheet, board.file, board.cells, board.stop],
-        show_progress="hidden",
-        api_visibility="private",
-    ).then(lambda: gr.Button(interactive=False), outputs=board.stop, queue=False, api_visibility="private")
-    board.stop.click(halt, queue=False, api_visibility="private")
-    board.sheet.click(pick, board.cells, board.picked, show_progress="hidden", queue=False, api_visibility="private")
-    board.kind.input(
-        lambda kind: gr.Textbox(visible=kind == A_B), board.kind, board.down, show_progress="hidden", queue=False,
-        api_visibility="private",
-    )  # fmt: skip
+    changed = [board.status, board.sheet, board.file, board.cells, board.stop]
+    drawn = wire(board.draw.click, draw, controls.inputs | board.inputs, changed)
+    wire(drawn.then, lambda: gr.Button(interactive=False), outputs=board.stop, options=QUICK)
+    wire(board.stop.click, halt, options=QUICK)
+    wire(board.sheet.click, pick, board.cells, board.picked, options=QUICK)
+    wire(board.kind.input, lambda kind: gr.Textbox(visible=kind == A_B), board.kind, board.down, options=QUICK)
 
 
 def _drawing(board: WeightGrid, session: Session, wanted: _GridPlan, draw: Variations) -> Iterator[Updates]:

@@ -9,7 +9,7 @@ from gradio.components import Component
 from dora_diffusion.training.config import TrainConfig
 from ui.backend.checks import MAX_SEED
 from ui.backend.session import Session
-from ui.errors import user_errors
+from ui.errors import EventOptions, wire
 from ui.generate.values import Values
 from ui.options import UiOptions
 from ui.train.plan import Planner
@@ -121,18 +121,20 @@ def wire_form(form: TrainForm, planner: Planner, session: Session, options: UiOp
     filled = tuple(_form_values(PLAIN, options))
 
     def fill(recipe: object) -> list[Any]:
-        with user_errors():
-            values = _form_values(recipe, options)
-            return [values[name] for name in filled]
+        values = _form_values(recipe, options)
+        return [values[name] for name in filled]
 
     def estimate(values: Values) -> str:
-        with user_errors():
-            return report_html(planner.plan(config_of(form, values, session, options)))
+        return report_html(planner.plan(config_of(form, values, session, options)))
 
-    form.recipe.input(
-        fill, form.recipe, [getattr(form, name) for name in filled], show_progress="hidden", api_visibility="private"
+    wire(form.recipe.input, fill, form.recipe, [getattr(form, name) for name in filled])
+    wire(
+        form.estimate.click,
+        estimate,
+        {*form.inputs},
+        form.plan,
+        options=EventOptions(show_progress="full", concurrency_limit=1),
     )
-    form.estimate.click(estimate, {*form.inputs}, form.plan, concurrency_limit=1, api_visibility="private")
 
 
 def config_of(form: TrainForm, values: Values, session: Session, options: UiOptions) -> TrainConfig:

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from ui.backend.session import Session
-from ui.errors import user_errors
+from ui.errors import QUICK, wire
 from ui.generate.stage import status_html
 from ui.generate.values import Values
 from ui.options import UiOptions
@@ -80,17 +80,15 @@ def _wire_trainer(form: TrainForm, watch: RunWatch, trainer: Trainer, session: S
         return gr.Dropdown(names, value=run.name), status_html(line), *buttons
 
     def start(values: Values) -> tuple[Any, ...]:
-        with user_errors():
-            run = trainer.start(config_of(form, values, session, options))
-            return on_show(run, f"{run.name}: starting …")
+        run = trainer.start(config_of(form, values, session, options))
+        return on_show(run, f"{run.name}: starting …")
 
     def resume(chosen: object) -> tuple[Any, ...]:
-        with user_errors():
-            run = find_run(options.runs, chosen)
-            trainer.resume(run)
-            return on_show(run, f"{run.name}: going on …")
+        run = find_run(options.runs, chosen)
+        trainer.resume(run)
+        return on_show(run, f"{run.name}: going on …")
 
     outputs = [watch.run, watch.status, watch.start, watch.stop]
-    watch.start.click(start, {*form.inputs}, outputs, show_progress="hidden", api_visibility="private")
-    watch.resume.click(resume, watch.run, outputs, show_progress="hidden", api_visibility="private")
-    watch.stop.click(trainer.stop, queue=False, api_visibility="private")
+    wire(watch.start.click, start, {*form.inputs}, outputs)
+    wire(watch.resume.click, resume, watch.run, outputs)
+    wire(watch.stop.click, trainer.stop, options=QUICK)

@@ -13,6 +13,7 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.utils.images import read_image
+from ui.errors import EventOptions, wire
 from ui.generate.stage import status_html
 from ui.options import UiOptions
 from ui.train.plot import loss_plot
@@ -96,12 +97,14 @@ def wire_watch(board: RunWatch, checkpoint: gr.Dropdown, trainer: Trainer, optio
         changed = [gr.skip() if shown.get(name) == part.mark else part.make() for name, part in parts.items()]
         return [*changed, gr.skip() if shown == now else json.dumps(now)]
 
-    board.timer.tick(
-        tick, [board.run, board.seen],
+    wire(
+        board.timer.tick,
+        tick,
+        [board.run, board.seen],
         [board.run, board.status, board.plot, board.samples, checkpoint, board.start, board.stop, board.seen],
-        show_progress="hidden", trigger_mode="once", queue=False, api_visibility="private",
-        preprocess=False,  # gradio would refuse a run that is listed no more, at every tick of a page that shows it
-    )  # fmt: skip
+        # no preprocess: gradio would refuse a run that is listed no more, at every tick of a page that shows it
+        options=EventOptions(trigger_mode="once", queue=False, preprocess=False),
+    )
 
 
 @dataclass(frozen=True)
