@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from html import escape
 from typing import Any, Literal
 
 import gradio as gr
@@ -17,6 +16,7 @@ from gradio.components import Component
 from gradio.events import Dependency
 
 from dora_diffusion.formats.safetensors_reader import shown
+from ui.markup import toast_text
 
 LONGEST_PATH = 300
 
@@ -110,7 +110,7 @@ def user_errors(*, is_markup: bool = True) -> Iterator[None]:
     except Exception as error:
         line = line_of(error)
         is_foreseen = isinstance(error, ValueError) or _names_file(error)
-        text = escape(line, quote=False) if is_markup else line
+        text = toast_text(line) if is_markup else line
         raise gr.Error(text, print_exception=not is_foreseen) from error
 
 

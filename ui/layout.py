@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from html import escape
 
 import gradio as gr
 
@@ -14,9 +13,10 @@ from ui.generate.history import build_history
 from ui.generate.presets import build_presets
 from ui.generate.rack import Rack, build_rack
 from ui.generate.restore import build_restore
-from ui.generate.stage import ProgressView, Stage, build_stage, status_html
+from ui.generate.stage import ProgressView, Stage, build_stage
 from ui.generate.values import Updates, Values
 from ui.library.browser import Browser, add_word, build_browser
+from ui.markup import paragraph, status_html, toast_text
 from ui.options import UiOptions
 from ui.server.api import add_api
 from ui.tabs.export import build_export
@@ -92,7 +92,7 @@ def news_html(session: Session) -> str:
     queue = "nothing is drawn" if not waiting else "drawing" if waiting == 1 else f"drawing, {waiting - 1} waiting"
     loaded = len(session.loaded)
     held = f"{loaded} adapter{'' if loaded == 1 else 's'} in memory"
-    return f'<p class="news" role="status">{escape(session.family)} · {queue} · {held}</p>'
+    return paragraph(f"{session.family} · {queue} · {held}", "news", is_status=True)
 
 
 def _wire_draw(session: Session, controls: Controls, stage: Stage) -> None:
@@ -172,7 +172,7 @@ def _wire_model(
     def switch(values: Values) -> Updates:
         misfits = session.switch(values[model])
         for file, reason in list(misfits.items())[:3]:
-            gr.Warning(escape(f"{file}: {reason}"[:300], quote=False))
+            gr.Warning(toast_text(f"{file}: {reason}"[:300]))
         return shown(values)
 
     wire(

@@ -4,10 +4,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from html import escape
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from gradio.components import Component
 
@@ -133,9 +131,3 @@ class Stops:
     def _set(self, owner: str) -> None:
         if (event := self._events.get(owner)) is not None:
             event.set()
-
-
-def picture_html(path: Path, alt: str) -> str:
-    """A saved picture as an <img>, fetched by its path; it must lie in the output folder."""
-    address = f"gradio_api/file={quote(str(path.resolve()))}"
-    return f'<img src="{escape(address)}" alt="{escape(alt)}" loading="lazy">'

@@ -15,6 +15,7 @@ from ui.errors import QUICK, wire
 from ui.generate import canvas as canvases
 from ui.generate.canvas import CanvasReader, build_canvas, has_picture
 from ui.generate.values import Updates, Values
+from ui.markup import paragraph
 
 _CSS = """
 #seed-row { align-items: center; }
@@ -148,7 +149,7 @@ def build_form(
     with gr.Accordion("Start from a picture (img2img, inpaint)", open=False, elem_id="canvas-fold") as fold:
         canvas = build_canvas(session.output)
         strength = gr.Slider(0.01, 1.0, value=0.6, step=0.01, label="Denoising strength", elem_id="denoise")
-        gr.HTML(f'<p class="hint">{_HINT}</p>')
+        gr.HTML(paragraph(_HINT, "hint"))
 
     reader = CanvasReader(session.output, lambda: demo.upload_file_set)
     form = GenerateForm(

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ui.errors import QUICK, WITH_PROGRESS, wire
 from ui.generate.controls import Controls
 from ui.generate.restore import restore_from, restored_updates
 from ui.generate.values import Updates
+from ui.markup import chip, escaped, paragraph
 
 PAGE = 24
 MAX_PAGE = 1_000_000
@@ -95,21 +95,19 @@ def described(path: Path) -> str:
     try:
         record = read_metadata(path)
     except ValueError as error:
-        return f'<p class="kept">{escape(str(error))}</p>'
+        return paragraph(str(error), "kept")
     if record is None:
-        return f'<p class="kept"><b>{escape(path.name)}</b> does not tell what it was made of.</p>'
-    adapters = "".join(
-        f'<span class="chip">{escape(use.name)} {escape(_weight_text(use.weight))}</span>' for use in record.adapters
-    )
+        return f'<p class="kept"><b>{escaped(path.name)}</b> does not tell what it was made of.</p>'
+    adapters = "".join(chip(f"{use.name} {_in_words(use.weight)}") for use in record.adapters)
     settings = record.settings
-    told_of = f"seed {settings.seed}, {settings.steps} steps, guidance {settings.guidance_scale:g}, {settings.sampler}"
+    facts = f"seed {settings.seed}, {settings.steps} steps, guidance {settings.guidance_scale:g}, {settings.sampler}"
     return (
-        f'<div class="kept"><p><b>{escape(path.name)}</b> · {escape(record.model)} · {escape(record.blend)}</p>'
-        f"<p>{escape(settings.prompt)}</p><p>{escape(told_of)}</p>{adapters}</div>"
+        f'<div class="kept"><p><b>{escaped(path.name)}</b> · {escaped(record.model)} · {escaped(record.blend)}</p>'
+        f"<p>{escaped(settings.prompt)}</p><p>{escaped(facts)}</p>{adapters}</div>"
     )
 
 
-def _weight_text(weight: float | Mapping[str, float]) -> str:
+def _in_words(weight: float | Mapping[str, float]) -> str:
     if isinstance(weight, Mapping):
         return ", ".join(f"{part} {value:g}" for part, value in weight.items())
     return f"{weight:g}"
@@ -171,7 +169,7 @@ def _wire_pages(history: History, session: Session, looks: list[Any], turns: tup
             history.gallery: gr.Gallery([str(session.output / name) for name in found.names], selected_index=None),
             history.page: found.number,
             history.names: found.names,
-            history.place: f'<p class="kept">{escape(found.sentence())}</p>',
+            history.place: paragraph(found.sentence(), "kept"),
         }
 
     outputs = [history.gallery, history.page, history.names, history.place]
@@ -203,7 +201,7 @@ def _wire_picture(
     def keep(chosen: str | None) -> tuple[str, str]:
         if chosen is None:
             raise ValueError("press a picture first")
-        return chosen, f'<p class="kept">Press another picture to compare it with {escape(chosen)}.</p>'
+        return chosen, paragraph(f"Press another picture to compare it with {chosen}.", "kept")
 
     wire(
         history.gallery.select,
@@ -225,4 +223,4 @@ def _compared(history: History, session: Session, pinned: str | None, path: Path
         else:
             line = f"Largest difference {largest_difference(first, second)} of 255."
     pair = gr.ImageSlider((str(other), str(path)), visible=True, label=f"{pinned} | {path.name}")
-    return {history.compare: pair, history.report: f'<p class="kept" role="status">{escape(line)}</p>'}
+    return {history.compare: pair, history.report: paragraph(line, "kept", is_status=True)}

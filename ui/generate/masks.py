@@ -13,6 +13,7 @@ from PIL import Image
 
 from ui.backend.picture_checks import check_picture
 from ui.generate import painter
+from ui.markup import chip
 
 SIDE = 256
 MAX_CHARACTERS = 1 << 20
@@ -49,13 +50,13 @@ def mask_html(mask: Mask) -> str:
     """A small picture of a mask and the share that it covers, or a line that says there is none."""
     picture = check_picture("mask", mask)
     if picture is None:
-        return '<span class="chip">no mask: draws everywhere</span>'
+        return chip("no mask: draws everywhere")
     grey = picture.convert("L")
     grey.thumbnail((_THUMBNAIL, _THUMBNAIL))
     covered = sum(level * count for level, count in enumerate(grey.histogram())) / (255 * grey.width * grey.height)
     return (
         f'<img class="mask-thumb" src="{painter.png_url(grey)}" alt="mask: white is where it draws">'
-        f'<span class="chip">draws in {covered:.0%} of the picture</span>'
+        f"{chip(f'draws in {covered:.0%} of the picture')}"
     )
 
 

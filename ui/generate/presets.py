@@ -24,6 +24,7 @@ from ui.generate.restore import Restored, restored_updates
 from ui.generate.values import Updates, Values
 from ui.library.hashes import Missing, Wanted, find_all, hash_of
 from ui.library.library import AdapterLibrary
+from ui.markup import paragraph
 
 FOLDER = "presets"
 MAX_BYTES = 1 << 20
@@ -184,7 +185,7 @@ def _wire(presets: PresetWidgets, session: Session, controls: Controls) -> None:
     def save(values: Values) -> tuple[gr.Dropdown, str]:
         recipe = controls.recipe(values)
         path = save_preset(values[presets.name], recipe, session.library, model=session.model, output=session.output)
-        return choices(path.stem), '<p class="kept" role="status">Saved.</p>'
+        return choices(path.stem), paragraph("Saved.", "kept", is_status=True)
 
     def load(name: object) -> Updates:
         session.library.refresh()
@@ -193,7 +194,7 @@ def _wire(presets: PresetWidgets, session: Session, controls: Controls) -> None:
 
     def delete(name: object) -> tuple[gr.Dropdown, str]:
         delete_preset(name, session.output)
-        return choices(None), '<p class="kept" role="status">Deleted.</p>'
+        return choices(None), paragraph("Deleted.", "kept", is_status=True)
 
     told_in = [presets.name, presets.report]
     wire(presets.save.click, save, {presets.name, *controls.inputs}, told_in, options=WITH_PROGRESS)

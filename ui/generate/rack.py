@@ -7,7 +7,6 @@ and the first without, where the next adapter goes.
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import gradio as gr
@@ -31,13 +30,13 @@ from ui.generate.slots import (
     block_updates,
     build_slot,
     loads,
-    problem_badge,
     shown_slots,
     slot_choices,
     with_mask,
 )
 from ui.generate.values import Updates, Values
 from ui.library.library import AdapterLibrary
+from ui.markup import alert, bullets, escaped, paragraph
 
 SLOTS = 8
 MOST_BROKEN = 20
@@ -165,14 +164,14 @@ def mode_html(mode: object, *, moved: bool = False) -> str:
             f"{'Moved, which' if moved else 'Moving an adapter up or down'} changes nothing in the picture{rounding}."
         )
     further = "" if mode == ADDITIVE else " Curves and masks need the additive mode."
-    return f'<p class="rack-note" role="status">{escape(MODE_SENTENCES[mode])} {order}{further}</p>'
+    return paragraph(f"{MODE_SENTENCES[mode]} {order}{further}", "rack-note", is_status=True)
 
 
 def broken_list(library: AdapterLibrary) -> str:
     """The folder's unusable files with their reasons, and what is left out of the slots' lists, as HTML."""
-    items = [f"<li><b>{escape(file.path.name)}</b>: {escape(str(file.problem))}</li>" for file in library.broken]
-    more = f"<li>and {len(items) - MOST_BROKEN} more</li>" if len(items) > MOST_BROKEN else ""
-    broken = f"Cannot be used:<ul>{''.join(items[:MOST_BROKEN])}{more}</ul>" if items else ""
+    items = [f"<b>{escaped(file.path.name)}</b>: {escaped(file.problem)}" for file in library.broken]
+    more = [f"and {len(items) - MOST_BROKEN} more"] if len(items) > MOST_BROKEN else []
+    broken = f"Cannot be used:{bullets([*items[:MOST_BROKEN], *more])}" if items else ""
     usable = len(library.usable)
     listed = f"<p>The first {LONGEST_LIST} of {usable} are listed here.</p>" if usable > LONGEST_LIST else ""
     return f'<div class="broken">{listed}{broken}</div>' if listed or broken else ""
@@ -182,7 +181,7 @@ def build_rack(session: Session, demo: gr.Blocks) -> Rack:
     """Lay out the rack inside the open block and wire it to the session."""
     library = session.library
     with gr.Row(elem_classes="rack-head"):
-        gr.HTML(f"<h2>Adapters</h2><span class='folder'>from {escape(str(library.folder))}</span>")
+        gr.HTML(f"<h2>Adapters</h2><span class='folder'>from {escaped(library.folder)}</span>")
         refresh = gr.Button("Refresh", size="sm", scale=0, min_width=90, elem_id="refresh")
     broken = gr.HTML(broken_list(library), elem_id="broken")
     every = tuple(build_slot(number, library, session.parts, shown=number == 1) for number in range(1, SLOTS + 1))
@@ -338,11 +337,11 @@ def _wire_rest(rack: Rack, ask: gr.Button, answer: gr.HTML) -> None:
             yield {rack.slots[index].badge: badge}
 
     def interfere(*chosen: str) -> Iterator[str]:
-        yield '<p class="rack-note">measuring …</p>'
+        yield paragraph("measuring …", "rack-note")
         try:
             yield interference_html(measure(rack.session, [file for file in chosen if file]))
         except ValueError as error:
-            yield problem_badge(str(error))
+            yield alert(str(error))
 
     wire(
         rack.asked.change,

@@ -4,7 +4,6 @@ Adapters are found by the hash of their files alone. What is missing is listed, 
 """
 
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 
 import gradio as gr
@@ -24,6 +23,7 @@ from ui.generate.recipes import DrawRecipe, cut_to_rack, placed
 from ui.generate.values import Updates
 from ui.library.hashes import Missing, Wanted, by_name, find_all
 from ui.library.library import AdapterLibrary
+from ui.markup import bullets, escaped, paragraph
 
 CSS = """
 .kept { font-size: .9rem; overflow-wrap: anywhere; }
@@ -32,7 +32,7 @@ CSS = """
 .kept .lost { border-left: 3px solid #dc2626; padding-left: .6rem; }
 .kept code { font-size: .8rem; }
 """
-_HINT = '<p class="kept">Drop a PNG of this app, or one with the parameters text of A1111 and its kin.</p>'
+_HINT = paragraph("Drop a PNG of this app, or one with the parameters text of A1111 and its kin.", "kept")
 
 
 @dataclass(frozen=True)
@@ -168,18 +168,18 @@ def report_html(restored: Restored, *, model: str) -> str:
     count = len(restored.slots)
     lines = [f"<p>Restored the settings and {count} adapter{'' if count == 1 else 's'}.</p>"]
     if restored.model and restored.model != model:
-        lines.append(f"<p>It was drawn with <b>{escape(restored.model)}</b>; the base here is {escape(model)}.</p>")
+        lines.append(f"<p>It was drawn with <b>{escaped(restored.model)}</b>; the base here is {escaped(model)}.</p>")
     if restored.missing:
-        items = "".join(f"<li>{_missing_html(one)}</li>" for one in restored.missing)
-        lines.append(f'<div class="lost" role="alert">Missing, and left out:<ul>{items}</ul></div>')
+        items = bullets(_missing_html(one) for one in restored.missing)
+        lines.append(f'<div class="lost" role="alert">Missing, and left out:{items}</div>')
     if restored.notes:
-        lines.append(f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in restored.notes)}</ul>")
+        lines.append(bullets(map(escaped, restored.notes)))
     return f'<div class="kept" role="status">{"".join(lines)}</div>'
 
 
 def _missing_html(one: Missing) -> str:
-    hash = f" <code>{escape(one.hash)}</code>" if one.hash else ""
-    return f"<b>{escape(one.name)}</b>{hash}: {escape(one.reason)}"
+    hash = f" <code>{escaped(one.hash)}</code>" if one.hash else ""
+    return f"<b>{escaped(one.name)}</b>{hash}: {escaped(one.reason)}"
 
 
 def restored_updates(restored: Restored, controls: Controls, session: Session, report: gr.HTML) -> Updates:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import gradio as gr
@@ -16,12 +15,13 @@ from ui.generate.curves import CONSTANT, CURVE_NAMES, curve_html, name_of_text
 from ui.generate.masks import Mask, mask_html
 from ui.generate.values import Updates, Values
 from ui.library.library import AdapterFile, AdapterLibrary, Stamp, stamp_of
+from ui.markup import alert, chip, escaped
 
 MAX_BLOCKS = 3
 LONGEST_LIST = 300
 NO_ADAPTER = ("none", "")
 EMPTY_SLOT = SlotValues.of(None, 1.0)
-LOADING = '<span class="chip">loading …</span>'
+LOADING = chip("loading …")
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Badges:
         try:
             loaded, header = self._session.load(file), self._session.library.find(file)
         except ValueError as error:
-            return problem_badge(str(error))
+            return alert(str(error))
         key = loaded.model, file, loaded.stamp  # of what was read: while this waited, the file may have been replaced
         if loaded.seconds is not None or key not in self._known:
             self._known[key] = badge(loaded.report, header, seconds=loaded.seconds)
@@ -140,12 +140,7 @@ def badge(report: LoadReport, file: AdapterFile | None = None, *, seconds: float
     chips.append((f"{report.matched}/{report.total} keys matched", "" if report.matched == report.total else "warn"))
     if seconds is not None:
         chips.append((f"loaded in {seconds:.2f} s", ""))
-    return "".join(f'<span class="chip {kind}">{escape(text)}</span>' for text, kind in chips)
-
-
-def problem_badge(message: str) -> str:
-    """One line that says why a slot cannot be used, as HTML."""
-    return f'<span class="chip bad" role="alert">{escape(message)}</span>'
+    return "".join(chip(text, kind) for text, kind in chips)
 
 
 def slot_choices(library: AdapterLibrary, file: str | None = None) -> list[Any]:
@@ -212,7 +207,7 @@ def _components(name: str, parts: BaseParts) -> dict[str, Any]:
 def _blocks(name: str, parts: BaseParts) -> dict[str, Any]:
     labels = [block.label.capitalize() for block in parts.blocks] + [""] * MAX_BLOCKS
     with gr.Accordion("Blocks", open=False, elem_id=f"{name}-blocks"):
-        gr.HTML(f"Times the strength of the {escape(denoiser_label(parts))}: 1 leaves it.", elem_classes="hint")
+        gr.HTML(f"Times the strength of the {escaped(denoiser_label(parts))}: 1 leaves it.", elem_classes="hint")
         sliders = [
             _strength(labels[index], f"{name}-block-{index + 1}", visible=index < len(parts.blocks))
             for index in range(MAX_BLOCKS)

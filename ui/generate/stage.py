@@ -1,7 +1,6 @@
 """The stage: base beside blend or one over the other, what is going on, the batch, and the picture's metadata."""
 
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from dora_diffusion.generation.png_metadata import metadata_text
 from ui.backend.run import Update
 from ui.errors import QUICK, wire
 from ui.generate.values import Updates
+from ui.markup import status_html
 
 IDLE = "Ctrl + Enter draws."
 PHASES = {
@@ -54,12 +54,6 @@ class Stage:
     def outputs(self) -> set[Component]:
         """What a run changes."""
         return {self.status, self.base, self.blend, self.metadata, self.compare, self.batch, self.shown}
-
-
-def status_html(text: str, *, share: float | None = None, kind: str = "") -> str:
-    """A line of text, with a progress bar when `share` (0..1) is given."""
-    bar = "" if share is None else f'<progress max="1" value="{share:.3f}" aria-label="progress"></progress>'
-    return f'<div class="status {kind}" role="status" aria-live="polite"><span>{escape(text)}</span>{bar}</div>'
 
 
 def status_of(update: Update) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from html import escape
 
 import gradio as gr
 
@@ -13,8 +12,8 @@ from ui.backend.checks import check_number, check_whole
 from ui.backend.session import Session
 from ui.errors import QUICK, EventOptions, wire
 from ui.generate.controls import Controls, Stops
-from ui.generate.stage import status_html
 from ui.generate.values import Updates, Values
+from ui.markup import paragraph, status_html
 from ui.tabs.export_files import AS_DRAWN, TARGETS, Exported, ExportOptions, check_options, export_mix
 
 __all__ = ["Export", "ExportOptions", "Exported", "build_export", "export_mix"]
@@ -138,5 +137,4 @@ def _build_fields() -> _Fields:
 
 
 def _sentence(mode: object) -> str:
-    text = BLEND_SENTENCES.get(str(mode), "Writes the mode that the rack draws with.")
-    return f'<p class="kept">{escape(text)}</p>'
+    return paragraph(BLEND_SENTENCES.get(str(mode), "Writes the mode that the rack draws with."), "kept")

@@ -12,7 +12,7 @@ from dora_diffusion.inspection.report import inspect_adapter
 from ui.backend.interference import interference_html, measure
 from ui.backend.session import Session
 from ui.errors import LATEST, QUICK, EventOptions, wire
-from ui.generate.stage import status_html
+from ui.markup import status_html
 from ui.tabs.inspect_html import CSS, facts_html
 
 __all__ = ["CSS", "InspectPage", "build_inspect_page"]

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 
 import gradio as gr
@@ -13,9 +12,9 @@ from ui.backend.request import DrawRequest, SlotValues, taking_part
 from ui.backend.session import Session
 from ui.backend.tags import resolve_tags
 from ui.errors import QUICK, wire
-from ui.generate.controls import Controls, Stops, Variations, picture_html
-from ui.generate.stage import status_html
+from ui.generate.controls import Controls, Stops, Variations
 from ui.generate.values import Updates, Values
+from ui.markup import escaped, region, saved_picture, status_html
 
 WITHOUT = "without"  # the folder of these pictures in the output folder
 
@@ -100,11 +99,11 @@ def names_in(request: DrawRequest, slots: Sequence[SlotValues]) -> list[str]:
 def row_html(row: Sequence[Without]) -> str:
     """The pictures with their captions."""
     figures = "".join(
-        f"<figure>{picture_html(entry.picture, entry.caption)}<figcaption>{escape(entry.caption)}"
+        f"<figure>{saved_picture(entry.picture, entry.caption)}<figcaption>{escaped(entry.caption)}"
         f"<small>{_told(entry.difference)}</small></figcaption></figure>"
         for entry in row
     )
-    return f'<div class="leave-out" tabindex="0" role="region" aria-label="leave one out">{figures}</div>'
+    return region(figures, "leave-out", "leave one out")
 
 
 def _told(difference: float | None) -> str:

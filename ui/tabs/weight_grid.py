@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 import gradio as gr
@@ -14,9 +13,9 @@ from ui.backend.request import BaseParts, SlotValues
 from ui.backend.session import Session
 from ui.backend.tags import Resolved, resolve_tags
 from ui.errors import QUICK, wire
-from ui.generate.controls import Controls, Stops, Variations, picture_html
-from ui.generate.stage import status_html
+from ui.generate.controls import Controls, Stops, Variations
 from ui.generate.values import Updates, Values
+from ui.markup import column_heads, escaped, region, saved_picture, status_html
 from ui.tabs.axes import parse_range
 from ui.tabs.weight_grid_cells import A_B, ADAPTER_WEIGHT, KINDS, MAPS, Axes, GridCell, plan, request_of, save_sheet
 
@@ -112,7 +111,7 @@ def build_weight_grid(session: Session) -> WeightGrid:
 
 def map_html(rows: Sequence[Sequence[GridCell]], pictures: Sequence[Path]) -> str:
     """The map as a table; cells that have no picture yet are empty."""
-    heads = "".join(f'<th scope="col">{escape(cell.column)}</th>' for cell in rows[0])
+    heads = column_heads(cell.column for cell in rows[0])
     lines, number = [], 0
     for row in rows:
         cells = ""
@@ -120,18 +119,16 @@ def map_html(rows: Sequence[Sequence[GridCell]], pictures: Sequence[Path]) -> st
             kind = ' class="baseline"' if cell.is_baseline else ""
             cells += f"<td{kind}>{_cell_html(cell, number, pictures)}</td>"
             number += 1
-        lines.append(f'<tr><th scope="row">{escape(row[0].row)}</th>{cells}</tr>')
-    return (
-        f'<div class="map-scroll" tabindex="0" role="region" aria-label="weight map"><table class="map">'
-        f"<thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-    )
+        lines.append(f'<tr><th scope="row">{escaped(row[0].row)}</th>{cells}</tr>')
+    table = f"<thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return region(f'<table class="map">{table}</table>', "map-scroll", "weight map")
 
 
 def _cell_html(cell: GridCell, number: int, pictures: Sequence[Path]) -> str:
     if number >= len(pictures):
         return '<span class="pending"></span>'
-    label = escape(f"{cell.label}: load into the rack")
-    picture = picture_html(pictures[number], cell.label)
+    label = escaped(f"{cell.label}: load into the rack")
+    picture = saved_picture(pictures[number], cell.label)
     return f'<button type="button" data-cell="{number}" title="{label}" aria-label="{label}">{picture}</button>'
 
 

@@ -13,7 +13,7 @@ from ui.backend.request import DrawRequest, check_settings
 from ui.backend.session import Session
 from ui.errors import QUICK, EventOptions, wire
 from ui.generate.controls import Stops
-from ui.generate.stage import status_html
+from ui.markup import status_html
 from ui.options import UiOptions
 from ui.train.grid import CheckpointCell, DrawPicture, check_weights, draw_grid
 from ui.train.runs import find_run, run_config, send_to_library

@@ -11,8 +11,8 @@ import gradio as gr
 
 from ui.backend.session import Session
 from ui.errors import QUICK, wire
-from ui.generate.stage import status_html
 from ui.generate.values import Values
+from ui.markup import status_html
 from ui.options import UiOptions
 from ui.train.compare import build_compare, wire_compare
 from ui.train.form import TrainForm, build_form, config_of, wire_form

@@ -1,8 +1,6 @@
 """A run in the page while it goes on: progress, losses, samples, checkpoints. Read from its folder, once a second."""
 
-import base64
 import hashlib
-import io
 import json
 import threading
 from collections.abc import Callable
@@ -14,7 +12,7 @@ import gradio as gr
 
 from dora_diffusion.utils.images import read_image
 from ui.errors import EventOptions, wire
-from ui.generate.stage import status_html
+from ui.markup import picture_url, region, status_html
 from ui.options import UiOptions
 from ui.train.plot import loss_plot
 from ui.train.process import Trainer, TrainState
@@ -211,11 +209,9 @@ def _strip(run: Path) -> str:
         except ValueError:  # being written
             continue
         picture.thumbnail((SAMPLE_WIDTH, SAMPLE_WIDTH))
-        buffer = io.BytesIO()
-        picture.save(buffer, format="JPEG", quality=88)
-        source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        source = picture_url(picture, format="JPEG")
         rows.append(f'<figure><img src="{source}" alt="samples"><figcaption>step {step}</figcaption></figure>')
-    return f'<div class="train-strip" tabindex="0" aria-label="samples">{"".join(rows)}</div>' if rows else ""
+    return region("".join(rows), "train-strip", "samples") if rows else ""
 
 
 def _checkpoints(steps: list[int]) -> Any:
