@@ -18,8 +18,9 @@ from dora_diffusion.pipelines.loading import load_pipeline
 from dora_diffusion.state import AdapterState
 from ui.backend.checks import check_name
 from ui.backend.picture_difference import largest_difference
+from ui.backend.picture_store import Drawn
 from ui.backend.request import AdapterChoice, DrawRequest
-from ui.backend.session import Drawn, Session, ShouldStop
+from ui.backend.session import Session, ShouldStop
 from ui.backend.tags import resolve_tags
 
 AS_DRAWN = ""
