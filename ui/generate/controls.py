@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 from gradio.components import Component
 
 from dora_diffusion.generation.generate import GenerationStopped
@@ -127,6 +128,10 @@ class Stops:
         """Stop what the owner draws; nothing when there is none."""
         with self._lock:
             self._set(owner)
+
+    def halt(self, request: gr.Request) -> None:
+        """`stop` as a handler: for the tab that asks."""
+        self.stop(str(request.session_hash))
 
     def _set(self, owner: str) -> None:
         if (event := self._events.get(owner)) is not None:

@@ -105,9 +105,6 @@ def _wire(export: Export, fields: _Fields, session: Session, controls: Controls)
         changes = {export.status: status_html(done.sentence, kind="good"), export.live: live, export.again: again}
         yield changes | ({export.exported: done.name} if done.name else {})
 
-    def halt(request: gr.Request) -> None:
-        stops.stop(str(request.session_hash))
-
     wire(
         export.go.click,
         run,
@@ -115,7 +112,7 @@ def _wire(export: Export, fields: _Fields, session: Session, controls: Controls)
         [export.status, export.live, export.again, export.exported],
         options=EventOptions(concurrency_limit=2),
     )
-    wire(export.stop.click, halt, options=QUICK)
+    wire(export.stop.click, stops.halt, options=QUICK)
 
 
 def _build_fields() -> _Fields:

@@ -125,12 +125,9 @@ def wire_leave_one_out(board: LeaveOneOut, session: Session, controls: Controls)
                 Variations(session, session.output / WITHOUT, stop),
             )  # fmt: skip
 
-    def halt(request: gr.Request) -> None:
-        stops.stop(str(request.session_hash))
-
     drawn = wire(board.draw.click, draw, {*controls.inputs}, [board.stop, board.status, board.row])
     wire(drawn.then, lambda: gr.Button(visible=False), outputs=board.stop, options=QUICK)
-    wire(board.stop.click, halt, options=QUICK)
+    wire(board.stop.click, stops.halt, options=QUICK)
 
 
 def _drawing(board: LeaveOneOut, wanted: DrawRequest, names: Sequence[str], draw: Variations) -> Iterator[Updates]:

@@ -190,13 +190,10 @@ def wire_weight_grid(board: WeightGrid, session: Session, controls: Controls) ->
         picked_slots(picked, cells)
         return picked
 
-    def halt(request: gr.Request) -> None:
-        stops.stop(str(request.session_hash))
-
     changed = [board.status, board.sheet, board.file, board.cells, board.stop]
     drawn = wire(board.draw.click, draw, controls.inputs | board.inputs, changed)
     wire(drawn.then, lambda: gr.Button(interactive=False), outputs=board.stop, options=QUICK)
-    wire(board.stop.click, halt, options=QUICK)
+    wire(board.stop.click, stops.halt, options=QUICK)
     wire(board.sheet.click, pick, board.cells, board.picked, options=QUICK)
     wire(board.kind.input, lambda kind: gr.Textbox(visible=kind == A_B), board.kind, board.down, options=QUICK)
 

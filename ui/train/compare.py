@@ -93,9 +93,6 @@ def wire_compare(board: Compare, run: gr.Dropdown, session: Session, options: Ui
                 return
         yield _shown(cells), _steps(cells), status_html(f"{len(cells)} pictures", kind="good")
 
-    def halt(request: gr.Request) -> None:
-        stops.stop(str(request.session_hash))
-
     def pick(rows: object, event: gr.SelectData) -> Any:
         steps = rows if isinstance(rows, tuple) else ()
         known = isinstance(event.index, int) and 0 <= event.index < len(steps)
@@ -107,7 +104,7 @@ def wire_compare(board: Compare, run: gr.Dropdown, session: Session, options: Ui
         [run, board.prompt, board.weights, board.steps, board.seed],
         [board.cells, board.rows, board.status],
     )
-    wire(board.stop.click, halt, options=QUICK)
+    wire(board.stop.click, stops.halt, options=QUICK)
     wire(board.cells.select, pick, board.rows, board.checkpoint)
 
 

@@ -15,8 +15,8 @@ from ui.options import UiOptions
 from ui.train.plan import Planner
 from ui.train.recipes import (
     MAX_RANK,
+    MAX_RESOLUTION,
     MAX_RUN_STEPS,
-    MAX_SIDE,
     PLAIN,
     Fields,
     build_config,
@@ -73,7 +73,7 @@ def build_form(dataset: gr.Dropdown, options: UiOptions) -> TrainForm:
         rate = gr.Number(
             start["learning_rate"], label="Learning rate", minimum=1e-8, maximum=1, elem_id="train-rate", min_width=110
         )
-        resolution = _number(start["resolution"], "Resolution (0: the base's)", "train-resolution", 0, MAX_SIDE)
+        resolution = _number(start["resolution"], "Resolution (0: the base's)", "train-resolution", 0, MAX_RESOLUTION)
         seed = _number(0, "Training seed", "train-seed", 0, MAX_SEED)
     with gr.Row():
         dora = gr.Checkbox(start["dora"], label="DoRA (off: plain LoRA)", elem_id="train-dora", min_width=140)
