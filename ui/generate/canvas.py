@@ -17,8 +17,9 @@ from dora_diffusion.generation.img2img import Canvas
 from dora_diffusion.generation.png_metadata import picture_sha256
 from dora_diffusion.utils.images import read_image
 from dora_diffusion.utils.text import shown_value
+from ui.backend.checks import MAX_SIDE
 from ui.backend.inputs import INPUTS, find_input
-from ui.backend.request import MAX_SIDE, check_canvas, check_picture
+from ui.backend.picture_checks import check_canvas, check_picture
 from ui.generate import painter
 
 MAX_CHARACTERS = 2 << 20

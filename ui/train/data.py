@@ -12,7 +12,7 @@ from dora_diffusion.training.dataset import find_caption, find_pictures, find_si
 from dora_diffusion.utils.atomic import write_atomically
 from dora_diffusion.utils.images import SUFFIXES
 from dora_diffusion.utils.text import shown_path
-from ui.backend.request import check_text
+from ui.backend.checks import check_text
 
 MAX_DEPTH = 3
 MAX_FOLDERS = 500

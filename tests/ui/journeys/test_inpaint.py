@@ -136,7 +136,7 @@ def test_a_mask_of_any_size_survives_until_it_is_painted_on(tab: Tab, app: Runni
     settings = check_settings("a cat", "", seed=5, steps=3, guidance=3.0, details=DetailValues(strength=0.73))
     with Image.open(photo) as picture:
         canvas = Canvas(picture.convert("RGB"), Image.fromarray(levels))
-    ink = SlotValues("ink", True, 1.0, False, 1.0, 1.0)
+    ink = SlotValues.of("ink", 1.0)
     request = DrawRequest(settings, check_adapters((ink,), session.parts), canvas=canvas)
     first = list(session.start(request, owner="test").updates())[-1].picture
     assert first is not None

@@ -163,7 +163,7 @@ def test_the_index_saves_the_next_start_all_reading(
     _wait(library)
     library.close()
     assert len(read_index(index)) == 300
-    monkeypatch.setattr(library_module, "glance", None)  # would fail if it were called
+    monkeypatch.setattr(library_module, "summarise_header", None)  # would fail if it were called
     again = AdapterLibrary(folder, index=index)
     again.refresh()
     assert again.files == library.files

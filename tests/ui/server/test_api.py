@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,10 @@ def test_generate_draws_what_a_session_draws(client: Client, app: Served) -> Non
         {"count": 2, "width": 64, "height": 64},
         api_name="/generate",
     )
-    slots = [SlotValues("ink", True, 0.7, False, 0, 0), SlotValues("lego", True, 1, True, -0.5, 0.25)]
+    slots = [
+        SlotValues.of("ink", 0.7),
+        replace(SlotValues.of("lego", 1), apart=True, denoiser=-0.5, text_encoders=0.25),
+    ]
     parts = app.session.parts
     settings = check_settings("a fox", "", 3, 2, 3.0, DetailValues(width=64, height=64))
     request = DrawRequest(settings, check_adapters(slots, parts), count=2)

@@ -16,7 +16,8 @@ from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.utils.atomic import load_tensors, sha256_of
 from tests.tolerances import assert_identical
-from ui.backend.request import DrawRequest, check_name
+from ui.backend.checks import check_name
+from ui.backend.request import DrawRequest
 from ui.backend.session import Session
 from ui.library.library import AdapterLibrary
 from ui.train.data import find_dataset, list_datasets, list_pictures, save_caption
