@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from benchmarks.full_size.models import pipeline_of
 from benchmarks.full_size.published import PUBLISHED
 from dora_diffusion.families import FAMILIES, family_of_pipeline
-from dora_diffusion.formats.flat_names import DIFFUSERS, MAKERS, TEXT_ENCODERS, choices, flatten, unflatten
+from dora_diffusion.formats.flat_names import choices, flatten, patterns, unflatten
 from dora_diffusion.formats.layouts import LAYOUTS
 from tests.families.pipelines import PIPELINES
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-WORDS = sorted({word for line in (*DIFFUSERS, *TEXT_ENCODERS, *MAKERS) for word in re.split(r"[^A-Za-z0-9]+", line)})
+WORDS = sorted({word for line in patterns() for word in re.split(r"[^A-Za-z0-9]+", line)})
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -50,7 +50,7 @@ def test_every_name_of_the_makers_comes_back_at_real_size(layout) -> None:
 
 
 def test_no_two_patterns_look_the_same_when_flat() -> None:
-    whole = {path for line in (*DIFFUSERS, *TEXT_ENCODERS, *MAKERS) for path in choices(line)}
+    whole = {path for line in patterns() for path in choices(line)}
     paths = {".".join(path.split(".")[:end]) for path in whole for end in range(1, path.count(".") + 2)}
     assert len({flatten(path) for path in paths}) == len(paths)
 
