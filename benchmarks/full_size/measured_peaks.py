@@ -81,7 +81,7 @@ def _published(case: Case) -> tuple[MemoryEstimate, int, float]:
     expected = estimate(case.published, config, device="cpu")
     before = _resident("VmRSS")
     trainable = prepare_trainable(_with_random_weights(pipeline_of(case.published, PRECISIONS[case.precision])), config)
-    optimizer = build_optimizer(trainable, config)
+    optimizer = build_optimizer(trainable, config.optim, config.words)
     for injection in trainable.injections.values():
         injection.keep_norms()
     for parameter in trainable.parameters():  # a step on nothing, for AdamW makes its moments at the first

@@ -23,7 +23,7 @@ from dora_diffusion.adapters.blended_layers import Slots
 from dora_diffusion.adapters.denoiser_hooks import DenoiserHooks
 from dora_diffusion.adapters.matching import Loaded, LoadReport, fit, kind_in_words
 from dora_diffusion.families import family_of_pipeline
-from dora_diffusion.formats import load_adapter
+from dora_diffusion.formats import load_examined
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.functional.dora import master_dtype
 from dora_diffusion.functional.masks import mask_of
@@ -34,7 +34,6 @@ from dora_diffusion.layers.fuse import Change, FusedWeights, check_fusable, fuse
 from dora_diffusion.layers.targets import target_paths
 from dora_diffusion.pipelines.modules import PipelineModules
 from dora_diffusion.state import AdapterState, ModuleState, term_of
-from dora_diffusion.utils.atomic import sha256_of
 
 
 class AdapterManager:
@@ -76,6 +75,13 @@ class AdapterManager:
         """Everything that a loaded adapter changes: layers and parameters, by their full paths."""
         return self._loaded(name).paths
 
+    def _read(self, source: str | Path | AdapterState, name: str) -> tuple[AdapterState, str, str | None]:
+        """An adapter, what an error calls it, and the SHA-256 of its file."""
+        if isinstance(source, AdapterState):
+            return source, name, None
+        adapter, examined = load_examined(source, base=self._base_weight)
+        return adapter, str(source), examined.sha256
+
     def _base_weight(self, path: str) -> Tensor:
         """What tells the axis of a magnitude when its file does not."""
         return dense_weight(self._pipe_modules.layer(path)[1])
@@ -90,8 +96,7 @@ class AdapterManager:
         if name in self._adapters:
             raise ValueError(f"an adapter named {name!r} is loaded already; delete it first or choose another name")
         self._refuse_while_fused("load an adapter")
-        adapter = source if isinstance(source, AdapterState) else load_adapter(source, base=self._base_weight)
-        label = name if isinstance(source, AdapterState) else str(source)
+        adapter, label, sha256 = self._read(source, name)
         fitted = fit(adapter, label, self._pipe_modules)
         self._slots.check_reserved(label, fitted.modules)
         report = LoadReport(
@@ -103,7 +108,7 @@ class AdapterManager:
             vectors=len(fitted.vectors),
             extra=len(adapter.extra),
             components=adapter.components,
-            sha256=None if isinstance(source, AdapterState) else sha256_of(Path(source)),
+            sha256=sha256,
             metadata=adapter.metadata,
         )
         with self._unfolded():  # gain forms are of the base's own weights

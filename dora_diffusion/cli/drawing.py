@@ -49,7 +49,6 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from dora_diffusion.generation.png_metadata import WordUse, save_picture
     from dora_diffusion.pipelines.loading import load_pipeline
     from dora_diffusion.pipelines.textual_inversion import install_words, load_word
-    from dora_diffusion.utils.atomic import sha256_of
 
     settings = GenerationSettings(
         prompt=arguments.prompt,
@@ -71,7 +70,7 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     words = [load_word(path) for path in arguments.words]
     if words:
         install_words(pipe, words)
-    spelt = [WordUse(state.word, sha256_of(Path(path))) for state, path in zip(words, arguments.words, strict=True)]
+    spelt = [WordUse(state.word, state.sha256 or "") for state in words]
     uses = _blend(AdapterManager(pipe), adapters, arguments.part, arguments.blend)
     with tqdm(total=settings.steps, desc="drawing") as bar:
 

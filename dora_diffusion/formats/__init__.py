@@ -3,8 +3,8 @@
 Formats are values (`dialects`); one reader takes them all, and mixtures of them.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from dora_diffusion.formats.reading import Reading, read, take_apart, with_origi
 from dora_diffusion.formats.safetensors_reader import Container, read_header, shown
 from dora_diffusion.formats.writing import write
 from dora_diffusion.state import AdapterState
-from dora_diffusion.utils.atomic import save_tensors
+from dora_diffusion.utils.atomic import save_tensors, sha256_of
 
 __all__ = [
     "FORMATS",
@@ -49,12 +49,14 @@ class Examined:
         matched: keys that belong to layers.
         unknown: the other keys.
         layers: layers in the file, fused ones counted once.
+        sha256: of the bytes that were read, hex; None where nothing but the header was.
     """
 
     format: str
     matched: int
     unknown: tuple[str, ...]
     layers: int
+    sha256: str | None = None
 
 
 def examine(path: str | Path) -> Examined:
@@ -65,22 +67,33 @@ def examine(path: str | Path) -> Examined:
     """
     path = Path(path)
     if path.is_dir():
-        if not peft.is_folder(path):
-            raise ValueError(f"{path}: a folder without PEFT's adapter_config.json; expected an adapter file")
+        check_folder(path)
         weights = [file for file in sorted(path.rglob(peft.WEIGHTS)) if file.is_file()]
-        keys = [f"{file.parent.name}/{key}" for file in weights for key in read_header(file) if key != "__metadata__"]
-        return Examined("peft", len(keys), (), len({key.rpartition(".lora_")[0] for key in keys}))
+        return _folder_examined(
+            [f"{file.parent.name}/{key}" for file in weights for key in read_header(file) if key != "__metadata__"]
+        )
     with Container(path) as file:
         return _examined(path, file, _taken_apart(path, file))
+
+
+def check_folder(path: Path) -> None:
+    """A ValueError of one line for a folder that is no adapter's."""
+    if not peft.is_folder(path):
+        raise ValueError(f"{path}: a folder without PEFT's adapter_config.json; expected an adapter file")
+
+
+def _folder_examined(keys: Sequence[str]) -> Examined:
+    return Examined("peft", len(keys), (), len({key.rpartition(".lora_")[0] for key in keys}))
 
 
 def _examined(path: Path, file: Container, reading: Reading) -> Examined:
     unknown = tuple(key for key in file.keys if not reading.is_known(key))
     matched = len(file.keys) - len(unknown)
-    return Examined(_format_of(path, reading, file.keys), matched, unknown, len(reading.places))
+    return Examined(format_of(path, reading, file.keys), matched, unknown, len(reading.places))
 
 
-def _format_of(path: Path, reading: Reading, keys: list[str]) -> str:
+def format_of(path: Path, reading: Reading, keys: list[str]) -> str:
+    """The name of the format that a file's keys are in; a ValueError of one line when none fits."""
     if reading.places:
         signs = _signs(reading)
         for dialect in DIALECTS:
@@ -127,17 +140,20 @@ def load_adapter(path: str | Path, *, base: WeightOf | None = None) -> AdapterSt
 
 
 def load_examined(path: str | Path, *, base: WeightOf | None = None) -> tuple[AdapterState, Examined]:
-    """`load_adapter` and `examine` at once, with one look at the file."""
+    """`load_adapter` and `examine` at once: the file is opened and read once, and hashed as it is read."""
     path = Path(path)
     if path.is_dir():
-        found = examine(path)
-        return with_origin(peft.read_folder(path, base), found.format), found
+        check_folder(path)
+        folder = peft.read_folder(path, base)
+        found = replace(_folder_examined(folder.keys), sha256=sha256_of(path, known=folder.sha256s))
+        return with_origin(folder.adapter, found.format), found
     with Container(path) as file:  # a large file of another kind is known by its header
         reading = _taken_apart(path, file)
         found = _examined(path, file, reading)
-        tensors, metadata = file.tensors(), file.metadata
+        contents = file.contents()
     try:
-        return with_origin(read(tensors, metadata, reading, base), found.format), found
+        adapter = read(contents.tensors, contents.metadata, reading, base)
+        return with_origin(adapter, found.format), replace(found, sha256=contents.sha256)
     except ValueError as error:
         raise ValueError(f"{shown(path, 300)}: {error}") from None
 

@@ -5,12 +5,14 @@ parser, takes about as long as the largest real one. Every byte is read once, fr
 mapped, for a mapped file that shrinks while it is read kills the process.
 """
 
+import hashlib
 import json
 import math
 import os
 import re
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from io import BufferedReader
 from itertools import groupby
 from operator import itemgetter
@@ -66,14 +68,29 @@ def read_header(path: str | Path) -> dict[str, Any]:
         return file.header
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata of a safetensors file.
+@dataclass(frozen=True)
+class Contents:
+    """All that a safetensors file holds.
+
+    Attributes:
+        tensors: key -> tensor, views of one piece of memory.
+        metadata: the file's own strings.
+        sha256: hex, of the very bytes that were read.
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    sha256: str
+
+
+def read_tensors(path: str | Path) -> Contents:
+    """All tensors and the metadata of a safetensors file, read once and hashed as they are read.
 
     Raises:
         ValueError: one line that names the file, and the key when a value is not finite.
     """
     with Container(path) as file:
-        return file.tensors(), file.metadata
+        return file.contents()
 
 
 class Container:
@@ -90,7 +107,7 @@ class Container:
         self._name = shown(path, 300)
         self._file, self._status = _opened(path, self._name)
         try:
-            self._data_at, self._data_bytes = 0, 0
+            self._head, self._data_at, self._data_bytes = bytearray(), 0, 0
             self.header = self._read_header()
         except BaseException:
             self._file.close()
@@ -114,8 +131,8 @@ class Container:
         """The file's own strings; empty where it has none."""
         return dict(self.header.get("__metadata__", {}))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor, as views of one piece of memory: each keeps all of it alive.
+    def contents(self) -> Contents:
+        """Every tensor, as views of one piece of memory (each keeps all of it alive), and the hash of the whole file.
 
         Raises:
             ValueError: one line: a value is NaN or infinite, a packed type, the file changed since it was opened.
@@ -129,25 +146,27 @@ class Container:
         if not all(_is_finite(run) for run in _runs(data, entries.values())):
             key = next(key for key, tensor in tensors.items() if not _is_finite(tensor))
             raise ValueError(f"{self._name}: {shown(key)} holds NaN or infinite values")
-        return tensors
+        digest = hashlib.sha256(self._head)
+        digest.update(data)
+        return Contents(tensors, self.metadata, digest.hexdigest())
 
     def _read_header(self) -> dict[str, Any]:
         size = self._status.st_size
         if size < 8:
             raise ValueError(f"{self._name}: not a safetensors file, or cut short ({size} bytes)")
-        length = int.from_bytes(self._read(0, 8), "little")
+        self._head = self._read(0, 8)
+        length = int.from_bytes(self._head, "little")
         if length > size - 8:
             raise ValueError(f"{self._name}: not a safetensors file, or cut short ({size} bytes)")
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"{self._name}: header of {length} bytes, expected at most {MAX_HEADER_BYTES}")
         self._data_at, self._data_bytes = 8 + length, size - 8 - length
+        raw = bytes(self._read(8, length))
+        self._head += raw
         try:
-            header = _parsed(bytes(self._read(8, length)))
-            _check_metadata(header)
-            _check_entries({key: entry for key, entry in header.items() if key != "__metadata__"}, self._data_bytes)
+            return checked_header(raw, self._data_bytes)
         except ValueError as error:
             raise ValueError(f"{self._name}: {error}") from None
-        return header
 
     def _read(self, begin: int, count: int) -> bytearray:
         try:
@@ -181,6 +200,14 @@ def _opened(path: str | Path, name: str) -> tuple[BufferedReader, os.stat_result
         file.close()
         raise ValueError(f"{name}: changed while it was read; try again once it is whole")
     return file, status
+
+
+def checked_header(raw: bytes, data_bytes: int) -> dict[str, Any]:
+    """A header's JSON as `read_header` gives it, for a file with so many bytes of tensors; a ValueError of one line."""
+    header = _parsed(raw)
+    _check_metadata(header)
+    _check_entries({key: entry for key, entry in header.items() if key != "__metadata__"}, data_bytes)
+    return header
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:

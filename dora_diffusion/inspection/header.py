@@ -16,12 +16,19 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.matching import kind_in_words
-from dora_diffusion.formats import detect_format, examine, read_header
+from dora_diffusion.formats import check_folder, format_of, read_header
 from dora_diffusion.formats.family_detection import family_of
 from dora_diffusion.formats.json_metadata import json_object
 from dora_diffusion.formats.peft import WEIGHTS
-from dora_diffusion.formats.reading import AXIS_KEY, read, take_apart, told_axis
-from dora_diffusion.formats.safetensors_reader import DTYPES, MAX_HEADER_BYTES, MAX_METADATA, MAX_TENSORS, shown
+from dora_diffusion.formats.reading import AXIS_KEY, Reading, read, take_apart, told_axis
+from dora_diffusion.formats.safetensors_reader import (
+    DTYPES,
+    MAX_HEADER_BYTES,
+    MAX_METADATA,
+    MAX_TENSORS,
+    checked_header,
+    shown,
+)
 from dora_diffusion.state import AdapterState
 
 
@@ -89,8 +96,8 @@ def summarise_header(path: str | Path, known: MutableMapping[bytes, Structure] |
     quick = None if path.is_dir() else _split_header(path)
     if quick is not None and (key := _structure_key(quick.tensors, quick.metadata)) in known:
         return HeaderSummary(known[key], declared_metadata(quick.metadata))
-    entries, metadata = _folder_entries(path) if path.is_dir() else _file_entries(path)
     try:
+        entries, metadata = _folder_entries(path) if path.is_dir() else _file_entries(path, quick)
         structure = _structure(path, entries, metadata)
     except ValueError as error:
         raise ValueError(f"{shown(path, 300)}: {str(error).removeprefix(f'{path}: ')}") from None
@@ -111,15 +118,15 @@ _COMPONENT = re.compile(r"unet|transformer|text_encoder(_[23])?")
 _TAGS, _TRIGGERS, _LONGEST, _MOST_READ = 24, 12, 80, 4000
 
 
-def _file_entries(path: Path) -> tuple[Entries, dict[str, str]]:
-    header = read_header(path)
+def _file_entries(path: Path, quick: "_Quick | None" = None) -> tuple[Entries, dict[str, str]]:
+    header = read_header(path) if quick is None else checked_header(quick.raw, quick.data_bytes)
     metadata = header.pop("__metadata__", {})
     return {key: (entry["dtype"], tuple(entry["shape"])) for key, entry in header.items()}, metadata
 
 
 def _folder_entries(path: Path) -> tuple[Entries, dict[str, str]]:
     """Those of a folder of PEFT's, each key behind its component where its folder is called by it."""
-    examine(path)  # a ValueError for a folder of another kind
+    check_folder(path)
     entries: dict[str, tuple[str, tuple[int, ...]]] = {}
     metadata: dict[str, str] = {}
     for file in sorted(path.rglob(WEIGHTS)):
@@ -132,10 +139,12 @@ def _folder_entries(path: Path) -> tuple[Entries, dict[str, str]]:
 
 
 class _Quick(NamedTuple):
-    """A header cut in two: its metadata; the text of all the rest, with how many bytes of tensors follow."""
+    """A header cut in two: its metadata; the text of all the rest, with how many bytes of tensors follow. And whole."""
 
     metadata: dict[str, str]
     tensors: bytes
+    raw: bytes
+    data_bytes: int
 
 
 def _split_header(path: Path) -> _Quick | None:
@@ -153,7 +162,8 @@ def _split_header(path: Path) -> _Quick | None:
         return None
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         return None
-    return _Quick(metadata, b"%d%s" % (status.st_size - length, text[end:].rstrip(" ").encode()))
+    tensors = b"%d%s" % (status.st_size - length, text[end:].rstrip(" ").encode())
+    return _Quick(metadata, tensors, raw, status.st_size - 8 - length)
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -169,10 +179,11 @@ def _structure_key(tensors: bytes, metadata: Mapping[str, str]) -> bytes:
 
 
 def _structure(path: Path, entries: Entries, metadata: Mapping[str, str]) -> Structure:
-    adapter, is_unclear = _outline(entries, metadata)
+    reading = take_apart({key: shape for key, (_, shape) in entries.items()}, metadata)
+    adapter, is_unclear = _outline(entries, metadata, reading)
     axes = sorted({module.axis for module in adapter.modules.values() if module.magnitude is not None}, reverse=True)
     return Structure(
-        format=detect_format(path),
+        format="peft" if path.is_dir() else format_of(path, reading, list(entries)),
         kind=kind_in_words(adapter),
         family=family_of(adapter) or "",
         ranks=adapter.ranks,
@@ -182,7 +193,7 @@ def _structure(path: Path, entries: Entries, metadata: Mapping[str, str]) -> Str
     )
 
 
-def _outline(entries: Entries, metadata: Mapping[str, str]) -> tuple[AdapterState, bool]:
+def _outline(entries: Entries, metadata: Mapping[str, str], reading: Reading) -> tuple[AdapterState, bool]:
     """The adapter with tensors on the meta device, and whether only a base could tell the axis of its magnitudes."""
     asked: list[str] = []
 
@@ -193,7 +204,6 @@ def _outline(entries: Entries, metadata: Mapping[str, str]) -> tuple[AdapterStat
     axis = told_axis(metadata)
     declared = {**metadata, AXIS_KEY: axis or "out"}
     tensors = {key: _blank(dtype, shape) for key, (dtype, shape) in entries.items()}
-    reading = take_apart({key: shape for key, (_, shape) in entries.items()}, metadata)
     adapter = read(tensors, declared, reading, weight_of)
     return replace(adapter, metadata=dict(metadata)), axis is None and bool(asked)
 

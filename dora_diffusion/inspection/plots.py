@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.blending import block_of
-from dora_diffusion.formats import load_adapter
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.functional.dora import TINY_NORM, rows
 from dora_diffusion.pipelines.base_weights import BaseWeights
@@ -55,8 +54,8 @@ def _row_changes(weight: Tensor, new: Tensor) -> Tensor:
     return torch.stack([(1 - cosines).clamp(min=0), (after[alive] / before[alive] - 1).abs()])
 
 
-def plot_adapters(paths: Sequence[Path], base: BaseWeights, output: Path) -> Path:
-    """Draw the changes of adapters, side by side, as a PNG.
+def plot_adapters(adapters: Mapping[str, AdapterState], base: BaseWeights, output: Path) -> Path:
+    """Draw the changes of adapters, by their names, side by side, as a PNG.
 
     Raises:
         ValueError: matplotlib is not installed, or an adapter has a layer that the base lacks.
@@ -66,7 +65,7 @@ def plot_adapters(paths: Sequence[Path], base: BaseWeights, output: Path) -> Pat
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("plots need matplotlib: pip install 'dora-diffusion[plots]'") from None
-    found = {path.stem: changes(load_adapter(path, base=base), base) for path in paths}
+    found = {name: changes(adapter, base) for name, adapter in adapters.items()}
     blocks = list(dict.fromkeys(block for of in found.values() for block in of))
     figure = Figure(figsize=(11, 1.6 + 0.34 * len(blocks)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)

@@ -13,7 +13,6 @@ from dora_diffusion.formats import Examined, load_examined
 from dora_diffusion.formats.family_detection import family_of
 from dora_diffusion.pipelines.base_weights import BaseWeights
 from dora_diffusion.state import AdapterState, Module
-from dora_diffusion.utils.atomic import sha256_of
 
 _SHOWN = 3  # examples of what may be thousands
 
@@ -28,8 +27,14 @@ def inspect_adapter(path: str | Path, *, base: BaseWeights | None = None) -> dic
     Raises:
         ValueError: the file is broken.
     """
-    path = Path(path)
     adapter, examined = load_examined(path, base=base)
+    return facts_of(Path(path), adapter, examined, base=base)
+
+
+def facts_of(
+    path: Path, adapter: AdapterState, examined: Examined, *, base: BaseWeights | None = None
+) -> dict[str, Any]:
+    """`inspect_adapter` of a file that is loaded already."""
     facts: dict[str, Any] = {
         "file": str(path),
         "format": examined.format,
@@ -46,7 +51,8 @@ def inspect_adapter(path: str | Path, *, base: BaseWeights | None = None) -> dic
         "notes": notes_of(adapter, examined),
         "parameters": sum(tensor.numel() for tensor in _tensors(adapter)),
         "delta_norm": _delta_norms(adapter),
-        **_file_facts(path),
+        "bytes": _size_of(path),
+        "sha256": examined.sha256,
         "metadata": {key: text for key, text in sorted(adapter.metadata.items()) if key != "lora_adapter_metadata"},
     }
     if base is not None:
@@ -64,9 +70,9 @@ def _axes(adapter: AdapterState) -> list[str]:
     return sorted({module.axis for module in adapter.modules.values() if module.magnitude is not None}, reverse=True)
 
 
-def _file_facts(path: Path) -> dict[str, Any]:
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return {"bytes": sum(file.stat().st_size for file in files), "sha256": sha256_of(path)}
+def _size_of(path: Path) -> int:
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
 
 
 def notes_of(adapter: AdapterState, examined: Examined) -> list[str]:

@@ -37,10 +37,12 @@ class WordState:
     Attributes:
         word: as prompts spell it.
         vectors: for each CLIP encoder in the pipeline's order, (vectors, width).
+        sha256: of the file that it was read from, hex; None for a word that came from memory.
     """
 
     word: str
     vectors: tuple[Tensor, ...]
+    sha256: str | None = None
 
 
 class ExtendedEmbedding(nn.Module):
@@ -268,7 +270,8 @@ def load_word(path: str | Path, *, word: str | None = None) -> WordState:
     Raises:
         ValueError: one line that names the file: broken, no vectors of words, or a word that it does not tell.
     """
-    tensors, metadata = read_tensors(path)
+    contents = read_tensors(path)
+    tensors = contents.tensors
     keys = list(tensors)
     if set(keys) == set(PAIR_KEYS):
         vectors, spelt = tuple(tensors[key] for key in PAIR_KEYS), None
@@ -281,5 +284,5 @@ def load_word(path: str | Path, *, word: str | None = None) -> WordState:
         raise ValueError(f"{path}: expected vectors (count, width), got {tuple(vectors[0].shape)}")
     if len({len(vector) for vector in vectors}) > 1:
         raise ValueError(f"{path}: expected as many vectors for each encoder, got {[len(v) for v in vectors]}")
-    name = word or metadata.get(_METADATA) or spelt or Path(path).stem
-    return WordState(name, tuple(vector.float() for vector in vectors))
+    name = word or contents.metadata.get(_METADATA) or spelt or Path(path).stem
+    return WordState(name, tuple(vector.float() for vector in vectors), contents.sha256)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.config import DataConfig, TrainConfig
 from dora_diffusion.training.dataset import Example, StepSampler, load_sample
 from dora_diffusion.training.trainable import TrainablePipeline
 
@@ -40,9 +40,9 @@ class Latent(NamedTuple):
 class LatentCache:
     """Latents of examples, encoded once when nothing random is done to the pixels, else at every use."""
 
-    def __init__(self, trainable: TrainablePipeline, config: TrainConfig, size: tuple[int, int]) -> None:
+    def __init__(self, trainable: TrainablePipeline, data: DataConfig, size: tuple[int, int]) -> None:
         self._trainable = trainable
-        self._data = config.data
+        self._data = data
         self._size = size
         self._kept: dict[tuple[str, bool], Latent] = {}
 
@@ -106,7 +106,7 @@ class BatchSource:
         classes: Sequence[Example],
     ) -> None:
         self._config = config
-        self._latents = LatentCache(trainable, config, size)
+        self._latents = LatentCache(trainable, config.data, size)
         self._captions = ConditioningCache(trainable)
         self._instances, self._classes = instances, classes
         batch, seed = config.optim.batch_size, config.optim.seed

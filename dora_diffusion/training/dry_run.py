@@ -28,8 +28,8 @@ def describe_plan(config: TrainConfig) -> str:
     from dora_diffusion.training.objective import objective_of
     from dora_diffusion.training.trainable import PRECISIONS, adapter_metadata, prepare_trainable, trainable_count
 
-    examples = checked_examples(config).train
-    check_words(config, examples)
+    examples = checked_examples(config.data, seed=config.optim.seed).train
+    check_words(config.words.starts, examples)
     trainable = prepare_trainable(load_skeleton(config.model, dtype=PRECISIONS[config.optim.mixed_precision]), config)
     objective_of(trainable.pipe, config, tokens=1)  # raises for a scheduler that cannot be trained
     optim = config.optim

@@ -84,9 +84,9 @@ def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
     accelerator = Accelerator(
         mixed_precision=config.optim.mixed_precision, log_with="tensorboard", project_dir=str(folder / "logs")
     )
-    instances, held_out = checked_examples(config)
-    check_words(config, instances)
-    pipe = load_base(config, accelerator.device)
+    instances, held_out = checked_examples(config.data, seed=config.optim.seed)
+    check_words(config.words.starts, instances)
+    pipe = load_base(config.model, PRECISIONS[config.optim.mixed_precision], accelerator.device)
     objective_of(pipe, config, tokens=1)  # raises for a scheduler that cannot be trained, before anything is drawn
     with accelerator.main_process_first():  # one process draws the class images, the others find them
         classes = ensure_class_examples(pipe, config)
@@ -111,12 +111,12 @@ class _Run:
     ) -> None:
         self.config, self.accelerator, self.trainable = config, accelerator, trainable
         self.folder = config.output_dir
-        size = picture_size(trainable, config)
+        size = picture_size(trainable, config.data.resolution)
         self.source = BatchSource(trainable, config, size, instances=instances, classes=classes)
         self.watched = list(held_out or instances)
         self.objective = objective_of(trainable.pipe, config, tokens=_tokens(trainable, size))
-        self.optimizer = build_optimizer(trainable, config)
-        self.rates = RateSchedule(self.optimizer, config)
+        self.optimizer = build_optimizer(trainable, config.optim, config.words)
+        self.rates = RateSchedule(self.optimizer, config.optim)
         for injection in trainable.injections.values():
             injection.keep_norms()
         self.prepared = accelerator.prepare_optimizer(self.optimizer)
@@ -217,7 +217,7 @@ class _Run:
         preview = self.config.preview
         first_or_due = step == 0 or _due(step, preview.every, steps)
         if preview.prompts and first_or_due and self.accelerator.is_main_process:
-            save_previews(draw_previews(self.trainable, self.config), self.folder / "samples", step=step)
+            save_previews(draw_previews(self.trainable, preview), self.folder / "samples", step=step)
 
     def _validation_loss(self) -> float:
         """Mean loss on the watched examples at noises and timesteps that never change, so that runs compare."""

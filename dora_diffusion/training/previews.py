@@ -6,15 +6,14 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from dora_diffusion.generation.generate import GenerationSettings, generate
-from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.config import PreviewConfig
 from dora_diffusion.training.trainable import TrainablePipeline
 from dora_diffusion.utils.atomic import atomic_file
 from dora_diffusion.utils.image_grid import grid
 
 
-def draw_previews(trainable: TrainablePipeline, config: TrainConfig) -> list[Image.Image]:
+def draw_previews(trainable: TrainablePipeline, preview: PreviewConfig) -> list[Image.Image]:
     """One picture a preview prompt, with the adapter as it stands."""
-    preview = config.preview
     with trainable.drawing(), trainable.encoders_on_device():
         return [
             generate(

@@ -19,7 +19,7 @@ from dora_diffusion.layers.injection import Injection, inject
 from dora_diffusion.pipelines.loading import load_pipeline
 from dora_diffusion.pipelines.textual_inversion import Words, add_words
 from dora_diffusion.state import AdapterState, join
-from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.config import AdapterConfig, OptimConfig, TrainConfig, WordsConfig
 
 Own = TypeVar("Own", int, float)
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -104,9 +104,9 @@ class TrainablePipeline:
             self.train(True)
 
 
-def load_base(config: TrainConfig, device: torch.device) -> Any:
-    """The base pipeline in the precision that the config asks for, frozen."""
-    pipe = load_pipeline(config.model, dtype=PRECISIONS[config.optim.mixed_precision], device=str(device))
+def load_base(model: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """The base pipeline, frozen."""
+    pipe = load_pipeline(model, dtype=dtype, device=str(device))
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False)
@@ -117,13 +117,13 @@ def prepare_trainable(pipe: Any, config: TrainConfig) -> TrainablePipeline:
     """Put the adapters and new words that the config asks for into a base pipeline."""
     family = family_of_pipeline(pipe)
     wanted = {family.denoiser.name: config.adapter.rank} if config.adapter.train_unet else {}
-    for name in text_encoders_of(pipe, family, config):
+    for name in text_encoders_of(pipe, family, config.adapter, config.optim):
         wanted[name] = _own(config.adapter.text_encoder_rank, name, config.adapter.rank)
     generator = torch.Generator().manual_seed(config.optim.seed)
     injections = {
         name: inject(
             getattr(pipe, name),
-            _layer_config(config, rank, is_denoiser=name == family.denoiser.name),
+            _layer_config(config.adapter, rank, is_denoiser=name == family.denoiser.name),
             generator=generator,
         )
         for name, rank in wanted.items()
@@ -139,15 +139,15 @@ def prepare_trainable(pipe: Any, config: TrainConfig) -> TrainablePipeline:
     return trainable
 
 
-def text_encoders_of(pipe: Any, family: Family, config: TrainConfig) -> list[str]:
+def text_encoders_of(pipe: Any, family: Family, adapter: AdapterConfig, optim: OptimConfig) -> list[str]:
     """The text encoders to adapt; a ValueError when the config names one that the base lacks or does not adapt."""
     present = [part.name for part in family.text_encoders if getattr(pipe, part.name, None) is not None]
-    wanted = config.adapter.train_text_encoder
+    wanted = adapter.train_text_encoder
     chosen = [name for name in present if wanted is True or (wanted and name in wanted)]
     named = {
         "adapter.train_text_encoder": (wanted if isinstance(wanted, list) else [], present),
-        "adapter.text_encoder_rank": (config.adapter.text_encoder_rank, chosen),
-        "optim.text_encoder_learning_rate": (config.optim.text_encoder_learning_rate, chosen),
+        "adapter.text_encoder_rank": (adapter.text_encoder_rank, chosen),
+        "optim.text_encoder_learning_rate": (optim.text_encoder_learning_rate, chosen),
     }
     for key, (names, known) in named.items():
         unknown = [name for name in names if name not in known] if isinstance(names, list | dict) else []
@@ -162,14 +162,13 @@ def _own(value: Own | Mapping[str, Own] | None, component: str, default: Own) ->
     return default if found is None else found
 
 
-def _layer_config(config: TrainConfig, rank: int, *, is_denoiser: bool) -> DoRAConfig:
+def _layer_config(adapter: AdapterConfig, rank: int, *, is_denoiser: bool) -> DoRAConfig:
     """How one component is adapted; what names layers is the denoiser's."""
-    adapter = config.adapter
     scale = scale_of(adapter.alpha, adapter.rank, rank_stabilised=adapter.use_rslora)
     return DoRAConfig(
         rank=rank,
         alpha=scale / scale_of(1, rank, rank_stabilised=adapter.use_rslora),  # another rank keeps the scale
-        target_modules=_targets(config, is_denoiser),
+        target_modules=_targets(adapter.target_modules, is_denoiser),
         dropout=adapter.dropout,
         use_dora=adapter.use_dora,
         norm_grad=adapter.norm_grad,
@@ -189,25 +188,23 @@ def _enable_checkpointing(model: Any) -> None:
     next(getattr(model, name) for name in names if hasattr(model, name))()
 
 
-def _targets(config: TrainConfig, is_denoiser: bool) -> str | list[str] | None:
+def _targets(targets: str | list[str] | None, is_denoiser: bool) -> str | list[str] | None:
     """Explicit names and patterns are the denoiser's; a text encoder takes presets."""
-    targets = config.adapter.target_modules
     presets = ("attention", "all-linear", "all")
     return targets if is_denoiser or targets in presets else None
 
 
-def picture_size(trainable: TrainablePipeline, config: TrainConfig) -> tuple[int, int]:
-    """(width, height) of training pictures: the config's or the model's own; a ValueError when it cannot be drawn."""
-    side = config.data.resolution or trainable.family.native_side(trainable.pipe)
+def picture_size(trainable: TrainablePipeline, resolution: int | None) -> tuple[int, int]:
+    """(width, height) of training pictures: as asked, or the model's own; a ValueError when it cannot be drawn."""
+    side = resolution or trainable.family.native_side(trainable.pipe)
     multiple = pixel_multiple(trainable.pipe, trainable.family)
     if side % multiple:
         raise ValueError(f"data.resolution: got {side}, expected a multiple of {multiple} for {trainable.family.name}")
     return side, side
 
 
-def build_optimizer(trainable: TrainablePipeline, config: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(trainable: TrainablePipeline, optim: OptimConfig, words: WordsConfig) -> torch.optim.AdamW:
     """AdamW with each component's own rate; B has LoRA+'s ratio, magnitudes a multiplier and no weight decay."""
-    optim = config.optim
     groups: list[dict[str, Any]] = []
     for name, injection in trainable.injections.items():
         is_text = name != trainable.family.denoiser.name
@@ -218,7 +215,7 @@ def build_optimizer(trainable: TrainablePipeline, config: TrainConfig) -> torch.
         if magnitudes := injection.magnitudes():
             groups.append({"params": magnitudes, "lr": rate * optim.magnitude_lr_multiplier, "weight_decay": 0.0})
     if trainable.words is not None:
-        until = max(1, round(config.words.share * optim.steps))
+        until = max(1, round(words.share * optim.steps))
         rate = optim.words_learning_rate
         groups.append({"params": trainable.words.parameters(), "lr": rate, "weight_decay": 0.0, "until": until})
     return torch.optim.AdamW(groups)
@@ -227,12 +224,12 @@ def build_optimizer(trainable: TrainablePipeline, config: TrainConfig) -> torch.
 class RateSchedule:
     """Learning rates as a function of the step alone, so that a resumed run needs no scheduler state."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, optim: OptimConfig) -> None:
         scheduler = get_scheduler(
-            config.optim.lr_scheduler,
+            optim.lr_scheduler,
             optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0),
-            num_warmup_steps=config.optim.warmup_steps,
-            num_training_steps=config.optim.steps,
+            num_warmup_steps=optim.warmup_steps,
+            num_training_steps=optim.steps,
         )
         self._factor = scheduler.lr_lambdas[0]
         self._optimizer = optimizer

@@ -67,12 +67,18 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes; of a folder, of its files' names and hashes."""
+def sha256_of(path: Path, *, known: Mapping[Path, str] | None = None) -> str:
+    """Hex SHA-256 of a file's bytes; of a folder, of its files' names and hashes.
+
+    Args:
+        path: the file or folder.
+        known: files of the folder that have been hashed already, as they were read.
+    """
     digest = hashlib.sha256()
     if path.is_dir():
+        known = known or {}
         for inside in sorted(inside for inside in path.rglob("*") if inside.is_file()):
-            digest.update(f"{inside.relative_to(path).as_posix()} {sha256_of(inside)}\n".encode())
+            digest.update(f"{inside.relative_to(path).as_posix()} {known.get(inside) or sha256_of(inside)}\n".encode())
         return digest.hexdigest()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

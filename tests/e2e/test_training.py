@@ -123,7 +123,7 @@ def test_every_parameter_moves_and_the_run_folder_is_whole(base, images, tmp_pat
     tensors = load_file(result.adapter)
     assert any(key.startswith("unet.") for key in tensors)
     assert any(key.startswith("text_encoder.text_model.") for key in tensors)
-    first = load_base(config(base, images, tmp_path / "run"), torch.device("cpu"))
+    first = load_base(str(base), torch.float32, torch.device("cpu"))
     start = prepare_trainable(first, config(base, images, tmp_path / "run")).adapter({})
     begun = load_file(save_adapter(start, tmp_path / "start.safetensors"))
     assert [key for key, tensor in tensors.items() if torch.equal(tensor, begun[key])] == []
@@ -145,7 +145,7 @@ def test_two_processes_equal_one_that_accumulates(base, images, tmp_path) -> Non
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("wrote ") == 2  # both ran, and to the end
     two = load_file(tmp_path / "two" / "adapter.safetensors")
-    trainable = prepare_trainable(load_base(settings, torch.device("cpu")), settings)
+    trainable = prepare_trainable(load_base(settings.model, torch.float32, torch.device("cpu")), settings)
     begun = load_file(save_adapter(trainable.adapter({}), tmp_path / "start.safetensors"))
     moved = sum(float((one[key] - begun[key]).square().sum()) for key in one)
     apart = sum(float((one[key] - two[key]).square().sum()) for key in one)

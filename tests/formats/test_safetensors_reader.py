@@ -60,7 +60,8 @@ def test_every_dtype_and_shape_is_read_as_safetensors_reads_it(tmp_path, dtype: 
     tensor = raw.view(dtype).reshape(shape) if count else torch.empty(shape, dtype=dtype)
     # an odd number of bytes before it, to be sorted behind by the writer, which puts wide types first
     save_file({"a": tensor, "b": torch.ones(3, dtype=torch.uint8)}, tmp_path / "x.safetensors", {"note": "kept"})
-    ours, metadata = read_tensors(tmp_path / "x.safetensors")
+    found = read_tensors(tmp_path / "x.safetensors")
+    ours, metadata = found.tensors, found.metadata
     theirs = load_file(tmp_path / "x.safetensors")
     assert ours.keys() == theirs.keys()
     assert metadata == {"note": "kept"}
@@ -73,7 +74,7 @@ def test_unaligned_tensors_are_read(tmp_path) -> None:
     value = torch.tensor([1.5, -2.0])
     data = b"\x07" + value.numpy().tobytes()
     path = file_of(tmp_path / "x", {"a": entry("U8", [1], [0, 1]), "b": entry("F32", [2], [1, 9])}, data)
-    tensors, _ = read_tensors(path)
+    tensors = read_tensors(path).tensors
     assert_identical(tensors["b"], value)
     assert tensors["b"].data_ptr() % 4 == 0
     assert_identical(tensors["a"], torch.tensor([7], dtype=torch.uint8))
@@ -83,7 +84,7 @@ def test_tensors_are_views_that_can_be_written_and_saved(tmp_path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.ones(4), "b": torch.full((4,), 2.0)}, path)
     before = path.read_bytes()
-    tensors, _ = read_tensors(path)
+    tensors = read_tensors(path).tensors
     tensors["a"].zero_()
     assert_identical(tensors["b"], torch.full((4,), 2.0))
     assert path.read_bytes() == before
@@ -93,7 +94,7 @@ def test_tensors_are_views_that_can_be_written_and_saved(tmp_path) -> None:
 
 def test_keys_keep_the_order_of_the_header(tmp_path) -> None:
     entries = {"b": entry(offsets=[4, 8]), "a": entry(offsets=[0, 4])}
-    assert list(read_tensors(file_of(tmp_path / "x", entries, bytes(8)))[0]) == ["b", "a"]
+    assert list(read_tensors(file_of(tmp_path / "x", entries, bytes(8))).tensors) == ["b", "a"]
 
 
 def test_metadata_and_blanks_are_free(tmp_path) -> None:
@@ -103,7 +104,7 @@ def test_metadata_and_blanks_are_free(tmp_path) -> None:
         "é": "\U0001f600",
     }
     path = file_of(tmp_path / "x", {"a": entry()}, bytes(4), metadata)
-    assert read_tensors(path)[1] == metadata
+    assert read_tensors(path).metadata == metadata
     header = json.dumps({"a": entry()}, indent=4).encode() + b" " * 99
     (tmp_path / "y").write_bytes(with_length(header)[0] + bytes(4))
     assert read_header(tmp_path / "y")["a"]["shape"] == [1]
@@ -113,7 +114,7 @@ def test_a_full_size_lokr_passes(tmp_path) -> None:
     key = "lora_unet_input_blocks_{}_1_transformer_blocks_{}_ff_net_0_proj.lokr_w2_a"
     count = 15_000
     entries = {key.format(n, n): entry("F16", [1, 4], [8 * n, 8 * n + 8]) for n in range(count)}
-    assert len(read_tensors(file_of(tmp_path / "x", entries, bytes(8 * count), {"ss": "x" * 2**20}))[0]) == count
+    assert len(read_tensors(file_of(tmp_path / "x", entries, bytes(8 * count), {"ss": "x" * 2**20})).tensors) == count
 
 
 FRACTIONS = [dtype for dtype in DTYPES.values() if dtype.is_floating_point or dtype.is_complex]
@@ -267,14 +268,14 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, change: str) 
                 other.write(b"\x01")
             os.utime(path, ns=(0, 1))
         with pytest.raises(ValueError, match="changed while it was read"):
-            file.tensors()
+            file.contents()
 
 
 def test_a_file_that_is_replaced_or_removed_is_read_as_it_was(tmp_path) -> None:
     path = file_of(tmp_path / "x", {"a": entry("U8", [4], [0, 4])}, b"\x01\x02\x03\x04")
     with container.Container(path) as file:
         os.replace(file_of(tmp_path / "y", {"b": entry("U8", [1], [0, 1])}, b"\x09"), path)
-        assert file.tensors()["a"].tolist() == [1, 2, 3, 4]
+        assert file.contents().tensors["a"].tolist() == [1, 2, 3, 4]
 
 
 def test_readers_beside_a_writer_see_one_file_or_an_error(tmp_path) -> None:
@@ -293,7 +294,7 @@ def test_readers_beside_a_writer_see_one_file_or_an_error(tmp_path) -> None:
     try:
         for _ in range(200):
             try:
-                values = read_tensors(path)[0]["a"]
+                values = read_tensors(path).tensors["a"]
             except ValueError as error:
                 assert str(path) in str(error)
             else:

@@ -29,7 +29,7 @@ def test_model_card_is_filled_in(base: str) -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_are_ready_to_train(name: str) -> None:
     config = TrainConfig.from_yaml(ROOT / "examples" / name)
-    assert len(checked_examples(config).train) >= 6
+    assert len(checked_examples(config.data, seed=config.optim.seed).train) >= 6
     assert config.evaluation.truth_dir is not None
 
 

@@ -10,13 +10,12 @@ from PIL import Image
 
 from dora_diffusion.blending import BLEND_SENTENCES, BlendOptions, blend_with_report
 from dora_diffusion.blending.bake import bake
-from dora_diffusion.formats import FORMATS, load_adapter, save_adapter
+from dora_diffusion.formats import FORMATS, load_examined, save_adapter
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.generation.generate import GenerationStopped, generate
 from dora_diffusion.pipelines.base_weights import EMBEDDED, BaseWeights
 from dora_diffusion.pipelines.loading import load_pipeline
 from dora_diffusion.state import AdapterState
-from dora_diffusion.utils.atomic import sha256_of
 from ui.backend.picture_difference import largest_difference
 from ui.backend.request import AdapterChoice, DrawRequest, check_name
 from ui.backend.session import Drawn, Session, ShouldStop
@@ -176,8 +175,8 @@ def _mix(
     weights: Weights = {}
     for choice, use in zip(request.adapters, live.adapters, strict=True):
         path = session.library.find(choice.file).path
-        state = load_adapter(path, base=base)
-        if use.sha256 is not None and sha256_of(path) != use.sha256:
+        state, examined = load_examined(path, base=base)
+        if use.sha256 is not None and examined.sha256 != use.sha256:
             raise ValueError(f"{choice.file}: the file has changed since it was drawn with; export again")
         states[choice.file] = state
         weights[choice.file] = choice.weight_on((*state.modules, *state.vectors), session.parts)

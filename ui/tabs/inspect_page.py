@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from dora_diffusion.formats import load_adapter
 from dora_diffusion.inspection.plots import plot_adapters
 from dora_diffusion.inspection.report import inspect_adapter
 from ui.backend.interference import interference_html, measure
@@ -75,7 +76,8 @@ def plot_of(session: Session, names: tuple[str, ...]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     stem = "+".join(file.name.rstrip("/").replace("/", "_") for file in files)[:100]
     with session.weights() as base:
-        return plot_adapters([file.path for file in files], base, folder / f"{stem}.png")
+        states = {file.name: load_adapter(file.path, base=base) for file in files}
+        return plot_adapters(states, base, folder / f"{stem}.png")
 
 
 def interference_of(session: Session, names: tuple[str, ...]) -> str:

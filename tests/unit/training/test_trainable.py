@@ -46,7 +46,7 @@ def examples(tmp_path) -> list[Example]:
 def test_groups_have_their_own_rates_and_magnitudes_no_decay(tmp_path) -> None:
     config = make_config(tmp_path)
     trainable = prepare_trainable(random_pocket_pipeline(), config)
-    groups = build_optimizer(trainable, config).param_groups
+    groups = build_optimizer(trainable, config.optim, config.words).param_groups
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [
         (1e-3, 0.1),
         (1e-2, 0.1),
@@ -68,8 +68,8 @@ def test_groups_have_their_own_rates_and_magnitudes_no_decay(tmp_path) -> None:
 
 def test_rates_are_a_function_of_the_step(tmp_path) -> None:
     config = make_config(tmp_path)
-    optimizer = build_optimizer(prepare_trainable(random_pocket_pipeline(), config), config)
-    schedule = RateSchedule(optimizer, config)
+    optimizer = build_optimizer(prepare_trainable(random_pocket_pipeline(), config), config.optim, config.words)
+    schedule = RateSchedule(optimizer, config.optim)
     assert [schedule.set(step) for step in (0, 5, 0, 10)] == pytest.approx([1e-3, 5e-4, 1e-3, 0.0])
     schedule.set(5)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([5e-4, 5e-3, 1.5e-3, 1e-4, 1e-3, 3e-4])
@@ -110,7 +110,7 @@ def test_each_text_encoder_has_its_own_rank_and_rate(tmp_path) -> None:
     trainable = prepare_trainable(PIPELINES["sdxl"].build(), config)
     ranks = {name: set(injection.matched.values()) for name, injection in trainable.injections.items()}
     assert ranks == {"unet": {8}, "text_encoder": {8}, "text_encoder_2": {2}}
-    rates = [group["lr"] for group in build_optimizer(trainable, config).param_groups[::3]]
+    rates = [group["lr"] for group in build_optimizer(trainable, config.optim, config.words).param_groups[::3]]
     assert rates == [1e-4, 3e-5, 1e-4]
     second = prepare_trainable(PIPELINES["sdxl"].build(), xl_config(tmp_path, train=["text_encoder_2"]))
     assert set(second.injections) == {"unet", "text_encoder_2"}
@@ -174,8 +174,8 @@ def test_trained_text_encoders_stay_where_they_are(tmp_path, monkeypatch) -> Non
 def test_words_past_their_share_have_no_say_in_clipping(tmp_path) -> None:
     config = make_config(tmp_path, words={"starts": {"zqx": "cat"}, "share": 0.01}, optim={"steps": 10})
     trainable = prepare_trainable(random_pocket_pipeline(), config)
-    optimizer = build_optimizer(trainable, config)
-    rates = RateSchedule(optimizer, config)
+    optimizer = build_optimizer(trainable, config.optim, config.words)
+    rates = RateSchedule(optimizer, config.optim)
     (vectors,) = trainable.words.parameters()
     for step, expected in ((0, True), (1, False)):  # a share of less than a step is one step
         vectors.grad = torch.ones_like(vectors)
