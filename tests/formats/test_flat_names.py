@@ -2,11 +2,11 @@
 
 import re
 import time
-from functools import cache
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from benchmarks.full_size.models import pipeline_of
 from benchmarks.full_size.published import PUBLISHED
@@ -31,21 +31,20 @@ def test_every_path_of_every_model_comes_back(name: str) -> None:
             assert wrong == {}, component
 
 
-@cache
-def paths_of(name: str, component: str) -> tuple[str, ...]:
-    published = next(model for model in PUBLISHED if model.name == name)
-    model = getattr(pipeline_of(published), component)
+def paths_of(model: nn.Module) -> tuple[str, ...]:
     holders = {parameter.rpartition(".")[0] for parameter, _ in model.named_parameters()}
     return tuple(path.removeprefix("text_model.") for path in holders if path)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_every_name_of_the_makers_comes_back_at_real_size(layout) -> None:
-    seen = set()
-    for published in PUBLISHED:
-        if published.family in layout.families and layout.component in published.parts:
-            fusions = [layout.of_path(path) for path in paths_of(published.name, layout.component)]
-            seen |= {fusion.original for fusion in fusions if fusion is not None}
+def test_every_original_name_comes_back(layout) -> None:
+    models = [
+        pipeline_of(published)
+        for published in PUBLISHED
+        if published.family in layout.families and layout.component in published.parts
+    ] or [tiny.build() for tiny in PIPELINES.values() if tiny.family in layout.families]
+    fusions = [layout.of_path(path) for pipe in models for path in paths_of(getattr(pipe, layout.component))]
+    seen = {fusion.original for fusion in fusions if fusion is not None}
     assert seen and {name: unflatten(flatten(name)) for name in seen if unflatten(flatten(name)) != name} == {}
 
 
