@@ -20,10 +20,10 @@ from dora_diffusion.families.shifts import flux_2_shift
 from dora_diffusion.families.signature import (
     ADAPTIVE_NAMES,
     EMBEDDER_NAMES,
+    JOINT_PATHS,
     PartSignature,
     PublishedSize,
     Signature,
-    joint_paths,
     transformer_size,
 )
 from dora_diffusion.families.text import decoder, decoder_signature
@@ -124,7 +124,7 @@ _SIGHT = (
 def _transformer(embedders: str, *sizes: PublishedSize) -> PartSignature:
     """`embedders`: of time and, in dev, guidance."""
     paths = (
-        *joint_paths(),
+        *JOINT_PATHS,
         f"{_BLOCK}.(ff|ff_context).(linear_in|linear_out|act_fn.gate_fn)",
         f"{_BLOCK}.(norm1|norm2|norm1_context|norm2_context)",
         f"{_SINGLE}.attn.(to_qkv_mlp_proj|to_out|norm_q|norm_k|mlp_act_fn.gate_fn)",

@@ -12,9 +12,9 @@ from dora_diffusion.families.record import Component, Drawing, Family
 from dora_diffusion.families.signature import (
     ADAPTIVE_NAMES,
     EMBEDDER_NAMES,
+    JOINT_PATHS,
     PartSignature,
     Signature,
-    joint_paths,
     transformer_size,
 )
 from dora_diffusion.families.text import decoder, decoder_signature
@@ -106,7 +106,7 @@ SIGNATURE = Signature(
     parts={
         "transformer": PartSignature(
             paths=(
-                *joint_paths(),
+                *JOINT_PATHS,
                 "transformer_blocks.#.(img|txt)_(mod.#|norm1|norm2|mlp.net.#(.proj|))",
                 f"time_text_embed.timestep_embedder.{EMBEDDER_NAMES}",
                 f"norm_out.{ADAPTIVE_NAMES}",

@@ -50,8 +50,8 @@ class Signature:
         called: expression for the beginning of what tools call the base in metadata (`modelspec.architecture`,
             `ss_base_model_version`, OneTrainer's `model_type`), in lower case, words joined by hyphens.
         lookalikes: the same for other models whose layers have the very names and sizes of this family's.
-        encoders: what tools call its text encoders -> component, where it is not what the number says: kohya's "te",
-            "te3", ComfyUI's "clip_l", "clip_h", "clip_g", "t5xxl", the Open Model Initiative's "t5".
+        encoders: what tools call its text encoders -> component: ComfyUI's "clip_l", "clip_h", "clip_g", "t5xxl", the
+            Open Model Initiative's "t5", and kohya's "te" and "te3" where it is not te1, te2, te3 in order.
         is_original: its makers call its layers as diffusers does, so that it needs no layout.
     """
 
@@ -68,6 +68,11 @@ JOINT_NAMES = "(add_q_proj|add_k_proj|add_v_proj|to_add_out|norm_added_q|norm_ad
 FEED_FORWARD_NAMES = "(ff.net.#|ff.net.#.proj|ff_context.net.#|ff_context.net.#.proj)"
 ADAPTIVE_NAMES = "(linear|norm|silu)"
 EMBEDDER_NAMES = "(linear_#|act|act_#)"
+# Attention to picture and text tokens side by side.
+JOINT_PATHS = (
+    f"transformer_blocks.#.(attn|attn2).{ATTENTION_NAMES}",
+    f"transformer_blocks.#.(attn|attn2).{JOINT_NAMES}",
+)
 _TAKE_TOKENS = (
     "(to_q|to_k|to_v|add_q_proj|add_k_proj|add_v_proj|to_qkv_mlp_proj|net.0.proj|proj_mlp"
     "|linear|linear_in|linear_1|w1|w3)"
@@ -85,8 +90,3 @@ def transformer_size(width: int, blocks: Mapping[str, int], inputs: Mapping[str,
     numbers = {f"{stack}.#": count for stack, count in blocks.items()}
     tokens = {f"({'|'.join(blocks)}).#.(*.|){_TAKE_TOKENS}": width}
     return PublishedSize(numbers, {**(inputs or {}), **tokens})
-
-
-def joint_paths(blocks: str = "transformer_blocks") -> tuple[str, ...]:
-    """Of attention to picture and text tokens side by side."""
-    return (f"{blocks}.#.(attn|attn2).{ATTENTION_NAMES}", f"{blocks}.#.(attn|attn2).{JOINT_NAMES}")

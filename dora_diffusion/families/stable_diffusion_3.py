@@ -17,9 +17,9 @@ from dora_diffusion.families.signature import (
     ADAPTIVE_NAMES,
     EMBEDDER_NAMES,
     FEED_FORWARD_NAMES,
+    JOINT_PATHS,
     PartSignature,
     Signature,
-    joint_paths,
     transformer_size,
 )
 from dora_diffusion.families.text import clip, clip_g, clip_l, t5, t5_signature
@@ -128,7 +128,7 @@ SIGNATURE = Signature(
     parts={
         "transformer": PartSignature(
             paths=(
-                *joint_paths(),
+                *JOINT_PATHS,
                 f"{_BLOCK}.{FEED_FORWARD_NAMES}",
                 f"{_BLOCK}.(norm1|norm2|norm1_context|norm2_context).{ADAPTIVE_NAMES}",
                 f"time_text_embed.(timestep_embedder|guidance_embedder|text_embedder).{EMBEDDER_NAMES}",

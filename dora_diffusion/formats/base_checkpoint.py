@@ -236,7 +236,7 @@ def _open_file(path: Path) -> Checkpoint:
 def _parts(keys: Sequence[str]) -> list[_Part]:
     prefix = next(prefix for prefix in _DENOISER_PREFIXES if any(key.startswith(prefix) for key in keys))
     inner = _under(keys, prefix)
-    layout = layout_of({_split(key)[0] for key in inner}) or _layout(inner, "transformer")
+    layout = layout_of({_split(key)[0] for key in inner}) or _layout(inner, "transformer", "unet")
     parts = _text_parts(keys, layout)
     if layout is not None:
         parts.append(_Part(layout.component, prefix, layout))
@@ -260,10 +260,10 @@ def _under(keys: Sequence[str], prefix: str) -> list[str]:
     return [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
 
 
-def _layout(keys: Sequence[str], component: str) -> Layout | None:
+def _layout(keys: Sequence[str], *components: str) -> Layout | None:
     """The original names, when they know half of the layers, and as many of them as diffusers' names do."""
     layers = {_split(key)[0] for key in keys}
-    layouts = [layout for layout in LAYOUTS if layout.component == component]
+    layouts = [layout for layout in LAYOUTS if layout.component in components]
     counts = [sum(layout.of_original(layer) is not None for layer in layers) for layout in layouts]
     most = max(counts, default=0)
     if 2 * most < len(layers) or not most:
