@@ -15,7 +15,7 @@ INTERCHANGE_FLAGS ?=
 FUZZ_FLAGS ?=
 PAYLOADS_FLAGS ?=
 
-.PHONY: setup demo test test-quantised families bench interchange fuzz payloads full-size check format browser
+.PHONY: setup demo test test-quantised families bench interchange fuzz payloads full-size check format docs release-check browser
 
 setup: $(READY)
 
@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "setup: Python 3.11 or newer is needed (diffusers asks for it), got " + sys.version.split()[0] + "; choose one with PYTHON=python3.12")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet -c constraints.txt torch
-	$(PY) -m pip install --quiet -c constraints.txt -e '.[ui,dev,pretrain]'
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[ui,dev,docs,pretrain]'
 	@touch $@
 
 demo: setup
@@ -72,6 +72,14 @@ check: setup
 format: setup
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+# Guides and reference -> site/index.html. A broken link or anchor, or a docstring at odds with its signature, fails.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+# The mechanical part of docs/releasing.md: sdist and wheel of HEAD, installed in an empty environment and used there.
+release-check: setup
+	.ci/release-check $(PY)
 
 # Browser tests need a Chromium. Without one, and without the right to install it, they skip and say so.
 browser:

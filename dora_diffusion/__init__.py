@@ -12,6 +12,8 @@ Names are imported when first used, so that `import dora_diffusion` costs nothin
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dora_diffusion._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from dora_diffusion.adapters.manager import AdapterManager
     from dora_diffusion.adapters.matching import LoadReport
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
     from dora_diffusion.state import AdapterState, ModuleState
     from dora_diffusion.training.config import TrainConfig
     from dora_diffusion.training.loop import train
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "AdapterManager": "adapters.manager",

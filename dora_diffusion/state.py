@@ -37,6 +37,17 @@ class ModuleState:
         rank_stabilised: see alpha.
         axis: what m scales: "out" rows of the weight (the paper, PEFT), "in" columns (older files; drawing only).
         mid: the core (r, r, kh, kw) of a convolution's Tucker pair (LyCORIS), or None.
+
+    Examples:
+        ```python
+        import torch
+
+        import dora_diffusion as dd
+
+        module = dd.ModuleState(down=torch.randn(4, 64), up=torch.randn(128, 4), alpha=2.0, magnitude=torch.ones(128))
+        assert (module.rank, module.scale, module.shape) == (4, 0.5, (128, 64))
+        torch.testing.assert_close(module.delta(), 0.5 * module.up @ module.down)
+        ```
     """
 
     down: Tensor
@@ -204,6 +215,18 @@ class AdapterState:
         vectors: parameter -> what is added to it: biases, and weights of normalisations (`unet...norm1.weight`).
         extra: tensors that belong to no layer, by their keys in the file: kept, written back, reported.
         origin: the name of the format that it was read from; empty for one that came from no file.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        adapter = dd.load_adapter("ink.safetensors")
+        for path, module in adapter.modules.items():
+            print(path, module.rank, float(module.delta_norm()))
+
+        unet_alone = {path: module for path, module in adapter.modules.items() if path.startswith("unet.")}
+        dd.save_adapter(dd.AdapterState(unet_alone), "ink-unet.safetensors")
+        ```
     """
 
     modules: Mapping[str, Module]

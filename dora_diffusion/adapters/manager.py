@@ -37,10 +37,34 @@ from dora_diffusion.state import AdapterState, ModuleState, term_of
 
 
 class AdapterManager:
-    """Adapters of one pipeline. The pipeline stays an ordinary diffusers pipeline throughout."""
+    """Adapters of one pipeline. The pipeline stays an ordinary diffusers pipeline throughout.
+
+    Args:
+        pipe: a diffusers pipeline.
+
+    Raises:
+        ValueError: the pipeline is of no family known here.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        pipe = dd.load_pipeline("pocket")
+        manager = dd.AdapterManager(pipe)
+        manager.load_adapter("ink.safetensors", name="ink")
+        manager.load_adapter("lego.safetensors", name="lego")
+        manager.set_adapters({"ink": 0.8, "lego": {"unet": 0.4, "text_encoder": 0.0}})
+        manager.set_schedule("ink", [(0.0, 0.0), (0.3, 1.0)])  # it fades in
+        picture = pipe("a castle on the beach", num_inference_steps=4).images[0]
+
+        manager.set_schedule("ink", None)
+        manager.fuse()  # drawing costs what the base costs
+        manager.unfuse()
+        manager.unload()  # the base, bit for bit
+        ```
+    """
 
     def __init__(self, pipe: Any) -> None:
-        """A ValueError when the pipeline is of no family known here."""
         self._family = family_of_pipeline(pipe)
         self._pipe_modules = PipelineModules(pipe, [part.name for part in self._family.components])
         self._slots = Slots(self._pipe_modules)

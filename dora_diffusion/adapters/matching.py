@@ -30,6 +30,15 @@ class LoadReport:
         components: the parts of the pipeline that it changes.
         sha256: of the file, or None for an adapter that came from memory.
         metadata: the file's own.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        manager = dd.AdapterManager(dd.load_pipeline("pocket"))
+        report = manager.load_adapter("ink.safetensors", name="ink")
+        print(f"{report.name}: {report.kind} of rank {report.ranks}, {report.matched} layers of {report.components}")
+        ```
     """
 
     name: str

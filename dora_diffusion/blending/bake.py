@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import dora_diffusion
+from dora_diffusion._version import __version__
 from dora_diffusion.formats.base_checkpoint import Checkpoint, Place, main_weights, open_checkpoint, weight_files
 from dora_diffusion.formats.safetensors_stream import BLOCK_BYTES, TensorFile, write_tensor_file
 from dora_diffusion.functional.blend_modes import ACTIVE_AT_ZERO, MODES
@@ -132,6 +132,15 @@ def bake(
     Raises:
         ValueError: one line: layers that the base lacks, shapes that do not fit, a quantised base, an output that is in
             the way.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        ink = dd.load_adapter("ink.safetensors")
+        dd.bake("pocket", {"ink": ink}, {"ink": 0.8}, "pocket-in-ink")
+        pipe = dd.load_pipeline("pocket-in-ink")  # plain weights: anything that reads diffusers' folders reads it
+        ```
     """
     plan = _plan(local_base(base), adapters, weights, mode)
     source, target = plan.base.source, Path(output)
@@ -266,7 +275,7 @@ def _is_table(path: str) -> bool:
 
 def _notes(source: Path, weights: Mapping[str, Weight], mode: str) -> dict[str, str]:
     strengths = {name: dict(weight) if isinstance(weight, Mapping) else weight for name, weight in weights.items()}
-    note = {"base": source.name, "mode": mode, "adapters": strengths, "version": dora_diffusion.__version__}
+    note = {"base": source.name, "mode": mode, "adapters": strengths, "version": __version__}
     return {NOTE: json.dumps(note), "modelspec.merged_from": ", ".join((source.name, *weights))}
 
 

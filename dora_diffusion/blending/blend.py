@@ -60,7 +60,8 @@ def blend(
     Args:
         adapters: name -> adapter. The order counts in the modes `peft`, `comfyui` and `a1111`.
         weights: name -> its strength, or strengths by part: `{"unet": 0.8, "unet.up_blocks": 1.2}`.
-        base: the base model: whatever `base_weights.weights_of` reads. None will do where plain LoRAs add up.
+        base: a pipeline, an embedded base's name, a diffusers folder or a single .safetensors file. None
+            will do where plain LoRAs add up.
         mode: a key of `BLEND_SENTENCES`.
         rank: of each layer, at most; None for the sum of the adapters' ranks.
         options: what only some modes ask for.
@@ -73,6 +74,15 @@ def blend(
     Raises:
         ValueError: no adapters, an unknown mode or name, a strength that is no finite number, a layer that the base
             does not have or has in another shape, both axes in one layer, tensors on which two adapters disagree.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        adapters = {"ink": dd.load_adapter("ink.safetensors"), "lego": dd.load_adapter("lego.safetensors")}
+        mix = dd.blend(adapters, {"ink": 0.8, "lego": 0.4}, base="pocket")
+        dd.save_adapter(mix, "mix.safetensors")
+        ```
     """
     return blend_with_report(
         adapters, weights, base=base, mode=mode, rank=rank, options=options, progress=progress
@@ -89,7 +99,18 @@ def blend_with_report(
     options: BlendOptions | None = None,
     progress: Progress | None = None,
 ) -> Blended:
-    """`blend`, and what became of each layer."""
+    """`blend`, and what became of each layer.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        adapters = {"ink": dd.load_adapter("ink.safetensors"), "lego": dd.load_adapter("lego.safetensors")}
+        found = dd.blend_with_report(adapters, {"ink": 0.8, "lego": 0.4}, base="pocket", mode="svd", rank=4)
+        print(found.report.sentence())
+        dd.save_adapter(found.adapter, "mix.safetensors")
+        ```
+    """
     options = options or BlendOptions()
     _check(adapters, weights, mode, rank)
     names = list(adapters) if mode in _IN_ORDER else sorted(adapters)

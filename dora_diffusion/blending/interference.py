@@ -78,10 +78,18 @@ def interference(adapters: Mapping[str, AdapterState], *, base: Any) -> Interfer
 
     Args:
         adapters: name -> adapter, two or more for there to be a cosine.
-        base: the base model: whatever `base_weights.weights_of` reads.
+        base: a pipeline, an embedded base's name, a diffusers folder or a single .safetensors file.
 
     Raises:
         ValueError: a layer that the base does not have, or has in another shape.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        adapters = {"ink": dd.load_adapter("ink.safetensors"), "lego": dd.load_adapter("lego.safetensors")}
+        print(dd.interference(adapters, base="pocket").table())
+        ```
     """
     weight_of = weights_of(base)
     products: dict[tuple[str, str, str], float] = {}

@@ -27,6 +27,15 @@ class BlendOptions:
             weights, plain LoRA for the modes of differences.
         extra: what happens when tensors that belong to no layer stand in two files and differ: "refuse" the blend, or
             "drop" them from it.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        adapters = {"ink": dd.load_adapter("ink.safetensors"), "lego": dd.load_adapter("lego.safetensors")}
+        options = dd.BlendOptions(density=0.3, seed=7)
+        mix = dd.blend(adapters, {"ink": 1, "lego": 1}, base="pocket", mode="dare-ties", rank=4, options=options)
+        ```
     """
 
     density: float = 0.5

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from dora_diffusion.cli.arguments import split_adapter
 from dora_diffusion.cli.drawing import add_generate, add_ui
+from dora_diffusion.cli.environment import add_env
 from dora_diffusion.cli.files import add_convert, add_extract, add_inspect, add_resize
 from dora_diffusion.cli.mixes import add_bake, add_blend
 from dora_diffusion.cli.training import add_doctor, add_evaluate, add_train
@@ -29,6 +30,7 @@ COMMANDS: Mapping[str, tuple[str, Add]] = {
     "bake": ("write a base with adapters in its weights", add_bake),
     "evaluate": ("score a trained adapter, with pictures", add_evaluate),
     "ui": ("the app: load, blend, draw", add_ui),
+    "env": ("versions and devices, for a bug report", add_env),
 }
 
 

@@ -31,6 +31,15 @@ class Extraction:
         vectors: also take the biases and normalisations that changed, whole.
         negligible: a layer that changed by no more than this share of its norm is left out, as one that is equal is.
         dtype: of the pairs and vectors; magnitudes are fp32.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        options = dd.Extraction(target_modules=["to_q", "to_k"], use_dora=False, error=0.05)
+        adapter = dd.extract("tuned", "pocket", rank=16, options=options)  # no more ranks than 5 % of error ask for
+        print(adapter.ranks)
+        ```
     """
 
     target_modules: str | Sequence[str] | None = None
@@ -65,6 +74,14 @@ def extract(
 
     Raises:
         ValueError: the models are not of one shape, or nothing changed; one line says where.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        adapter = dd.extract("tuned", "pocket", rank=4)  # folders, files or pipelines
+        dd.save_adapter(adapter, "tuned-dora.safetensors")
+        ```
     """
     chosen = options or Extraction()
     check_budget(rank, chosen.error)

@@ -28,12 +28,21 @@ def to_dora(
 
     Args:
         lora: the adapter.
-        base: what `base_weights.weights_of` takes.
+        base: a pipeline, an embedded base's name, a diffusers folder or a single .safetensors file.
         progress: called after every layer.
         report: is given the record of errors at the end.
 
     Raises:
         ValueError: the base does not fit.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        lego = dd.load_adapter("lego.safetensors")
+        as_dora = dd.to_dora(lego, base="pocket")  # draws the same
+        assert as_dora.is_dora and not lego.is_dora
+        ```
     """
     weights = weights_of(base)
 
@@ -64,7 +73,7 @@ def to_lora(
 
     Args:
         dora: the adapter.
-        base: what `base_weights.weights_of` takes.
+        base: a pipeline, an embedded base's name, a diffusers folder or a single .safetensors file.
         rank: of the pairs; None, with no `error`, keeps each difference whole, as exact as its dtype.
         error: keep no more ranks than leave this relative error in a layer.
         progress: called after every layer.
@@ -72,6 +81,15 @@ def to_lora(
 
     Raises:
         ValueError: the base does not fit.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        ink = dd.load_adapter("ink.safetensors")
+        as_lora = dd.to_lora(ink, base="pocket", rank=16, report=lambda report: print(report.sentence()))
+        dd.save_adapter(as_lora, "ink-lora.safetensors", format="old-diffusers")
+        ```
     """
     is_whole = rank is None and error == 0
     if not is_whole:
@@ -110,7 +128,7 @@ def to_out_axis(
 
     Args:
         adapter: the adapter.
-        base: what `base_weights.weights_of` takes.
+        base: a pipeline, an embedded base's name, a diffusers folder or a single .safetensors file.
         rank: of the new pairs; None keeps each layer's.
         error: keep no more ranks than leave this relative error in a layer, as far as `rank` reaches.
         progress: called after every layer.
@@ -118,6 +136,15 @@ def to_out_axis(
 
     Raises:
         ValueError: the base does not fit.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        older = dd.load_adapter("older.safetensors")  # a magnitude per input, which diffusers cannot draw
+        adapter = dd.to_out_axis(older, base="pocket", rank=16, report=lambda report: print(report.sentence()))
+        dd.save_adapter(adapter, "newer.safetensors", format="diffusers")
+        ```
     """
     check_budget(1 if rank is None else rank, error)
     weights = weights_of(base)

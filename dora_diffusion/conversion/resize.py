@@ -36,12 +36,22 @@ def resize(
         adapter: any kind, any mix.
         rank: the highest rank left; None leaves it to `error`.
         error: keep no more ranks than leave this relative error in a layer (of D, or of W' with a base).
-        base: what `base_weights.weights_of` takes, or None.
+        base: a pipeline, an embedded base's name, a diffusers folder or a single .safetensors file; or
+            None.
         progress: called after every layer.
         report: is given the record of errors at the end.
 
     Raises:
         ValueError: neither a rank nor an error is given, or the base does not fit.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        ink = dd.load_adapter("ink.safetensors")
+        smaller = dd.resize(ink, rank=2, report=lambda report: print(report.sentence()))
+        assert smaller.ranks == (2,)
+        ```
     """
     check_budget(rank, error)
     weights = None if base is None else weights_of(base)

@@ -64,6 +64,15 @@ def examine(path: str | Path) -> Examined:
 
     Raises:
         ValueError: one line: the file is broken, or no adapter's.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        found = dd.examine("ink.safetensors")
+        print(f"{found.format}: {found.matched} keys of {found.layers} layers")
+        assert found.unknown == ()
+        ```
     """
     path = Path(path)
     if path.is_dir():
@@ -135,6 +144,14 @@ def load_adapter(path: str | Path, *, base: WeightOf | None = None) -> AdapterSt
 
     Raises:
         ValueError: one line that names the file and what is wrong.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        adapter = dd.load_adapter("ink.safetensors")
+        print(adapter.origin, adapter.is_dora, adapter.ranks, adapter.components)
+        ```
     """
     return load_examined(path, base=base)[0]
 
@@ -170,6 +187,15 @@ def save_adapter(adapter: AdapterState, path: str | Path, *, format: str = "diff
 
     Raises:
         ValueError: the format is unknown, or cannot hold this adapter: one line that says what and what to do.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        adapter = dd.load_adapter("ink.safetensors")
+        dd.save_adapter(adapter, "ink-kohya.safetensors", format="kohya")
+        dd.save_adapter(adapter, "ink-peft", format="peft")  # a folder
+        ```
     """
     path = Path(path)
     if format not in FORMATS:

@@ -27,8 +27,19 @@ class GenerationSettings:
         steps: of a whole run; one that starts from a picture takes `strength` of them.
         guidance_scale: how strongly the prompt is followed; 1 is without guidance.
         width, height: in pixels; None is the model's own size.
-        sampler: a name of `samplers.SAMPLERS`; "default" is the pipeline's own scheduler.
+        sampler: a name of `generation.samplers.SAMPLERS`; "default" is the pipeline's own scheduler.
         strength: how much of a canvas's picture is drawn anew, above 0 up to 1; None is DEFAULT_STRENGTH.
+
+    Examples:
+        ```python
+        from dataclasses import replace
+
+        import dora_diffusion as dd
+
+        settings = dd.GenerationSettings("a flat style (castle:1.3) in the snow", steps=4, sampler="euler")
+        pipe = dd.load_pipeline("pocket")
+        pictures = [dd.generate(pipe, replace(settings, seed=seed)) for seed in range(2)]
+        ```
     """
 
     prompt: str
@@ -95,6 +106,16 @@ def generate(
     Raises:
         ValueError: a size, sampler, weighted word or canvas that this model cannot draw: one line.
         GenerationStopped: within a step of `should_stop` answering yes.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        pipe = dd.load_pipeline("pocket")
+        settings = dd.GenerationSettings("a noto style rocket on the beach", seed=7, steps=4)
+        picture = dd.generate(pipe, settings, on_step=lambda report: print(report.step, "of", report.total))
+        picture.save("rocket.png")
+        ```
     """
     family = family_of_pipeline(pipe)
     height, width = sides = _sides(pipe, family, settings)

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-import dora_diffusion
+from dora_diffusion._version import __version__
 from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.generation.samplers import SAMPLERS
@@ -87,7 +87,7 @@ def parameters_text(settings: GenerationSettings, *, model: str, adapters: Seque
         "CFG scale": f"{settings.guidance_scale:g}",
         "Seed": settings.seed,
         "Model": model,
-        "Version": f"dora_diffusion {dora_diffusion.__version__}",
+        "Version": f"dora_diffusion {__version__}",
     }
     if settings.strength is not None:
         facts["Denoising strength"] = f"{settings.strength:g}"
@@ -108,7 +108,7 @@ def picture_metadata(
 ) -> PngInfo:
     """PNG text chunks: A1111's `parameters`, and a JSON chunk `dora_diffusion` that loses nothing."""
     record = {
-        "version": dora_diffusion.__version__,
+        "version": __version__,
         "model": model,
         "settings": asdict(settings),
         "adapters": [{**asdict(use), "weight": _plain(use.weight)} for use in adapters],

@@ -27,9 +27,21 @@ class DoRAConfig:
         rank_pattern: pattern -> rank of the layers whose path ends in it; a regular expression, the first that fits, as
             in PEFT: `{"mid_block.*to_k": 32, "to_out.0": 4}`.
         alpha_pattern: pattern -> alpha, likewise.
-        init: what A and B start from: "default" (B = 0), "gaussian", "orthogonal" or "pissa"; see `initialisation`. An
-            embedding knows "pissa" and one other start, A = 0.
+        init: what A and B start from: "default" (B = 0), "gaussian", "orthogonal" or "pissa"; see
+            `layers.initialisation`. An embedding knows "pissa" and one other start, A = 0.
         train_magnitude: False freezes m at the norm of the base's rows, so that only directions are learnt.
+
+    Examples:
+        ```python
+        from torch import nn
+
+        import dora_diffusion as dd
+
+        model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
+        config = dd.DoRAConfig(rank=4, alpha=8, target_modules=["0", "2"], rank_pattern={"2": 2})
+        injection = dd.inject(model, config)
+        assert injection.matched == {"0": 4, "2": 2}
+        ```
     """
 
     rank: int = 8

@@ -20,7 +20,28 @@ from dora_diffusion.state import AdapterState, ModuleState
 
 
 class Injection:
-    """What `inject` did to a model: its layers, their parameters, and the way back."""
+    """What `inject` did to a model: its layers, their parameters, and the way back.
+
+    Examples:
+        ```python
+        import torch
+        from torch import nn
+
+        import dora_diffusion as dd
+
+        model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
+        injection = dd.inject(model, dd.DoRAConfig(rank=4, target_modules=["0", "2"]))
+        injection.keep_norms()  # one norm a layer and optimiser step
+        optimizer = torch.optim.AdamW(injection.parameters(), lr=1e-3)
+        for _ in range(3):
+            model(torch.randn(16, 32)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        adapter = injection.state()
+        injection.eject()  # the very layers that were there before
+        assert isinstance(model[0], nn.Linear)
+        ```
+    """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, DoRALayer], trainable: list[nn.Parameter]) -> None:
         self._model = model
@@ -159,6 +180,16 @@ def inject(model: nn.Module, config: DoRAConfig, *, generator: torch.Generator |
 
     Raises:
         ValueError: nothing matches, a match cannot be adapted, or the model holds an adapter already.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        pipe = dd.load_pipeline("pocket")
+        injection = dd.inject(pipe.unet, dd.DoRAConfig(rank=4))  # the attention layers
+        print(sum(parameter.numel() for parameter in injection.parameters()), "numbers to train")
+        injection.eject()
+        ```
     """
     if any(isinstance(module, Adapter | BlendedLayer) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} holds an adapter already: eject it, or unload its manager, first")

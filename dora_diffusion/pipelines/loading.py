@@ -56,6 +56,16 @@ def load_pipeline(
 
     Raises:
         ValueError: one line that says what was looked for, what is there and how to mend it.
+
+    Examples:
+        ```python
+        import torch
+
+        import dora_diffusion as dd
+
+        pipe = dd.load_pipeline("pocket", dtype=torch.bfloat16)
+        picture = pipe("a noto style rocket on the beach", num_inference_steps=4).images[0]
+        ```
     """
     _check_device(device, offload)
     with _quiet():

@@ -38,6 +38,14 @@ class WordState:
         word: as prompts spell it.
         vectors: for each CLIP encoder in the pipeline's order, (vectors, width).
         sha256: of the file that it was read from, hex; None for a word that came from memory.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        word = dd.load_word("zqx.safetensors")
+        print(word.word, [tuple(vectors.shape) for vectors in word.vectors])
+        ```
     """
 
     word: str
@@ -80,7 +88,21 @@ class _Encoder:
 
 
 class Words:
-    """New words in a pipeline: their vectors, and the way back."""
+    """New words in a pipeline: their vectors, and the way back.
+
+    Examples:
+        ```python
+        import torch
+
+        import dora_diffusion as dd
+
+        pipe = dd.load_pipeline("pocket")
+        words = dd.add_words(pipe, {"<zqx>": "robot"})
+        optimizer = torch.optim.AdamW(words.parameters(), lr=5e-3)  # train as you like, then
+        dd.save_words(words.state(), "words")
+        words.remove()  # tokenizer and encoder are what they were
+        ```
+    """
 
     def __init__(self, pipe: Any, encoders: Sequence[_Encoder], counts: Mapping[str, int]) -> None:
         self._pipe = pipe
@@ -133,6 +155,16 @@ def add_words(pipe: Any, starts: Mapping[str, str], *, vectors: int = 1) -> Word
     Raises:
         ValueError: no CLIP encoder, a word that the vocabulary has or that has spaces, a start of no known token, or
             several vectors for a pipeline that cannot spell them out.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        pipe = dd.load_pipeline("pocket")
+        words = dd.add_words(pipe, {"<zqx>": "robot"}, vectors=2)
+        picture = pipe("a <zqx> on the beach", num_inference_steps=4).images[0]  # still any robot
+        words.remove()
+        ```
     """
     names = _clip_encoders(pipe)
     states = [
@@ -148,6 +180,15 @@ def install_words(pipe: Any, states: Iterable[WordState]) -> Words:
     Raises:
         ValueError: the pipeline has no CLIP encoders, other ones, or weights that are away; a word that it has already,
             that is given twice, or that has several vectors when the pipeline cannot spell them out.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        pipe = dd.load_pipeline("pocket")
+        words = dd.install_words(pipe, [dd.load_word("zqx.safetensors")])
+        picture = pipe("a <zqx> on the beach", num_inference_steps=4).images[0]
+        ```
     """
     states, names = list(states), _clip_encoders(pipe)
     for state in states:
@@ -240,6 +281,14 @@ def save_words(states: Iterable[WordState], folder: str | Path) -> list[Path]:
     """Write a file for each word, atomically: `folder/zqx.safetensors` for `<zqx>`.
 
     One encoder's vectors are keyed by the word, as diffusers does; two are `clip_l` and `clip_g`.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        words = dd.add_words(dd.load_pipeline("pocket"), {"<zqx>": "robot", "<ink>": "pen"})
+        print(dd.save_words(words.state(), "words"))  # words/zqx.safetensors, words/ink.safetensors
+        ```
     """
     taken: set[str] = set()
     paths = []
@@ -269,6 +318,14 @@ def load_word(path: str | Path, *, word: str | None = None) -> WordState:
 
     Raises:
         ValueError: one line that names the file: broken, no vectors of words, or a word that it does not tell.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        word = dd.load_word("zqx.safetensors", word="<robot>")  # prompts shall spell it so
+        words = dd.install_words(dd.load_pipeline("pocket"), [word])
+        ```
     """
     contents = read_tensors(path)
     tensors = contents.tensors

@@ -285,7 +285,17 @@ class EvaluationConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """A whole training run. Paths are absolute once it is built."""
+    """A whole training run. Paths are absolute once it is built.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        config = dd.TrainConfig.from_yaml("subject.yaml", {"adapter.rank": "4", "optim.learning_rate": "3e-4"})
+        print(config.adapter.rank, config.optim.steps, config.data.instance_dir)
+        print(config.to_yaml())  # every key
+        ```
+    """
 
     model: Text = "pocket"
     """The base: "pocket", "pocket-dit", a diffusers folder, a .safetensors checkpoint or a hub id."""

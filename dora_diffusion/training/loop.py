@@ -72,6 +72,15 @@ def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
     Raises:
         ValueError: data, settings or checkpoint are not usable; one line that says which and how to mend it.
         KeyboardInterrupt: Ctrl+C, SIGTERM or SIGHUP came; after the step that was under way, and a checkpoint of it.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        config = dd.TrainConfig.from_yaml("subject.yaml")
+        result = dd.train(config)
+        print(f"{result.steps} steps, wrote {result.adapter}")
+        ```
     """
     if resume not in (None, "latest"):
         raise ValueError(f"resume={resume!r}: expected 'latest'")

@@ -11,7 +11,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-import dora_diffusion
+from dora_diffusion._version import __version__
 from dora_diffusion.families import Family, family_of_pipeline, pixel_multiple
 from dora_diffusion.functional.dora import scale_of
 from dora_diffusion.layers.config import DoRAConfig
@@ -253,7 +253,7 @@ class RateSchedule:
 def adapter_metadata(config: TrainConfig, family: Family, *, step: int) -> dict[str, str]:
     """What a reader of the file should know, as strings."""
     facts = {
-        "version": dora_diffusion.__version__,
+        "version": __version__,
         "family": family.name,
         # the name only: a path tells strangers about the user's machine
         "base_model": Path(config.model).name if Path(config.model).is_absolute() else config.model,
