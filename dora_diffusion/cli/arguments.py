@@ -14,14 +14,29 @@ if TYPE_CHECKING:
 
 BASES = "pocket, pocket-dit, a diffusers folder, a .safetensors file or a hub id (default: pocket)"
 LOCAL_BASES = "pocket, pocket-dit, a diffusers folder or a .safetensors file"
-# Spelt out, for importing the formats costs seconds; a test keeps the list true.
-FORMATS = (
-    *("diffusers", "peft", "kohya", "comfyui", "lycoris"),
-    *("ai-toolkit", "old-diffusers", "omi", "onetrainer-legacy", "original"),
-)
-WHOLE = ("kohya", "lycoris", "comfyui", "onetrainer-legacy", "original", "omi")  # can hold a whole difference
+# Spelt out, for importing the library costs seconds; a test keeps the lists true.
 MODES = ("additive", "compose", "direction-magnitude", "peft", "comfyui", "a1111", "lycoris")
 MERGES = ("svd", "magnitude-prune", "ties", "dare-linear", "dare-ties")
+
+
+class _Formats:
+    """The formats' names, asked for when one is checked: importing them costs seconds, which help need not take."""
+
+    def __contains__(self, name: object) -> bool:
+        return name in tuple(self)
+
+    def __iter__(self) -> Iterator[str]:
+        from dora_diffusion.formats import FORMATS
+
+        return iter(FORMATS)
+
+
+def add_to(parser: argparse.ArgumentParser, *, default: str | None, says: str) -> None:
+    """--to, the format that is written; `says`: what its default is, in words."""
+    known = "diffusers, peft, kohya, comfyui, lycoris or another of docs/formats.md"
+    parser.add_argument(
+        "--to", choices=_Formats(), metavar="FORMAT", default=default, help=f"{known} (default: {says})"
+    )
 
 
 def split_adapter(text: str) -> tuple[Path, float]:

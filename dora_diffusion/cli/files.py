@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_diffusion.cli.arguments import FORMATS, LOCAL_BASES, WHOLE, check_output, open_base, progress
+from dora_diffusion.cli.arguments import LOCAL_BASES, add_to, check_output, open_base, progress
 
 if TYPE_CHECKING:
     from dora_diffusion.inspection.verify import Verified
@@ -75,7 +75,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_to(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--to", choices=FORMATS, help="the format (default: that of IN, else diffusers)")
+    add_to(parser, default=None, says="that of IN, else diffusers")
     parser.add_argument("--dtype", choices=_DTYPES, help="of the tensors (default: as they are)")
 
 
@@ -85,15 +85,14 @@ def _convert(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ValueError("--lora, --dora and --axis compare with the base's weights: name it with --base")
     if arguments.rank is not None and not (arguments.lora or arguments.axis):
         raise ValueError("--rank goes with --lora or --axis; to change the rank alone: dora-diffusion resize")
-    from dora_diffusion.formats import load_adapter
+    from dora_diffusion.formats import FORMATS, load_adapter
 
     base = None if arguments.base is None else open_base(arguments.base)
     original = load_adapter(arguments.source, base=base)
     format = _format(original, arguments)
-    if arguments.lora and arguments.rank is None and format not in WHOLE:
-        raise ValueError(
-            f"--lora without --rank is a whole difference; name a --rank, or a format of {', '.join(WHOLE)}"
-        )
+    if arguments.lora and arguments.rank is None and not FORMATS[format].suffixes.holds("diff"):
+        able = ", ".join(name for name, dialect in FORMATS.items() if dialect.suffixes.holds("diff"))
+        raise ValueError(f"--lora without --rank is a whole difference; name a --rank, or a format of {able}")
     adapter = _changed(original, arguments, base) if base is not None and changes else original
     _write(adapter, arguments, format, lambda path: _compared(path, original, base))
     return 0

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dora_diffusion.cli.arguments import (
-    FORMATS,
     LOCAL_BASES,
     MERGES,
     MODES,
     add_mix,
+    add_to,
     check_output,
     open_base,
     progress,
@@ -29,7 +29,7 @@ def add_blend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, help="of each layer at most (default: the sum of the adapters' ranks)")
     parser.add_argument("--density", type=float, default=0.5, help="what ties, dare and magnitude-prune keep")
     parser.add_argument("--seed", type=int, default=0, help="of dare's choice")
-    parser.add_argument("--to", choices=FORMATS, default="diffusers", help="the format (default: diffusers)")
+    add_to(parser, default="diffusers", says="diffusers")
     parser.set_defaults(handler=_blend)
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "component_of_model",
     "coverage",
     "ends_with",
+    "family_named",
     "family_of_pipeline",
     "pixel_multiple",
 ]
@@ -48,6 +49,11 @@ FAMILIES: tuple[Family, ...] = (
     LUMINA_2,
     Z_IMAGE,
 )
+
+
+def family_named(name: str | None) -> Family | None:
+    """The family of a name, as adapters' metadata have it; None for one that is not known here."""
+    return next((family for family in FAMILIES if family.name == name), None)
 
 
 def family_of_pipeline(pipe: Any) -> Family:

@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from dora_diffusion.families.codecs import SCALED
 from dora_diffusion.families.record import Component, Family
-from dora_diffusion.families.text import t5
+from dora_diffusion.families.signature import (
+    ADAPTIVE_NAMES,
+    ATTENTION_NAMES,
+    EMBEDDER_NAMES,
+    JOINT_NAMES,
+    PartSignature,
+    Signature,
+    transformer_size,
+)
+from dora_diffusion.families.text import t5, t5_signature
 
 ATTENTION = (
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
@@ -69,6 +78,29 @@ def scheduler_time(timestep: Tensor) -> Tensor:
     return 1000 * timestep
 
 
+_DOUBLE, _SINGLE = "joint_transformer_blocks.#", "single_transformer_blocks.#"
+
+SIGNATURE = Signature(
+    parts={
+        "transformer": PartSignature(
+            paths=(
+                f"({_DOUBLE}|{_SINGLE}).attn.{ATTENTION_NAMES}",
+                f"({_DOUBLE}|{_SINGLE}).attn.{JOINT_NAMES}",
+                f"{_DOUBLE}.(ff|ff_context).(linear_#|out_projection)",
+                f"{_DOUBLE}.(norm1|norm2|norm1_context|norm2_context).{ADAPTIVE_NAMES}",
+                f"{_SINGLE}.ff.(linear_#|out_projection)",
+                f"{_SINGLE}.(norm1|norm2).{ADAPTIVE_NAMES}",
+                f"time_step_proj.{EMBEDDER_NAMES}",
+                f"norm_out.{ADAPTIVE_NAMES}",
+                "(pos_embed.proj|time_step_embed|context_embedder|proj_out)",
+            ),
+            sizes=(transformer_size(3072, {"joint_transformer_blocks": 4, "single_transformer_blocks": 32}),),
+        ),
+        "text_encoder": t5_signature(2048),
+    },
+    called="aura-?flow",
+)
+
 AURA_FLOW = Family(
     name="auraflow",
     pipeline_classes=("AuraFlowPipeline",),
@@ -78,6 +110,7 @@ AURA_FLOW = Family(
     predict=predict,
     codec=SCALED,
     blank=blank,
+    signature=SIGNATURE,
     native_side=native_side,
     patch=2,
     scheduler_time=scheduler_time,

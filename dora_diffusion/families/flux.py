@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from dora_diffusion.families.codecs import SCALED
 from dora_diffusion.families.packing import grid_ids, pack, thousandth, unpack
 from dora_diffusion.families.record import Component, Drawing, Family, no_negative_prompt
-from dora_diffusion.families.text import clip, t5
+from dora_diffusion.families.signature import (
+    ADAPTIVE_NAMES,
+    EMBEDDER_NAMES,
+    FEED_FORWARD_NAMES,
+    JOINT_PATHS,
+    PartSignature,
+    Signature,
+    transformer_size,
+)
+from dora_diffusion.families.text import clip, clip_l, t5, t5_signature
 
 ATTENTION = (
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
@@ -108,6 +117,32 @@ def grid(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[int, in
     return int(row) + 1, int(column) + 1
 
 
+_BLOCK, _SINGLE = "transformer_blocks.#", "single_transformer_blocks.#"
+
+SIGNATURE = Signature(
+    parts={
+        "transformer": PartSignature(
+            paths=(
+                *JOINT_PATHS,
+                f"{_BLOCK}.{FEED_FORWARD_NAMES}",
+                f"{_BLOCK}.(norm1|norm2|norm1_context|norm2_context).{ADAPTIVE_NAMES}",
+                f"{_SINGLE}.attn.(to_q|to_k|to_v|norm_q|norm_k)",
+                f"{_SINGLE}.(proj_mlp|act_mlp|proj_out|norm|norm.{ADAPTIVE_NAMES})",
+                f"time_text_embed.(timestep_embedder|guidance_embedder|text_embedder).{EMBEDDER_NAMES}",
+                f"norm_out.{ADAPTIVE_NAMES}",
+                "(time_text_embed.time_proj|pos_embed|x_embedder|context_embedder|proj_out)",
+            ),
+            sizes=(transformer_size(3072, {"transformer_blocks": 19, "single_transformer_blocks": 38}),),
+        ),
+        "text_encoder": clip_l(),
+        "text_encoder_2": t5_signature(4096),
+    },
+    called="flux(-?1)?(?!-2)(-|$)",
+    lookalikes="chroma",
+    # the T5 is the second encoder; kohya numbers it as the third all the same
+    encoders={"clip_l": "text_encoder", "te3": "text_encoder_2", "t5xxl": "text_encoder_2", "t5": "text_encoder_2"},
+)
+
 FLUX = Family(
     name="flux",
     pipeline_classes=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
@@ -117,6 +152,7 @@ FLUX = Family(
     predict=predict,
     codec=SCALED,
     blank=blank,
+    signature=SIGNATURE,
     arguments=arguments,
     native_side=native_side,
     patch=2,

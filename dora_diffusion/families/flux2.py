@@ -17,7 +17,16 @@ from dora_diffusion.families.flux import native_side, training_guidance
 from dora_diffusion.families.packing import flatten, grid_ids, thousandth, unflatten
 from dora_diffusion.families.record import Component, Drawing, Family, no_negative_prompt
 from dora_diffusion.families.shifts import flux_2_shift
-from dora_diffusion.families.text import decoder
+from dora_diffusion.families.signature import (
+    ADAPTIVE_NAMES,
+    EMBEDDER_NAMES,
+    JOINT_PATHS,
+    PartSignature,
+    PublishedSize,
+    Signature,
+    transformer_size,
+)
+from dora_diffusion.families.text import decoder, decoder_signature
 
 # Most blocks are of the single kind, which fuses its attention with its feed-forward into two layers: without these the
 # attention of 8 blocks of 56 would be adapted.
@@ -101,6 +110,37 @@ def grid(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[int, in
     return int(row) + 1, int(column) + 1
 
 
+_BLOCK, _SINGLE = "transformer_blocks.#", "single_transformer_blocks.#"
+# The eyes of Mistral 3.
+_SIGHT = (
+    "(model.|)vision_tower.(ln_pre|patch_conv|patch_positional_embedding)",
+    "(model.|)vision_tower.transformer.layers.#.attention.(q_proj|k_proj|v_proj|o_proj)",
+    "(model.|)vision_tower.transformer.layers.#.feed_forward.(gate_proj|up_proj|down_proj|act_fn)",
+    "(model.|)vision_tower.transformer.layers.#.(attention_norm|ffn_norm)",
+    "(model.|)multi_modal_projector.(linear_#|act|norm|patch_merger.merging_layer)",
+)
+
+
+def _transformer(embedders: str, *sizes: PublishedSize) -> PartSignature:
+    """`embedders`: of time and, in dev, guidance."""
+    paths = (
+        *JOINT_PATHS,
+        f"{_BLOCK}.(ff|ff_context).(linear_in|linear_out|act_fn.gate_fn)",
+        f"{_BLOCK}.(norm1|norm2|norm1_context|norm2_context)",
+        f"{_SINGLE}.attn.(to_qkv_mlp_proj|to_out|norm_q|norm_k|mlp_act_fn.gate_fn)",
+        f"{_SINGLE}.norm",
+        "(double_stream_modulation_img|double_stream_modulation_txt|single_stream_modulation).(linear|act_fn)",
+        f"time_guidance_embed.{embedders}.{EMBEDDER_NAMES}",
+        f"norm_out.{ADAPTIVE_NAMES}",
+        "(time_guidance_embed.time_proj|pos_embed|x_embedder|context_embedder|proj_out)",
+    )
+    return PartSignature(paths, sizes)
+
+
+def _size(width: int, blocks: int, single: int) -> PublishedSize:
+    return transformer_size(width, {"transformer_blocks": blocks, "single_transformer_blocks": single})
+
+
 FLUX_2 = Family(
     name="flux2",
     pipeline_classes=("Flux2Pipeline",),
@@ -110,6 +150,13 @@ FLUX_2 = Family(
     predict=predict,
     codec=PATCHED,
     blank=blank,
+    signature=Signature(
+        parts={
+            "transformer": _transformer("(timestep_embedder|guidance_embedder)", _size(6144, 8, 48)),
+            "text_encoder": decoder_signature(40, 5120, prefix="model.language_model.", sight=_SIGHT),
+        },
+        called="flux-?2(-dev|(?!-klein|-dev)(-|$))",
+    ),
     arguments=arguments,
     native_side=native_side,
     patch=2,
@@ -124,4 +171,11 @@ FLUX_2_KLEIN = replace(
     name="flux2-klein",
     pipeline_classes=("Flux2KleinPipeline", "Flux2KleinInpaintPipeline"),
     text_encoders=(QWEN,),
+    signature=Signature(
+        parts={
+            "transformer": _transformer("timestep_embedder", _size(3072, 5, 20), _size(4096, 8, 24)),
+            "text_encoder": decoder_signature(36, 2560, 4096, prefix="model."),
+        },
+        called="flux-?2(-klein|(?!-klein|-dev)(-|$))",
+    ),
 )

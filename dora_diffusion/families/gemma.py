@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.families.record import Component
-from dora_diffusion.families.text import decoder
+from dora_diffusion.families.signature import PartSignature
+from dora_diffusion.families.text import decoder, decoder_signature
 
 # (caption, with guidance) -> hidden states and mask of the caption, and with guidance those of what guides away
 EncodePrompt = Callable[[str, bool], tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
@@ -15,6 +16,11 @@ EncodePrompt = Callable[[str, bool], tuple[Tensor, Tensor, Tensor | None, Tensor
 def gemma(name: str) -> Component:
     """A Gemma 2."""
     return decoder(name, ("Gemma2Model",))
+
+
+def gemma_signature() -> PartSignature:
+    """Gemma 2 2B."""
+    return decoder_signature(26, 2304)
 
 
 def encode_captions(captions: list[str], encode_prompt: EncodePrompt) -> Mapping[str, Tensor]:

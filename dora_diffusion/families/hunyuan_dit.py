@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from dora_diffusion.families.codecs import SCALED
 from dora_diffusion.families.record import Component, Drawing, Family, plain_arguments
-from dora_diffusion.families.text import t5
+from dora_diffusion.families.signature import (
+    ADAPTIVE_NAMES,
+    ATTENTION_NAMES,
+    EMBEDDER_NAMES,
+    FEED_FORWARD_NAMES,
+    PartSignature,
+    PublishedSize,
+    Signature,
+    transformer_size,
+)
+from dora_diffusion.families.text import t5, t5_signature
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 LINEAR = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "skip_linear")
@@ -114,6 +124,38 @@ def arguments(pipe: Any, drawing: Drawing) -> dict[str, Any]:
     return {**plain_arguments(pipe, drawing), "use_resolution_binning": False}
 
 
+_BERT_SIGNATURE = PartSignature(
+    paths=(
+        "encoder.layer.#.attention.(self.(query|key|value|dropout)|output.(dense|dropout|LayerNorm))",
+        "encoder.layer.#.(intermediate.(dense|intermediate_act_fn)|output.(dense|dropout|LayerNorm))",
+        "embeddings.(word_embeddings|position_embeddings|token_type_embeddings|LayerNorm|dropout)",
+        "pooler.(dense|activation)",
+    ),
+    sizes=(PublishedSize({"encoder.layer.#": 24}, {"(*.self.(query|key|value)|*.intermediate.dense)": 1024}),),
+)
+
+SIGNATURE = Signature(
+    parts={
+        "transformer": PartSignature(
+            paths=(
+                f"blocks.#.(attn1|attn2).{ATTENTION_NAMES}",
+                f"blocks.#.{FEED_FORWARD_NAMES}",
+                f"blocks.#.(norm1|norm2|norm3)(.{ADAPTIVE_NAMES}|)",
+                "blocks.#.(skip_linear|skip_norm)",
+                f"time_extra_emb.(timestep_embedder|extra_embedder).{EMBEDDER_NAMES}",
+                "time_extra_emb.(time_proj|size_proj|style_embedder|pooler.(q_proj|k_proj|v_proj|c_proj))",
+                f"text_embedder.{EMBEDDER_NAMES}",
+                f"norm_out.{ADAPTIVE_NAMES}",
+                "(pos_embed.proj|proj_out)",
+            ),
+            sizes=(transformer_size(1408, {"blocks": 40}, {"blocks.#.attn2.(to_k|to_v)": 1024}),),
+        ),
+        "text_encoder": _BERT_SIGNATURE,
+        "text_encoder_2": t5_signature(2048),
+    },
+    called="hunyuan-?dit",
+)
+
 HUNYUAN_DIT = Family(
     name="hunyuan-dit",
     pipeline_classes=("HunyuanDiTPipeline",),
@@ -123,6 +165,7 @@ HUNYUAN_DIT = Family(
     predict=predict,
     codec=SCALED,
     blank=blank,
+    signature=SIGNATURE,
     arguments=arguments,
     patch=2,
 )

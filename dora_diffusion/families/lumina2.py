@@ -7,8 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.families.codecs import SCALED
-from dora_diffusion.families.gemma import encode_captions, gemma
+from dora_diffusion.families.gemma import encode_captions, gemma, gemma_signature
 from dora_diffusion.families.record import Component, Family
+from dora_diffusion.families.signature import (
+    ADAPTIVE_NAMES,
+    ATTENTION_NAMES,
+    EMBEDDER_NAMES,
+    PartSignature,
+    Signature,
+    transformer_size,
+)
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 LINEAR = (*ATTENTION, "feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")
@@ -81,6 +89,31 @@ def scheduler_time(timestep: Tensor) -> Tensor:
     return 1000 * (1 - timestep)
 
 
+_BLOCK = "(layers|context_refiner|noise_refiner).#"
+
+SIGNATURE = Signature(
+    parts={
+        "transformer": PartSignature(
+            paths=(
+                f"{_BLOCK}.attn.{ATTENTION_NAMES}",
+                f"{_BLOCK}.feed_forward.(linear_#|silu)",
+                f"{_BLOCK}.(norm1|norm2)(.{ADAPTIVE_NAMES}|)",
+                f"{_BLOCK}.(ffn_norm1|ffn_norm2)",
+                f"time_caption_embed.(time_proj|caption_embedder.#|timestep_embedder.{EMBEDDER_NAMES})",
+                "norm_out.(linear_#|norm|silu)",
+                "(x_embedder|rope_embedder)",
+            ),
+            sizes=(
+                transformer_size(
+                    2304, {"layers": 26, "context_refiner": 2, "noise_refiner": 2}, {"*.norm1.linear": 1024}
+                ),
+            ),
+        ),
+        "text_encoder": gemma_signature(),
+    },
+    called="lumina(-image)?-?2",
+)
+
 LUMINA_2 = Family(
     name="lumina2",
     pipeline_classes=("Lumina2Pipeline",),
@@ -90,6 +123,7 @@ LUMINA_2 = Family(
     predict=predict,
     codec=SCALED,
     blank=blank,
+    signature=SIGNATURE,
     patch=2,
     scheduler_time=scheduler_time,
 )

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from dora_diffusion.families.codecs import SCALED
 from dora_diffusion.families.record import Component, Drawing, Family, plain_arguments
-from dora_diffusion.families.text import t5
+from dora_diffusion.families.signature import (
+    ATTENTION_NAMES,
+    EMBEDDER_NAMES,
+    FEED_FORWARD_NAMES,
+    PartSignature,
+    Signature,
+    transformer_size,
+)
+from dora_diffusion.families.text import t5, t5_signature
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 LINEAR = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
@@ -81,6 +89,25 @@ def arguments(pipe: Any, drawing: Drawing) -> dict[str, Any]:
     return {**plain, "negative_prompt": drawing.negative_prompt, "use_resolution_binning": False}
 
 
+_BLOCK = "transformer_blocks.#"
+_PATHS = (
+    f"{_BLOCK}.(attn1|attn2).{ATTENTION_NAMES}",
+    f"{_BLOCK}.{FEED_FORWARD_NAMES}",
+    f"adaln_single.(linear|silu|emb.time_proj|emb.timestep_embedder.{EMBEDDER_NAMES})",
+    f"caption_projection.{EMBEDDER_NAMES}",
+    "(pos_embed.proj|proj_out)",
+)
+_SIZED = (
+    f"adaln_single.emb.(resolution_embedder|aspect_ratio_embedder).{EMBEDDER_NAMES}",
+    "adaln_single.emb.additional_condition_proj",
+)
+
+
+def _signature(paths: tuple[str, ...], called: str) -> Signature:
+    transformer = PartSignature(paths, (transformer_size(1152, {"transformer_blocks": 28}),))
+    return Signature({"transformer": transformer, "text_encoder": t5_signature(4096)}, called)
+
+
 PIXART_ALPHA = Family(
     name="pixart-alpha",
     pipeline_classes=("PixArtAlphaPipeline",),
@@ -90,6 +117,7 @@ PIXART_ALPHA = Family(
     predict=predict,
     codec=SCALED,
     blank=blank_alpha,
+    signature=_signature((*_PATHS, *_SIZED), "pixart-alpha"),
     arguments=arguments,
     patch=2,
 )
@@ -103,6 +131,7 @@ PIXART_SIGMA = Family(
     predict=predict,
     codec=SCALED,
     blank=blank_sigma,
+    signature=_signature(_PATHS, "pixart-sigma"),
     arguments=arguments,
     patch=2,
 )

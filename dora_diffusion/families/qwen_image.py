@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from dora_diffusion.families.codecs import FRAME
 from dora_diffusion.families.packing import pack, thousandth, unpack
 from dora_diffusion.families.record import Component, Drawing, Family
-from dora_diffusion.families.text import decoder
+from dora_diffusion.families.signature import (
+    ADAPTIVE_NAMES,
+    EMBEDDER_NAMES,
+    JOINT_PATHS,
+    PartSignature,
+    Signature,
+    transformer_size,
+)
+from dora_diffusion.families.text import decoder, decoder_signature
 
 ATTENTION = (
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
@@ -88,6 +96,30 @@ def grid(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[int, in
     return rows, columns
 
 
+# The eyes of Qwen 2.5 VL.
+_SIGHT = (
+    "(model.|)visual.blocks.#.(norm1|norm2|attn.(qkv|proj)|mlp.(gate_proj|up_proj|down_proj|act_fn))",
+    "(model.|)visual.(merger.ln_q|merger.mlp.#|patch_embed.proj|rotary_pos_emb)",
+)
+
+SIGNATURE = Signature(
+    parts={
+        "transformer": PartSignature(
+            paths=(
+                *JOINT_PATHS,
+                "transformer_blocks.#.(img|txt)_(mod.#|norm1|norm2|mlp.net.#(.proj|))",
+                f"time_text_embed.timestep_embedder.{EMBEDDER_NAMES}",
+                f"norm_out.{ADAPTIVE_NAMES}",
+                "(time_text_embed.time_proj|pos_embed|img_in|txt_in|txt_norm|proj_out)",
+            ),
+            sizes=(transformer_size(3072, {"transformer_blocks": 60}),),
+        ),
+        "text_encoder": decoder_signature(28, 3584, prefix="model.language_model.", sight=_SIGHT),
+    },
+    called="qwen(-?image)?(-|$)",
+    is_original=True,
+)
+
 QWEN_IMAGE = Family(
     name="qwen-image",
     pipeline_classes=("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
@@ -97,6 +129,7 @@ QWEN_IMAGE = Family(
     predict=predict,
     codec=FRAME,
     blank=blank,
+    signature=SIGNATURE,
     arguments=arguments,
     native_side=native_side,
     patch=2,

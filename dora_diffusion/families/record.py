@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from dora_diffusion.families.shifts import scheduler_shift
+from dora_diffusion.families.signature import Signature
 
 Presets = Mapping[str, tuple[str, ...]]
 
@@ -136,6 +137,7 @@ class Family:
         encode: captions to conditioning.
         predict: the denoiser's call.
         codec: pictures to latents and back.
+        signature: by what its adapters are recognised in files.
         blank: the denoiser's config -> conditioning of one caption as `encode` gives it at full length: tensors
             (1, ...) on the meta device, for estimates of memory. A mask may be left out.
         is_mine: tells families apart that share a pipeline class, by the denoiser's config.
@@ -159,6 +161,7 @@ class Family:
     predict: Predict
     codec: Codec
     blank: Callable[[Mapping[str, Any]], Mapping[str, Tensor]]
+    signature: Signature
     is_mine: Callable[[Mapping[str, Any]], bool] = always
     arguments: Callable[[Any, Drawing], dict[str, Any]] = plain_arguments
     native_side: Callable[[Any], int] = native_side

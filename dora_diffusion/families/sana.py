@@ -11,8 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.families.codecs import COMPRESSED
-from dora_diffusion.families.gemma import encode_captions, gemma
+from dora_diffusion.families.gemma import encode_captions, gemma, gemma_signature
 from dora_diffusion.families.record import Component, Drawing, Family, plain_arguments
+from dora_diffusion.families.signature import (
+    ATTENTION_NAMES,
+    EMBEDDER_NAMES,
+    PartSignature,
+    Signature,
+    transformer_size,
+)
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 LINEAR = (*ATTENTION, "ff.conv_inverted", "ff.conv_point")  # 1 x 1: linear layers in the shape of convolutions
@@ -68,6 +75,28 @@ def arguments(pipe: Any, drawing: Drawing) -> dict[str, Any]:
     return {**plain, "negative_prompt": drawing.negative_prompt, "use_resolution_binning": False}
 
 
+SIGNATURE = Signature(
+    parts={
+        "transformer": PartSignature(
+            paths=(
+                f"transformer_blocks.#.(attn1|attn2).{ATTENTION_NAMES}",
+                "transformer_blocks.#.ff.(conv_inverted|conv_depth|conv_point|nonlinearity)",
+                f"time_embed.(linear|silu|emb.time_proj|emb.timestep_embedder.{EMBEDDER_NAMES})",
+                f"time_embed.(time_proj|timestep_embedder.{EMBEDDER_NAMES})",
+                f"time_embed.guidance_(condition_proj|embedder.{EMBEDDER_NAMES})",
+                f"caption_projection.{EMBEDDER_NAMES}",
+                "(patch_embed.proj|caption_norm|norm_out.norm|proj_out)",
+            ),
+            sizes=(
+                transformer_size(1152, {"transformer_blocks": 28}),
+                transformer_size(2240, {"transformer_blocks": 60}),
+            ),
+        ),
+        "text_encoder": gemma_signature(),
+    },
+    called="sana(-|$)",
+)
+
 SANA = Family(
     name="sana",
     pipeline_classes=("SanaPipeline",),
@@ -77,5 +106,6 @@ SANA = Family(
     predict=predict,
     codec=COMPRESSED,
     blank=blank,
+    signature=SIGNATURE,
     arguments=arguments,
 )

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from dora_diffusion.families.codecs import SCALED
 from dora_diffusion.families.record import Component, Family
-from dora_diffusion.families.text import clip
+from dora_diffusion.families.signature import (
+    ATTENTION_NAMES,
+    EMBEDDER_NAMES,
+    FEED_FORWARD_NAMES,
+    PartSignature,
+    PublishedSize,
+    Signature,
+)
+from dora_diffusion.families.text import clip, clip_g, clip_l, clip_signature
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 LINEAR = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
@@ -92,6 +100,43 @@ def projects_by_linear_layers(config: Mapping[str, Any]) -> bool:
     return bool(config["use_linear_projection"])
 
 
+def _unet_paths(levels: int, depth: str, added: str) -> tuple[str, ...]:
+    """`levels`: how many there are; `depth`: numbers of blocks in an attention; `added`: layers of the embedding."""
+    numbers = "|".join(map(str, range(levels)))
+    level = f"(down_blocks.({numbers})|mid_block|up_blocks.({numbers}))"
+    block = f"{level}.attentions.#.transformer_blocks.{depth}"
+    return (
+        f"{level}.attentions.#.(norm|proj_in|proj_out)",
+        f"{block}.(attn1|attn2).{ATTENTION_NAMES}",
+        f"{block}.{FEED_FORWARD_NAMES}",
+        f"{block}.(norm1|norm2|norm3)",
+        f"{level}.resnets.#.(norm1|norm2|conv1|conv2|conv_shortcut|time_emb_proj|dropout|nonlinearity)",
+        f"{level}.(downsamplers|upsamplers).#.conv",
+        f"time_embedding.({EMBEDDER_NAMES}|cond_proj)",
+        f"add_embedding.{added}",
+        "(conv_in|conv_out|conv_norm_out|conv_act|time_proj|add_time_proj)",
+    )
+
+
+def _unet_size(widths: tuple[int, ...], context: int, depth: Mapping[str, int], *, layout: str = "") -> PublishedSize:
+    """A UNet with `widths` from the finest level on, and attention to texts `context` wide."""
+    inputs = {"*.attn2.(to_k|to_v)": context}
+    takes = "attentions.*.((attn1|attn2).(to_q|to_k|to_v)|ff.net.0.proj|proj_in)"
+    for level, width in enumerate(widths):
+        inputs[f"(down_blocks.{level}|up_blocks.{len(widths) - 1 - level}).{takes}"] = width
+    inputs[f"mid_block.{takes}"] = widths[-1]
+    return PublishedSize(depth, inputs, layout)
+
+
+_WIDTHS = (320, 640, 1280, 1280)
+_DEPTH = {"*.transformer_blocks.#": 1}
+_DEPTH_XL = {
+    "(down_blocks.1|up_blocks.1).*.transformer_blocks.#": 2,
+    "(down_blocks.2|mid_block|up_blocks.0).*.transformer_blocks.#": 10,
+}
+_PATHS = _unet_paths(4, "0", "(norm1|norm2|proj|pool.(q_proj|k_proj|v_proj))")
+_POCKET = _unet_size((64, 128, 192), 256, _DEPTH)  # the embedded base
+
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 
 STABLE_DIFFUSION_1 = Family(
@@ -103,11 +148,31 @@ STABLE_DIFFUSION_1 = Family(
     predict=predict,
     codec=SCALED,
     blank=blank,
+    signature=Signature(
+        parts={
+            "unet": PartSignature(_PATHS, (_unet_size(_WIDTHS, 768, _DEPTH, layout="ldm"), _POCKET), convolves=True),
+            "text_encoder": clip_l(),
+        },
+        called="(stable-diffusion|sd)-?v?-?1(-?[45])?(-|$)",
+        encoders={"te": "text_encoder", "clip_l": "text_encoder"},
+    ),
     embeds={"encoder_hidden_states": "prompt_embeds"},
     is_mine=projects_by_convolution,
 )
 
-STABLE_DIFFUSION_2 = replace(STABLE_DIFFUSION_1, name="sd2", is_mine=projects_by_linear_layers)
+STABLE_DIFFUSION_2 = replace(
+    STABLE_DIFFUSION_1,
+    name="sd2",
+    is_mine=projects_by_linear_layers,
+    signature=Signature(
+        parts={
+            "unet": PartSignature(_PATHS, (_unet_size(_WIDTHS, 1024, _DEPTH, layout="ldm"),), convolves=False),
+            "text_encoder": clip_signature(1024, 23),
+        },
+        called="(stable-diffusion|sd)-?v?-?2(-?[01])?(-|$)",
+        encoders={"te": "text_encoder", "clip_h": "text_encoder"},
+    ),
+)
 
 STABLE_DIFFUSION_XL = Family(
     name="sdxl",
@@ -122,5 +187,19 @@ STABLE_DIFFUSION_XL = Family(
     predict=predict_xl,
     codec=SCALED,
     blank=blank_xl,
+    signature=Signature(
+        parts={
+            "unet": PartSignature(
+                _unet_paths(3, "#", EMBEDDER_NAMES),
+                (_unet_size((320, 640, 1280), 2048, _DEPTH_XL, layout="sgm"),),
+                convolves=False,
+            ),
+            "text_encoder": clip_l(),
+            "text_encoder_2": clip_g(),
+        },
+        called="(stable-diffusion|sd)-?xl",
+        lookalikes="kolors|.*refiner",
+        encoders={"clip_l": "text_encoder", "clip_g": "text_encoder_2"},
+    ),
     embeds={"encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds"},
 )

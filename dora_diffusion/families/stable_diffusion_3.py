@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from dora_diffusion.families.codecs import SCALED
 from dora_diffusion.families.record import Component, Drawing, Family, plain_arguments
-from dora_diffusion.families.text import clip, t5
+from dora_diffusion.families.signature import (
+    ADAPTIVE_NAMES,
+    EMBEDDER_NAMES,
+    FEED_FORWARD_NAMES,
+    JOINT_PATHS,
+    PartSignature,
+    Signature,
+    transformer_size,
+)
+from dora_diffusion.families.text import clip, clip_g, clip_l, t5, t5_signature
 
 ATTENTION = (
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
@@ -113,6 +122,33 @@ def arguments(pipe: Any, drawing: Drawing) -> dict[str, Any]:
     }
 
 
+_BLOCK = "transformer_blocks.#"
+
+SIGNATURE = Signature(
+    parts={
+        "transformer": PartSignature(
+            paths=(
+                *JOINT_PATHS,
+                f"{_BLOCK}.{FEED_FORWARD_NAMES}",
+                f"{_BLOCK}.(norm1|norm2|norm1_context|norm2_context).{ADAPTIVE_NAMES}",
+                f"time_text_embed.(timestep_embedder|guidance_embedder|text_embedder).{EMBEDDER_NAMES}",
+                f"norm_out.{ADAPTIVE_NAMES}",
+                "(time_text_embed.time_proj|pos_embed.proj|x_embedder|context_embedder|proj_out)",
+            ),
+            sizes=(
+                transformer_size(1536, {"transformer_blocks": 24}),
+                transformer_size(2432, {"transformer_blocks": 38}),
+                transformer_size(192, {"transformer_blocks": 6}),  # the pocket DiT
+            ),
+        ),
+        "text_encoder": clip_l(is_projected=True),
+        "text_encoder_2": clip_g(),
+        "text_encoder_3": t5_signature(4096),
+    },
+    called="(stable-diffusion|sd)-?v?-?3(-?5)?m?(-|$)",
+    encoders={"clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3", "t5": "text_encoder_3"},
+)
+
 STABLE_DIFFUSION_3 = Family(
     name="sd3",
     pipeline_classes=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
@@ -122,6 +158,7 @@ STABLE_DIFFUSION_3 = Family(
     predict=predict,
     codec=SCALED,
     blank=blank,
+    signature=SIGNATURE,
     arguments=arguments,
     patch=2,
 )

@@ -12,7 +12,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dora_diffusion.families.codecs import SCALED
 from dora_diffusion.families.record import Component, Drawing, Family, plain_arguments
-from dora_diffusion.families.text import decoder
+from dora_diffusion.families.signature import (
+    ATTENTION_NAMES,
+    PartSignature,
+    Signature,
+    transformer_size,
+)
+from dora_diffusion.families.text import decoder, decoder_signature
 
 ATTENTION = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
 LINEAR = (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
@@ -83,6 +89,25 @@ def scheduler_time(timestep: Tensor) -> Tensor:
     return 1000 - 1000 * timestep
 
 
+_BLOCK = "(layers|context_refiner|noise_refiner).#"
+
+SIGNATURE = Signature(
+    parts={
+        "transformer": PartSignature(
+            paths=(
+                f"{_BLOCK}.attention.{ATTENTION_NAMES}",
+                f"{_BLOCK}.feed_forward.(w1|w2|w3)",
+                f"{_BLOCK}.(attention_norm1|attention_norm2|ffn_norm1|ffn_norm2|adaLN_modulation.#)",
+                "(t_embedder.mlp.#|cap_embedder.#|all_x_embedder.#-#|rope_embedder)",
+                "all_final_layer.#-#.(linear|norm_final|adaLN_modulation.#)",
+            ),
+            sizes=(transformer_size(3840, {"layers": 30, "context_refiner": 2, "noise_refiner": 2}),),
+        ),
+        "text_encoder": decoder_signature(36, 2560),
+    },
+    called="z-?image(-|$)",
+)
+
 Z_IMAGE = Family(
     name="z-image",
     pipeline_classes=("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
@@ -92,6 +117,7 @@ Z_IMAGE = Family(
     predict=predict,
     codec=SCALED,
     blank=blank,
+    signature=SIGNATURE,
     arguments=arguments,
     native_side=native_side,
     patch=2,

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dora_diffusion.families import family_named
 from dora_diffusion.formats.layouts import LAYOUTS, Fusion, Layout
 from dora_diffusion.formats.layouts.clip import TRANSPOSED
 from dora_diffusion.formats.layouts.unet import layout_of
@@ -27,8 +28,8 @@ _TEXT_PREFIXES = {
     "conditioner.embedders.1.model.": "text_encoder_2",
     "text_encoders.clip_l.transformer.": "text_encoder",
     "text_encoders.clip_g.transformer.": "text_encoder_2",
-    "text_encoders.t5xxl.transformer.": "text_encoder_3",
 }
+_T5 = "text_encoders.t5xxl.transformer."  # the second encoder of some families, the third of others
 _CLIP = "text_model."
 _TIED = "encoder.embed_tokens."
 # What a path begins with in today's transformers, and in files: CLIP's first version, T5's one table under two names,
@@ -233,16 +234,10 @@ def _open_file(path: Path) -> Checkpoint:
 
 
 def _parts(keys: Sequence[str]) -> list[_Part]:
-    parts = []
-    for prefix, component in _TEXT_PREFIXES.items():
-        inner = _under(keys, prefix)
-        if inner:
-            has_two = any(key.startswith("text_encoders.clip_g.") for key in keys)
-            moved = component == "text_encoder_3" and not has_two  # FLUX has no second CLIP
-            parts.append(_Part("text_encoder_2" if moved else component, prefix, _layout(inner, component)))
     prefix = next(prefix for prefix in _DENOISER_PREFIXES if any(key.startswith(prefix) for key in keys))
     inner = _under(keys, prefix)
-    layout = layout_of({_split(key)[0] for key in inner}) or _layout(inner, "transformer")
+    layout = layout_of({_split(key)[0] for key in inner}) or _layout(inner, "transformer", "unet")
+    parts = _text_parts(keys, layout)
     if layout is not None:
         parts.append(_Part(layout.component, prefix, layout))
     elif any("blocks." in key or "layers." in key for key in inner) and (prefix or not parts):  # diffusers' names
@@ -251,14 +246,24 @@ def _parts(keys: Sequence[str]) -> list[_Part]:
     return parts
 
 
+def _text_parts(keys: Sequence[str], denoiser: Layout | None) -> list[_Part]:
+    family = family_named(denoiser.families[0]) if denoiser is not None else None
+    if family is not None:
+        t5 = family.signature.encoders.get("t5xxl", "text_encoder_3")
+    else:  # without a second CLIP it is the second encoder
+        t5 = "text_encoder_3" if _under(keys, "text_encoders.clip_g.") else "text_encoder_2"
+    found = {prefix: (component, _under(keys, prefix)) for prefix, component in {**_TEXT_PREFIXES, _T5: t5}.items()}
+    return [_Part(part, prefix, _layout(inner, part)) for prefix, (part, inner) in found.items() if inner]
+
+
 def _under(keys: Sequence[str], prefix: str) -> list[str]:
     return [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
 
 
-def _layout(keys: Sequence[str], component: str) -> Layout | None:
+def _layout(keys: Sequence[str], *components: str) -> Layout | None:
     """The original names, when they know half of the layers, and as many of them as diffusers' names do."""
     layers = {_split(key)[0] for key in keys}
-    layouts = [layout for layout in LAYOUTS if layout.component == component]
+    layouts = [layout for layout in LAYOUTS if layout.component in components]
     counts = [sum(layout.of_original(layer) is not None for layer in layers) for layout in layouts]
     most = max(counts, default=0)
     if 2 * most < len(layers) or not most:

@@ -8,6 +8,7 @@ All are read by one reader; a dialect says how one is recognised and how it is w
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from dora_diffusion.families import family_named
 from dora_diffusion.formats.keys import AI_TOOLKIT, KOHYA, MIXED, OLD_DIFFUSERS, PEFT, Suffixes
 
 Prefixes = Mapping[str, str]
@@ -45,10 +46,12 @@ class Dialect:
         about: who writes it, for people.
         recognises: signs of a file -> whether it is this format, given that none before it was.
         suffixes: how parts are spelt.
-        prefixes: component -> prefix; a component that is missing cannot be written.
-        by_family: family -> prefixes that differ.
+        prefixes: component, or what tools call a text encoder (`Signature.encoders`) -> prefix. A family's own word
+            goes before the component; a component with neither cannot be written.
+        reads: further prefixes that stand in its files -> what lies behind them, as `layer_lookup` has it.
         is_flat: layers are flattened with underscores.
-        original_for: families whose denoiser bears its original names; None for every family that has such names.
+        original_for: families whose denoiser bears its original names in the tool's own files; None for every family
+            that has such names.
         has_pieces: original fused layers are written piece by piece, numbered.
         keeps_text_model: CLIP's layers carry `text_model.`.
     """
@@ -58,7 +61,7 @@ class Dialect:
     recognises: Callable[[Signs], bool]
     suffixes: Suffixes
     prefixes: Prefixes
-    by_family: Mapping[str, Prefixes] = field(default_factory=dict)
+    reads: Mapping[str, str] = field(default_factory=dict)
     is_flat: bool = False
     original_for: frozenset[str] | None = frozenset()
     has_pieces: bool = False
@@ -66,7 +69,10 @@ class Dialect:
 
     def prefix(self, component: str, family: str | None) -> str | None:
         """What stands before a component's layers; None where it cannot be written."""
-        return {**self.prefixes, **self.by_family.get(family or "", {})}.get(component)
+        known = family_named(family)
+        words = {} if known is None else known.signature.encoders
+        names = [word for word, part in words.items() if part == component and word in self.prefixes]
+        return self.prefixes.get((names or [component])[0])
 
     def uses_original_names(self, family: str | None) -> bool:
         """Whether the denoiser of a family is called as its makers call it."""
@@ -74,15 +80,8 @@ class Dialect:
 
 
 _DIFFUSERS = {name: f"{name}." for name in ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")}
-_FLAT_ENCODERS = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
-_ONE_ENCODER = {"text_encoder": "lora_te_"}
-_KOHYA = {"unet": "lora_unet_", "transformer": "lora_unet_", **_FLAT_ENCODERS}
-_COMFY = {"unet": "diffusion_model.", "transformer": "diffusion_model."}
-
-
-def _comfy_encoders(**names: str) -> Prefixes:
-    return {component: f"text_encoders.{name}.transformer." for component, name in names.items()}
-
+_NUMBERED = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
+_FLAT_ENCODERS = {**_NUMBERED, "te": "lora_te_", "te3": "lora_te3_"}
 
 DIFFUSERS = Dialect(
     name="diffusers",
@@ -94,10 +93,9 @@ DIFFUSERS = Dialect(
 KOHYA_SS = Dialect(
     name="kohya",
     about="kohya-ss/sd-scripts, and LyCORIS inside it; read by A1111, Forge, ComfyUI",
-    recognises=lambda signs: signs.starts("lora_unet_", *_FLAT_ENCODERS.values(), "lora_te_"),
+    recognises=lambda signs: signs.starts("lora_unet_", *_FLAT_ENCODERS.values()),
     suffixes=KOHYA,
-    prefixes=_KOHYA,
-    by_family={"sd1": _ONE_ENCODER, "sd2": _ONE_ENCODER, "flux": {"text_encoder_2": "lora_te3_"}},
+    prefixes={"unet": "lora_unet_", "transformer": "lora_unet_", **_FLAT_ENCODERS},
     is_flat=True,
     original_for=frozenset({"sdxl", "flux", "sd3", "lumina2"}),
 )
@@ -106,14 +104,11 @@ COMFYUI = Dialect(
     about="ComfyUI's own names, OneTrainer's for ComfyUI",
     recognises=lambda signs: any(p.startswith(("diffusion_model.", "text_encoders.")) for p in signs.prefixes),
     suffixes=MIXED,
-    prefixes=_COMFY,
-    by_family={
-        "sd1": _comfy_encoders(text_encoder="clip_l"),
-        "sd2": _comfy_encoders(text_encoder="clip_h"),
-        "sdxl": _comfy_encoders(text_encoder="clip_l", text_encoder_2="clip_g"),
-        "flux": _comfy_encoders(text_encoder="clip_l", text_encoder_2="t5xxl"),
-        "sd3": _comfy_encoders(text_encoder="clip_l", text_encoder_2="clip_g", text_encoder_3="t5xxl"),
+    prefixes={
+        **{"unet": "diffusion_model.", "transformer": "diffusion_model."},
+        **{name: f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_h", "clip_g", "t5xxl")},
     },
+    reads={"model.diffusion_model.": "denoiser"},
     original_for=None,
 )
 LYCORIS = Dialect(
@@ -122,7 +117,7 @@ LYCORIS = Dialect(
     recognises=lambda signs: signs.starts("lycoris_"),
     suffixes=KOHYA,
     prefixes={"unet": "lycoris_", "transformer": "lycoris_", **_FLAT_ENCODERS},
-    by_family={"sd1": _ONE_ENCODER, "sd2": _ONE_ENCODER, "flux": {"text_encoder_2": "lora_te3_"}},
+    reads={"lycoris_": "any"},  # a wrapper around a text encoder writes the same
     is_flat=True,
 )
 OLD = Dialect(
@@ -144,7 +139,7 @@ ONETRAINER_LEGACY = Dialect(
     about="OneTrainer's older files: kohya's prefixes, diffusers' names",
     recognises=lambda signs: signs.starts("lora_transformer_"),
     suffixes=KOHYA,
-    prefixes={"unet": "lora_unet_", "transformer": "lora_transformer_", **_FLAT_ENCODERS},
+    prefixes={"unet": "lora_unet_", "transformer": "lora_transformer_", **_NUMBERED},
     is_flat=True,
 )
 ORIGINAL = Dialect(
@@ -166,9 +161,8 @@ OMI = Dialect(
     suffixes=KOHYA,
     prefixes={
         **{"unet": "unet.", "transformer": "transformer."},
-        **{"text_encoder": "clip_l.", "text_encoder_2": "clip_g.", "text_encoder_3": "t5."},
+        **{"text_encoder": "clip_l.", "text_encoder_2": "clip_g.", "text_encoder_3": "t5.", "t5": "t5."},
     },
-    by_family={"flux": {"text_encoder_2": "t5."}},
     original_for=None,
     has_pieces=True,
 )
@@ -177,7 +171,7 @@ PEFT_FILE = Dialect(
     about="PEFT's save_pretrained, a folder for each component",
     recognises=lambda signs: signs.has_debris,
     suffixes=PEFT,
-    prefixes={name: "base_model.model." for name in _DIFFUSERS},
+    prefixes={},  # `peft` writes the folders
 )
 
 # In the order in which they are tried; the last two fit what the others left.

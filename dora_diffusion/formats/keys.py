@@ -78,6 +78,10 @@ class Suffixes:
     folds_scale: bool
     flat_magnitude: bool
 
+    def holds(self, part: str) -> bool:
+        """Whether some layer's part of this name has a spelling."""
+        return self.spell("layer", part) is not None
+
 
 def _after(spelling: Mapping[str, str]) -> Callable[[str, str], str | None]:
     """The part is what follows the layer's name."""

@@ -5,43 +5,25 @@ or its makers'. Which makers' is decided for the whole file: the layout that kno
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
-from dora_diffusion.formats.flat_names import unflatten
+from dora_diffusion.families import FAMILIES, family_named
+from dora_diffusion.formats.dialects import DIALECTS
+from dora_diffusion.formats.family_detection import has_paths
+from dora_diffusion.formats.flat_names import choices, unflatten
 from dora_diffusion.formats.layouts import LAYOUTS, Fusion, Layout
-from dora_diffusion.formats.layouts.flux import FLUX
 
-# Prefix -> what lies behind it. "any": its first words tell. Longer ones first.
-_FLAT = {
-    **{"lora_unet_": "denoiser", "lora_transformer_": "denoiser", "lycoris_": "any"},
-    **{"lora_te1_": "te1", "lora_te2_": "te2", "lora_te3_": "te3", "lora_te_": "te1"},
-}
-_DOTTED = {
-    "model.diffusion_model.": "denoiser",
-    "diffusion_model.": "denoiser",
-    "text_encoders.clip_l.transformer.": "te1",
-    "text_encoders.clip_h.transformer.": "te1",
-    "text_encoders.clip_g.transformer.": "te2",
-    "text_encoders.t5xxl.transformer.": "t5",
-    **{"unet.": "denoiser", "transformer.": "denoiser"},
-    **{"text_encoder.": "te1", "text_encoder_2.": "te2", "text_encoder_3.": "te3"},
-    **{"clip_l.": "te1", "clip_g.": "te2", "t5.": "t5"},
+# What a dialect calls a component, or a family a text encoder -> what lies behind the prefix.
+_ROLES = {
+    **{"unet": "denoiser", "transformer": "denoiser"},
+    **{"text_encoder": "te1", "text_encoder_2": "te2", "text_encoder_3": "te3", "te": "te1", "te3": "te3"},
+    **{"clip_l": "te1", "clip_h": "te1", "clip_g": "te2", "t5xxl": "t5", "t5": "t5"},
 }
 _ENCODERS = {"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3", "t5": "text_encoder_3"}
-_BY_ROOT = {"single_transformer_blocks": FLUX.encoders}
-# First words of layers, in diffusers' models and in transformers'.
-_UNET = (
-    *("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "conv_norm_out"),
-    *("time_embedding", "add_embedding"),
-)
-_TRANSFORMER = (
-    *("transformer_blocks", "single_transformer_blocks", "joint_transformer_blocks", "layers", "blocks"),
-    *("noise_refiner", "context_refiner", "pos_embed", "time_text_embed", "proj_out", "norm_out"),
-    *("caption_projection", "adaln_single", "patch_embed", "time_embed", "context_embedder", "x_embedder"),
-)
-_ENCODER = ("text_model", "encoder", "embeddings", "shared", "model", "language_model", "text_projection")
-_ROOTS = re.compile(rf"^(?:{'|'.join((*_UNET, *_TRANSFORMER, *_ENCODER))})(?:\.|$)")
+# First words of layers in transformers' models.
+_ENCODER_ROOTS = ("text_model", "encoder", "embeddings", "shared", "model", "language_model", "text_projection")
 _MOST_LOOKED_AT = 3000
 _T5 = re.compile(r"^(?:encoder\.block\.|shared$)")
 _CLIP = ("text_model.", "encoder.layers.", "embeddings.", "text_projection")
@@ -95,7 +77,7 @@ def locate(names: Mapping[str, Shape | None], *, encoders: Mapping[str, str] | N
     """
     read = {name: found for name in names if (found := _read(name)) is not None}
     layout = _layout_of({found.layer: names[name] for name, found in read.items() if _role(found) == "denoiser"})
-    by_family = _encoders_of(layout, read.values())
+    by_family = _encoders_of(layout, tuple(read.values()))
     return {
         name: place
         for name, found in read.items()
@@ -111,15 +93,45 @@ def clean(name: str) -> str:
 
 
 def _read(name: str) -> _Read | None:
-    for prefix, role in _FLAT.items():
+    for prefix, role in _prefixes(is_flat=True).items():
         if name.startswith(prefix):
             layer = unflatten(name.removeprefix(prefix))
             return None if layer is None else _Read(role, layer, prefix, True)
     cleaned = clean(name)
-    for prefix, role in _DOTTED.items():
+    for prefix, role in _prefixes(is_flat=False).items():
         if cleaned.startswith(prefix):
             return _Read(role, cleaned.removeprefix(prefix), prefix, False)
     return _Read("any", cleaned, "", False)
+
+
+@cache
+def _prefixes(*, is_flat: bool) -> dict[str, str]:
+    """Prefix -> what lies behind it, of all dialects, longer ones first. "any": its first words tell."""
+    found: dict[str, str] = {}
+    for dialect in DIALECTS:
+        if dialect.is_flat == is_flat:
+            # what a text encoder is called says more than its number, and comes later
+            found.update({prefix: _ROLES[name] for name, prefix in dialect.prefixes.items() if prefix})
+            found.update(dialect.reads)
+    return {prefix: found[prefix] for prefix in sorted(found, key=len, reverse=True)}
+
+
+@cache
+def _roots() -> dict[str, str]:
+    """The first word of a denoiser's layers, in diffusers' names -> its component."""
+    parts = [(family.denoiser.name, family.signature.parts[family.denoiser.name]) for family in FAMILIES]
+    return {
+        path.split(".", 1)[0]: component
+        for component, part in sorted(parts, key=lambda found: found[0])  # a word of both is a UNet's
+        for pattern in part.paths
+        for path in choices(pattern)
+    }
+
+
+def _is_layer(path: str) -> bool:
+    """Whether a path without a prefix begins as some model's do."""
+    root = path.split(".", 1)[0]
+    return root in _roots() or root in _ENCODER_ROOTS
 
 
 def _role(read: _Read) -> str:
@@ -164,18 +176,32 @@ def _piece(layout: Layout, layer: str) -> Fusion | None:
     return Fusion(layer, (whole.paths[int(number[:4])],))
 
 
-def _encoders_of(layout: Layout | None, read: Iterable[_Read]) -> Mapping[str, str]:
-    """What the denoiser's layers tell of the text encoders' numbers; in diffusers' names, by their first word."""
+def _encoders_of(layout: Layout | None, read: Sequence[_Read]) -> Mapping[str, str]:
+    """What the layers tell of the text encoders' numbers: the words of the one family that fits them."""
     if layout is not None:
-        return layout.encoders
-    roots = {found.layer.split(".", 1)[0] for found in read}
-    return next((encoders for root, encoders in _BY_ROOT.items() if root in roots), {})
+        family = family_named(layout.families[0])
+        return {} if family is None else family.signature.encoders
+    if not any(_role(found) in ("te3", "t5") for found in read):  # the others' numbers are never other ones
+        return {}
+    signatures = [family.signature for family in FAMILIES]
+    fitting = [found for found in signatures if has_paths(found, _by_component(read, found.encoders))]
+    return fitting[0].encoders if len(fitting) == 1 else {}
+
+
+def _by_component(read: Sequence[_Read], encoders: Mapping[str, str]) -> dict[str, list[str]]:
+    """Component -> paths, for a family that calls its text encoders so."""
+    components = {**_ENCODERS, **encoders}
+    found: dict[str, list[str]] = {}
+    for each in read:
+        role = _role(each)
+        found.setdefault(_denoiser(each) if role == "denoiser" else components[role], []).append(each.layer)
+    return found
 
 
 def _place(read: _Read, layout: Layout | None, encoders: Mapping[str, str]) -> Place | None:
     role = _role(read)
     if role != "denoiser":
-        if not read.prefix and not _ROOTS.match(read.layer):
+        if not read.prefix and not _is_layer(read.layer):
             return None
         path = read.layer.removeprefix("text_model.")
         return Place(encoders[role], Fusion(path, (path,)), read.prefix, read.is_flat, False)
@@ -183,7 +209,7 @@ def _place(read: _Read, layout: Layout | None, encoders: Mapping[str, str]) -> P
     if layout is not None and fusion is not None:
         renamed, piece = fusion.paths != (read.layer,), layout.of_original(read.layer) is None
         return Place(layout.component, fusion, read.prefix, read.is_flat, renamed, piece)
-    if not read.prefix and not _ROOTS.match(read.layer):
+    if not read.prefix and not _is_layer(read.layer):
         return None
     return Place(_denoiser(read), Fusion(read.layer, (read.layer,)), read.prefix, read.is_flat, False)
 
@@ -192,4 +218,4 @@ def _denoiser(read: _Read) -> str:
     """`unet` or `transformer`: both are called lora_unet by kohya."""
     if read.prefix in ("unet.", "transformer."):
         return read.prefix.removesuffix(".")
-    return "unet" if read.layer.split(".", 1)[0] in _UNET else "transformer"
+    return _roots().get(read.layer.split(".", 1)[0], "transformer")

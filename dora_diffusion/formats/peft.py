@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dora_diffusion.families import family_named
 from dora_diffusion.formats.assembly import parts_of
 from dora_diffusion.formats.family_detection import family_of
 from dora_diffusion.formats.json_metadata import LONGEST, json_object
@@ -27,8 +28,6 @@ from dora_diffusion.utils.text import shown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-# transformers 5 took `text_model.` out of CLIPTextModel's paths and left it in CLIPTextModelWithProjection's.
-_WITH_PROJECTION = {("sdxl", "text_encoder_2"), ("sd3", "text_encoder"), ("sd3", "text_encoder_2")}
 _CLIP = re.compile(r"^(encoder\.layers|embeddings|final_layer_norm)\b")
 _NOTE = "dora_diffusion.json"  # metadata and facts that PEFT's config has no place for
 _EXTRA = "extra.safetensors"  # tensors that belong to no layer
@@ -144,10 +143,12 @@ def write_folder(adapter: AdapterState, path: Path) -> None:
             f"{min(adapter.vectors)}: PEFT's LoRA holds no differences of biases and normalisations; use lycoris"
         )
     check_place(path)
-    family = family_of(adapter)
+    family = family_named(family_of(adapter))
     files: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
     for component in adapter.components:
-        has_prefix = (family, component) in _WITH_PROJECTION
+        part = None if family is None else family.signature.parts.get(component)
+        # transformers 5 took `text_model.` out of CLIPTextModel's paths and left it in CLIPTextModelWithProjection's
+        has_prefix = part is not None and part.is_projected
         found = {
             f"text_model.{inner}" if has_prefix and _CLIP.match(inner) else inner: module
             for inner, module in _under(adapter, component).items()

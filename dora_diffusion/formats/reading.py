@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_diffusion.families import family_named
 from dora_diffusion.formats.assembly import Assembled, AxisHint, assemble
 from dora_diffusion.formats.bias_vectors import split_vector
+from dora_diffusion.formats.family_detection import told_families
 from dora_diffusion.formats.fused_layers import split
 from dora_diffusion.formats.json_metadata import json_object
 from dora_diffusion.formats.keys import Key, parse_key
@@ -70,10 +72,9 @@ def _sizes(parsed: Mapping[str, Key], shapes: Mapping[str, Sequence[int]], part:
 
 
 def _told_encoders(metadata: Mapping[str, str]) -> Mapping[str, str]:
-    """A T5 alone does not tell whether it is FLUX's second or Stable Diffusion 3's third text encoder."""
-    keys = (FAMILY_KEY, "ss_base_model_version", "modelspec.architecture")
-    told = " ".join(metadata.get(key, "") for key in keys).lower()
-    return {"te3": "text_encoder_2", "t5": "text_encoder_2"} if "flux" in told else {}
+    """What the family in the metadata calls its text encoders: a T5 alone is one's second and another's third."""
+    told = [family for name in told_families(metadata) if (family := family_named(name)) is not None]
+    return told[0].signature.encoders if len(told) == 1 else {}
 
 
 def read(

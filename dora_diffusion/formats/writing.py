@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dora_diffusion.families import family_named
 from dora_diffusion.formats.assembly import parts_of
 from dora_diffusion.formats.bias_vectors import fuse_vector
 from dora_diffusion.formats.dialects import Dialect
@@ -19,8 +20,6 @@ from dora_diffusion.formats.peft_alphas import METADATA_KEY, peft_config
 from dora_diffusion.formats.reading import AXIS_KEY, FAMILY_KEY
 from dora_diffusion.state import AdapterState, Module, ModuleState
 
-# Their makers call their layers as diffusers does.
-_SAME_NAMES = frozenset({"qwen-image"})
 _CLIP = re.compile(r"^(encoder\.layers|embeddings|final_layer_norm)\b")
 _NORMS = re.compile(r"(norm|ln_|group_norm|layer_norm)[\w.]*$")
 
@@ -96,7 +95,7 @@ def _original_names(
 ) -> Callable[[str], Fusion | None]:
     """Path of the denoiser -> its fusion; None where it is called as diffusers calls it."""
     inner = [path.split(".", 1)[1] for path in paths if not path.startswith("text_encoder")]
-    if not inner or not dialect.uses_original_names(family) or family in _SAME_NAMES:
+    if not inner or not dialect.uses_original_names(family) or _is_original(family):
         return _no_fusion
     denoisers = [layout for layout in LAYOUTS if layout.component in ("unet", "transformer")]
     layout = next((layout for layout in denoisers if family in layout.families), None)
@@ -111,6 +110,12 @@ def _original_names(
         f"{strange[0]}: the {dialect.name} format needs its original name, which is not known here for "
         f"{family or 'an unknown family'} of these dimensions; use diffusers, kohya or lycoris"
     )
+
+
+def _is_original(family: str | None) -> bool:
+    """Whether its makers call its layers as diffusers does."""
+    found = family_named(family)
+    return found is not None and found.signature.is_original
 
 
 def _disproportionate(layout: Layout, modules: Mapping[str, Module]) -> list[str]:

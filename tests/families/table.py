@@ -30,8 +30,8 @@ and variant. "yes" means that every test of that column passed; a number refers 
 
 Left out, since they learn or call otherwise: Sana-Sprint (consistency, not flow matching), FLUX Fill, Kontext, Control
 and Redux, Klein KV, Qwen-Image Edit and Layered, Z-Image Omni, and the ControlNet and PAG pipelines. Other models of
-the installed diffusers (Chroma, CogView, HiDream, Kolors, OmniGen ...) have no family yet; ARCHITECTURE.md says how to
-add one.
+the installed diffusers (Chroma, CogView, HiDream, Kolors, OmniGen ...) have no family yet;
+dora_diffusion/families/README.md says how to add one.
 """
 
 

@@ -11,7 +11,8 @@ from benchmarks.full_size.models import pipeline_of
 from benchmarks.full_size.published import PUBLISHED
 from dora_diffusion import families
 from dora_diffusion.families import family_of_pipeline
-from dora_diffusion.formats.family_detection import FAMILIES, family_of
+from dora_diffusion.formats.family_detection import family_of
+from dora_diffusion.formats.layouts import LAYOUTS
 from dora_diffusion.layers.targets import target_paths
 from dora_diffusion.state import AdapterState, FactoredState, Module, ModuleState
 from tests.families.pipelines import PIPELINES
@@ -52,9 +53,12 @@ def adapter(pipe: Any, preset: str, components: tuple[str, ...]) -> AdapterState
 
 
 def test_every_family_is_known() -> None:
-    assert {family.name: {part.name for part in family.components} for family in families.FAMILIES} == {
-        name: set(parts) for name, parts in FAMILIES.items()
-    }
+    for family in families.FAMILIES:
+        parts = family.signature.parts
+        assert {part.name for part in family.components} == set(parts), family.name
+        assert set(family.signature.encoders.values()) <= set(parts), family.name
+        named = {size.layout for part in parts.values() for size in part.sizes if size.layout}
+        assert named <= {layout.name for layout in LAYOUTS}, family.name
 
 
 @pytest.mark.parametrize("preset", PRESETS)

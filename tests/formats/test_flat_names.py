@@ -2,21 +2,21 @@
 
 import re
 import time
-from functools import cache
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from benchmarks.full_size.models import pipeline_of
 from benchmarks.full_size.published import PUBLISHED
 from dora_diffusion.families import FAMILIES, family_of_pipeline
-from dora_diffusion.formats.flat_names import DIFFUSERS, MAKERS, TEXT_ENCODERS, choices, flatten, unflatten
+from dora_diffusion.formats.flat_names import choices, flatten, patterns, unflatten
 from dora_diffusion.formats.layouts import LAYOUTS
 from tests.families.pipelines import PIPELINES
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-WORDS = sorted({word for line in (*DIFFUSERS, *TEXT_ENCODERS, *MAKERS) for word in re.split(r"[^A-Za-z0-9]+", line)})
+WORDS = sorted({word for line in patterns() for word in re.split(r"[^A-Za-z0-9]+", line)})
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -31,26 +31,25 @@ def test_every_path_of_every_model_comes_back(name: str) -> None:
             assert wrong == {}, component
 
 
-@cache
-def paths_of(name: str, component: str) -> tuple[str, ...]:
-    published = next(model for model in PUBLISHED if model.name == name)
-    model = getattr(pipeline_of(published), component)
+def paths_of(model: nn.Module) -> tuple[str, ...]:
     holders = {parameter.rpartition(".")[0] for parameter, _ in model.named_parameters()}
     return tuple(path.removeprefix("text_model.") for path in holders if path)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_every_name_of_the_makers_comes_back_at_real_size(layout) -> None:
-    seen = set()
-    for published in PUBLISHED:
-        if published.family in layout.families and layout.component in published.parts:
-            fusions = [layout.of_path(path) for path in paths_of(published.name, layout.component)]
-            seen |= {fusion.original for fusion in fusions if fusion is not None}
+def test_every_original_name_comes_back(layout) -> None:
+    models = [
+        pipeline_of(published)
+        for published in PUBLISHED
+        if published.family in layout.families and layout.component in published.parts
+    ] or [tiny.build() for tiny in PIPELINES.values() if tiny.family in layout.families]
+    fusions = [layout.of_path(path) for pipe in models for path in paths_of(getattr(pipe, layout.component))]
+    seen = {fusion.original for fusion in fusions if fusion is not None}
     assert seen and {name: unflatten(flatten(name)) for name in seen if unflatten(flatten(name)) != name} == {}
 
 
 def test_no_two_patterns_look_the_same_when_flat() -> None:
-    whole = {path for line in (*DIFFUSERS, *TEXT_ENCODERS, *MAKERS) for path in choices(line)}
+    whole = {path for line in patterns() for path in choices(line)}
     paths = {".".join(path.split(".")[:end]) for path in whole for end in range(1, path.count(".") + 2)}
     assert len({flatten(path) for path in paths}) == len(paths)
 

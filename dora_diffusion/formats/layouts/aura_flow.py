@@ -1,7 +1,7 @@
 """AuraFlow as Fal name it (github.com/cloneofsimo/minRF), beside AuraFlowTransformer2DModel."""
 
 from dora_diffusion.formats.layouts.patterns import renamed, table
-from dora_diffusion.formats.layouts.record import Fusion, Layout
+from dora_diffusion.formats.layouts.record import Fusion
 
 EMBEDDINGS = {
     "init_x_linear": "pos_embed.proj",
@@ -46,4 +46,4 @@ _TABLE = table(
     Fusion("modF.1", ("norm_out.linear",), swapped=True),
 )
 
-AURA_FLOW = Layout("auraflow", ("auraflow",), "transformer", _TABLE.of_original, _TABLE.of_path)
+AURA_FLOW = _TABLE.layout("auraflow", ("auraflow",), "transformer")

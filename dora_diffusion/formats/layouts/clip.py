@@ -28,6 +28,10 @@ _LAYER = {
     "attn.out_proj": ("self_attn.out_proj",),
     "attn.in_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
 }
+_PATTERNS = (
+    "transformer.resblocks.#.(attn.in_proj|attn.out_proj|mlp.c_fc|mlp.c_proj|mlp.gelu|ln_#)",
+    "(token_embedding|positional_embedding|ln_final)",
+)
 _ORIGINAL = re.compile(r"transformer\.resblocks\.(0|[1-9][0-9]*)\.(.+)")
 _PATH = re.compile(r"encoder\.layers\.(0|[1-9][0-9]*)\.(.+)")
 
@@ -62,7 +66,7 @@ def _open_clip(family: str, component: str, depth: int, *, projects: bool) -> La
             return None
         return of_original(f"transformer.resblocks.{found[1]}.{layers_back[found[2]]}")
 
-    return Layout("openclip", (family,), component, of_original, of_path)
+    return Layout("openclip", (family,), component, of_original, of_path, names=_PATTERNS)
 
 
 _TRANSFORMERS = re.compile(

@@ -4,7 +4,7 @@ Its normalisations of queries and keys keep their weight as `scale` there.
 """
 
 from dora_diffusion.formats.layouts.patterns import renamed, table
-from dora_diffusion.formats.layouts.record import Fusion, Layout
+from dora_diffusion.formats.layouts.record import Fusion
 
 _DOUBLE, _BLOCK = "double_blocks.#.", "transformer_blocks.#."
 _SINGLE, _SINGLE_BLOCK = "single_blocks.#.", "single_transformer_blocks.#."
@@ -60,7 +60,4 @@ def fits(original: str, rows: int, columns: int) -> bool:
     return not original.endswith(".linear1") or rows == 7 * columns
 
 
-# Its T5 is the second encoder; kohya calls it te3 all the same.
-ENCODERS = {"te3": "text_encoder_2", "t5": "text_encoder_2"}
-
-FLUX = Layout("flux", ("flux",), "transformer", _TABLE.of_original, _TABLE.of_path, fits, ENCODERS)
+FLUX = _TABLE.layout("flux", ("flux",), "transformer", fits)

@@ -4,7 +4,7 @@ Its normalisations of queries and keys keep their weight as `scale` there. `line
 """
 
 from dora_diffusion.formats.layouts.patterns import renamed, table
-from dora_diffusion.formats.layouts.record import Fusion, Layout
+from dora_diffusion.formats.layouts.record import Fusion
 
 _DOUBLE, _BLOCK = "double_blocks.#.", "transformer_blocks.#."
 _SINGLE, _SINGLE_BLOCK = "single_blocks.#.", "single_transformer_blocks.#."
@@ -57,4 +57,4 @@ def fits(original: str, rows: int, columns: int) -> bool:
     return not original.endswith(".linear1") or rows == 9 * columns
 
 
-FLUX_2 = Layout("flux2", ("flux2", "flux2-klein"), "transformer", _TABLE.of_original, _TABLE.of_path, fits)
+FLUX_2 = _TABLE.layout("flux2", ("flux2", "flux2-klein"), "transformer", fits)

@@ -4,7 +4,7 @@ Queries have 24 heads of 96 channels, keys and values 8 each, so the rows of `qk
 """
 
 from dora_diffusion.formats.layouts.patterns import renamed, table, under
-from dora_diffusion.formats.layouts.record import Fusion, Layout
+from dora_diffusion.formats.layouts.record import Fusion
 
 EMBEDDINGS = {
     "x_embedder": "x_embedder",
@@ -48,4 +48,4 @@ def fits(original: str, rows: int, columns: int) -> bool:
     return not original.endswith((".feed_forward.w1", ".feed_forward.w3")) or rows == 4 * columns
 
 
-LUMINA_2 = Layout("lumina2", ("lumina2",), "transformer", _TABLE.of_original, _TABLE.of_path, fits)
+LUMINA_2 = _TABLE.layout("lumina2", ("lumina2",), "transformer", fits)

@@ -1,10 +1,10 @@
 """Layouts as tables: fusions whose names hold `#` where a block's number stands, looked up from either side."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from dora_diffusion.formats.layouts.record import Fusion
+from dora_diffusion.formats.layouts.record import Fusion, Layout, any_shape
 
 _BLOCK = re.compile(r"(\w+)\.(\d+)\.(.+)")
 
@@ -20,6 +20,16 @@ class Table:
 
     by_original: Mapping[str, Fusion]
     by_path: Mapping[str, Fusion]
+
+    def layout(
+        self,
+        name: str,
+        families: tuple[str, ...],
+        component: str,
+        fits: Callable[[str, int, int], bool] = any_shape,
+    ) -> Layout:
+        """The layout of these names; the arguments are Layout's."""
+        return Layout(name, families, component, self.of_original, self.of_path, fits, tuple(self.by_original))
 
     def of_original(self, original: str) -> Fusion | None:
         """As Layout.of_original."""

@@ -1,7 +1,7 @@
 """What a model's makers call its layers, beside what diffusers calls them."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Fusion:
         return self.swapped or (self.swapped_by_shape and rows == 2 * columns)
 
 
-def _any_shape(original: str, rows: int, columns: int) -> bool:
+def any_shape(original: str, rows: int, columns: int) -> bool:
     """The names are no other model's."""
     return True
 
@@ -44,8 +44,8 @@ class Layout:
         of_path: a path in diffusers, without the component -> the fusion that it is part of, or None.
         fits: a name in the original code, rows and columns of its weight -> whether it can be this model's: tells
             models apart whose makers use the same names.
-        encoders: what tools call a text encoder ("te3", "t5") -> the pipeline's attribute, where it is another than the
-            number says.
+        names: patterns of the original names, as signatures have them (`families/signature.py`), by which flat names
+            are taken apart; none that are diffusers' own too.
     """
 
     name: str
@@ -53,5 +53,5 @@ class Layout:
     component: str
     of_original: Callable[[str], Fusion | None]
     of_path: Callable[[str], Fusion | None]
-    fits: Callable[[str, int, int], bool] = _any_shape
-    encoders: Mapping[str, str] = field(default_factory=dict)
+    fits: Callable[[str, int, int], bool] = any_shape
+    names: tuple[str, ...] = ()

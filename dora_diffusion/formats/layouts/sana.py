@@ -1,7 +1,7 @@
 """Sana as NVIDIA name it (github.com/NVlabs/Sana), beside SanaTransformer2DModel."""
 
 from dora_diffusion.formats.layouts.patterns import renamed, table
-from dora_diffusion.formats.layouts.record import Fusion, Layout
+from dora_diffusion.formats.layouts.record import Fusion
 
 _THEIRS, _BLOCK = "blocks.#.", "transformer_blocks.#."
 
@@ -33,4 +33,4 @@ _TABLE = table(
     Fusion(f"{_THEIRS}cross_attn.kv_linear", _KV, (1, 1)),
 )
 
-SANA = Layout("sana", ("sana",), "transformer", _TABLE.of_original, _TABLE.of_path)
+SANA = _TABLE.layout("sana", ("sana",), "transformer")

@@ -6,7 +6,7 @@ which block is the last: number 23 is it in SD 3 and SD 3.5 medium (24 blocks), 
 """
 
 from dora_diffusion.formats.layouts.patterns import renamed, table
-from dora_diffusion.formats.layouts.record import Fusion, Layout
+from dora_diffusion.formats.layouts.record import Fusion
 
 _JOINT, _BLOCK = "joint_blocks.#.", "transformer_blocks.#."
 
@@ -49,4 +49,4 @@ _TABLE = table(
     Fusion("final_layer.adaLN_modulation.1", ("norm_out.linear",), swapped=True),
 )
 
-SD3 = Layout("sd3", ("sd3",), "transformer", _TABLE.of_original, _TABLE.of_path)
+SD3 = _TABLE.layout("sd3", ("sd3",), "transformer")

@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from dora_diffusion.families.signature import ATTENTION_NAMES
 from dora_diffusion.formats.layouts.record import Fusion, Layout
 
 _ENDS = {
@@ -30,6 +31,14 @@ _RESNET = {
 _TRANSFORMER = re.compile(
     r"norm|proj_in|proj_out"
     r"|transformer_blocks\.[0-9]+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)|norm[123])"
+)
+_ANY_BLOCK = "(input_blocks.#|output_blocks.#|middle_block).#"
+_PATTERNS = (
+    f"{_ANY_BLOCK}.(in_layers.#|out_layers.#|emb_layers.#|skip_connection)",
+    f"{_ANY_BLOCK}.(norm|proj_in|proj_out|op|conv)",
+    f"{_ANY_BLOCK}.transformer_blocks.#.(attn1|attn2).{ATTENTION_NAMES}",
+    f"{_ANY_BLOCK}.transformer_blocks.#.(norm1|norm2|norm3|ff.net.#.proj)",
+    "(time_embed.#|label_emb.#.#|out.#)",
 )
 # A block, and what is inside of it.
 _BLOCK = re.compile(
@@ -119,7 +128,7 @@ def _layout(name: str, families: tuple[str, ...], originals: _Names) -> Layout:
         original = paths.of(path)
         return None if original is None else Fusion(original, (path,))
 
-    return Layout(name, families, "unet", of_original, of_path)
+    return Layout(name, families, "unet", of_original, of_path, names=_PATTERNS)
 
 
 LDM = _layout("ldm", ("sd1", "sd2"), _names((True, True, True, False), _ENDS))

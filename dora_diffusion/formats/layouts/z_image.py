@@ -4,7 +4,7 @@ Its makers' own code names the layers as diffusers does. Queries, keys and value
 """
 
 from dora_diffusion.formats.layouts.patterns import renamed, table, under
-from dora_diffusion.formats.layouts.record import Fusion, Layout
+from dora_diffusion.formats.layouts.record import Fusion
 
 EMBEDDINGS = {
     "x_embedder": "all_x_embedder.2-1",
@@ -43,4 +43,4 @@ def fits(original: str, rows: int, columns: int) -> bool:
     return not original.endswith(".attention.qkv") or rows == 3 * columns
 
 
-Z_IMAGE = Layout("z-image", ("z-image",), "transformer", _TABLE.of_original, _TABLE.of_path, fits)
+Z_IMAGE = _TABLE.layout("z-image", ("z-image",), "transformer", fits)

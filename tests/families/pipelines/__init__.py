@@ -1,30 +1,15 @@
-"""A tiny pipeline with random weights for every family, and for every variant that takes another path."""
+"""A tiny pipeline with random weights for every family, and for every variant that takes another path.
 
-from tests.families.pipelines import (
-    aura_flow,
-    flux,
-    flux2,
-    hunyuan_dit,
-    lumina2,
-    pixart,
-    qwen_image,
-    sana,
-    stable_diffusion,
-    stable_diffusion_3,
-    z_image,
-)
+Every file of this folder with a `PIPELINES` is found by itself.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
 from tests.families.pipelines.record import Tiny
 
+_MODULES = [import_module(f"{__name__}.{file.name}") for file in iter_modules(__path__)]
+
 PIPELINES: dict[str, Tiny] = {
-    **lumina2.PIPELINES,
-    **hunyuan_dit.PIPELINES,
-    **pixart.PIPELINES,
-    **sana.PIPELINES,
-    **aura_flow.PIPELINES,
-    **flux.PIPELINES,
-    **flux2.PIPELINES,
-    **qwen_image.PIPELINES,
-    **z_image.PIPELINES,
-    **stable_diffusion.PIPELINES,
-    **stable_diffusion_3.PIPELINES,
+    name: tiny for module in _MODULES for name, tiny in getattr(module, "PIPELINES", {}).items()
 }

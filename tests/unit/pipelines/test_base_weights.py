@@ -123,6 +123,16 @@ def test_a_flux_file_gives_the_parts_of_its_fused_layers(name: str, prefix: str,
     assert_identical(base.parameter(name), expected.parameter(name))
 
 
+@pytest.mark.parametrize(("name", "layout", "t5"), [("flux-dev", "flux", "2"), ("sd3", "sd3", "3")])
+def test_the_family_tells_which_encoder_a_t5_is(name: str, layout: str, t5: str, tmp_path: Path) -> None:
+    pipe = PIPELINES[name].build()
+    tensors = {f"model.diffusion_model.{key}": t for key, t in in_original_names(pipe.transformer, layout).items()}
+    words = getattr(pipe, f"text_encoder_{t5}").state_dict()
+    tensors |= {f"text_encoders.t5xxl.transformer.{key}": tensor for key, tensor in words.items()}
+    paths = base_weights(original_layouts.save(tensors, tmp_path / "base.safetensors")).paths()  # no CLIP beside it
+    assert {path.partition(".")[0] for path in paths} == {"transformer", f"text_encoder_{t5}"}
+
+
 def open_clip(model: nn.Module) -> Mapping[str, Tensor]:
     """A CLIP encoder as OpenCLIP lays it out: q, k and v in one parameter, the projection transposed."""
     left = {key.removeprefix("text_model."): tensor for key, tensor in model.state_dict().items()}
