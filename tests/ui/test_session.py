@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from dora_diffusion.adapters import AdapterManager
 from dora_diffusion.generation import Canvas, GenerationSettings, GenerationStopped, generate
 from dora_diffusion.prompts import LoraTag
 from dora_diffusion.storage import sha256_of
+from tests.ui.scripted import until
 from ui import engine as engine_module
 from ui.library import stamp_of
 from ui.metadata import find_input, metadata_text, read_metadata
@@ -114,10 +114,7 @@ def test_leaving_the_page_stops_the_work(session: Session, tmp_path: Path) -> No
     updates = run.updates()
     next(updates)
     updates.close()  # type: ignore[attr-defined]
-    deadline = time.monotonic() + 10  # it ends within a step; nobody waits for it
-    while not run.finished and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert run.finished
+    until(lambda: run.finished)  # it ends within a step
     assert run.latest.phase == "stopped"
     assert not (tmp_path / "out").exists()
 
