@@ -140,8 +140,9 @@ def cancels(folder: Path, output: Path, *, count: int, seed: int = 0) -> Outcome
         request = replace(random_request(source), settings=LONG)
         run = session.start(request, owner="tab")
         time.sleep(source.uniform(0, 0.6))
-        before, asked = run.latest.step, time.perf_counter()
+        asked = time.perf_counter()
         run.stop()
+        before = run.latest.step
         last = list(run.updates())[-1]
         waits.append(time.perf_counter() - asked)
         late.append(last.step - before if last.phase == "stopped" else 0)

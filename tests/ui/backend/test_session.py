@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from dora_diffusion.generation.generate import Canvas, GenerationSettings, Gener
 from dora_diffusion.generation.png_metadata import metadata_text, read_metadata
 from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.utils.atomic import sha256_of
+from tests.ui.scripted import until
 from ui.backend import engine as engine_module
 from ui.backend.inputs import find_input
 from ui.backend.request import AdapterChoice, DrawRequest
@@ -126,10 +126,7 @@ def test_leaving_the_page_stops_the_work(session: Session, tmp_path: Path) -> No
     updates = run.updates()
     next(updates)
     updates.close()  # type: ignore[attr-defined]
-    deadline = time.monotonic() + 10  # it ends within a step; nobody waits for it
-    while not run.finished and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert run.finished
+    until(lambda: run.finished)  # it ends within a step
     assert run.latest.phase == "stopped"
     assert not (tmp_path / "out").exists()
 
