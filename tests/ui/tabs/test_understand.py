@@ -183,7 +183,7 @@ def test_a_map_that_breaks_off_says_so(session: Session, monkeypatch: pytest.Mon
         board = build_weight_grid(session)
     resolved = resolve_tags(DrawRequest(SETTINGS), session.library.usable, PARTS)
     rows = plan(Axes(ADAPTER_WEIGHT, ("ink",), (1.0, 2.0)), RACK)
-    wanted = weight_grid._Plan(Axes(ADAPTER_WEIGHT, ("ink",), (1.0, 2.0)), rows, resolved, session.parts)
+    wanted = weight_grid._GridPlan(Axes(ADAPTER_WEIGHT, ("ink",), (1.0, 2.0)), rows, resolved, session.parts)
     _first_cells(session, 2, monkeypatch)
     changed = weight_grid._drawing(
         board, session, wanted, Variations(session, session.output / "maps", threading.Event())
