@@ -24,6 +24,9 @@ from dora_diffusion.functional.lycoris import (
 
 Algorithm = Literal["loha", "lokr", "full"]
 
+WeightOf = Callable[[str], Tensor]
+"""An adapter's path, component first -> the layer's dense W (out, in[, kh, kw]) as stored; ValueError when missing."""
+
 
 @dataclass(frozen=True)
 class ModuleState:

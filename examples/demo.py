@@ -31,7 +31,6 @@ QUICK = {
     "optim.warmup_steps": "0",
     "optim.batch_size": "1",
     "prior.class_images": "2",
-    "preview.prompts": "[]",
 }
 
 
@@ -46,7 +45,7 @@ def main() -> int:
     suffix = "" if arguments.model == "pocket" else f"-{arguments.model}"
     run = arguments.output / f"robot-run{suffix}"
     shutil.rmtree(run, ignore_errors=True)
-    overrides = {"output_dir": str(run), "preview.every": "0", **(QUICK if arguments.quick else {})}
+    overrides = {"output_dir": str(run), "preview.prompts": "[]", **(QUICK if arguments.quick else {})}
     result = train(TrainConfig.from_yaml(HERE / "subject-robot" / CONFIGS[arguments.model], overrides))
     assert result.adapter is not None  # the config asks for one
     picture = before_and_after(arguments.model, result.adapter, arguments.output / f"before-after{suffix}.png")

@@ -15,6 +15,15 @@ os.environ.update(
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests import variants  # noqa: E402
+
+variants.apply()
+
+
+def pytest_runtest_setup() -> None:
+    """What a test draws without a generator of its own does not depend on the tests before it."""
+    torch.manual_seed(0)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip `gpu` tests on a machine without a GPU; `-ra` prints the reason."""

@@ -38,6 +38,13 @@ def assert_close(actual: Tensors, expected: Tensors, *, computed_in: torch.dtype
     torch.testing.assert_close(actual, expected, rtol=tolerance.relative, atol=tolerance.absolute)
 
 
+def assert_near(actual: Tensor, expected: Tensor, relative: float) -> None:
+    """Shapes and dtypes agree, and no element is further off than `relative` times the largest expected; NaN is far."""
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+    error = float((actual - expected).abs().max() / expected.abs().max())
+    assert error <= relative, f"relative error {error:.2e}, expected at most {relative:.2e}"
+
+
 def assert_identical(actual: Tensors, expected: Tensors) -> None:
     """Shapes, dtypes and every bit agree: 0.0 differs from -0.0, and a NaN equals itself."""
     torch.testing.assert_close(_bytes(actual), _bytes(expected), rtol=0, atol=0)

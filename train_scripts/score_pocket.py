@@ -23,6 +23,7 @@ from dora_diffusion.pretrain.package import draw_batch
 from dora_diffusion.pretrain.pictures import held_out_pairs, scene_pictures
 from dora_diffusion.pretrain.run import PretrainFolder, trained_dit_pipeline, trained_pipeline
 from dora_diffusion.pretrain.scenes import Scene, compose, vocabulary
+from dora_diffusion.utils.atomic import atomic_file, write_atomically
 from dora_diffusion.utils.image_grid import grid
 
 
@@ -59,11 +60,10 @@ def main() -> None:
         "autoencoder_psnr_db": round(reconstruction_psnr(pipe.vae, scene_pictures(strangers, folders.icons)), 2),
         "seconds_a_picture_in_batches_of_10": round(seconds, 2),
     }
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / f"{arguments.base}.json").write_text(json.dumps(report, indent=1) + "\n")
-    grid([pictures[start : start + 10] for start in range(0, min(40, len(pictures)), 10)]).save(
-        arguments.output / f"{arguments.base}-grid.png"
-    )
+    write_atomically(arguments.output / f"{arguments.base}.json", (json.dumps(report, indent=1) + "\n").encode())
+    with atomic_file(arguments.output / f"{arguments.base}-grid.png") as file:
+        rows = [pictures[start : start + 10] for start in range(0, min(40, len(pictures)), 10)]
+        grid(rows).save(file, format="PNG")
     print(json.dumps(report, indent=1))
 
 

@@ -16,7 +16,7 @@ import gradio as gr
 
 from dora_diffusion.pipelines.loading import load_pipeline
 from ui.backend.session import Session
-from ui.layout import TABS_AT_ONCE, Page, build_page
+from ui.layout import TABS_AT_ONCE, AppPage, build_page
 from ui.options import UiOptions
 from ui.server.health import health_route, on_shutdown
 from ui.server.security import security_middleware
@@ -33,7 +33,7 @@ class RunningApp:
     demo: gr.Blocks
     session: Session
     options: UiOptions
-    page: Page
+    page: AppPage
     url: str
 
     def close(self) -> None:
@@ -43,7 +43,7 @@ class RunningApp:
         self.demo.close(verbose=False)
 
 
-def build_app(session: Session, options: UiOptions) -> tuple[gr.Blocks, Page]:
+def build_app(session: Session, options: UiOptions) -> tuple[gr.Blocks, AppPage]:
     """The page, wired to the session."""
     with gr.Blocks(
         title="DoRA diffusion", analytics_enabled=False, delete_cache=(PREVIEW_SWEEP_SECONDS, PREVIEW_SECONDS)

@@ -1,23 +1,22 @@
 """The whole page: where its parts stand, and what they tell one another."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from html import escape
-from typing import Any
 
 import gradio as gr
-from gradio.components import Component
 
 from ui.backend.session import Session
-from ui.errors import user_errors
+from ui.errors import LATEST, QUICK, EventOptions, wire, wire_js
 from ui.generate.controls import Controls
-from ui.generate.form import Form, build_form, build_prompt
+from ui.generate.form import GenerateForm, build_form, build_prompt
 from ui.generate.history import build_history
 from ui.generate.presets import build_presets
 from ui.generate.rack import Rack, build_rack
 from ui.generate.restore import build_restore
-from ui.generate.stage import ProgressView, Stage, build_stage, status_html
+from ui.generate.stage import ProgressView, Stage, build_stage
+from ui.generate.values import Updates, Values
 from ui.library.browser import Browser, add_word, build_browser
+from ui.markup import paragraph, status_html, toast_text
 from ui.options import UiOptions
 from ui.server.api import add_api
 from ui.tabs.export import build_export
@@ -29,12 +28,10 @@ from ui.train.tab import Train, build_train
 TABS_AT_ONCE = 8
 NEWS_SECONDS = 3
 _LOOK_AGAIN = "() => { document.querySelector('#history-refresh')?.click(); }"
-Values = Mapping[Component, Any]
-Updates = Mapping[Component, Any]
 
 
 @dataclass(frozen=True)
-class Page:
+class AppPage:
     """What the app needs of the page after it is built.
 
     Attributes:
@@ -44,7 +41,7 @@ class Page:
     train: Train
 
 
-def build_page(session: Session, options: UiOptions, demo: gr.Blocks) -> Page:
+def build_page(session: Session, options: UiOptions, demo: gr.Blocks) -> AppPage:
     """Lay out the page inside the open block, wired to the session."""
     with gr.Sidebar(open=True, width=330, elem_id="sidebar"):
         model, news = _build_model(session)
@@ -71,7 +68,7 @@ def build_page(session: Session, options: UiOptions, demo: gr.Blocks) -> Page:
             train = build_train(session, options)
         with gr.Tab("Inspect", elem_id="tab-inspect"):
             build_inspect_page(session)
-    history.select(None, js=_LOOK_AGAIN, queue=False, api_visibility="private")
+    wire_js(history.select, _LOOK_AGAIN)
     _wire_draw(session, controls, stage)
     wire_leave_one_out(leave_one_out, session, controls)
     wire_weight_grid(board, session, controls)
@@ -80,7 +77,7 @@ def build_page(session: Session, options: UiOptions, demo: gr.Blocks) -> Page:
     _wire_new_files(session, train.sent, export.exported, rack)
     _wire_model(session, model, news, form, rack, demo)
     add_api(session, demo)
-    return Page(train)
+    return AppPage(train)
 
 
 def _build_model(session: Session) -> tuple[gr.Dropdown, gr.HTML]:
@@ -95,88 +92,74 @@ def news_html(session: Session) -> str:
     queue = "nothing is drawn" if not waiting else "drawing" if waiting == 1 else f"drawing, {waiting - 1} waiting"
     loaded = len(session.loaded)
     held = f"{loaded} adapter{'' if loaded == 1 else 's'} in memory"
-    return f'<p class="news" role="status">{escape(session.family)} · {queue} · {held}</p>'
+    return paragraph(f"{session.family} · {queue} · {held}", "news", is_status=True)
 
 
 def _wire_draw(session: Session, controls: Controls, stage: Stage) -> None:
-    def draw(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:
-        with user_errors():
-            try:
-                progress_view = ProgressView(stage)
-                run = session.start(controls.request(values), owner=str(request.session_hash))
-                for update in run.updates():
-                    yield progress_view.changes(update)
-            except Exception:
-                yield {stage.status: status_html("Nothing more was drawn.")}
-                raise
+    def draw(values: Values, request: gr.Request) -> Iterator[Updates]:
+        try:
+            progress_view = ProgressView(stage)
+            run = session.start(controls.request(values), owner=str(request.session_hash))
+            for update in run.updates():
+                yield progress_view.changes(update)
+        except Exception:
+            yield {stage.status: status_html("Nothing more was drawn.")}
+            raise
 
     def stop(request: gr.Request) -> None:
         session.stop(str(request.session_hash))
 
-    drawn = controls.form.generate.click(
+    drawn = wire(
+        controls.form.generate.click,
         draw,
         {*controls.inputs},
         list(stage.outputs),
-        show_progress="hidden",
-        concurrency_limit=TABS_AT_ONCE,
-        api_visibility="private",
+        options=EventOptions(concurrency_limit=TABS_AT_ONCE),
     )
-    drawn.then(None, js=_LOOK_AGAIN, queue=False, api_visibility="private")
-    controls.form.stop.click(stop, queue=False, api_visibility="private")
+    wire_js(drawn.then, _LOOK_AGAIN)
+    wire(controls.form.stop.click, stop, options=QUICK)
 
 
 def _wire_map(board: WeightGrid, rack: Rack) -> None:
     def load(picked: object, cells: object) -> Updates:
-        with user_errors():
-            return rack.updates(picked_slots(picked, cells)) if picked else {}
+        return rack.updates(picked_slots(picked, cells)) if picked else {}
 
-    board.picked.change(
-        load, [board.picked, board.cells], list(rack.outputs), show_progress="hidden", api_visibility="private"
-    )
+    wire(board.picked.change, load, [board.picked, board.cells], list(rack.outputs))
 
 
-def _wire_browser(browser: Browser, form: Form, rack: Rack) -> None:
-    def add(values: dict[Component, Any]) -> Updates:
-        with user_errors():
-            return rack.add(values, values[browser.picked])
+def _wire_browser(browser: Browser, form: GenerateForm, rack: Rack) -> None:
+    def add(values: Values) -> Updates:
+        return rack.add(values, values[browser.picked])
 
-    browser.when_picked.success(
-        add, rack.inputs | {browser.picked}, list(rack.outputs), show_progress="hidden", api_visibility="private"
-    )
-    browser.when_word.success(
+    wire(browser.when_picked.success, add, rack.inputs | {browser.picked}, list(rack.outputs))
+    wire(
+        browser.when_word.success,
         lambda prompt, word: add_word(prompt or "", word),
         [form.prompt, browser.word],
         form.prompt,
-        show_progress="hidden",
-        queue=False,
-        api_visibility="private",
+        options=QUICK,
     )
 
 
 def _wire_new_files(session: Session, sent: gr.Textbox, exported: gr.Textbox, rack: Rack) -> None:
     """An adapter that was trained or merged here goes into the rack, when it is sent there."""
 
-    def add(values: dict[Component, Any]) -> Updates:
+    def add(values: Values) -> Updates:
         name = values[sent]
         if not name:  # emptied before each press, so that the same name again is a change
             return {rack.sentence: gr.skip()}  # of an empty dict gradio says that values are missing
-        with user_errors():
-            session.library.refresh()
-            return rack.add(values, name)
+        session.library.refresh()
+        return rack.add(values, name)
 
-    sent.change(
-        add,
-        rack.inputs | {sent},
-        list(rack.outputs),
-        show_progress="hidden",
-        trigger_mode="always_last",  # the name follows the emptying at once, and must not be dropped for it
-        api_visibility="private",
-    )
-    exported.change(lambda: session.library.refresh(), None, None, queue=False, api_visibility="private")
+    # the latest, too: the name follows the emptying at once, and must not be dropped for it
+    wire(sent.change, add, rack.inputs | {sent}, list(rack.outputs), options=LATEST)
+    wire(exported.change, lambda: session.library.refresh(), options=QUICK)
 
 
-def _wire_model(session: Session, model: gr.Dropdown, news: gr.HTML, form: Form, rack: Rack, demo: gr.Blocks) -> None:
-    def shown(values: Values) -> dict[Component, Any]:
+def _wire_model(
+    session: Session, model: gr.Dropdown, news: gr.HTML, form: GenerateForm, rack: Rack, demo: gr.Blocks
+) -> None:
+    def shown(values: Values) -> Updates:
         """The page as the present base has it."""
         samplers = list(session.samplers)
         return {
@@ -186,32 +169,24 @@ def _wire_model(session: Session, model: gr.Dropdown, news: gr.HTML, form: Form,
             news: news_html(session),
         }
 
-    def switch(values: dict[Component, Any]) -> dict[Component, Any]:
-        with user_errors():
-            misfits = session.switch(values[model])
+    def switch(values: Values) -> Updates:
+        misfits = session.switch(values[model])
         for file, reason in list(misfits.items())[:3]:
-            gr.Warning(escape(f"{file}: {reason}"[:300], quote=False))
+            gr.Warning(toast_text(f"{file}: {reason}"[:300]))
         return shown(values)
 
-    model.input(
+    wire(
+        model.input,
         switch,
         rack.inputs | {model},
         [*rack.outputs, form.sampler, model, news],
-        show_progress="minimal",
-        api_visibility="private",
+        options=EventOptions(show_progress="minimal"),
     )
 
-    def opened(values: dict[Component, Any]) -> dict[Component, Any]:
+    def opened(values: Values) -> Updates:
         """Nothing anew unless another tab has switched the base: what was chosen meanwhile would be lost."""
         return {news: news_html(session)} if values[model] == session.model else shown(values)
 
-    demo.load(
-        opened,
-        rack.inputs | {model},
-        [*rack.outputs, form.sampler, model, news],
-        show_progress="hidden",
-        queue=False,
-        api_visibility="private",
-    )
+    wire(demo.load, opened, rack.inputs | {model}, [*rack.outputs, form.sampler, model, news], options=QUICK)
     timer = gr.Timer(NEWS_SECONDS)
-    timer.tick(lambda: news_html(session), outputs=news, show_progress="hidden", queue=False, api_visibility="private")
+    wire(timer.tick, lambda: news_html(session), outputs=news, options=QUICK)

@@ -28,7 +28,8 @@ from dora_diffusion.generation.generate import Canvas, GenerationSettings
 from dora_diffusion.generation.png_metadata import read_metadata
 from dora_diffusion.utils.atomic import sha256_of, write_atomically
 from tests.pocket_random import random_adapter, random_pocket_pipeline
-from ui.backend.request import NAMED_CURVES, AdapterChoice, DrawRequest
+from ui.backend.curve_text import NAMED_CURVES
+from ui.backend.request import AdapterChoice, DrawRequest
 from ui.backend.run import Update
 from ui.backend.session import Session
 
@@ -139,8 +140,9 @@ def cancels(folder: Path, output: Path, *, count: int, seed: int = 0) -> Outcome
         request = replace(random_request(source), settings=LONG)
         run = session.start(request, owner="tab")
         time.sleep(source.uniform(0, 0.6))
-        before, asked = run.latest.step, time.perf_counter()
+        asked = time.perf_counter()
         run.stop()
+        before = run.latest.step
         last = list(run.updates())[-1]
         waits.append(time.perf_counter() - asked)
         late.append(last.step - before if last.phase == "stopped" else 0)

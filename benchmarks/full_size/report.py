@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dora_diffusion.utils.atomic import write_atomically
+
 Results = Mapping[str, Any]
 _GIB, _MIB = 2**30, 2**20
 
@@ -21,7 +23,7 @@ def write(results: Results, folder: Path) -> Path:
         _peaks(results["measured"]),
     ]
     path = folder / "full-size.md"
-    path.write_text("\n\n".join(section for section in sections if section) + "\n")
+    write_atomically(path, ("\n\n".join(section for section in sections if section) + "\n").encode())
     return path
 
 

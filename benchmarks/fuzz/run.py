@@ -53,15 +53,15 @@ def special_cases(folder: Path, watch: Watch, say: Callable[[str], None] = print
 
 
 def mutated_cases(
-    folder: Path, watch: Watch, count: int, seed: int, say: Callable[[str], None] = print
+    folder: Path, watch: Watch, count: int, seed: int, say: Callable[[str], None] = print, *, slack: float = 1.0
 ) -> Iterator[Case]:
-    """So many mutations of sound files; the same for the same seed."""
+    """So many mutations of sound files; the same for the same seed. A slow machine may be given more time."""
     sound = sound_files(seed)
     for number in range(count):
         name, raw = mutated(sound, seed, number)
         path = folder / f"{seed}-{number:05d}.safetensors"
         path.write_bytes(raw)
-        yield _case(name, name.split(" of ")[0], path, watch, say)
+        yield _case(name, name.split(" of ")[0], path, watch, say, slack)
 
 
 def _elsewhere(make: Maker, path: Path) -> None:
@@ -72,11 +72,11 @@ def _elsewhere(make: Maker, path: Path) -> None:
     assert process.exitcode == 0, path
 
 
-def _case(name: str, group: str, path: Path, watch: Watch, say: Callable[[str], None]) -> Case:
+def _case(name: str, group: str, path: Path, watch: Watch, say: Callable[[str], None], slack: float = 1.0) -> Case:
     """Read a file and remove it; one that broke a promise is kept, with the trace beside it."""
     size = bytes_of(path)
     outcomes = watch.read(path)
-    found = {outcome.reader: wrong for outcome in outcomes if (wrong := faults(outcome, path, size))}
+    found = {outcome.reader: wrong for outcome in outcomes if (wrong := faults(outcome, path, size, slack=slack))}
     for outcome in outcomes:
         if outcome.reader in found:
             line = f"{path.name} ({name}), {outcome.reader}: {'; '.join(found[outcome.reader])}"

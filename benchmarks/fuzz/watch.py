@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from dora_diffusion.formats import detect_format, load_adapter
-from dora_diffusion.formats.safetensors_reader import shown
 from dora_diffusion.inspection.report import describe, inspect_adapter
+from dora_diffusion.utils.text import shown_path
 
 SECONDS = 0.2
 # what is read may take longer than what is refused, by no promise but so that nobody waits
@@ -34,6 +34,7 @@ MESSAGE = 500
 PATIENCE = 20.0
 
 Reader = Callable[[Path], object]
+Clock = Callable[[], float]
 
 
 def inspected(path: Path) -> str:
@@ -72,7 +73,7 @@ def faults(outcome: Outcome, path: Path, size: int, *, slack: float = 1.0) -> li
     if outcome.kind == "refused":
         if len(outcome.message) > MESSAGE or len(outcome.message.splitlines()) != 1:
             found.append(f"message of {len(outcome.message)} characters, {len(outcome.message.splitlines())} lines")
-        if path.name not in outcome.message and shown(path, 300) not in outcome.message:
+        if path.name not in outcome.message and shown_path(path) not in outcome.message:
             found.append("message does not name the file")
     if outcome.seconds > slack * (SECONDS_READ if outcome.kind == "read" else SECONDS):
         found.append(f"{1000 * outcome.seconds:.0f} ms")
@@ -84,9 +85,15 @@ def faults(outcome: Outcome, path: Path, size: int, *, slack: float = 1.0) -> li
 class Watch:
     """A process that reads files for us; `with Watch() as watch: watch.read(path)`."""
 
-    def __init__(self, readers: dict[str, Reader] | None = None, patience: float = PATIENCE) -> None:
+    def __init__(
+        self,
+        readers: dict[str, Reader] | None = None,
+        patience: float = PATIENCE,
+        clock: Clock = time.process_time,
+    ) -> None:
         self._readers = READERS if readers is None else readers
         self._patience = patience
+        self._clock = clock
         self._start()
 
     def __enter__(self) -> "Watch":
@@ -119,7 +126,8 @@ class Watch:
     def _start(self) -> None:
         context: Any = multiprocessing.get_context("fork")
         self._ours, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._ours, self._readers), daemon=True)
+        arguments = (theirs, self._ours, self._readers, self._clock)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
 
@@ -129,7 +137,7 @@ class Watch:
         self._process.join()
 
 
-def _serve(theirs: Connection, ours: Connection, readers: dict[str, Reader]) -> None:
+def _serve(theirs: Connection, ours: Connection, readers: dict[str, Reader], clock: Clock) -> None:
     ours.close()  # else the end of the parent's would never be seen
     torch.set_num_threads(1)  # a fork has none of its parent's threads, and would wait for them for ever
     gc.freeze()
@@ -139,18 +147,18 @@ def _serve(theirs: Connection, ours: Connection, readers: dict[str, Reader]) -> 
             name, path = theirs.recv()
         except EOFError:
             os._exit(0)
-        outcome = _watched(name, readers[name], path)
+        outcome = _watched(name, readers[name], path, clock)
         again = 2 if SECONDS < outcome.seconds < 10 * SECONDS else 0
-        others = [_watched(name, readers[name], path).seconds for _ in range(again)]
+        others = [_watched(name, readers[name], path, clock).seconds for _ in range(again)]
         theirs.send(Outcome(**{**vars(outcome), "seconds": min([outcome.seconds, *others])}))
 
 
-def _watched(name: str, read: Reader, path: Path) -> Outcome:
+def _watched(name: str, read: Reader, path: Path, clock: Clock) -> Outcome:
     gc.collect()
     _give_back_freed_memory()
     before = _memory_from_now()
     kind, message, trace = "read", "", ""
-    start = time.process_time()
+    start = clock()
     try:
         read(path)
     except ValueError as error:
@@ -159,7 +167,7 @@ def _watched(name: str, read: Reader, path: Path) -> Outcome:
         trace = traceback.format_exc()
     except BaseException as error:
         kind, message, trace = "crash", repr(error)[:MESSAGE], traceback.format_exc()
-    seconds = time.process_time() - start
+    seconds = clock() - start
     peak = _status("VmHWM")
     return Outcome(name, kind, message, seconds, None if before is None or peak is None else peak - before, trace)
 

@@ -17,6 +17,7 @@ import torch  # noqa: E402
 
 from benchmarks.peers import models, operations, report, single_layers  # noqa: E402
 from benchmarks.peers.single_layers import Setting  # noqa: E402
+from dora_diffusion.utils.atomic import write_atomically  # noqa: E402
 
 PARTS: dict[str, Callable[[Setting], object]] = {
     "a": single_layers.measure,
@@ -53,8 +54,7 @@ def main() -> int:
         print(f"part {part}", flush=True)
         results[part] = PARTS[part](setting)
         results["machine"] = machine(setting)
-        output.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(results, indent=1) + "\n")
+        write_atomically(file, (json.dumps(results, indent=1) + "\n").encode())
     print(f"wrote {report.write(results, output)}")
     return 0
 

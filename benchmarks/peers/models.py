@@ -12,7 +12,6 @@ from benchmarks.peers.memory import kept_for_backward, peak_of
 from benchmarks.peers.single_layers import Setting
 from benchmarks.peers.timing import timed
 from benchmarks.peers.variants import Variant, build, check_agreement, standing
-from dora_diffusion.layers.config import DoRAConfig
 from dora_diffusion.layers.targets import target_paths as paths_of
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -104,7 +103,7 @@ def measure(setting: Setting) -> list[dict[str, object]]:
 
 def _training(case: Case, setting: Setting) -> dict[str, object]:
     model = case.model.train()
-    paths = paths_of(model, DoRAConfig(target_modules=ATTENTION))
+    paths = paths_of(model, ATTENTION)
     bases = {path: model.get_submodule(path) for path in paths}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

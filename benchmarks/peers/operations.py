@@ -57,7 +57,7 @@ def _weights(count: int) -> dict[str, float]:
 
 def _inference(case: Case, states: list[AdapterState], setting: Setting) -> dict[str, object]:
     """A guided step bare, with PEFT's adapters, and with ours from one to eight, unfused and fused."""
-    model, paths = case.model, paths_of(case.model, DoRAConfig(target_modules=ATTENTION))
+    model, paths = case.model, paths_of(case.model, ATTENTION)
     bases = {path: model.get_submodule(path) for path in paths}
     peft = {name: _peft_layers(model, paths, bases, states, name) for name in ("LoRA x1", "DoRA x1", "DoRA x3")}
     manager = _manager(case, states)
@@ -113,7 +113,7 @@ def _peft_layers(
 
 def _operations(case: Case, states: list[AdapterState], setting: Setting) -> dict[str, object]:
     """Seconds of each operation with three adapters, PEFT's beside ours, and the weights read and written once."""
-    model, paths = case.model, paths_of(case.model, DoRAConfig(target_modules=ATTENTION))
+    model, paths = case.model, paths_of(case.model, ATTENTION)
     bases = {path: model.get_submodule(path) for path in paths}
     weights = [base.weight for base in bases.values()]
     peft = _peft_layers(model, paths, bases, states, "DoRA x3")

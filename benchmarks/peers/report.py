@@ -9,6 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from dora_diffusion.utils.atomic import write_atomically  # noqa: E402
+
 Results = Mapping[str, Any]
 COLOURS = {"PEFT": "#9aa5b1", "LyCORIS": "#c9b79c", "our": "#2f6fab"}
 
@@ -25,7 +27,7 @@ def write(results: Results, folder: Path) -> Path:
     if "c" in results and "d" in results:
         _plot_growth(results, folder / "bench-growth.png")
     path = folder / "bench.md"
-    path.write_text("\n\n".join(sections) + "\n")
+    write_atomically(path, ("\n\n".join(sections) + "\n").encode())
     return path
 
 

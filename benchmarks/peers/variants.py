@@ -161,7 +161,7 @@ def check_agreement(call: Callable[[], Tensor], model: nn.Module, variants: Mapp
         firsts += list(same.values())[:1]
         for name, answer in same.items():
             error = _difference(answer, firsts[-1])
-            if error > limit:
+            if not error <= limit:  # NaN is no agreement
                 raise AssertionError(f"{name} differs from {next(iter(same))} by {error:.1e}")
     if answer.dtype == torch.float32 and len(firsts) == 2 and _difference(*firsts) < 2 * limit:
         raise AssertionError(f"LoRA and DoRA differ by {_difference(*firsts):.1e} only: the check tells nothing")

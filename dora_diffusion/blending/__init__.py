@@ -8,8 +8,8 @@ from dora_diffusion.blending.reports import (
     BlendOptions,
     BlendReport,
     LayerReport,
-    Progress,
 )
+from dora_diffusion.utils.progress import LayerProgress as Progress
 
 __all__ = [
     "BLEND_SENTENCES",

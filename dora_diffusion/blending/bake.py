@@ -5,12 +5,10 @@ rounded once, to the dtype that the base has; every tensor and file that no adap
 be done is found from the headers, before anything is written.
 """
 
-import contextlib
 import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,10 +19,12 @@ from dora_diffusion._version import __version__
 from dora_diffusion.formats.base_checkpoint import Checkpoint, Place, main_weights, open_checkpoint, weight_files
 from dora_diffusion.formats.safetensors_stream import BLOCK_BYTES, TensorFile, write_tensor_file
 from dora_diffusion.functional.blend_modes import ACTIVE_AT_ZERO, MODES
+from dora_diffusion.functional.low_rank import relative_error
 from dora_diffusion.functional.strengths import Weight, check_strength, is_meant, strength_at
 from dora_diffusion.pipelines.base_weights import is_table, local_base
 from dora_diffusion.state import AdapterState, Module, term_of
-from dora_diffusion.utils.atomic import atomic_file, sync_folder
+from dora_diffusion.utils.atomic import atomic_file, atomic_path
+from dora_diffusion.utils.progress import Progress
 
 NOTE = "dora_diffusion.baked"
 """The metadata key by which a baked file is known; its value is JSON."""
@@ -32,9 +32,6 @@ NOTE = "dora_diffusion.baked"
 _BAKEABLE = ("F64", "F32", "F16", "BF16")
 _HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf")
-
-Progress = Callable[[int, int], None]
-"""(bytes done, bytes in all)."""
 
 
 @dataclass(frozen=True)
@@ -148,11 +145,11 @@ def bake(
     copied, left_out = _other_files(plan) if source.is_dir() else ([], [])
     rewritten = [file for file in plan.base.files if plan.of(file)]
     progress = _Counter(on_progress, rewritten, copied)
-    with _taking_the_place_of(target) as staging:
+    with atomic_path(target) as new:
         for path in copied:
-            _copy(path, staging / path.relative_to(source), progress)
+            _copy(path, new / path.relative_to(source), progress)
         for file in rewritten:
-            place = staging / file.path.relative_to(source) if source.is_dir() else staging
+            place = new / file.path.relative_to(source) if source.is_dir() else new
             write_tensor_file(place, file.slots, _tensors(plan, file, progress), metadata=_metadata(plan, file))
     everything = [change for changes in plan.changes.values() for change in changes]
     vectors = sum(all(isinstance(part.what, Tensor) for part in change.parts) for change in everything)
@@ -182,7 +179,7 @@ def verify(
         if place is None:
             raise ValueError(f"{output}: {change.path} is not there; was it baked from {base}?")
         expected, stored = _mixed(change, change.place.read(), mode), place.read()
-        error = float((stored.to(expected) - expected).norm() / expected.norm().clamp(min=1e-30))
+        error = relative_error(stored, expected)
         worst = max(worst, (error, change.path, torch.finfo(stored.dtype).eps / 2))
         checked += 1
     error, layer, rounding = worst
@@ -384,19 +381,3 @@ def _is_ours(path: Path) -> bool:
         return any(NOTE in file.metadata for file in open_checkpoint(path).files)
     except ValueError:
         return False
-
-
-@contextlib.contextmanager
-def _taking_the_place_of(output: Path) -> Iterator[Path]:
-    """A place to build in, beside `output`, which it becomes when the block ends without an error."""
-    staging = output.with_name(f".{output.name}.baking")
-    shutil.rmtree(staging, ignore_errors=True)  # of one that was killed
-    staging.mkdir(parents=True)
-    try:
-        yield staging / output.name
-        if output.is_dir():  # a folder cannot be replaced by another in one step
-            os.rename(output, staging / "before")
-        os.replace(staging / output.name, output)
-        sync_folder(output.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -16,17 +16,13 @@ from dora_diffusion.blending.reports import (
     BlendOptions,
     BlendReport,
     LayerReport,
-    Progress,
 )
-from dora_diffusion.functional.blend_modes import MODES
+from dora_diffusion.functional.blend_modes import ACTIVE_AT_ZERO, IN_ORDER, MODES
 from dora_diffusion.functional.strengths import Weight, check_strength, is_meant, strength_at
-from dora_diffusion.pipelines.base_weights import WeightOf, weights_of
-from dora_diffusion.state import AdapterState, Module
+from dora_diffusion.pipelines.base_weights import weights_of
+from dora_diffusion.state import AdapterState, Module, WeightOf
+from dora_diffusion.utils.progress import LayerProgress
 
-# In these the order of the adapters is part of the result.
-_IN_ORDER = ("peft", "comfyui", "a1111")
-# In these an adapter at strength 0 still changes the weight.
-_AWAKE_AT_ZERO = ("peft", "lycoris")
 # Facts about the base, which a blend shares with adapters that agree on them. Everything else tells of one training.
 _SHARED_FACTS = (
     "dora_diffusion.family",
@@ -48,7 +44,7 @@ def blend(
     mode: str = "compose",
     rank: int | None = None,
     options: BlendOptions | None = None,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
 ) -> AdapterState:
     """Several adapters as one, by the arithmetic of a mode.
 
@@ -97,7 +93,7 @@ def blend_with_report(
     mode: str = "compose",
     rank: int | None = None,
     options: BlendOptions | None = None,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
 ) -> Blended:
     """`blend`, and what became of each layer.
 
@@ -113,7 +109,7 @@ def blend_with_report(
     """
     options = options or BlendOptions()
     _check(adapters, weights, mode, rank)
-    names = list(adapters) if mode in _IN_ORDER else sorted(adapters)
+    names = list(adapters) if mode in IN_ORDER else sorted(adapters)
     ordered = {name: adapters[name] for name in names}
     extra, dropped = _extra(ordered, options)
     weight_of = None if base is None else weights_of(base)
@@ -155,7 +151,7 @@ def _pieces(
     found = []
     for name, adapter in adapters.items():
         strength = strength_at(path, weights[name])
-        is_on = strength != 0 or (mode in _AWAKE_AT_ZERO and is_meant(path, weights[name]))
+        is_on = strength != 0 or (mode in ACTIVE_AT_ZERO and is_meant(path, weights[name]))
         if path in adapter.modules and is_on:
             found.append((name, adapter.modules[path], strength))
     return found

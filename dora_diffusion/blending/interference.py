@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dora_diffusion.blending.layer_inputs import piece_of
 from dora_diffusion.functional.blend_modes import difference
-from dora_diffusion.pipelines.base_weights import WeightOf, weights_of
-from dora_diffusion.state import AdapterState
+from dora_diffusion.pipelines.base_weights import weights_of
+from dora_diffusion.state import AdapterState, WeightOf
 
 Pair = tuple[str, str]
 

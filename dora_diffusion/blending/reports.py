@@ -1,15 +1,12 @@
 """What a blend is asked for, and what it tells of the result."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from dora_diffusion.functional.blend_modes import MODE_SENTENCES
 from dora_diffusion.functional.merge_methods import METHOD_SENTENCES, Election, Sparsity
 from dora_diffusion.state import AdapterState
-
-Progress = Callable[[int, int, str], None]
-"""Called after every layer: how many are done, how many there are, the layer's path."""
 
 BLEND_SENTENCES: Mapping[str, str] = {**MODE_SENTENCES, **METHOD_SENTENCES}
 """Every mode of `blend` -> one sentence for people."""

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shutil
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -97,24 +96,6 @@ def check_output(path: Path, format: str | None) -> None:
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"{path}: nothing can be written to {parent}")
-
-
-@contextmanager
-def staged(path: Path) -> Iterator[Path]:
-    """A place beside `path` to write to and read back from; it becomes `path` when the block ends without an error."""
-    new = path.with_name(f".{path.stem}.{os.getpid()}.new{path.suffix}")
-    try:
-        yield new
-        from dora_diffusion.utils.atomic import replace_path
-
-        replace_path(new, path)
-    except ValueError as error:
-        raise ValueError(str(error).replace(str(new), str(path))) from None
-    finally:
-        if new.is_dir():
-            shutil.rmtree(new, ignore_errors=True)
-        else:
-            new.unlink(missing_ok=True)
 
 
 def read_mix(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_diffusion.cli.arguments import LOCAL_BASES, add_to, check_output, open_base, progress, staged
+from dora_diffusion.cli.arguments import LOCAL_BASES, add_to, check_output, open_base, progress
 
 if TYPE_CHECKING:
     from dora_diffusion.inspection.verify import Verified
@@ -135,11 +135,12 @@ def _write(
 
     from dora_diffusion.formats import save_adapter
     from dora_diffusion.state import cast
+    from dora_diffusion.utils.atomic import atomic_path
 
     if arguments.dtype is not None:
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         adapter = cast(adapter, dtypes[arguments.dtype])
-    with staged(arguments.output) as path:
+    with atomic_path(arguments.output) as path:
         save_adapter(adapter, path, format=format)
         sentence = verify(path).sentence()
     print(f"wrote {arguments.output} ({format})\n{sentence}")

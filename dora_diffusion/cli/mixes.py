@@ -14,7 +14,6 @@ from dora_diffusion.cli.arguments import (
     open_base,
     progress,
     read_mix,
-    staged,
 )
 
 
@@ -38,6 +37,7 @@ def _blend(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from dora_diffusion.blending import BlendOptions, blend_with_report
     from dora_diffusion.formats import load_adapter, save_adapter
     from dora_diffusion.inspection.verify import verify_blend, verify_copy
+    from dora_diffusion.utils.atomic import atomic_path
 
     check_output(arguments.output, arguments.to)
     base = open_base(arguments.base)
@@ -47,7 +47,7 @@ def _blend(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         blended = blend_with_report(
             states, weights, base=base, mode=arguments.mode, rank=arguments.rank, options=options, progress=advance
         )
-    with staged(arguments.output) as path:
+    with atomic_path(arguments.output) as path:
         save_adapter(blended.adapter, path, format=arguments.to)
         written = load_adapter(path, base=base)
         if arguments.mode in MODES:

@@ -5,7 +5,8 @@ Every operation works layer by layer in fp32 and can say how near each layer cam
 
 from dora_diffusion.conversion.extract import Extraction, extract
 from dora_diffusion.conversion.lora_dora import to_dora, to_lora, to_out_axis
-from dora_diffusion.conversion.reports import Progress, Report
+from dora_diffusion.conversion.reports import Report
 from dora_diffusion.conversion.resize import resize
+from dora_diffusion.utils.progress import LayerProgress as Progress
 
 __all__ = ["Extraction", "Progress", "Report", "extract", "resize", "to_dora", "to_lora", "to_out_axis"]

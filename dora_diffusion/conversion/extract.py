@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.conversion.modules import error_of, module_of
-from dora_diffusion.conversion.reports import Converted, Progress, Report, walk
+from dora_diffusion.conversion.reports import Converted, Report, walk
 from dora_diffusion.conversion.resize import check_budget
 from dora_diffusion.conversion.targets import layers_of, source_of, vectors_of
 from dora_diffusion.functional.dora import master_dtype
 from dora_diffusion.functional.low_rank import extract_dora, low_rank
-from dora_diffusion.pipelines.base_weights import BaseWeights, WeightOf
-from dora_diffusion.state import AdapterState
+from dora_diffusion.pipelines.base_weights import BaseWeights
+from dora_diffusion.state import AdapterState, WeightOf
+from dora_diffusion.utils.progress import LayerProgress
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def extract(
     *,
     rank: int,
     options: Extraction | None = None,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
     report: Callable[[Report], None] | None = None,
 ) -> AdapterState:
     """The adapter of a rank that comes nearest to turning a base into a model fine-tuned from it.

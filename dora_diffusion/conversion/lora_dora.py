@@ -7,19 +7,20 @@ from typing import Any
 from torch import Tensor
 
 from dora_diffusion.conversion.modules import change_of, dtype_of, error_of, module_of, weight_for
-from dora_diffusion.conversion.reports import Converted, Progress, Report, rewritten
+from dora_diffusion.conversion.reports import Converted, Report, rewritten
 from dora_diffusion.conversion.resize import check_budget
 from dora_diffusion.functional.dora import rows, squared_row_norms
 from dora_diffusion.functional.low_rank import extract_dora, low_rank
 from dora_diffusion.pipelines.base_weights import weights_of
 from dora_diffusion.state import AdapterState, FactoredState
+from dora_diffusion.utils.progress import LayerProgress
 
 
 def to_dora(
     lora: AdapterState,
     *,
     base: Any,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
     report: Callable[[Report], None] | None = None,
 ) -> AdapterState:
     """The same adapter with magnitudes m = N(W + D), which change nothing: W' is exactly W + D.
@@ -64,7 +65,7 @@ def to_lora(
     base: Any,
     rank: int | None = None,
     error: float = 0.0,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
     report: Callable[[Report], None] | None = None,
 ) -> AdapterState:
     """The adapter without magnitudes: W' - W = (g - 1) W + g D, which is of full rank, at a rank or whole.
@@ -118,7 +119,7 @@ def to_out_axis(
     base: Any,
     rank: int | None = None,
     error: float = 0.0,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
     report: Callable[[Report], None] | None = None,
 ) -> AdapterState:
     """Magnitudes of the in axis as a DoRA of the out axis: W' is formed, and the nearest DoRA is extracted from it.

@@ -1,15 +1,14 @@
 """One layer's module and its base weight: what the one changes of the other, and modules from pairs."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dora_diffusion.functional.dora import Axis, gain_form, master_dtype, rows
+from dora_diffusion.functional.low_rank import relative_error
 from dora_diffusion.functional.lycoris import Pair
-from dora_diffusion.pipelines.base_weights import WeightOf
-from dora_diffusion.state import Module, ModuleState
+from dora_diffusion.state import Module, ModuleState, WeightOf
 
 
 def weight_for(module: Module, weights: WeightOf, path: str) -> Tensor:
@@ -37,14 +36,7 @@ def change_of(module: Module, weight: Tensor) -> Tensor:
 
 def error_of(new: Module, old: Tensor, weight: Tensor) -> float:
     """||W'_new - W'_old|| / ||W'_old - W||, from W'_old - W."""
-    return relative(change_of(new, weight), old)
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected||; 0 where both are 0."""
-    missed = float(torch.linalg.vector_norm(rows(actual) - rows(expected)))
-    size = float(torch.linalg.vector_norm(expected))
-    return missed / size if size > 0 else (math.inf if missed > 0 else 0.0)
+    return relative_error(change_of(new, weight), old)
 
 
 def module_of(

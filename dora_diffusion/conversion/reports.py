@@ -4,9 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from dora_diffusion.state import AdapterState, Module
-
-Progress = Callable[[int, int, str], None]
-"""Called after every layer: how many are done, how many there are, the layer's path."""
+from dora_diffusion.utils.progress import LayerProgress
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Converted:
 
 
 def walk(
-    paths: Iterable[str], convert: Callable[[str], Converted | None], progress: Progress | None
+    paths: Iterable[str], convert: Callable[[str], Converted | None], progress: LayerProgress | None
 ) -> tuple[dict[str, Module], Report]:
     """Convert layer after layer; None of `convert` leaves one out."""
     wanted = tuple(paths)
@@ -78,7 +76,7 @@ def rewritten(
     adapter: AdapterState,
     operation: str,
     convert: Callable[[str], Converted | None],
-    progress: Progress | None,
+    progress: LayerProgress | None,
     report: Callable[[Report], None] | None,
 ) -> AdapterState:
     """The adapter with the layers that `convert` changes, everything else kept, and a fact about it in the metadata."""

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.conversion.modules import change_of, dtype_of, error_of, module_of, relative, weight_for
-from dora_diffusion.conversion.reports import Converted, Progress, Report, rewritten
-from dora_diffusion.functional.low_rank import extract_dora, low_rank, recompress
+from dora_diffusion.conversion.modules import change_of, dtype_of, error_of, module_of, weight_for
+from dora_diffusion.conversion.reports import Converted, Report, rewritten
+from dora_diffusion.functional.low_rank import extract_dora, low_rank, recompress, relative_error
 from dora_diffusion.functional.lycoris import Pair
-from dora_diffusion.pipelines.base_weights import WeightOf, weights_of
-from dora_diffusion.state import AdapterState, FactoredState, Module
+from dora_diffusion.pipelines.base_weights import weights_of
+from dora_diffusion.state import AdapterState, FactoredState, Module, WeightOf
+from dora_diffusion.utils.progress import LayerProgress
 
 
 def resize(
@@ -20,7 +21,7 @@ def resize(
     rank: int | None = None,
     error: float = 0.0,
     base: Any = None,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
     report: Callable[[Report], None] | None = None,
 ) -> AdapterState:
     """The adapter at a lower rank, every layer as near as that rank allows.
@@ -90,7 +91,7 @@ def _cut(module: Module, rank: int, error: float) -> Converted:
     shape = module.to(device="meta").delta().shape
     new = module_of(cut_pair(module, rank, error), shape, dtype_of(module), module.magnitude, axis=module.axis)
     fine = torch.float32
-    return Converted(new, relative(new.to(dtype=fine).delta(), module.to(dtype=fine).delta()))
+    return Converted(new, relative_error(new.to(dtype=fine).delta(), module.to(dtype=fine).delta()))
 
 
 def _sought_anew(module: Module, path: str, weights: WeightOf, rank: int, error: float) -> Converted:

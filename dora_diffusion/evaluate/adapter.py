@@ -17,7 +17,7 @@ from dora_diffusion.generation.generate import GenerationSettings, generate
 from dora_diffusion.pipelines.loading import load_pipeline
 from dora_diffusion.pipelines.textual_inversion import install_words, load_word
 from dora_diffusion.pretrain.scenes import background_in, place_words
-from dora_diffusion.utils.atomic import write_atomically
+from dora_diffusion.utils.atomic import atomic_file, write_atomically
 from dora_diffusion.utils.image_grid import grid
 
 
@@ -95,7 +95,8 @@ def evaluate_adapter(
     report = {"scores": {k: round(v, 3) for k, v in asdict(scores).items()}, "captions": captions, "model": model}
     write_atomically(output / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     first = {name: [pictures[0] for pictures in drawn] for name, drawn in rows.items()}
-    grid([[truth.picture for truth in truths], first["before"], first["after"]]).save(output / "grid.png")
+    with atomic_file(output / "grid.png") as file:
+        grid([[truth.picture for truth in truths], first["before"], first["after"]]).save(file, format="PNG")
     return scores
 
 

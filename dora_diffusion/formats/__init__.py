@@ -3,21 +3,21 @@
 Formats are values (`dialects`); one reader takes them all, and mixtures of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from dora_diffusion.formats import peft
 from dora_diffusion.formats.dialects import DIALECTS, PEFT_FILE, Dialect, Signs
 from dora_diffusion.formats.kohya_hashes import with_hashes
 from dora_diffusion.formats.reading import Reading, read, take_apart, with_origin
-from dora_diffusion.formats.safetensors_reader import Container, read_header, shown
+from dora_diffusion.formats.safetensors_reader import Container, read_header
 from dora_diffusion.formats.writing import write
-from dora_diffusion.state import AdapterState
+from dora_diffusion.state import AdapterState, WeightOf
 from dora_diffusion.utils.atomic import save_tensors, sha256_of
+from dora_diffusion.utils.text import shown_path
 
 __all__ = [
     "FORMATS",
@@ -30,7 +30,6 @@ __all__ = [
     "save_adapter",
 ]
 
-WeightOf = Callable[[str], Tensor]
 
 # Those that people ask for first, then the rest.
 _BY_NAME = {dialect.name: dialect for dialect in DIALECTS}
@@ -172,14 +171,14 @@ def load_examined(path: str | Path, *, base: WeightOf | None = None) -> tuple[Ad
         adapter = read(contents.tensors, contents.metadata, reading, base)
         return with_origin(adapter, found.format), replace(found, sha256=contents.sha256)
     except ValueError as error:
-        raise ValueError(f"{shown(path, 300)}: {error}") from None
+        raise ValueError(f"{shown_path(path)}: {error}") from None
 
 
 def _taken_apart(path: Path, file: Container) -> Reading:
     try:
         return take_apart({key: file.header[key]["shape"] for key in file.keys}, file.metadata)
     except ValueError as error:
-        raise ValueError(f"{shown(path, 300)}: {error}") from None
+        raise ValueError(f"{shown_path(path)}: {error}") from None
 
 
 def save_adapter(adapter: AdapterState, path: str | Path, *, format: str = "diffusers") -> Path:

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from dora_diffusion.formats.safetensors_reader import shown
+from dora_diffusion.utils.text import shown
 
 # A config of PEFT's for a thousand layers, each with its pattern, has some 300,000 characters.
 LONGEST = 1_000_000

@@ -6,10 +6,8 @@ only.
 """
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,10 @@ from dora_diffusion.formats.json_metadata import LONGEST, json_object
 from dora_diffusion.formats.keys import PEFT
 from dora_diffusion.formats.peft_alphas import METADATA_KEY, peft_config
 from dora_diffusion.formats.reading import read, take_apart
-from dora_diffusion.formats.safetensors_reader import read_tensors, shown
-from dora_diffusion.state import AdapterState, Module, join
-from dora_diffusion.utils.atomic import replace_path, save_tensors, write_atomically
+from dora_diffusion.formats.safetensors_reader import read_tensors
+from dora_diffusion.state import AdapterState, Module, WeightOf, join
+from dora_diffusion.utils.atomic import atomic_path, save_tensors, write_atomically
+from dora_diffusion.utils.text import shown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -57,7 +56,7 @@ class Folder:
     sha256s: dict[Path, str]
 
 
-def read_folder(path: Path, weight_of: Callable[[str], Tensor] | None = None) -> Folder:
+def read_folder(path: Path, weight_of: WeightOf | None = None) -> Folder:
     """A folder of PEFT's, or one with such folders named by component.
 
     Raises:
@@ -76,7 +75,7 @@ def read_folder(path: Path, weight_of: Callable[[str], Tensor] | None = None) ->
     return Folder(joined, tuple(key for folder in folders for key in folder.keys), sha256s)
 
 
-def _read_one(folder: Path, component: str | None, weight_of: Callable[[str], Tensor] | None) -> Folder:
+def _read_one(folder: Path, component: str | None, weight_of: WeightOf | None) -> Folder:
     config = _json(folder / CONFIG)
     _check_config(folder / CONFIG, config)
     if not (folder / WEIGHTS).is_file():
@@ -155,18 +154,14 @@ def write_folder(adapter: AdapterState, path: Path) -> None:
             for inner, module in _under(adapter, component).items()
         }
         files[component] = _files(component, found)
-    staging = path.with_name(f".{path.name}.{os.getpid()}.peft")
-    try:
+    with atomic_path(path) as new:
         for folder, (tensors, config) in files.items():
-            save_tensors(tensors, staging / folder / WEIGHTS, {"format": "pt"})
-            write_atomically(staging / folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
+            save_tensors(tensors, new / folder / WEIGHTS, {"format": "pt"})
+            write_atomically(new / folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
         note = {key: text for key, text in adapter.metadata.items() if key not in (METADATA_KEY, "format")}
-        write_atomically(staging / _NOTE, json.dumps(note, indent=2, sort_keys=True).encode())
+        write_atomically(new / _NOTE, json.dumps(note, indent=2, sort_keys=True).encode())
         if adapter.extra:
-            save_tensors(dict(adapter.extra), staging / _EXTRA)
-        replace_path(staging, path)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            save_tensors(dict(adapter.extra), new / _EXTRA)
 
 
 def _under(adapter: AdapterState, component: str) -> dict[str, Module]:

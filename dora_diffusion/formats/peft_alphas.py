@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dora_diffusion.formats.json_metadata import json_object
-from dora_diffusion.formats.safetensors_reader import shown
 from dora_diffusion.state import Module
+from dora_diffusion.utils.text import shown
 
 METADATA_KEY = "lora_adapter_metadata"
 # PEFT takes the keys of alpha_pattern as regular expressions, the first that fits counts. A stranger's expression is

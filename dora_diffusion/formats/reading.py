@@ -3,7 +3,7 @@
 Keys are taken apart, layers located, their parts put together, fused layers split. What belongs to no layer is kept.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,11 +19,10 @@ from dora_diffusion.formats.json_metadata import json_object
 from dora_diffusion.formats.keys import Key, parse_key
 from dora_diffusion.formats.layer_lookup import Place, locate
 from dora_diffusion.formats.peft_alphas import Scales
-from dora_diffusion.formats.safetensors_reader import shown
 from dora_diffusion.functional.dora import Axis
-from dora_diffusion.state import AdapterState, Module
+from dora_diffusion.state import AdapterState, Module, WeightOf
+from dora_diffusion.utils.text import shown
 
-WeightOf = Callable[[str], Tensor]
 _MOST_HALVES = 200
 AXIS_KEY = "dora_diffusion.magnitude_axis"
 FAMILY_KEY = "dora_diffusion.family"

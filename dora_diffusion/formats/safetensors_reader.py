@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_diffusion.utils.text import UNPRINTABLE, shown, shown_path
+
 # SDXL as a LoKr of every layer has some 10,000, in 2 MB of header
 MAX_TENSORS = 16_000
 MAX_HEADER_BYTES = 5 * 1024 * 1024
@@ -45,17 +47,7 @@ DTYPES = {
     "U64": torch.uint64,
 }  # fmt: skip
 
-# what breaks a line, moves the cursor or cannot be encoded
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _LONG_NUMBER = re.compile(rb"\d{20}")
-
-
-def shown(text: object, limit: int = 100) -> str:
-    """`text` for a message: on one line, without control characters, the middle left out when it is long."""
-    line = str(text)
-    if len(line) > limit:
-        line = f"{line[: limit // 2]}...{line[-(limit - limit // 2) :]}"
-    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], line)
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
@@ -104,7 +96,7 @@ class Container:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._name = shown(path, 300)
+        self._name = shown_path(path)
         self._file, self._status = _opened(path, self._name)
         try:
             self._head, self._data_at, self._data_bytes = bytearray(), 0, 0
@@ -273,10 +265,10 @@ def _check_metadata(header: Mapping[str, Any]) -> None:
 
 
 def _check_keys(keys: Collection[str]) -> None:
-    if not _UNPRINTABLE.search("".join(keys)) and max(map(len, keys), default=0) <= MAX_KEY_LENGTH:
+    if not UNPRINTABLE.search("".join(keys)) and max(map(len, keys), default=0) <= MAX_KEY_LENGTH:
         return
     for key in keys:
-        if len(key) > MAX_KEY_LENGTH or _UNPRINTABLE.search(key):
+        if len(key) > MAX_KEY_LENGTH or UNPRINTABLE.search(key):
             raise ValueError(
                 f"key {shown(key)} of {len(key)} characters: expected at most {MAX_KEY_LENGTH}, all printable"
             )

@@ -15,8 +15,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from dora_diffusion.formats.safetensors_reader import DTYPES, ITEM_BITS, read_header, shown
+from dora_diffusion.formats.safetensors_reader import DTYPES, ITEM_BITS, read_header
 from dora_diffusion.utils.atomic import atomic_file
+from dora_diffusion.utils.text import shown
 
 BLOCK_BYTES = 1 << 24
 _STORED_DTYPES = {dtype: name for name, dtype in DTYPES.items()}

@@ -135,11 +135,30 @@ def extract_dora(
 
 
 def relative_error(actual: Tensor, expected: Tensor, base: Tensor | None = None) -> float:
-    """||actual - expected|| / ||expected - base||, base 0 by default; 0 where both norms are 0. Any float dtype."""
-    goal = _matrix(expected)
-    missed = float(torch.linalg.vector_norm(_matrix(actual) - goal))
-    size = float(torch.linalg.vector_norm(goal if base is None else goal - _matrix(base)))
+    """The share of a change that was missed:
+
+        e = ||actual - expected|| / ||expected - base||
+
+    in Frobenius norms. Where nothing should have changed e is 0 if nothing did, else infinite. Where a norm is NaN or
+    infinite e is infinite, too: an error that cannot be told is worse than any other, in `max` and beside a limit.
+
+    Args:
+        actual: as many numbers as `expected`, in its order; any float dtype.
+        expected: any shape and float dtype.
+        base: what the change starts from, as `expected`; None for 0.
+    """
+    goal = expected.to(master_dtype(expected.dtype))
+    missed = _norm(actual.to(master_dtype(actual.dtype)).reshape(goal.shape) - goal)
+    size = _norm(goal if base is None else goal - base.to(master_dtype(base.dtype)).reshape(goal.shape))
+    if not (math.isfinite(missed) and math.isfinite(size)):
+        return math.inf
     return missed / size if size > 0 else (math.inf if missed > 0 else 0.0)
+
+
+def _norm(tensor: Tensor) -> float:
+    """||tensor||, in fp64 where fp32's squares may have left its range."""
+    norm = float(torch.linalg.vector_norm(tensor))
+    return norm if 1e-12 < norm < 1e18 else float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ from dora_diffusion.formats.safetensors_reader import (
     MAX_METADATA,
     MAX_TENSORS,
     checked_header,
-    shown,
 )
 from dora_diffusion.state import AdapterState
+from dora_diffusion.utils.text import shown, shown_path
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def summarise_header(path: str | Path, known: MutableMapping[bytes, Structure] |
         entries, metadata = _folder_entries(path) if path.is_dir() else _file_entries(path, quick)
         structure = _structure(path, entries, metadata)
     except ValueError as error:
-        raise ValueError(f"{shown(path, 300)}: {str(error).removeprefix(f'{path}: ')}") from None
+        raise ValueError(f"{shown_path(path)}: {str(error).removeprefix(f'{path}: ')}") from None
     if quick is not None and quick.metadata == metadata:
         known[key] = structure
     return HeaderSummary(structure, declared_metadata(metadata))

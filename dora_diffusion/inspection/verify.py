@@ -1,17 +1,15 @@
 """What was written, read back and compared with what was meant: the weights themselves, not the numbers in the file."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from dora_diffusion.functional.blend_modes import MODES, AdapterTerm
+from dora_diffusion.functional.low_rank import relative_error
 from dora_diffusion.functional.strengths import Weight, strength_at
-from dora_diffusion.state import AdapterState, Module, term_of
-
-WeightOf = Callable[[str], Tensor]
-Progress = Callable[[int, int], None]
+from dora_diffusion.state import AdapterState, Module, WeightOf, term_of
+from dora_diffusion.utils.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def verify_blend(
         meant = MODES[mode](weight, [_term(*found) for found in _found(path, adapters, weights)])
         module = written.modules.get(path)
         stored = weight if module is None else MODES["additive"](weight, [_term(module, 1.0)])
-        error = _relative(stored - meant, meant - weight)
+        error = relative_error(stored, meant, weight)
         worst = Verified(error, path, len(paths)) if error >= worst.error else worst
         if progress is not None:
             progress(number + 1, len(paths))
@@ -68,7 +66,7 @@ def verify_blend(
             if path in adapters[name].vectors
         ]
         summed = torch.stack([strength * vector.float() for vector, strength in parts]).sum(0)
-        error = _relative(written.vectors.get(path, torch.zeros_like(summed)).float() - summed, summed)
+        error = relative_error(written.vectors.get(path, torch.zeros_like(summed)), summed)
         worst = Verified(error, path, len(paths)) if error > worst.error else worst
     return worst
 
@@ -87,13 +85,6 @@ def _term(module: Module, strength: float) -> AdapterTerm:
     return term_of(module.to(dtype=torch.float32), strength)
 
 
-def _relative(difference: Tensor, change: Tensor) -> float:
-    """||difference|| / ||change||; where there is no change to speak of, the difference alone."""
-    size = float(torch.linalg.vector_norm(change))
-    off = float(torch.linalg.vector_norm(difference))
-    return off / size if size > 0 else off
-
-
 @torch.no_grad()
 def verify_tuned(
     written: AdapterState, tuned: WeightOf, *, base: WeightOf, progress: Progress | None = None
@@ -102,7 +93,7 @@ def verify_tuned(
     worst = Verified(0.0, "", len(written.modules))
     for number, (path, module) in enumerate(written.modules.items()):
         weight, meant = base(path).float(), tuned(path).float()
-        error = _relative(MODES["additive"](weight, [_term(module, 1.0)]) - meant, meant - weight)
+        error = relative_error(MODES["additive"](weight, [_term(module, 1.0)]), meant, weight)
         worst = Verified(error, path, worst.layers) if error >= worst.error else worst
         if progress is not None:
             progress(number + 1, worst.layers)
@@ -124,7 +115,7 @@ def verify_copy(written: AdapterState, original: AdapterState) -> Verified:
         error = _copy_error(path, written.modules[path], module)
         worst = Verified(error, path, worst.layers) if error >= worst.error else worst
     for path, vector in original.vectors.items():
-        error = _relative(written.vectors[path].float() - vector.float(), vector.float())
+        error = relative_error(written.vectors[path], vector)
         worst = Verified(error, path, worst.layers) if error > worst.error else worst
     for key, tensor in original.extra.items():
         if not torch.equal(written.extra[key], tensor):
@@ -134,10 +125,9 @@ def verify_copy(written: AdapterState, original: AdapterState) -> Verified:
 
 def _copy_error(path: str, copy: Module, module: Module) -> float:
     mine, theirs = copy.to(dtype=torch.float32), module.to(dtype=torch.float32)
-    delta = theirs.delta()
-    error = _relative(mine.delta().reshape(delta.shape) - delta, delta)
+    error = relative_error(mine.delta(), theirs.delta())
     if (mine.magnitude is None) != (theirs.magnitude is None) or mine.axis != theirs.axis:
         raise ValueError(f"{path}: one of the two has a magnitude, or another axis of it")
     if mine.magnitude is None or theirs.magnitude is None:
         return error
-    return max(error, _relative(mine.magnitude - theirs.magnitude, theirs.magnitude))
+    return max(error, relative_error(mine.magnitude, theirs.magnitude))

@@ -15,14 +15,12 @@ from dora_diffusion.layers.base_layers import check_adaptable, dense_weight, log
 from dora_diffusion.layers.blended import BlendedLayer
 from dora_diffusion.layers.dora import DoRALayer
 from dora_diffusion.pipelines.modules import adaptable_models, at_hand, find_module
+from dora_diffusion.state import WeightOf
 
 _ASSETS = Path(__file__).parents[1] / "assets"
 POCKET = _ASSETS / "pocket"
 POCKET_DIT = _ASSETS / "pocket-dit"
 EMBEDDED: Mapping[str, Path] = {"pocket": POCKET, "pocket-dit": POCKET_DIT}
-
-WeightOf = Callable[[str], Tensor]
-"""An adapter's path, component first -> the layer's dense W (out, in[, kh, kw]) as stored; ValueError when missing."""
 
 # Layers whose tensor is a table, one row per token: W is its transpose, as in `base_layers`.
 _TABLES = (

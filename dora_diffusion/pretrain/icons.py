@@ -12,6 +12,8 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from dora_diffusion.utils.atomic import atomic_file, write_atomically
+
 RENDER_SIZE = 200
 
 
@@ -30,7 +32,7 @@ def download_icon_set(name: str, folder: Path) -> Path:
     with tarfile.open(archive) as tar:
         member = tar.extractfile("package/icons.json")
         assert member is not None
-        target.write_bytes(member.read())
+        write_atomically(target, member.read())
     archive.unlink()
     return target
 
@@ -58,7 +60,8 @@ def load_icons(set_name: str, names: list[str], folder: Path) -> dict[str, Image
                 raise ValueError(f"icon set {set_name} has no {name!r}")
             width = icon.get("width", data.get("width", 16))
             height = icon.get("height", data.get("height", 16))
-            render(icon["body"], width, height).save(file)
+            with atomic_file(file) as picture:
+                render(icon["body"], width, height).save(picture, format="PNG")
         icons[name] = Image.open(file).convert("RGBA")
     return icons
 

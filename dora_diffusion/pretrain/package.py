@@ -13,6 +13,7 @@ from PIL import Image
 from dora_diffusion.pretrain import dit
 from dora_diffusion.pretrain.checkpoints import load_into
 from dora_diffusion.pretrain.unet import TextPart, build_scheduler, build_unet
+from dora_diffusion.utils.atomic import atomic_path
 
 
 def assemble(unet: UNet2DConditionModel, vae: AutoencoderKL, text: TextPart) -> StableDiffusionPipeline:
@@ -60,10 +61,15 @@ def load_dit_checkpoint(checkpoint: Path, vae: AutoencoderKL, text: dit.DiTText)
 
 
 def ship(pipe: Any, folder: Path) -> None:
-    """Write fp16 safetensors in diffusers' layout into `folder`, replacing the model's files and leaving others."""
+    """Write fp16 safetensors in diffusers' layout as `folder`, replacing the model's files and keeping others."""
     pipe = pipe.to(torch.float16)
-    for part in pipe.components:
-        shutil.rmtree(folder / part, ignore_errors=True)
+    with atomic_path(folder) as new:
+        if folder.is_dir():
+            shutil.copytree(folder, new, ignore=lambda where, _: pipe.components if Path(where) == folder else ())
+        _save(pipe, new)
+
+
+def _save(pipe: Any, folder: Path) -> None:
     pipe.save_pretrained(folder, safe_serialization=True)
     for part, component in pipe.components.items():
         if part.startswith("tokenizer") and component is not None:

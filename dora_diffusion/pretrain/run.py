@@ -1,6 +1,5 @@
 """How the pocket bases are made, stage by stage: autoencoder, latents, tokenizer, denoiser, the folder that ships."""
 
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -131,11 +130,8 @@ def _dit_text(folders: PretrainFolder, tokenizer: CLIPTokenizer) -> dit.DiTText:
 
 def _save_whole(model: PreTrainedModel | AutoencoderKL, folder: Path) -> None:
     """Save a finished stage under its name only once it is whole, since the name is what later runs look for."""
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+    with storage.atomic_path(folder) as new:
+        model.save_pretrained(new)
 
 
 def _tokenizer(folders: PretrainFolder) -> CLIPTokenizer:

@@ -11,6 +11,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTokenizer
 
+from dora_diffusion.utils.atomic import write_atomically
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_TOKENS = 32
 
@@ -36,9 +38,9 @@ def train_tokenizer(captions: Iterable[str], folder: Path, size: int = 1400) -> 
     symbols = [*alphabet, *(letter + "</w>" for letter in alphabet), *(a + b for a, b in merges), START, END]
     vocabulary = {symbol: index for index, symbol in enumerate(dict.fromkeys(symbols))}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+    write_atomically(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False).encode())
     lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    write_atomically(folder / "merges.txt", ("\n".join(lines) + "\n").encode())  # last: it says that all is there
     return CLIPTokenizer(
         vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=MAX_TOKENS
     )

@@ -26,8 +26,8 @@ from dora_diffusion.utils.images import (
     list_images,
     natural_order,
     read_image,
-    shown,
 )
+from dora_diffusion.utils.text import shown_path
 
 METADATA = "metadata.jsonl"
 CAPTION_COLUMNS = ("text", "caption", "prompt")
@@ -62,10 +62,10 @@ def find_examples(folder: str | Path, *, instance_prompt: str | None) -> list[Ex
     captions = {path: find_caption(path, listed, instance_prompt) for path in find_pictures(folder, listed)}
     lacking = [path for path, caption in captions.items() if not caption]
     if lacking:
-        names = ", ".join(shown(path.relative_to(folder)) for path in lacking[:_NAMED_AT_MOST])
+        names = ", ".join(shown_path(path.relative_to(folder)) for path in lacking[:_NAMED_AT_MOST])
         more = " ..." if len(lacking) > _NAMED_AT_MOST else ""
         raise ValueError(
-            f"{shown(folder)}: {len(lacking)} of {len(captions)} pictures have no caption, or an empty one "
+            f"{shown_path(folder)}: {len(lacking)} of {len(captions)} pictures have no caption, or an empty one "
             f"({names}{more}); expected a .txt file beside each, a line in {METADATA}, or an instance prompt"
         )
     return [Example(path, caption) for path, caption in captions.items() if caption]
@@ -106,10 +106,12 @@ def read_metadata(folder: str | Path) -> dict[Path, str]:
     captions: dict[Path, str] = {}
     for number, line in enumerate(_read_text(path).split("\n") if path.is_file() else (), start=1):
         if line.strip():
-            where = f"{shown(path)}:{number}"
+            where = f"{shown_path(path)}:{number}"
             picture, caption = _metadata_line(line, Path(folder), where)
             if picture in captions:
-                raise ValueError(f"{where}: {shown(picture.name)} is named twice, expected one line for each picture")
+                raise ValueError(
+                    f"{where}: {shown_path(picture.name)} is named twice, expected one line for each picture"
+                )
             captions[picture] = caption
     return captions
 
@@ -126,7 +128,7 @@ def _metadata_line(line: str, folder: Path, where: str) -> tuple[Path, str]:
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"{where}: file_name {name!r} leads out of the folder, expected a picture in it")
     if picture.suffix.lower() not in SUFFIXES or not os.path.isfile(picture):
-        raise ValueError(f"{where}: file_name {name!r} is no picture in {shown(folder)}; mend or remove the line")
+        raise ValueError(f"{where}: file_name {name!r} is no picture in {shown_path(folder)}; mend or remove the line")
     texts = [row[column] for column in CAPTION_COLUMNS if column in row]
     if not texts or not isinstance(texts[0], str):
         got = f"got {texts[0]!r}" if texts else "got none of them"
@@ -138,9 +140,9 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{shown(path)}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        raise ValueError(f"{shown_path(path)}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
-        raise ValueError(f"{shown(path)}: cannot be read ({error.strerror})") from None
+        raise ValueError(f"{shown_path(path)}: cannot be read ({error.strerror})") from None
 
 
 class Sample(NamedTuple):

@@ -15,7 +15,8 @@ from PIL import Image
 
 from dora_diffusion.training.dataset import METADATA, find_caption, find_pictures, find_sidecar, read_metadata
 from dora_diffusion.utils.atomic import sha256_of
-from dora_diffusion.utils.images import SUFFIXES, list_files, natural_order, read_image, shown
+from dora_diffusion.utils.images import SUFFIXES, list_files, natural_order, read_image
+from dora_diffusion.utils.text import shown_path
 
 Kind = Literal[
     "corrupt",
@@ -141,7 +142,7 @@ def examine(folder: str | Path, *, instance_prompt: str | None = None, min_side:
 
 def _without_path(error: ValueError, path: Path) -> str:
     """`FILE: reason` -> `reason`, `FILE:3: reason` -> `line 3: reason`."""
-    rest = str(error).removeprefix(f"{shown(path)}:")
+    rest = str(error).removeprefix(f"{shown_path(path)}:")
     return f"line {rest}" if rest[:1].isdigit() else rest.strip()
 
 
@@ -166,7 +167,7 @@ def _caption_findings(
             continue
         if caption is None:
             yield Finding(
-                "missing-caption", path, f"no {shown(path.stem)}.txt, no line in {METADATA}, no instance prompt"
+                "missing-caption", path, f"no {shown_path(path.stem)}.txt, no line in {METADATA}, no instance prompt"
             )
         elif not caption:
             yield Finding(
@@ -230,7 +231,7 @@ def _duplicates(looks: Sequence[_Look]) -> Iterator[Finding]:
         near = same or next((other for other in earlier if _nearly_equal(look, other)), None)
         if near is not None:
             how = "the same bytes as" if same else "nearly the same picture as"
-            yield Finding("duplicate", look.path, f"{how} {shown(near.path.name)}; keep one of them")
+            yield Finding("duplicate", look.path, f"{how} {shown_path(near.path.name)}; keep one of them")
 
 
 def _nearly_equal(one: _Look, other: _Look) -> bool:
@@ -241,14 +242,14 @@ def _nearly_equal(one: _Look, other: _Look) -> bool:
 
 def format_report(report: DoctorReport) -> str:
     """The report for people: a summary, one line for each finding, and the verdict."""
-    lines = [f"{shown(report.folder)}: {report.images} {'picture' if report.images == 1 else 'pictures'}"]
+    lines = [f"{shown_path(report.folder)}: {report.images} {'picture' if report.images == 1 else 'pictures'}"]
     if report.sizes:
         lines.append(_size_summary(report.sizes))
     counts = Counter(finding.kind for finding in report.findings)
     if counts:
         lines.append("found: " + ", ".join(f"{counts[kind]} {kind}" for kind in _IS_LOSS if counts[kind]))
     for finding in report.findings:
-        lines.append(f"  {finding.kind}: {shown(finding.path.relative_to(report.folder))}: {finding.message}")
+        lines.append(f"  {finding.kind}: {shown_path(finding.path.relative_to(report.folder))}: {finding.message}")
     if report.losses:
         lines.append(f"{len(report.losses)} of these would be lost, or make training fail: mend them first")
     else:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,9 +15,9 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 from tqdm import tqdm
 
-from dora_diffusion.families import pixel_multiple
+from dora_diffusion.families import family_of_pipeline, pixel_multiple
 from dora_diffusion.formats import save_adapter
-from dora_diffusion.functional.objectives import weighted_squared_error
+from dora_diffusion.functional.objectives import Objective, weighted_squared_error
 from dora_diffusion.pipelines.textual_inversion import save_words
 from dora_diffusion.state import AdapterState
 from dora_diffusion.training import checkpoint
@@ -38,7 +39,7 @@ from dora_diffusion.training.trainable import (
     picture_size,
     prepare_trainable,
 )
-from dora_diffusion.utils.atomic import write_atomically
+from dora_diffusion.utils.atomic import recover, write_atomically
 
 
 class TrainingDiverged(ValueError):
@@ -85,6 +86,7 @@ def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
     if resume not in (None, "latest"):
         raise ValueError(f"resume={resume!r}: expected 'latest'")
     folder = config.output_dir
+    recover(folder / "checkpoints")
     if resume is None and any(folder.glob("checkpoints/step-*")):
         raise ValueError(
             f"{folder}: holds checkpoints of an earlier run; resume it with --resume latest or choose another"
@@ -96,12 +98,12 @@ def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
     instances, held_out = checked_examples(config.data, seed=config.optim.seed)
     check_words(config.words.starts, instances)
     pipe = load_base(config.model, PRECISIONS[config.optim.mixed_precision], accelerator.device)
-    objective_of(pipe, config, tokens=1)  # raises for a scheduler that cannot be trained, before anything is drawn
+    objective = _objective(pipe, config)  # raises for a scheduler that cannot be trained, before anything is drawn
     with accelerator.main_process_first():  # one process draws the class images, the others find them
         classes = ensure_class_examples(pipe, config)
     trainable = prepare_trainable(pipe, config)
     try:
-        return _Run(config, accelerator, trainable, instances, classes, held_out).go(resume is not None)
+        return _Run(config, accelerator, trainable, objective, instances, classes, held_out).go(resume is not None)
     finally:
         trainable.eject()
 
@@ -114,16 +116,17 @@ class _Run:
         config: TrainConfig,
         accelerator: Accelerator,
         trainable: TrainablePipeline,
+        objective: Objective,
         instances: Sequence[Example],
         classes: Sequence[Example],
         held_out: Sequence[Example],
     ) -> None:
         self.config, self.accelerator, self.trainable = config, accelerator, trainable
         self.folder = config.output_dir
-        size = picture_size(trainable, config.data.resolution)
+        size = picture_size(trainable.pipe, trainable.family, config.data.resolution)
         self.source = BatchSource(trainable, config, size, instances=instances, classes=classes)
         self.watched = list(held_out or instances)
-        self.objective = objective_of(trainable.pipe, config, tokens=_tokens(trainable, size))
+        self.objective = objective
         self.optimizer = build_optimizer(trainable, config.optim, config.words)
         self.rates = RateSchedule(self.optimizer, config.optim)
         for injection in trainable.injections.values():
@@ -266,7 +269,9 @@ def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _tokens(trainable: TrainablePipeline, size: tuple[int, int]) -> int:
-    """How many tokens a picture is in the denoiser."""
-    multiple = pixel_multiple(trainable.pipe, trainable.family)
-    return (size[0] // multiple) * (size[1] // multiple)
+def _objective(pipe: Any, config: TrainConfig) -> Objective:
+    """The base's objective for pictures of the size that they are trained at."""
+    family = family_of_pipeline(pipe)
+    width, height = picture_size(pipe, family, config.data.resolution)
+    multiple = pixel_multiple(pipe, family)
+    return objective_of(pipe, config, tokens=(width // multiple) * (height // multiple))

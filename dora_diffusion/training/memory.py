@@ -204,7 +204,7 @@ def estimate_memory(trainable: TrainablePipeline, config: TrainConfig, *, device
         gradients=trained,
         optimiser=2 * trained,
         moments=moments,
-        side=picture_size(trainable, config.data.resolution)[0],
+        side=picture_size(trainable.pipe, trainable.family, config.data.resolution)[0],
     )
 
 
@@ -231,7 +231,7 @@ def _without(some: Iterable[Tensor], tensors: Iterable[Tensor]) -> Iterator[Tens
 def _moments(trainable: TrainablePipeline, config: TrainConfig, watch: Watch) -> dict[str, int]:
     """Encode a picture, take a step, and decode a picture if the run draws any; the peak of each."""
     family, pipe = trainable.family, trainable.pipe
-    side, _ = picture_size(trainable, config.data.resolution)
+    side, _ = picture_size(trainable.pipe, trainable.family, config.data.resolution)
     latents: list[Tensor] = []
     if config.optim.gradient_accumulation > 1:  # then a forward pass meets the gradients of the one before
         for parameter in trainable.parameters():

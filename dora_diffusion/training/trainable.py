@@ -194,12 +194,12 @@ def _targets(targets: str | list[str] | None, is_denoiser: bool) -> str | list[s
     return targets if is_denoiser or targets in presets else None
 
 
-def picture_size(trainable: TrainablePipeline, resolution: int | None) -> tuple[int, int]:
+def picture_size(pipe: Any, family: Family, resolution: int | None) -> tuple[int, int]:
     """(width, height) of training pictures: as asked, or the model's own; a ValueError when it cannot be drawn."""
-    side = resolution or trainable.family.native_side(trainable.pipe)
-    multiple = pixel_multiple(trainable.pipe, trainable.family)
+    side = resolution or family.native_side(pipe)
+    multiple = pixel_multiple(pipe, family)
     if side % multiple:
-        raise ValueError(f"data.resolution: got {side}, expected a multiple of {multiple} for {trainable.family.name}")
+        raise ValueError(f"data.resolution: got {side}, expected a multiple of {multiple} for {family.name}")
     return side, side
 
 

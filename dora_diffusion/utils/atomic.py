@@ -1,14 +1,22 @@
-"""Files that are there whole or not at all: atomic writes, and checkpoint folders with a manifest.
+"""Files and folders that are there whole or not at all: atomic writes, and checkpoint folders with a manifest.
 
-A checkpoint holds safetensors and JSON only, never a pickle. A save writes a temporary folder, syncs it to disk,
+What takes the place of something is built in a hidden folder beside it, `.NAME.TOKEN.staging`: the new one under `new`,
+and, while the two change places, the old one under `old`. A folder cannot take another's place in one step, so a
+writer that is killed may leave the old one there; whoever writes that name next, or looks for the newest checkpoint,
+puts it back (`recover`).
+
+A checkpoint holds safetensors and JSON only, never a pickle. A save builds the folder aside, syncs it to disk,
 renames it into place and only then removes older ones; "latest" is the newest checkpoint whose manifest agrees
 with its files, so a kill at any moment leaves a valid one.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +28,7 @@ from safetensors.torch import load as load_tensors_from_bytes
 from safetensors.torch import save as save_tensors_to_bytes
 
 MANIFEST = "manifest.json"
+_STAGING = re.compile(r"\.(.+)\.[0-9a-f]{8}\.staging", re.DOTALL)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -34,28 +43,158 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")  # of this writer alone
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a write to a full disk does not say where
-        raise
+        with _errors_of(path, temporary, within=temporary):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
-def replace_path(new: Path, path: Path) -> None:
-    """Put a finished file or folder in the place of another; a folder that was there is removed last."""
-    before = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.before")
-    shutil.rmtree(before, ignore_errors=True)  # of one that was killed
-    if path.is_dir():  # a folder cannot be replaced by another in one step
-        os.rename(path, before)
-    os.replace(new, path)
-    shutil.rmtree(before, ignore_errors=True)
-    sync_folder(path.parent)
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A place, of the same name, to build a file or folder that becomes `path` when the block ends without an error.
+
+    What was at `path` stays until its successor is finished, and comes back when that cannot take its place. A file
+    takes a file's place in one step; a folder's old one is removed last, and one that cannot be removed is no error. A
+    link is replaced itself, not what it points to. Of several that write one `path`, threads or processes, the last to
+    finish stays.
+
+    Raises:
+        OSError: a full disk, a folder that may not be written to ...: one line that names `path`, and where the old
+            one lies if it could not even be put back.
+        ValueError: `path` ends in no name; or of the block, naming `path` where it named the place.
+    """
+    if path.name in ("", ".."):
+        raise ValueError(f"{path}: expected a path that ends in the name of a file or folder")
+    staging = path.with_name(f".{path.name}.{secrets.token_hex(4)}.staging")
+    new, old = staging / "new" / path.name, staging / "old" / path.name
+    with _errors_of(path, new, within=staging), contextlib.ExitStack() as building:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _held(path.parent):
+            _recover(path.parent, path.name)
+            staging.mkdir()
+            building.enter_context(_held(staging))  # whoever recovers sees that it is not abandoned
+        try:
+            new.parent.mkdir()
+            yield new
+            if new.is_dir():
+                sync_folder(new)
+            with _held(path.parent):
+                _exchange(new, path, old)
+        except BaseException:
+            # what could not be put back is the only copy
+            shutil.rmtree(new.parent if os.path.lexists(old) else staging, ignore_errors=True)
+            raise
+        _discard(staging)
+
+
+def _exchange(new: Path, path: Path, old: Path) -> None:
+    """Put `new` in the place of `path`; what was there is set aside as `old`, and put back when this fails."""
+    was_there = os.path.lexists(path)
+    in_one_step = was_there and not new.is_dir() and (path.is_symlink() or not path.is_dir())
+    try:
+        if was_there and not in_one_step:
+            old.parent.mkdir()
+            os.rename(path, old)
+        os.replace(new, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        try:
+            if not in_one_step:
+                _put_back(new, path, old)
+        except OSError as another:
+            reason = f"{another.strerror}; what was there could not be put back and lies in {old}"
+            raise OSError(another.errno, reason, str(path)) from error
+        raise
+
+
+def _put_back(new: Path, path: Path, old: Path) -> None:
+    if os.path.lexists(path) and not os.path.lexists(new):  # in its place already, where it cannot be made to last
+        os.rename(path, new)
+    if os.path.lexists(old):
+        if os.path.lexists(path):
+            raise OSError(errno.EEXIST, "something else was put there meanwhile", str(path))
+        os.rename(old, path)
+
+
+def recover(folder: Path) -> None:
+    """Put back what killed writers had set aside in a folder, and remove what they left half done."""
+    if folder.is_dir():
+        with _held(folder):
+            _recover(folder)
+
+
+def _recover(folder: Path, name: str | None = None) -> None:
+    """Recover one name, or all; the folder is held, so nobody is between setting aside and replacing."""
+    with os.scandir(folder) as entries:
+        found = [(entry.name, match[1]) for entry in entries if (match := _STAGING.fullmatch(entry.name))]
+    for staging, path in ((folder / hidden, folder / told) for hidden, told in found if name in (None, told)):
+        with contextlib.suppress(OSError):  # a folder that may be read only: the old one stays aside
+            old, new = staging / "old" / path.name, staging / "new"
+            is_only_copy = os.path.lexists(old) and not (new.is_dir() and not os.path.lexists(new / path.name))
+            if is_only_copy and not os.path.lexists(path):
+                os.rename(old, path)
+                sync_folder(folder)
+                is_only_copy = False
+            if not is_only_copy and _is_abandoned(staging):
+                _discard(staging)
+
+
+def _discard(staging: Path) -> None:
+    """Remove as much as can be; `new` last, for without it `old` is taken for the only copy."""
+    shutil.rmtree(staging / "old", ignore_errors=True)
+    if not os.path.lexists(staging / "old"):
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Keep other threads and processes that would hold a folder waiting; not on a file system without locks."""
+    import fcntl  # not every system has it, and reading does not need it
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_abandoned(staging: Path) -> bool:
+    """Whether nobody builds there any more; False where that cannot be told."""
+    import fcntl
+
+    descriptor = os.open(staging, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+@contextlib.contextmanager
+def _errors_of(path: Path, new: Path, *, within: Path) -> Iterator[None]:
+    """Errors that name the place of building, or none at all as a write to a full disk does, name `path`."""
+    try:
+        yield
+    except ValueError as error:
+        if str(new) not in str(error):
+            raise
+        raise ValueError(str(error).replace(str(new), str(path))) from None
+    except OSError as error:
+        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+        is_ours = not names or any(str(within) in name for name in names)
+        if error.errno is None or not is_ours:
+            raise
+        where = names[0].replace(str(new), str(path)) if names and str(new) in names[0] else str(path)
+        raise OSError(error.errno, error.strerror, where) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -115,22 +254,14 @@ def save_checkpoint(folder: Path, files: Mapping[str, Callable[[Path], None]], k
         files: file name -> function that writes that file at the path it is given.
         keep: how many checkpoints stay, this one included; at least 1.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, write in files.items():
-        write(temporary / name)
-    sizes = {
-        name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256_of(temporary / name)} for name in files
-    }
-    write_atomically(temporary / MANIFEST, json.dumps(sizes, indent=1).encode())
-    sync_folder(temporary)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.rename(temporary, folder)
-    sync_folder(folder.parent)
+    with atomic_path(folder) as new:
+        new.mkdir()
+        for name, write in files.items():
+            write(new / name)
+        sizes = {name: {"bytes": (new / name).stat().st_size, "sha256": sha256_of(new / name)} for name in files}
+        write_atomically(new / MANIFEST, json.dumps(sizes, indent=1).encode())
     for old in valid_checkpoints(folder.parent)[: -max(1, keep)]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)  # the new one stands, and the next save tries again
 
 
 def is_valid_checkpoint(folder: Path) -> bool:
@@ -146,7 +277,8 @@ def is_valid_checkpoint(folder: Path) -> bool:
 
 
 def valid_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in `folder` that are whole, oldest first (`step-*`, by number)."""
+    """Checkpoints in `folder` that are whole, oldest first (`step-*`, by number), after `recover`."""
+    recover(folder)
     found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and is_valid_checkpoint(path)]
     return sorted(found, key=lambda path: int(path.name[5:]))
 

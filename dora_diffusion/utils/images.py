@@ -9,6 +9,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
+from dora_diffusion.utils.text import shown_path
+
 Crop = Literal["center", "random"]
 
 # Only these decoders ever see a user's file; the others that Pillow has are old, rarely fuzzed, or call programs.
@@ -28,12 +30,6 @@ _SUFFIXES_BY_FORMAT = {
 SUFFIXES = frozenset(suffix for name in FORMATS for suffix in _SUFFIXES_BY_FORMAT[name])
 
 _WHITE = (255, 255, 255, 255)
-
-
-def shown(path: Path | str) -> str:
-    """A path as it may stand in a message of one line: line breaks and terminal codes are escaped."""
-    text = str(path)
-    return text if text.isprintable() else ascii(text)
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -57,15 +53,17 @@ def read_image(path: str | Path) -> Image.Image:
             with Image.open(path, formats=FORMATS) as picture:
                 return _to_rgb(ImageOps.exif_transpose(picture), picture.format)
     except UnidentifiedImageError:
-        raise ValueError(f"{shown(path)}: not a picture, or damaged; expected one of {', '.join(FORMATS)}") from None
+        raise ValueError(
+            f"{shown_path(path)}: not a picture, or damaged; expected one of {', '.join(FORMATS)}"
+        ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         most = Image.MAX_IMAGE_PIXELS
-        raise ValueError(f"{shown(path)}: too large, expected at most {most} pixels; make it smaller") from None
+        raise ValueError(f"{shown_path(path)}: too large, expected at most {most} pixels; make it smaller") from None
     except FileNotFoundError:
-        raise ValueError(f"{shown(path)}: no such file") from None
+        raise ValueError(f"{shown_path(path)}: no such file") from None
     except Exception as error:  # decoders meet damage with anything: SyntaxError, struct.error, IndexError ...
         reason = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
-        raise ValueError(f"{shown(path)}: cannot be read as a picture ({reason}); save it anew") from None
+        raise ValueError(f"{shown_path(path)}: cannot be read as a picture ({reason}); save it anew") from None
 
 
 def _to_rgb(picture: Image.Image, file_format: str | None) -> Image.Image:
@@ -97,8 +95,8 @@ def list_images(folder: str | Path) -> list[Path]:
     files = list_files(folder)
     pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
     if not pictures:
-        found = f"{len(files)} other files, {shown(files[0].name)} first" if files else "no files"
-        raise ValueError(f"{shown(folder)}: got {found}, expected pictures ({' '.join(sorted(SUFFIXES))})")
+        found = f"{len(files)} other files, {shown_path(files[0].name)} first" if files else "no files"
+        raise ValueError(f"{shown_path(folder)}: got {found}, expected pictures ({' '.join(sorted(SUFFIXES))})")
     return pictures
 
 
@@ -109,11 +107,11 @@ def list_files(folder: str | Path) -> list[Path]:
         ValueError: no such folder, or it may not be read.
     """
     if not os.path.isdir(folder):
-        raise ValueError(f"{shown(folder)}: no such folder, expected a folder of pictures")
+        raise ValueError(f"{shown_path(folder)}: no such folder, expected a folder of pictures")
     try:
         entries = list(Path(folder).iterdir())
     except OSError as error:
-        raise ValueError(f"{shown(folder)}: cannot be read ({error.strerror})") from None
+        raise ValueError(f"{shown_path(folder)}: cannot be read ({error.strerror})") from None
     return sorted((path for path in entries if path.is_file() and not path.name.startswith(".")), key=natural_order)
 
 

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 from PIL import Image
@@ -35,11 +34,9 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
         "heavy = {'torch', 'diffusers', 'transformers', 'gradio', 'numpy'} & sys.modules.keys()\n"
         "assert not heavy, heavy"
     )
-    started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage: dora-diffusion" in done.stdout
-    assert time.monotonic() - started < 20  # not a benchmark: only that nothing hangs
 
 
 def fails(capsys, *arguments: str) -> str:

@@ -15,6 +15,7 @@ from dora_diffusion.cli.arguments import MERGES, MODES, split_adapter, split_par
 from dora_diffusion.formats import FORMATS, detect_format, load_adapter, save_adapter
 from dora_diffusion.generation.generate import GenerationSettings, generate
 from dora_diffusion.pipelines.loading import load_pipeline
+from tests.failing_disk import RENAMES, fail_at_every_call
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 
 
@@ -212,6 +213,35 @@ def test_a_peft_folder_is_replaced_whole(capsys, tmp_path, files) -> None:
         capsys, "convert", files / "ink.safetensors", tmp_path / "mine", "--to", "peft"
     )
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize("command", ["convert", "convert in place", "blend", "extract", "convert to peft", "bake"])
+def test_whatever_call_fails_the_old_output_stays(capsys, tmp_path, files, command: str) -> None:
+    room, ink, lego, base = tmp_path / "room", files / "ink.safetensors", files / "lego.safetensors", files / "base"
+    out = room / "out.safetensors"
+    if command == "convert to peft":
+        out, commands = room / "out", [["convert", lego, room / "out", "--to", "peft"]]
+    elif command == "blend":
+        commands = [["blend", out, f"--adapter={ink}", f"--adapter={lego}", "--base", base]]
+    elif command in ("extract", "bake"):
+        run(capsys, "bake", base, room / "baked", f"--adapter={ink}:0.5")
+        commands = [["extract", room / "baked", base, out, "--rank", "2"]]
+        if command == "bake":
+            out, commands = room / "baked", [["bake", base, room / "baked", f"--adapter={ink}"]]
+    else:
+        commands = [["convert", out if "place" in command else lego, out, "--to", "kohya"]]
+    if command != "bake":
+        save_adapter(load_adapter(ink), out, format="peft" if out.suffix == "" else "diffusers")
+
+    def work() -> None:
+        if main([str(argument) for argument in commands[0]]):
+            *_, line = capsys.readouterr().err.strip().splitlines()
+            assert line.startswith("dora-diffusion: ")
+            raise ValueError(line)
+
+    messages = fail_at_every_call(work, room, of=RENAMES)
+    assert len(messages) >= 2
+    assert all(str(out) in text and "No space left on device" in text and ".staging" not in text for text in messages)
 
 
 def test_outputs_are_checked_before_the_work(capsys, tmp_path, files) -> None:

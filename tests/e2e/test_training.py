@@ -19,7 +19,9 @@ from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.training import checkpoint, loop
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.loop import train
+from dora_diffusion.training.objective import objective_of
 from dora_diffusion.training.trainable import load_base, prepare_trainable
+from tests.failing_disk import contents
 from tests.pocket_random import random_pocket_pipeline
 from tests.tolerances import assert_identical
 
@@ -141,7 +143,7 @@ def test_two_processes_equal_one_that_accumulates(base, images, tmp_path) -> Non
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = ["train_scripts/train_dreambooth_dora.py", "--config", str(tmp_path / "two.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*launch, *script], capture_output=True, text=True, env=environment, timeout=200)
+    done = subprocess.run([*launch, *script], capture_output=True, text=True, env=environment, timeout=1000)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("wrote ") == 2  # both ran, and to the end
     two = load_file(tmp_path / "two" / "adapter.safetensors")
@@ -182,6 +184,32 @@ def test_resuming_with_other_settings_names_the_difference(base, images, tmp_pat
         train(config(base, images, tmp_path / "run", steps=1))
     with pytest.raises(ValueError, match="optim.learning_rate was 0.001 and is now 0.5"):
         train(config(base, images, tmp_path / "run", steps=1, learning_rate=0.5), resume="latest")
+
+
+def test_a_run_makes_its_objective_once(base, images, tmp_path, monkeypatch) -> None:
+    made: list[int] = []
+
+    def counted(pipe: object, config: TrainConfig, *, tokens: int) -> object:
+        made.append(tokens)
+        return objective_of(pipe, config, tokens=tokens)
+
+    monkeypatch.setattr(loop, "objective_of", counted)
+    train(config(base, images, tmp_path / "run", steps=1))
+    assert made == [16]  # 32 pixels, 8 a token
+
+
+def test_checkpoints_that_a_killed_save_had_set_aside_are_not_written_over(base, images, tmp_path) -> None:
+    settings = config(base, images, tmp_path / "run", steps=1)
+    train(settings)
+    folder = tmp_path / "run" / "checkpoints"
+    before = contents(folder)
+    aside = folder / ".step-00000001.01234567.staging"
+    (aside / "new" / "step-00000001").mkdir(parents=True)
+    (aside / "old").mkdir()
+    (folder / "step-00000001").rename(aside / "old" / "step-00000001")
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+        train(settings)
+    assert contents(folder) == before
 
 
 def test_no_whole_checkpoint_is_said_and_not_overwritten(base, images, tmp_path) -> None:

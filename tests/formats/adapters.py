@@ -87,7 +87,7 @@ def layers_of(pipe: Any, components: Iterable[str], *, kinds: tuple[type, ...] =
 
 
 def dense(weight: Tensor, module: Module) -> Tensor:
-    """W' at strength 1."""
-    pair = module.as_pair().to(dtype=torch.float32)
+    """W' at strength 1, in fp64: what two of them differ by is in the numbers, not in the order of sums."""
+    pair = module.to(dtype=torch.float64).as_pair()
     down = pair.down.reshape(-1, *weight.shape[1:])
-    return dora_weight(weight.float(), down, pair.up, pair.scale, pair.magnitude, axis=pair.axis)
+    return dora_weight(weight.double(), down, pair.up, pair.scale, pair.magnitude, axis=pair.axis)

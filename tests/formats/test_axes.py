@@ -125,10 +125,11 @@ def test_flat_convolution_factors_take_a_magnitude_per_input(tmp_path) -> None:
     module = load_adapter(written(tmp_path, tensors)).modules[CONV_PATH]
     assert isinstance(module, FactoredState) and module.axis == "in" and module.magnitude.shape == (4,)
     weight = numbers(6, 4, 3, 3, seed=2)
-    v = weight + (numbers(6, 2) @ numbers(2, 36) * (numbers(6, 2, seed=1) @ numbers(2, 36, seed=1))).reshape(6, 4, 3, 3)
+    halves = [numbers(6, 2, seed=seed).double() @ numbers(2, 36, seed=seed).double() for seed in (0, 1)]
+    v = weight + (halves[0] * halves[1]).reshape(6, 4, 3, 3)
     norms = v.transpose(0, 1).flatten(1).norm(dim=1)
     expected = v * (module.magnitude / norms)[None, :, None, None]
-    assert_close(dense(weight, module), expected)
+    assert_close(dense(weight, module), expected, computed_in=torch.float64)
 
 
 def test_oddities_are_kept_and_reported(tmp_path) -> None:
@@ -159,6 +160,7 @@ def test_rank_above_the_sides_and_rows_of_zeros(tmp_path) -> None:
     }
     module = load_adapter(written(tmp_path, tensors)).modules[PATH]
     got = dense(weight, module)
-    v = weight + numbers(3, 7) @ numbers(7, 4)
-    assert_close(got[[0, 2]], (v / v.norm(dim=1, keepdim=True) * torch.tensor([[1.0], [0.0], [2.0]]))[[0, 2]])
-    assert_close(got[1], v[1])  # a row without a direction in the base adapts as LoRA
+    v = weight + numbers(3, 7).double() @ numbers(7, 4).double()
+    expected = v / v.norm(dim=1, keepdim=True) * torch.tensor([[1.0], [0.0], [2.0]])
+    assert_close(got[[0, 2]], expected[[0, 2]], computed_in=torch.float64)
+    assert_close(got[1], v[1], computed_in=torch.float64)  # a row without a direction in the base adapts as LoRA

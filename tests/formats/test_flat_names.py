@@ -85,10 +85,10 @@ def test_a_guess_flattens_to_the_same_text(flat: str) -> None:
 
 def test_hostile_names_take_no_time() -> None:
     hostile = ["down_blocks_" + "0_" * 5000, "transformer_blocks_0_" * 11, "to_out_0_" * 28, "norm_out_" * 2000]
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(25_000):
         assert not any(unflatten(flat) for flat in hostile)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10  # a twentieth of that here; for ever, where a pattern goes back and forth
 
 
 def test_every_family_is_among_the_pipelines() -> None:

@@ -27,13 +27,13 @@ def theirs_on(base: nn.Module, *, rank: int, alpha: float, on_out: bool) -> LoCo
     with torch.no_grad():
         module.lora_up.weight.normal_(generator=torch.Generator().manual_seed(1))
         module.dora_scale.mul_(1 + torch.rand(module.dora_scale.shape, generator=torch.Generator().manual_seed(2)))
-    return module
+    return module.double()
 
 
 def setting(kind: str, *, on_out: bool) -> tuple[nn.Module, LoConModule, Tensor]:
     torch.manual_seed(0)
-    base = LAYERS[kind][0]().requires_grad_(False)
-    x = torch.randn(LAYERS[kind][1], generator=torch.Generator().manual_seed(3))
+    base = LAYERS[kind][0]().double().requires_grad_(False)
+    x = torch.randn(LAYERS[kind][1], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     return base, theirs_on(base, rank=2, alpha=3, on_out=on_out), x
 
 
@@ -48,15 +48,13 @@ def test_forward_and_every_gradient(kind: str) -> None:
         adapter.up.copy_(theirs.lora_up.weight)
         adapter.magnitude.copy_(theirs.dora_scale.flatten())
     got, expected = model(x), theirs(x)
-    assert_close(got, expected)
-    goal = torch.randn(got.shape, generator=torch.Generator().manual_seed(4))
+    assert_close(got, expected, computed_in=torch.float64)
+    goal = torch.randn(got.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     ours = torch.autograd.grad((got * goal).sum(), [adapter.down, adapter.up, adapter.magnitude])
     other = torch.autograd.grad(
         (expected * goal).sum(), [theirs.lora_down.weight, theirs.lora_up.weight, theirs.dora_scale]
     )
-    torch.testing.assert_close(
-        [grad.flatten() for grad in ours], [grad.flatten() for grad in other], rtol=1e-4, atol=1e-4
-    )
+    assert_close([grad.flatten() for grad in ours], [grad.flatten() for grad in other], computed_in=torch.float64)
 
 
 @KINDS
@@ -67,6 +65,6 @@ def test_the_in_axis_draws_as_theirs(kind: str) -> None:
     blended = BlendedLayer(base)
     blended.set_terms([form])
     blended.set_strengths(torch.ones(1))
-    assert_close(blended(x), theirs(x).detach())
+    assert_close(blended(x), theirs(x).detach(), computed_in=torch.float64)
     merged = theirs.get_merged_weight()[0].detach()
-    assert_close(f.apply_gain_form(base.weight, form), merged.reshape(base.weight.shape))
+    assert_close(f.apply_gain_form(base.weight, form), merged.reshape(base.weight.shape), computed_in=torch.float64)

@@ -41,7 +41,7 @@ def network(unet: nn.Module, settings: dict) -> LycorisNetwork:
         for name, parameter in made.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_((0.1 * parameter if name.endswith("dora_scale") else 0.05) * noise)
-    return made
+    return made.double()
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def predicted(unet: nn.Module) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     latents = torch.randn(1, unet.config.in_channels, 16, 16, generator=generator)
     text = torch.randn(1, 8, unet.config.cross_attention_dim, generator=generator)
-    return unet(latents, torch.tensor([500]), text).sample
+    return unet.double()(latents.double(), torch.tensor([500]), text.double()).sample
 
 
 def near(got: Tensor, expected: Tensor, base: Tensor) -> None:

@@ -85,19 +85,20 @@ SINGLE = {
 
 
 def single_pair(kind: str, *, use_dora: bool = True, **settings) -> tuple[nn.Sequential, nn.Sequential, Tensor]:
-    """A model of one layer under ours and under PEFT's, with the same values, and an input."""
+    """A model of one layer under ours and under PEFT's, with the same values, and an input, all fp64."""
     torch.manual_seed(0)
     make, shape = SINGLE[kind]
-    ours = nn.Sequential(make())
-    theirs = nn.Sequential(make())
+    ours = nn.Sequential(make()).double()
+    theirs = nn.Sequential(make()).double()
     theirs.load_state_dict(ours.state_dict())
     inject(ours, DoRAConfig(rank=2, alpha=3, target_modules=["0"], use_dora=use_dora, **settings))
     inject_adapter_in_model(LoraConfig(r=2, lora_alpha=3, target_modules=["0"], use_dora=use_dora, **settings), theirs)
+    theirs.double()
     with torch.no_grad():
         for mine, other in zip(parts_of(ours[0]), parts_of(theirs[0]), strict=True):
             mine.copy_(torch.rand(mine.shape) + 0.5)
             other.copy_(mine.reshape(other.shape))
-    return ours, theirs, torch.tensor([[0, 1, 2, 10, 1]]) if shape is None else torch.randn(shape)
+    return ours, theirs, torch.tensor([[0, 1, 2, 10, 1]]) if shape is None else torch.randn(shape).double()
 
 
 def parts_of(layer: nn.Module) -> list[nn.Parameter]:
@@ -117,11 +118,11 @@ def parts_of(layer: nn.Module) -> list[nn.Parameter]:
 @pytest.mark.parametrize("use_rslora", [True, False])
 def test_other_kinds_of_layers_equal_peft(kind: str, use_dora: bool, use_rslora: bool) -> None:
     ours, theirs, x = single_pair(kind, use_dora=use_dora, use_rslora=use_rslora)
-    assert_close(ours(x), theirs(x))
-    goal = torch.randn(ours(x).shape)
+    assert_close(ours(x), theirs(x), computed_in=torch.float64)
+    goal = torch.randn(ours(x).shape).double()
     got = torch.autograd.grad((ours(x) * goal).sum(), parts_of(ours[0]))
     expected = torch.autograd.grad((theirs(x) * goal).sum(), parts_of(theirs[0]))
-    assert_close([grad.flatten() for grad in got], [grad.flatten() for grad in expected])
+    assert_close([grad.flatten() for grad in got], [grad.flatten() for grad in expected], computed_in=torch.float64)
 
 
 def test_embeddings_start_as_peft_starts_them() -> None:

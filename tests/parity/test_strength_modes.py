@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dora_diffusion.functional.blend_modes import MODES, AdapterTerm
 from dora_diffusion.functional.dora import Axis
 
-RELATIVE = 1e-6  # of the norm of the whole answer, in fp32
+RELATIVE = 1e-12  # of the norm of the whole answer, in fp64
 STRENGTHS = (-1.0, 0.0, 0.5, 1.0, 2.0)
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 10, bias=False), (3, 6)),
@@ -33,11 +33,11 @@ def assert_same(actual: Tensor, expected: Tensor, relative: float = RELATIVE) ->
 
 def layer_of(kind: str) -> nn.Module:
     torch.manual_seed(0)
-    return LAYERS[kind][0]().requires_grad_(False)
+    return LAYERS[kind][0]().double().requires_grad_(False)
 
 
 def input_of(kind: str) -> Tensor:
-    return torch.randn(LAYERS[kind][1], generator=torch.Generator().manual_seed(9))
+    return torch.randn(LAYERS[kind][1], generator=torch.Generator().manual_seed(9), dtype=torch.float64)
 
 
 def answer(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def test_pefts_scale_layer_is_the_strength() -> None:
 def lycoris_modules(base: nn.Module, dora: Sequence[bool], *, on_out: bool) -> list[LoConModule]:
     modules, generator = [], torch.Generator().manual_seed(1)
     for number, use_dora in enumerate(dora):
-        module = LoConModule("layer", base, 1.0, 2 + number, 3, weight_decompose=use_dora, wd_on_out=on_out)
+        module = LoConModule("layer", base, 1.0, 2 + number, 3, weight_decompose=use_dora, wd_on_out=on_out).double()
         with torch.no_grad():
             up = module.lora_up.weight
             up.copy_(0.3 * torch.randn(up.shape, generator=generator))

@@ -11,7 +11,8 @@ from typing import IO, Any
 from dora_diffusion.training.config import TrainConfig
 from ui.options import UiOptions
 
-WAIT = "import time; time.sleep(60)"
+WAIT = "import time; time.sleep(600)"
+PATIENCE = 300.0  # seconds, for machines that do other things as well: what comes is not waited for any longer
 
 
 class Scripted:
@@ -27,9 +28,9 @@ class Scripted:
         )  # fmt: skip
 
 
-def until(true: Callable[[], object], seconds: float = 60) -> None:
+def until(true: Callable[[], object]) -> None:
     """Wait for it."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE
     while not true():
         assert time.monotonic() < deadline, "it did not come to that"
         time.sleep(0.02)

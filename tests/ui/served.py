@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 import httpx
 
+from tests.ui.scripted import PATIENCE
 from ui.app import serve
 from ui.backend.session import Session
 from ui.options import UiOptions
@@ -56,7 +57,7 @@ def served(session: Session, folder: Path) -> Iterator[Served]:
     try:
         # no connection is kept: the server hangs up on idle ones while a test waits for another answer
         limits = httpx.Limits(max_keepalive_connections=0)
-        with httpx.Client(base_url=running.url, timeout=30, verify=False, limits=limits) as http:
+        with httpx.Client(base_url=running.url, timeout=PATIENCE, verify=False, limits=limits) as http:
             yield Served(running.demo, session, running.url, http)
     finally:
         running.close()

@@ -21,12 +21,12 @@ SWITCHES = [
     "--disable-sync",
     "--no-first-run",
 ]
-PATIENCE_MS = 60_000  # a machine that does other things as well
+PATIENCE_MS = 120_000  # a machine that does other things as well
 DRAWN_MS = 3 * PATIENCE_MS
 DESKTOP: ViewportSize = {"width": 1280, "height": 900}
 PHONE: ViewportSize = {"width": 390, "height": 844}
 
-expect.set_options(timeout=20_000)
+expect.set_options(timeout=PATIENCE_MS)
 
 
 @dataclass

@@ -1,17 +1,19 @@
 """Errors as one line in the browser: mistakes in full, files by their name, of anything else the kind."""
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+import ui
 
 gr = pytest.importorskip("gradio", reason="gradio is not installed: pip install dora-diffusion[ui]")
 
 from dora_diffusion.training.config import TrainConfig  # noqa: E402
 from dora_diffusion.utils import atomic as storage  # noqa: E402  (after the skip above)
 from ui.backend.session import Session  # noqa: E402
-from ui.errors import line_of, user_errors  # noqa: E402
+from ui.errors import QUICK, line_of, user_errors, wire, wire_js  # noqa: E402
 from ui.tabs.inspect_page import plot_of  # noqa: E402
 from ui.train.process import Trainer  # noqa: E402
 
@@ -66,3 +68,33 @@ def test_a_folder_that_cannot_be_made_is_named(session: Session) -> None:
     (session.output / "plots").write_text("in the way")
     error = _shown(lambda: plot_of(session, ("ink",)))
     assert error.message == f"{session.output}/plots: cannot be read or written (File exists)"
+
+
+def test_a_wired_handler_is_private_and_tells_its_mistakes() -> None:
+    def answer(text: str) -> str:
+        raise ValueError(f"<{text}>")
+
+    def drip(text: str) -> Iterator[str]:
+        yield text
+        raise ValueError(f"<{text}>")
+
+    with gr.Blocks() as demo:
+        box, button = gr.Textbox(), gr.Button()
+        wire(button.click, answer, box, box, options=QUICK)
+        wire(button.click, drip, box, box)
+        wire_js(button.click, "() => {}")
+    quick, slow, script = demo.fns.values()
+    assert [(fn.queue, fn.show_progress) for fn in (quick, slow)] == [(False, "hidden"), (True, "hidden")]
+    assert {fn.api_visibility for fn in (quick, slow, script)} == {"private"}
+    assert (quick.name, slow.name, slow.types_generator, script.fn) == ("answer", "drip", True, None)
+    assert _shown(lambda: quick.fn("a")).message == "&lt;a&gt;"
+    drops = slow.fn("a")
+    assert next(drops) == "a"
+    assert _shown(lambda: next(drops)).message == "&lt;a&gt;"
+
+
+def test_every_event_of_the_page_is_wired() -> None:
+    app = Path(ui.errors.__file__).parent
+    others = [path for path in sorted(app.rglob("*.py")) if path != app / "errors.py"]
+    assert len(others) > 50
+    assert [path.name for path in others if "api_visibility" in path.read_text(encoding="utf-8")] == []

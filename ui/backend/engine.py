@@ -15,7 +15,7 @@ from dora_diffusion.adapters.matching import LoadReport
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.functional.blend_modes import IN_ORDER
 from dora_diffusion.pipelines.loading import EMBEDDED
-from ui.backend.request import Block, DrawRequest, Parts
+from ui.backend.request import BaseParts, Block, DrawRequest
 from ui.library.library import AdapterLibrary, Stamp, stamp_of
 
 MAX_LOADED = 8
@@ -23,7 +23,7 @@ READS = 3
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedAdapter:
     """An adapter in memory.
 
     Attributes:
@@ -55,11 +55,11 @@ class Engine:
         """Adapters held in memory, the longest unused first."""
         return tuple(self._loaded)
 
-    def load(self, file: str) -> Loaded:
+    def load(self, file: str) -> LoadedAdapter:
         """As `ensure_loaded`, and of which state of the file it is."""
         before, started = self._loaded.get(file), time.perf_counter()
         report, stamp = self.ensure_loaded(file), self._loaded[file]
-        return Loaded(report, self.model, stamp, None if stamp == before else time.perf_counter() - started)
+        return LoadedAdapter(report, self.model, stamp, None if stamp == before else time.perf_counter() - started)
 
     def ensure_loaded(self, file: str, *, keep: Sequence[str] = ()) -> LoadReport:
         """Load, or load again when the file has changed; the longest unused beyond MAX_LOADED make room.
@@ -141,12 +141,12 @@ def bases_offered(first: str, folder: Path | None) -> Mapping[str, str | Path]:
     return found
 
 
-def parts_of(pipe: Any) -> Parts:
+def parts_of(pipe: Any) -> BaseParts:
     """The base's components that adapters may change, and its denoiser's blocks."""
     family = family_of_pipeline(pipe)
     name = family.denoiser.name
     present = (part.name for part in family.text_encoders if getattr(pipe, part.name, None) is not None)
-    return Parts(name, tuple(present), _blocks(name, getattr(pipe, name)))
+    return BaseParts(name, tuple(present), _blocks(name, getattr(pipe, name)))
 
 
 def _blocks(name: str, denoiser: nn.Module) -> tuple[Block, ...]:

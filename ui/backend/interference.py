@@ -1,11 +1,11 @@
 """The interference meter: how much each adapter of the rack changes, block by block, and whether they collide."""
 
 from collections.abc import Sequence
-from html import escape
 
 from dora_diffusion import interference, load_adapter
 from dora_diffusion.blending import Interference
 from ui.backend.session import Session
+from ui.markup import bar, column_heads, paragraph, row
 
 MEETING = 0.05  # cosines nearer to 0 say that two changes do not meet
 
@@ -38,18 +38,18 @@ def verdict(cosine: float) -> str:
 
 def _pairs(found: Interference) -> str:
     if not found.cosines:
-        return '<p class="rack-note">With two adapters or more, this also says whether they collide.</p>'
-    rows = "".join(
-        f"<tr><th scope='row'>{escape(one)} and {escape(other)}</th>"
-        f"<td>{_needle(found.overall_cosines[one, other])}</td>"
-        f"<td>{found.overall_cosines[one, other]:+.3f}</td>"
-        f"<td>{verdict(found.overall_cosines[one, other])}; {found.shared[one, other]} layers in common</td></tr>"
-        for one, other in found.cosines
-    )
+        return paragraph("With two adapters or more, this also says whether they collide.", "rack-note")
+    rows = "".join(_pair(found, pair) for pair in found.cosines)
     return (
         "<table class='pairs'><caption>Do they collide? The cosine of what they change, from -1 to 1</caption>"
         f"<tbody>{rows}</tbody></table>"
     )
+
+
+def _pair(found: Interference, pair: tuple[str, str]) -> str:
+    cosine = found.overall_cosines[pair]
+    words = f"{verdict(cosine)}; {found.shared[pair]} layers in common"
+    return row(" and ".join(pair), (_needle(cosine), f"{cosine:+.3f}", words))
 
 
 def _needle(cosine: float) -> str:
@@ -65,26 +65,17 @@ def _needle(cosine: float) -> str:
 def _norms(found: Interference) -> str:
     blocks = list(dict.fromkeys(block for norms in found.norms.values() for block in norms))
     most = max((norm for norms in found.norms.values() for norm in norms.values()), default=0.0)
-    heads = "".join(f"<th scope='col'>{escape(name)}</th>" for name in found.norms)
-    lines = "".join(
-        f"<tr><th scope='row'>{escape(block)}</th>"
-        + "".join(_bar(norms.get(block), most) for norms in found.norms.values())
-        + "</tr>"
-        for block in blocks
-    )
-    total = "".join(f"<td><b>{norm:.3g}</b></td>" for norm in found.overall.values())
+    lines = [row(block, (_norm(norms.get(block), most) for norms in found.norms.values())) for block in blocks]
+    total = row("all", (f"<b>{norm:.3g}</b>" for norm in found.overall.values()))
     return (
         "<div class='norms'><table><caption>How much each changes at strength 1, by block: ‖W' − W‖</caption>"
-        f"<thead><tr><th scope='col'>block</th>{heads}</tr></thead><tbody>{lines}"
-        f"<tr><th scope='row'>all</th>{total}</tr></tbody></table></div>"
+        f"<thead><tr>{column_heads(('block', *found.norms))}</tr></thead>"
+        f"<tbody>{''.join(lines)}{total}</tbody></table></div>"
     )
 
 
-def _bar(norm: float | None, most: float) -> str:
-    if norm is None:
-        return "<td>–</td>"
-    share = norm / most if most > 0 else 0.0
-    return f'<td><span class="bar" style="width:{3 * share:.2f}rem"></span>{norm:.3g}</td>'
+def _norm(norm: float | None, most: float) -> str:
+    return "–" if norm is None else f"{bar(norm, most, longest_rem=3)}{norm:.3g}"
 
 
 CSS = """

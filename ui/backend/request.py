@@ -1,40 +1,33 @@
 """One press of Generate, checked: what a browser sends is not to be trusted, whatever the widgets allow."""
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from PIL import Image
 
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.generation.generate import Canvas, GenerationSettings
 from dora_diffusion.generation.samplers import DEFAULT as DEFAULT_SAMPLER
-from dora_diffusion.generation.samplers import SAMPLERS
-from dora_diffusion.utils.images import read_image
-
-MAX_STRENGTH = 2.0
-MAX_STEPS = 100
-MAX_GUIDANCE = 30.0
-MAX_SEED = 2**32 - 1
-MAX_PROMPT = 2000
-MAX_COUNT = 16
-MAX_CURVE_POINTS = 32
-MIN_SIDE, MAX_SIDE = 64, 2048
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-Curve = tuple[tuple[float, float], ...]
-NAMED_CURVES: Mapping[str, Curve | None] = {
-    "constant": None,
-    "fade in": ((0.0, 0.0), (1.0, 1.0)),
-    "fade out": ((0.0, 1.0), (1.0, 0.0)),
-    "early": ((0.0, 1.0), (0.4, 1.0), (0.6, 0.0)),
-    "late": ((0.4, 0.0), (0.6, 1.0)),
-}
+from dora_diffusion.utils.text import shown_value
+from ui.backend.checks import (
+    MAX_COUNT,
+    MAX_GUIDANCE,
+    MAX_SEED,
+    MAX_STEPS,
+    check_number,
+    check_sampler,
+    check_side,
+    check_strength_number,
+    check_text,
+    check_whole,
+)
+from ui.backend.curve_text import Curve, parse_curve
+from ui.backend.picture_checks import check_picture
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SlotValues:
     """The widgets of one slot of the rack, as they came from the browser.
 
@@ -44,7 +37,7 @@ class SlotValues:
         strength: for all components, unless `apart`.
         apart: whether the components have strengths of their own.
         denoiser, text_encoders: those strengths.
-        blocks: a factor on the denoiser's strength for each of `Parts.blocks`, 1 leaves it; None leaves all.
+        blocks: a factor on the denoiser's strength for each of `BaseParts.blocks`, 1 leaves it; None leaves all.
         curve: over the run, as `parse_curve` takes it; "" is constant.
         mask: white where the adapter draws; a picture, a path to one that the app itself wrote, or None for everywhere.
         solo: while any slot that takes part is solo, only such slots do.
@@ -61,6 +54,19 @@ class SlotValues:
     mask: Image.Image | Path | str | None = None
     solo: bool = False
 
+    @classmethod
+    def of(cls, file: str | None, strength: float, *, curve: str = "") -> Self:
+        """A slot that is on, with one strength for all components, everywhere in the picture."""
+        return cls(
+            file=file,
+            enabled=True,
+            strength=strength,
+            apart=False,
+            denoiser=strength,
+            text_encoders=strength,
+            curve=curve,
+        )
+
 
 @dataclass(frozen=True)
 class Block:
@@ -71,7 +77,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Parts:
+class BaseParts:
     """What the base calls its components: `unet` or `transformer`, its text encoders, and the denoiser's blocks."""
 
     denoiser: str
@@ -100,7 +106,7 @@ class AdapterChoice:
         """Whether any of its strengths is other than 0."""
         return any(self.weight.values()) if isinstance(self.weight, dict) else bool(self.weight)
 
-    def weight_on(self, paths: Collection[str], parts: Parts) -> float | dict[str, float]:
+    def weight_on(self, paths: Collection[str], parts: BaseParts) -> float | dict[str, float]:
         """The strength without blocks of the base where the adapter, whose layers are `paths`, has none.
 
         The rack and the API name every block of the base; an adapter of text encoders, say, has nothing there.
@@ -137,7 +143,7 @@ class DrawRequest:
     def __post_init__(self) -> None:
         """A ValueError of one line for a mode, a number of pictures or a mixture that cannot be."""
         if self.blend not in MODES:
-            raise ValueError(f"blend: got {shown(self.blend)}, expected one of {', '.join(MODES)}")
+            raise ValueError(f"blend: got {shown_value(self.blend)}, expected one of {', '.join(MODES)}")
         check_whole("count", self.count, low=1, high=MAX_COUNT)
         check_whole("last seed", self.settings.seed + self.count - 1, low=0, high=2**63 - 1)
         moving = next((choice for choice in self.adapters if choice.draws and (choice.curve or choice.mask)), None)
@@ -149,7 +155,7 @@ class DrawRequest:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DetailValues:
     """The further widgets of the form, as they came from the browser; None is the model's own."""
 
@@ -157,55 +163,6 @@ class DetailValues:
     width: Any = None
     height: Any = None
     strength: Any = None
-
-
-def check_number(name: str, value: object, *, low: float, high: float) -> float:
-    """The value as a float.
-
-    Raises:
-        ValueError: not a finite number of [low, high].
-    """
-    if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
-        return float(value)
-    raise ValueError(f"{name}: got {shown(value)}, expected a number from {low:g} to {high:g}")
-
-
-def check_whole(name: str, value: object, *, low: int, high: int) -> int:
-    """The value as an int.
-
-    Raises:
-        ValueError: not a whole number of [low, high].
-    """
-    if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high and value == int(value):
-        return int(value)
-    raise ValueError(f"{name}: got {shown(value)}, expected a whole number from {low} to {high}")
-
-
-def check_text(name: str, value: object) -> str:
-    """The value as text without surrounding blanks; None counts as empty.
-
-    Raises:
-        ValueError: not text, or longer than MAX_PROMPT.
-    """
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise ValueError(f"{name}: got {shown(value)}, expected text")
-    if len(value) > MAX_PROMPT:
-        raise ValueError(f"{name}: got {len(value)} characters, expected at most {MAX_PROMPT}")
-    return value.strip()
-
-
-def check_name(what: str, value: object) -> str:
-    """A name that can be a file's, without folders.
-
-    Raises:
-        ValueError: it is not of letters, digits, `.`, `_` and `-`, or too long.
-    """
-    if isinstance(value, str) and _NAME.fullmatch(value.strip()):
-        return value.strip()
-    got = "nothing" if value in (None, "") else repr(value)[:60]
-    raise ValueError(f"{what}: got {got}, expected up to 64 letters, digits, dots, - and _, a letter or digit first")
 
 
 def check_settings(
@@ -223,124 +180,13 @@ def check_settings(
         seed=check_whole("seed", seed, low=0, high=MAX_SEED),
         steps=check_whole("steps", steps, low=1, high=MAX_STEPS),
         guidance_scale=check_number("guidance", guidance, low=0.0, high=MAX_GUIDANCE),
-        width=_check_side("width", details.width),
-        height=_check_side("height", details.height),
-        sampler=_check_sampler(details.sampler),
+        width=check_side("width", details.width),
+        height=check_side("height", details.height),
+        sampler=check_sampler(details.sampler),
         strength=None
         if details.strength is None
         else check_number("denoising strength", details.strength, low=0.01, high=1.0),
     )
-
-
-def _check_side(name: str, value: object) -> int | None:
-    side = None if value in (None, 0) else check_whole(name, value, low=MIN_SIDE, high=MAX_SIDE)
-    if side is not None and side % 8:
-        raise ValueError(f"{name}: got {side}, expected a multiple of 8 from {MIN_SIDE} to {MAX_SIDE}")
-    return side
-
-
-def _check_sampler(value: object) -> str:
-    if value is None or value == "":
-        return DEFAULT_SAMPLER
-    if not isinstance(value, str) or value not in SAMPLERS:
-        raise ValueError(f"sampler: got {shown(value)}, expected one of {', '.join(SAMPLERS)}")
-    return value
-
-
-def check_canvas(image: object, mask: object = None) -> Canvas | None:
-    """A picture to start from, and where it is drawn anew; None without a picture. Masks are white there.
-
-    Raises:
-        ValueError: not a picture, or a mask without a picture to draw in.
-    """
-    picture, area = check_picture("picture", image), check_picture("mask", mask)
-    if picture is None and area is not None:
-        raise ValueError("mask: there is no picture to draw in; give one, or take the mask off")
-    if picture is None:
-        return None
-    return Canvas(picture.convert("RGB"), None if area is None else area.convert("L"))
-
-
-def check_picture(name: str, value: object) -> Image.Image | None:
-    """A picture out of a widget: PIL, or a path that Gradio gave to an upload. None stays None.
-
-    Raises:
-        ValueError: not a picture, or one with more pixels than are drawn here at most.
-    """
-    if value is None or value == "":
-        return None
-    if isinstance(value, str | Path):
-        try:
-            with Image.open(value, formats=["PNG", "JPEG", "WEBP"]) as opened:
-                size = opened.size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{name}: not a picture that can be read ({type(error).__name__})") from None
-        _check_pixels(name, size)
-        try:
-            return read_image(value)  # turned and laid on white as everywhere
-        except ValueError as error:
-            reason = str(error).rpartition(f"{Path(value).name}: ")[2]
-            raise ValueError(f"{name}: not a picture that can be read ({reason})") from None
-    if not isinstance(value, Image.Image):
-        raise ValueError(f"{name}: got {shown(value)}, expected a picture")
-    _check_pixels(name, value.size)
-    return value
-
-
-def _check_pixels(name: str, size: tuple[int, int]) -> None:
-    most = 4 * MAX_SIDE
-    if not all(0 < side <= most for side in size):
-        raise ValueError(f"{name}: got {size[0]} x {size[1]} pixels, expected at most {most} a side")
-
-
-def parse_curve(text: object, *, name: str = "curve") -> Curve | None:
-    """A strength's factor over the run: "0:0, 0.3:1" or a name of NAMED_CURVES; None is constant.
-
-    Raises:
-        ValueError: neither, progress that does not rise in 0..1, or a factor outside -2..2.
-    """
-    if text is None or (isinstance(text, str) and not text.strip()):
-        return None
-    if not isinstance(text, str):
-        raise ValueError(f"{name}: got {shown(text)}, expected text such as '0:0, 0.3:1'")
-    if text.strip().lower() in NAMED_CURVES:
-        return NAMED_CURVES[text.strip().lower()]
-    pieces = [piece for piece in text.split(",") if piece.strip()]
-    if not 1 <= len(pieces) <= MAX_CURVE_POINTS:
-        raise ValueError(f"{name}: got {len(pieces)} points, expected 1 to {MAX_CURVE_POINTS}")
-    points = tuple(_curve_point(piece, name) for piece in pieces)
-    for before, after in zip(points, points[1:], strict=False):
-        if after[0] < before[0]:
-            raise ValueError(f"{name}: progress falls from {before[0]:g} to {after[0]:g}; expected it to rise")
-    return points
-
-
-def _curve_point(piece: str, name: str) -> tuple[float, float]:
-    progress, _, factor = piece.partition(":")
-    try:
-        point = float(progress), float(factor)
-    except ValueError:
-        raise ValueError(
-            f"{name}: got {shown(piece.strip())}, expected points such as '0:0, 0.3:1' or one of "
-            f"{', '.join(NAMED_CURVES)}"
-        ) from None
-    check_number(f"{name}, progress", point[0], low=0.0, high=1.0)
-    check_number(f"{name}, factor", point[1], low=-MAX_STRENGTH, high=MAX_STRENGTH)
-    return point
-
-
-def curve_text(curve: Sequence[Sequence[float]] | None) -> str:
-    """What `parse_curve` reads back as this curve: its name, or its points."""
-    points = None if curve is None else tuple((float(progress), float(factor)) for progress, factor in curve)
-    for name, named in NAMED_CURVES.items():
-        if named == points:
-            return name
-    return ", ".join(f"{_shortest(progress)}:{_shortest(factor)}" for progress, factor in points or ())
-
-
-def _shortest(value: float) -> str:
-    """As few digits as read back as the very same number."""
-    return repr(value).removesuffix(".0")
 
 
 def taking_part(slots: Sequence[SlotValues]) -> list[SlotValues]:
@@ -349,7 +195,7 @@ def taking_part(slots: Sequence[SlotValues]) -> list[SlotValues]:
     return [slot for slot in filled if slot.solo] or filled
 
 
-def check_adapters(slots: Sequence[SlotValues], parts: Parts) -> tuple[AdapterChoice, ...]:
+def check_adapters(slots: Sequence[SlotValues], parts: BaseParts) -> tuple[AdapterChoice, ...]:
     """Slots that take part, those at strength 0 too, in the rack's order; strengths by the base's own parts.
 
     Raises:
@@ -372,22 +218,21 @@ def check_adapters(slots: Sequence[SlotValues], parts: Parts) -> tuple[AdapterCh
     return tuple(choices)
 
 
-def _check_weight(number: int, slot: SlotValues, parts: Parts) -> float | dict[str, float]:
+def _check_weight(number: int, slot: SlotValues, parts: BaseParts) -> float | dict[str, float]:
     factors = _check_blocks(number, slot.blocks, parts)
     if not slot.apart:
-        strength = check_number(f"slot {number}, strength", slot.strength, low=-MAX_STRENGTH, high=MAX_STRENGTH)
+        strength = check_strength_number(f"slot {number}, strength", slot.strength)
         if not factors:
             return strength
         return {part: strength for part in (parts.denoiser, *parts.text_encoders)} | _times(strength, factors)
     wanted = {parts.denoiser: slot.denoiser} | dict.fromkeys(parts.text_encoders, slot.text_encoders)
     strengths = {
-        part: check_number(f"slot {number}, {part} strength", value, low=-MAX_STRENGTH, high=MAX_STRENGTH)
-        for part, value in wanted.items()
+        part: check_strength_number(f"slot {number}, {part} strength", value) for part, value in wanted.items()
     }
     return strengths | _times(strengths[parts.denoiser], factors)
 
 
-def _check_blocks(number: int, blocks: Sequence[float] | None, parts: Parts) -> dict[str, float]:
+def _check_blocks(number: int, blocks: Sequence[float] | None, parts: BaseParts) -> dict[str, float]:
     """Prefix -> factor of the blocks that differ from 1."""
     if blocks is None:
         return {}
@@ -395,7 +240,7 @@ def _check_blocks(number: int, blocks: Sequence[float] | None, parts: Parts) -> 
         raise ValueError(f"slot {number}, blocks: got {len(blocks)} factors, expected {len(parts.blocks)}")
     factors: dict[str, float] = {}
     for block, value in zip(parts.blocks, blocks, strict=True):
-        factor = check_number(f"slot {number}, {block.label}", value, low=-MAX_STRENGTH, high=MAX_STRENGTH)
+        factor = check_strength_number(f"slot {number}, {block.label}", value)
         if factor != 1:
             factors |= dict.fromkeys(block.prefixes, factor)
     return factors
@@ -403,8 +248,3 @@ def _check_blocks(number: int, blocks: Sequence[float] | None, parts: Parts) -> 
 
 def _times(strength: float, factors: Mapping[str, float]) -> dict[str, float]:
     return {prefix: strength * factor for prefix, factor in factors.items()}
-
-
-def shown(value: object) -> str:
-    """A value that was sent, short enough for one line."""
-    return "nothing" if value is None else repr(value)[:40]

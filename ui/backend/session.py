@@ -2,11 +2,9 @@
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from datetime import datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,47 +12,21 @@ from PIL import Image
 
 from dora_diffusion.adapters.matching import LoadReport
 from dora_diffusion.families import family_of_pipeline
-from dora_diffusion.generation.generate import Canvas, GenerationSettings, GenerationStopped, StepReport, generate
-from dora_diffusion.generation.png_metadata import AdapterUse, Origin, picture_sha256, save_picture
-from dora_diffusion.generation.prompts import LoraTag
+from dora_diffusion.generation.generate import GenerationSettings, GenerationStopped, StepReport, generate
+from dora_diffusion.generation.png_metadata import AdapterUse, picture_sha256
 from dora_diffusion.generation.samplers import sampler_names
 from dora_diffusion.pipelines.base_weights import BaseWeights, base_weights
 from dora_diffusion.pipelines.loading import load_pipeline
 from ui.backend.draw_queue import DrawQueue
-from ui.backend.engine import Engine, Loaded, bases_offered
-from ui.backend.inputs import keep_input
-from ui.backend.request import AdapterChoice, DrawRequest, Parts
+from ui.backend.engine import Engine, LoadedAdapter, bases_offered
+from ui.backend.picture_store import Drawn, PictureStore, base_key, origin_of
+from ui.backend.request import AdapterChoice, BaseParts, DrawRequest
 from ui.backend.run import Run
 from ui.backend.tags import Resolved, resolve_tags
 from ui.library.library import AdapterLibrary
 
-MAX_BASES = 64
-
 OnStep = Callable[[StepReport], None]
 ShouldStop = Callable[[], bool]
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A picture and all that it was made of; `Session.save` writes it.
-
-    Attributes:
-        image: RGB.
-        settings: as drawn: this picture's own seed, the prompt without tags.
-        adapters: who took part.
-        origin: canvas and tags.
-        model: the base.
-        seconds: of drawing.
-        inputs: pictures that the metadata name by hash: canvas and masks.
-    """
-
-    image: Any
-    settings: GenerationSettings
-    adapters: tuple[AdapterUse, ...]
-    origin: Origin
-    model: str
-    seconds: float
-    inputs: tuple[Image.Image, ...] = ()
 
 
 class Session:
@@ -71,17 +43,15 @@ class Session:
         """
         self.library = AdapterLibrary(folder)
         self.library.refresh()
-        self.library.refresh()
         self.output = output
+        self._pictures = PictureStore(output)
         self._engine = Engine(pipe, model=model, library=self.library)
         self._first = model
         self._models_folder = models
         self._turns = DrawQueue()
-        self._bases: OrderedDict[tuple[object, ...], Path] = OrderedDict()
         self._runs: dict[str, Run] = {}
         self._runs_lock = threading.Lock()
         self._closing = threading.Event()
-        self._files_lock = threading.Lock()
         self.naming = threading.Lock()  # held from the look whether a name is free until its file is there
 
     @property
@@ -100,7 +70,7 @@ class Session:
         return tuple(bases_offered(self._first, self._models_folder))
 
     @property
-    def parts(self) -> Parts:
+    def parts(self) -> BaseParts:
         """The base's components and blocks that adapters may change."""
         return self._engine.parts
 
@@ -129,7 +99,7 @@ class Session:
         """How many drawings there are: the one under way and those that wait."""
         return self._turns.waiting
 
-    def load(self, file: str) -> Loaded:
+    def load(self, file: str) -> LoadedAdapter:
         """Load an adapter of the library unless it is loaded already; waits for a drawing under way, and no other.
 
         Raises:
@@ -222,23 +192,8 @@ class Session:
                 ]
 
     def save(self, drawn: Drawn, folder: Path | None = None) -> Path:
-        """Write a picture with its metadata under a new name, into the output folder unless another is given.
-
-        The pictures that its metadata name by hash are kept beside, in the output folder.
-        """
-        folder = self.output if folder is None else folder
-        for picture in drawn.inputs:
-            keep_input(self.output, picture)
-        folder.mkdir(parents=True, exist_ok=True)
-        with self._files_lock:
-            return save_picture(
-                drawn.image,
-                _new_file(folder, drawn.settings),
-                drawn.settings,
-                model=drawn.model,
-                adapters=drawn.adapters,
-                origin=drawn.origin,
-            )
+        """Write a picture with its metadata into the output folder, unless another is given; returns its new path."""
+        return self._pictures.save(drawn, folder)
 
     @contextmanager
     def weights(self) -> Iterator[BaseWeights]:
@@ -293,7 +248,7 @@ class Session:
     def _draw_both(self, wanted: Resolved, run: Run) -> None:
         request = wanted.request
         every = _each_seed(request)
-        known = self._known_base(every[-1], request.canvas)
+        known = self._pictures.known_base(base_key(self.model, every[-1], request.canvas))
         run.post(replace(run.latest, phase="loading", ahead=0, base=known, count=request.count))
         started = time.perf_counter()
         uses = self._load_all(request, run.is_stopping)
@@ -305,10 +260,11 @@ class Session:
                     _tell(run, self._draw_and_save(settings, wanted, uses, run, "blend", self.output))
         bare = replace(wanted, request=replace(request, adapters=()), tags=())
         for settings in every[-1:] if request.adapters else every:
-            base = self._known_base(settings, request.canvas)
+            key = base_key(self.model, settings, request.canvas)
+            base = self._pictures.known_base(key)
             if base is None:
                 base = self._draw_and_save(settings, bare, (), run, "base", self.output / "base")
-                self._remember_base(settings, request.canvas, base)
+                self._pictures.remember_base(key, base)
             if not request.adapters:
                 _tell(run, base)
             run.post(replace(run.latest, base=base))
@@ -365,21 +321,9 @@ class Session:
             preview_every=preview_every,
         )
         seconds = time.perf_counter() - started
-        return Drawn(image, settings, uses, _origin(canvas, wanted.tags), self.model, seconds, _inputs(wanted.request))
-
-    def _known_base(self, settings: GenerationSettings, canvas: Canvas | None) -> Path | None:
-        path = self._bases.get(self._base_key(settings, canvas))
-        return path if path is not None and path.is_file() else None
-
-    def _remember_base(self, settings: GenerationSettings, canvas: Canvas | None, path: Path) -> None:
-        key = self._base_key(settings, canvas)
-        self._bases[key] = path
-        self._bases.move_to_end(key)
-        while len(self._bases) > MAX_BASES:
-            self._bases.popitem(last=False)
-
-    def _base_key(self, settings: GenerationSettings, canvas: Canvas | None) -> tuple[object, ...]:
-        return self.model, settings, _origin(canvas, ())
+        return Drawn(
+            image, settings, uses, origin_of(canvas, wanted.tags), self.model, seconds, _inputs(wanted.request)
+        )
 
 
 def _tell(run: Run, picture: Path) -> None:
@@ -394,17 +338,3 @@ def _inputs(request: DrawRequest) -> tuple[Image.Image, ...]:
     canvas = request.canvas
     own = () if canvas is None else (canvas.image, canvas.mask)
     return tuple(picture for picture in (*own, *(choice.mask for choice in request.adapters)) if picture is not None)
-
-
-def _origin(canvas: Canvas | None, tags: tuple[LoraTag, ...]) -> Origin:
-    if canvas is None:
-        return Origin(tags=tags)
-    mask = None if canvas.mask is None else picture_sha256(canvas.mask)
-    return Origin(picture_sha256(canvas.image), mask, tags)
-
-
-def _new_file(folder: Path, settings: GenerationSettings) -> Path:
-    """A name that sorts by time and is not taken."""
-    stem = f"{datetime.now():%Y%m%d-%H%M%S}-seed{settings.seed}"
-    names = (f"{stem}{suffix}.png" for suffix in ("", *(f"-{number}" for number in range(2, 10_000))))
-    return next(path for name in names if not (path := folder / name).exists())

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dora_diffusion.generation.prompts import LoraTag, parse_prompt
-from ui.backend.request import MAX_STRENGTH, AdapterChoice, DrawRequest, Parts, check_number, shown
+from dora_diffusion.utils.text import shown_value
+from ui.backend.checks import check_strength_number
+from ui.backend.request import AdapterChoice, BaseParts, DrawRequest
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Resolved:
     tagged: tuple[AdapterChoice, ...] = ()
 
 
-def resolve_tags(request: DrawRequest, names: Sequence[str], parts: Parts) -> Resolved:
+def resolve_tags(request: DrawRequest, names: Sequence[str], parts: BaseParts) -> Resolved:
     """Let `<lora:name:0.8>` tags of the prompt become adapters; what is at strength 0 is left out.
 
     Args:
@@ -69,15 +71,15 @@ def _file_of_tag(name: str, names: Sequence[str]) -> str:
             raise ValueError(f"prompt: <lora:{name}> may be any of {', '.join(alike[:5])}; write one of these")
     nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     hint = f"; nearest: {', '.join(nearest)}" if nearest else f"; there are {len(names)} adapters"
-    raise ValueError(f"prompt: no adapter named {shown(name)} for <lora:...>{hint}")
+    raise ValueError(f"prompt: no adapter named {shown_value(name)} for <lora:...>{hint}")
 
 
-def _weight_of_tag(tag: LoraTag, parts: Parts) -> float | dict[str, float]:
+def _weight_of_tag(tag: LoraTag, parts: BaseParts) -> float | dict[str, float]:
     if not isinstance(tag.weight, Mapping):
-        return check_number(f"prompt, <lora:{tag.name}>", tag.weight, low=-MAX_STRENGTH, high=MAX_STRENGTH)
+        return check_strength_number(f"prompt, <lora:{tag.name}>", tag.weight)
     weights: dict[str, float] = {}
     for part, value in tag.weight.items():
-        strength = check_number(f"prompt, <lora:{tag.name}>, {part}", value, low=-MAX_STRENGTH, high=MAX_STRENGTH)
+        strength = check_strength_number(f"prompt, <lora:{tag.name}>, {part}", value)
         own = {"denoiser": (parts.denoiser,), "text_encoders": parts.text_encoders}.get(part, (part,))
         weights |= dict.fromkeys(own, strength)
     return weights

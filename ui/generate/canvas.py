@@ -16,8 +16,10 @@ from PIL import Image
 from dora_diffusion.generation.img2img import Canvas
 from dora_diffusion.generation.png_metadata import picture_sha256
 from dora_diffusion.utils.images import read_image
+from dora_diffusion.utils.text import shown_value
+from ui.backend.checks import MAX_SIDE
 from ui.backend.inputs import INPUTS, find_input
-from ui.backend.request import MAX_SIDE, check_canvas, check_picture, shown
+from ui.backend.picture_checks import check_canvas, check_picture
 from ui.generate import painter
 
 MAX_CHARACTERS = 2 << 20
@@ -52,7 +54,9 @@ class CanvasReader:
         if name.startswith(_KEPT):
             return self._kept("picture", name)
         if name not in self.uploads():
-            raise ValueError(f"picture: got {shown(name)}, expected one that was uploaded to this app; put it in again")
+            raise ValueError(
+                f"picture: got {shown_value(name)}, expected one that was uploaded to this app; put it in again"
+            )
         check_picture("picture", name)
         return read_image(name)
 
@@ -68,7 +72,7 @@ class CanvasReader:
         try:
             found = find_input(self.output, name.removeprefix(_KEPT))
         except ValueError as error:
-            raise ValueError(f"{what}: got {shown(name)} ({error})") from None
+            raise ValueError(f"{what}: got {shown_value(name)} ({error})") from None
         if found is None:
             raise ValueError(f"{what}: the one that was drawn on is not in {self.output} any more; put it in again")
         return found
@@ -83,14 +87,14 @@ def _names_of(sent: object) -> dict[str, str]:
     if sent is None or sent == "":
         return dict.fromkeys(_NAMES, "")
     if not isinstance(sent, str) or len(sent) > MAX_CHARACTERS:
-        size = f"{len(sent)} characters" if isinstance(sent, str) else shown(sent)
+        size = f"{len(sent)} characters" if isinstance(sent, str) else shown_value(sent)
         raise ValueError(f"picture: got {size}, expected at most {MAX_CHARACTERS} characters; paint less finely")
     try:
         names = json.loads(sent)
     except (ValueError, RecursionError):
         names = None
     if not isinstance(names, dict) or names.keys() != {*_NAMES} or {*map(type, names.values())} != {str}:
-        raise ValueError(f"picture: got {shown(sent)}, expected the names of a picture and a mask")
+        raise ValueError(f"picture: got {shown_value(sent)}, expected the names of a picture and a mask")
     return names
 
 

@@ -1,24 +1,22 @@
 """The form and the rack, read and filled together; and the drawing of variations of what they hold."""
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from html import escape
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
+import gradio as gr
 from gradio.components import Component
 
 from dora_diffusion.generation.generate import GenerationStopped
 from ui.backend.request import AdapterChoice, DrawRequest, SlotValues
 from ui.backend.session import Session
-from ui.generate.form import Form
+from ui.generate.form import GenerateForm
 from ui.generate.rack import Rack
-from ui.generate.recipes import Recipe
-
-Values = Mapping[Component, Any]
+from ui.generate.recipes import DrawRecipe
+from ui.generate.values import Updates, Values
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Controls:
 
     session: Session
     model: Component
-    form: Form
+    form: GenerateForm
     rack: Rack
 
     @property
@@ -60,18 +58,18 @@ class Controls:
         asked = self._recipe(values).request(self.session.parts, self.form.canvas_of(values))
         return replace(asked, count=self.form.count_of(values))
 
-    def recipe(self, values: Values) -> Recipe:
+    def recipe(self, values: Values) -> DrawRecipe:
         """What can be kept and brought back: without empty slots. What cannot be drawn is refused as by `request`."""
         self.request(values)
         recipe = self._recipe(values)
         return replace(recipe, slots=tuple(slot for slot in recipe.slots if slot.file))
 
-    def updates(self, recipe: Recipe) -> dict[Any, Any]:
+    def updates(self, recipe: DrawRecipe) -> Updates:
         """What shows a recipe."""
         return {**self.form.updates(recipe.settings), **self.rack.updates(recipe.slots, recipe.blend)}
 
-    def _recipe(self, values: Values) -> Recipe:
-        return Recipe(self.form.read(values), self.slots(values), self.rack.blend(values))
+    def _recipe(self, values: Values) -> DrawRecipe:
+        return DrawRecipe(self.form.read(values), self.slots(values), self.rack.blend(values))
 
 
 @dataclass
@@ -131,12 +129,10 @@ class Stops:
         with self._lock:
             self._set(owner)
 
+    def halt(self, request: gr.Request) -> None:
+        """`stop` as a handler: for the tab that asks."""
+        self.stop(str(request.session_hash))
+
     def _set(self, owner: str) -> None:
         if (event := self._events.get(owner)) is not None:
             event.set()
-
-
-def picture_html(path: Path, alt: str) -> str:
-    """A saved picture as an <img>, fetched by its path; it must lie in the output folder."""
-    address = f"gradio_api/file={quote(str(path.resolve()))}"
-    return f'<img src="{escape(address)}" alt="{escape(alt)}" loading="lazy">'

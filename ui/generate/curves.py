@@ -1,9 +1,9 @@
 """A strength's curve over the run: its name or its points as text, and how it looks."""
 
-from html import escape
-
 from dora_diffusion.functional.schedules import Schedule
-from ui.backend.request import MAX_STRENGTH, NAMED_CURVES, Curve, curve_text, parse_curve
+from ui.backend.checks import MAX_STRENGTH
+from ui.backend.curve_text import NAMED_CURVES, Curve, curve_text, parse_curve
+from ui.markup import alert, polyline
 
 CONSTANT = "constant"
 OWN_POINTS = "own points"
@@ -42,7 +42,7 @@ def curve_html(text: object) -> str:
     try:
         curve = parse_curve(text)
     except ValueError as error:
-        return f'<span class="chip bad" role="alert">{escape(str(error))}</span>'
+        return alert(str(error))
     return _svg(curve)
 
 
@@ -56,12 +56,12 @@ def _svg(curve: Curve | None) -> str:
     def y(factor: float) -> float:
         return 4 + (_HEIGHT - 8) * (high - factor) / (high - low)
 
-    line = " ".join(f"{index * _WIDTH / _SAMPLES:.1f},{y(factor):.1f}" for index, factor in enumerate(factors))
+    line = polyline(((index * _WIDTH / _SAMPLES, y(factor)) for index, factor in enumerate(factors)), "strength")
     label = f"strength times {factors[0]:g} at the first step, {factors[-1]:g} at the last"
     grid = "".join(f'<line class="grid" x1="0" x2="{_WIDTH}" y1="{y(at):.1f}" y2="{y(at):.1f}"/>' for at in (0, 1))
     return (
         f'<svg class="curve" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{grid}'
-        f'<polyline points="{line}"/></svg><p class="curve-ends"><span>first step</span><span>last step</span></p>'
+        f'{line}</svg><p class="curve-ends"><span>first step</span><span>last step</span></p>'
     )
 
 

@@ -1,28 +1,21 @@
 """The form above the rack: prompt, seeds, steps, guidance, sampler, size, a picture to start from; and the base."""
 
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 
 from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.generation.img2img import Canvas
-from ui.backend.request import (
-    MAX_COUNT,
-    MAX_GUIDANCE,
-    MAX_SEED,
-    MAX_SIDE,
-    MAX_STEPS,
-    DetailValues,
-    check_settings,
-    check_whole,
-)
+from ui.backend.checks import MAX_COUNT, MAX_GUIDANCE, MAX_SEED, MAX_SIDE, MAX_STEPS, check_whole
+from ui.backend.request import DetailValues, check_settings
 from ui.backend.session import Session
+from ui.errors import QUICK, wire
 from ui.generate import canvas as canvases
 from ui.generate.canvas import CanvasReader, build_canvas, has_picture
+from ui.generate.values import Updates, Values
+from ui.markup import paragraph
 
 _CSS = """
 #seed-row { align-items: center; }
@@ -33,7 +26,7 @@ _HINT = "Without paint the whole picture is drawn anew, from as much noise as th
 
 
 @dataclass(frozen=True)
-class Form:
+class GenerateForm:
     """The widgets above the rack.
 
     Attributes:
@@ -66,7 +59,7 @@ class Form:
             *(self.sampler, self.width, self.height, self.canvas, self.strength),
         }
 
-    def read(self, values: Mapping[Component, Any]) -> GenerationSettings:
+    def read(self, values: Values) -> GenerationSettings:
         """What the browser sent, checked; `ValueError` names the field that is wrong."""
         details = DetailValues(
             sampler=values[self.sampler],
@@ -83,15 +76,15 @@ class Form:
             details=details,
         )
 
-    def count_of(self, values: Mapping[Component, Any]) -> int:
+    def count_of(self, values: Values) -> int:
         """How many pictures."""
         return check_whole("pictures", values[self.count], low=1, high=MAX_COUNT)
 
-    def canvas_of(self, values: Mapping[Component, Any]) -> Canvas | None:
+    def canvas_of(self, values: Values) -> Canvas | None:
         """The picture to start from, and where it was painted on."""
         return self.canvases.read(values[self.canvas])
 
-    def updates(self, settings: GenerationSettings, *, count: int = 1) -> dict[Component, Any]:
+    def updates(self, settings: GenerationSettings, *, count: int = 1) -> Updates:
         """What shows these settings."""
         return {
             self.prompt: settings.prompt,
@@ -129,7 +122,9 @@ def build_prompt() -> tuple[gr.Textbox, gr.Textbox, gr.Button, gr.Button]:
     return prompt, negative, generate, stop
 
 
-def build_form(session: Session, above: tuple[gr.Textbox, gr.Textbox, gr.Button, gr.Button], demo: gr.Blocks) -> Form:
+def build_form(
+    session: Session, above: tuple[gr.Textbox, gr.Textbox, gr.Button, gr.Button], demo: gr.Blocks
+) -> GenerateForm:
     """Lay out seeds, steps, size and canvas inside the open block, under what `build_prompt` made."""
     with gr.Row(elem_id="seed-row"):
         seed = gr.Number(
@@ -154,9 +149,11 @@ def build_form(session: Session, above: tuple[gr.Textbox, gr.Textbox, gr.Button,
     with gr.Accordion("Start from a picture (img2img, inpaint)", open=False, elem_id="canvas-fold") as fold:
         canvas = build_canvas(session.output)
         strength = gr.Slider(0.01, 1.0, value=0.6, step=0.01, label="Denoising strength", elem_id="denoise")
-        gr.HTML(f'<p class="hint">{_HINT}</p>')
+        gr.HTML(paragraph(_HINT, "hint"))
 
     reader = CanvasReader(session.output, lambda: demo.upload_file_set)
-    form = Form(*above, seed, new_seed, count, steps, guidance, sampler, width, height, canvas, strength, fold, reader)
-    new_seed.click(lambda: random.randint(0, MAX_SEED), outputs=seed, queue=False, api_visibility="private")
+    form = GenerateForm(
+        *above, seed, new_seed, count, steps, guidance, sampler, width, height, canvas, strength, fold, reader
+    )
+    wire(new_seed.click, lambda: random.randint(0, MAX_SEED), outputs=seed, options=QUICK)
     return form

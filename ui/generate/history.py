@@ -3,21 +3,21 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.components import Component
 from PIL import Image
 
 from dora_diffusion.generation.png_metadata import metadata_text, read_metadata
+from ui.backend.checks import check_whole
 from ui.backend.picture_difference import largest_difference
-from ui.backend.request import check_whole
 from ui.backend.session import Session
-from ui.errors import user_errors
+from ui.errors import QUICK, WITH_PROGRESS, wire
 from ui.generate.controls import Controls
 from ui.generate.restore import restore_from, restored_updates
+from ui.generate.values import Updates
+from ui.markup import chip, escaped, paragraph
 
 PAGE = 24
 MAX_PAGE = 1_000_000
@@ -30,7 +30,7 @@ CSS = """
 
 
 @dataclass(frozen=True)
-class Page:
+class HistoryPage:
     """A part of the output folder.
 
     Attributes:
@@ -52,7 +52,7 @@ class Page:
         return f"{self.found} picture{'' if self.found == 1 else 's'}, page {self.number + 1} of {self.pages}"
 
 
-def list_pictures(output: Path, page: object = 0) -> Page:
+def list_pictures(output: Path, page: object = 0) -> HistoryPage:
     """The PNGs of the output folder itself, newest first; hidden ones and links are left out.
 
     Raises:
@@ -72,7 +72,7 @@ def list_pictures(output: Path, page: object = 0) -> Page:
     pages = max(1, -(-len(found) // PAGE))
     number = min(number, pages - 1)
     names = tuple(name for _, name in found[number * PAGE : (number + 1) * PAGE])
-    return Page(names, number, pages, len(found))
+    return HistoryPage(names, number, pages, len(found))
 
 
 def find_picture(output: Path, name: object) -> Path:
@@ -95,21 +95,19 @@ def described(path: Path) -> str:
     try:
         record = read_metadata(path)
     except ValueError as error:
-        return f'<p class="kept">{escape(str(error))}</p>'
+        return paragraph(str(error), "kept")
     if record is None:
-        return f'<p class="kept"><b>{escape(path.name)}</b> does not tell what it was made of.</p>'
-    adapters = "".join(
-        f'<span class="chip">{escape(use.name)} {escape(_weight_text(use.weight))}</span>' for use in record.adapters
-    )
+        return f'<p class="kept"><b>{escaped(path.name)}</b> does not tell what it was made of.</p>'
+    adapters = "".join(chip(f"{use.name} {_in_words(use.weight)}") for use in record.adapters)
     settings = record.settings
-    told_of = f"seed {settings.seed}, {settings.steps} steps, guidance {settings.guidance_scale:g}, {settings.sampler}"
+    facts = f"seed {settings.seed}, {settings.steps} steps, guidance {settings.guidance_scale:g}, {settings.sampler}"
     return (
-        f'<div class="kept"><p><b>{escape(path.name)}</b> · {escape(record.model)} · {escape(record.blend)}</p>'
-        f"<p>{escape(settings.prompt)}</p><p>{escape(told_of)}</p>{adapters}</div>"
+        f'<div class="kept"><p><b>{escaped(path.name)}</b> · {escaped(record.model)} · {escaped(record.blend)}</p>'
+        f"<p>{escaped(settings.prompt)}</p><p>{escaped(facts)}</p>{adapters}</div>"
     )
 
 
-def _weight_text(weight: float | Mapping[str, float]) -> str:
+def _in_words(weight: float | Mapping[str, float]) -> str:
     if isinstance(weight, Mapping):
         return ", ".join(f"{part} {value:g}" for part, value in weight.items())
     return f"{weight:g}"
@@ -164,64 +162,58 @@ def build_history(session: Session, controls: Controls, demo: gr.Blocks) -> Hist
 
 
 def _wire_pages(history: History, session: Session, looks: list[Any], turns: tuple[gr.Button, gr.Button]) -> None:
-    def show(page: object, step: int) -> dict[Component, Any]:
-        with user_errors():
-            wanted = check_whole("page", page, low=0, high=MAX_PAGE) + step
-            found = list_pictures(session.output, max(0, wanted))
+    def show(page: object, step: int) -> Updates:
+        wanted = check_whole("page", page, low=0, high=MAX_PAGE) + step
+        found = list_pictures(session.output, max(0, wanted))
         return {
             history.gallery: gr.Gallery([str(session.output / name) for name in found.names], selected_index=None),
             history.page: found.number,
             history.names: found.names,
-            history.place: f'<p class="kept">{escape(found.sentence())}</p>',
+            history.place: paragraph(found.sentence(), "kept"),
         }
 
     outputs = [history.gallery, history.page, history.names, history.place]
     for look in looks:
-        look(lambda page: show(page, 0), history.page, outputs, show_progress="hidden", api_visibility="private")
+        wire(look, lambda page: show(page, 0), history.page, outputs)
     for button, step in zip(turns, (-1, 1), strict=True):
-        button.click(
-            lambda page, step=step: show(page, step),
-            history.page, outputs, show_progress="hidden", api_visibility="private",
-        )  # fmt: skip
+        wire(button.click, lambda page, step=step: show(page, step), history.page, outputs)
 
 
 def _wire_picture(
     history: History, session: Session, controls: Controls, *, restore: gr.Button, pin: gr.Button
 ) -> None:
-    def select(names: tuple[str, ...], pinned: str | None, event: gr.SelectData) -> dict[Component, Any]:
-        with user_errors():
-            index = check_whole("picture", event.index, low=0, high=max(0, len(names) - 1))
-            if not names:
-                raise ValueError("picture: the history is empty")
-            path = find_picture(session.output, names[index])
-            changes = {history.chosen: path.name, history.facts: described(path), history.metadata: metadata_text(path)}
-            return changes | _compared(history, session, pinned, path)
+    def select(names: tuple[str, ...], pinned: str | None, event: gr.SelectData) -> Updates:
+        index = check_whole("picture", event.index, low=0, high=max(0, len(names) - 1))
+        if not names:
+            raise ValueError("picture: the history is empty")
+        path = find_picture(session.output, names[index])
+        changes = {history.chosen: path.name, history.facts: described(path), history.metadata: metadata_text(path)}
+        return changes | _compared(history, session, pinned, path)
 
-    def bring_back(chosen: str | None) -> dict[Component, Any]:
-        with user_errors():
-            if chosen is None:
-                raise ValueError("press a picture first")
-            session.library.refresh()
-            path = find_picture(session.output, chosen)
-            restored = restore_from(path, session.library, session.parts, output=session.output)
-            return restored_updates(restored, controls, session, history.report)
+    def bring_back(chosen: str | None) -> Updates:
+        if chosen is None:
+            raise ValueError("press a picture first")
+        session.library.refresh()
+        path = find_picture(session.output, chosen)
+        restored = restore_from(path, session.library, session.parts, output=session.output)
+        return restored_updates(restored, controls, session, history.report)
 
     def keep(chosen: str | None) -> tuple[str, str]:
-        with user_errors():
-            if chosen is None:
-                raise ValueError("press a picture first")
-        return chosen, f'<p class="kept">Press another picture to compare it with {escape(chosen)}.</p>'
+        if chosen is None:
+            raise ValueError("press a picture first")
+        return chosen, paragraph(f"Press another picture to compare it with {chosen}.", "kept")
 
-    history.gallery.select(
-        select, [history.names, history.pinned],
+    wire(
+        history.gallery.select,
+        select,
+        [history.names, history.pinned],
         [history.chosen, history.facts, history.metadata, history.compare, history.report],
-        show_progress="hidden", api_visibility="private",
-    )  # fmt: skip
-    restore.click(bring_back, history.chosen, [*controls.outputs, history.report], api_visibility="private")
-    pin.click(keep, history.chosen, [history.pinned, history.report], queue=False, api_visibility="private")
+    )
+    wire(restore.click, bring_back, history.chosen, [*controls.outputs, history.report], options=WITH_PROGRESS)
+    wire(pin.click, keep, history.chosen, [history.pinned, history.report], options=QUICK)
 
 
-def _compared(history: History, session: Session, pinned: str | None, path: Path) -> dict[Component, Any]:
+def _compared(history: History, session: Session, pinned: str | None, path: Path) -> Updates:
     if pinned is None or pinned == path.name:
         return {history.compare: gr.ImageSlider(visible=False), history.report: ""}
     other = find_picture(session.output, pinned)
@@ -231,4 +223,4 @@ def _compared(history: History, session: Session, pinned: str | None, path: Path
         else:
             line = f"Largest difference {largest_difference(first, second)} of 255."
     pair = gr.ImageSlider((str(other), str(path)), visible=True, label=f"{pinned} | {path.name}")
-    return {history.compare: pair, history.report: f'<p class="kept" role="status">{escape(line)}</p>'}
+    return {history.compare: pair, history.report: paragraph(line, "kept", is_status=True)}

@@ -14,18 +14,17 @@ from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.generation.prompts import LoraTag, parse_prompt
 from dora_diffusion.generation.samplers import DEFAULT as DEFAULT_SAMPLER
 from dora_diffusion.generation.samplers import sampler_of_title
-from ui.backend.request import (
+from ui.backend.checks import (
     MAX_GUIDANCE,
     MAX_SEED,
     MAX_SIDE,
     MAX_STEPS,
     MIN_SIDE,
-    DetailValues,
     check_number,
-    check_settings,
     check_text,
     check_whole,
 )
+from ui.backend.request import DetailValues, check_settings
 
 MAX_CHARACTERS = 100_000
 _NEGATIVE = "Negative prompt:"

@@ -11,8 +11,9 @@ from pathlib import Path
 import gradio as gr
 from PIL import Image
 
-from ui.backend.request import check_picture
+from ui.backend.picture_checks import check_picture
 from ui.generate import painter
+from ui.markup import chip
 
 SIDE = 256
 MAX_CHARACTERS = 1 << 20
@@ -23,7 +24,7 @@ Mask = Image.Image | Path | str | None
 
 
 @dataclass(frozen=True)
-class Painter:
+class MaskPainter:
     """The widgets below the rack that paint the mask of one slot."""
 
     fold: gr.Accordion
@@ -49,17 +50,17 @@ def mask_html(mask: Mask) -> str:
     """A small picture of a mask and the share that it covers, or a line that says there is none."""
     picture = check_picture("mask", mask)
     if picture is None:
-        return '<span class="chip">no mask: draws everywhere</span>'
+        return chip("no mask: draws everywhere")
     grey = picture.convert("L")
     grey.thumbnail((_THUMBNAIL, _THUMBNAIL))
     covered = sum(level * count for level, count in enumerate(grey.histogram())) / (255 * grey.width * grey.height)
     return (
         f'<img class="mask-thumb" src="{painter.png_url(grey)}" alt="mask: white is where it draws">'
-        f'<span class="chip">draws in {covered:.0%} of the picture</span>'
+        f"{chip(f'draws in {covered:.0%} of the picture')}"
     )
 
 
-def canvas_value(mask: Mask) -> str:
+def painter_value(mask: Mask) -> str:
     """What shows a mask in the painter. Never the same twice, so that the painter always notices."""
     picture = check_picture("mask", mask)
     shown = "" if picture is None else painter.png_url(picture.convert("L").resize((SIDE, SIDE)))
@@ -71,7 +72,7 @@ def targets(files: Sequence[str | None]) -> list[tuple[str, int]]:
     return [(f"slot {number}: {file}" if file else f"slot {number}", number) for number, file in enumerate(files, 1)]
 
 
-def build_painter(slots: int) -> Painter:
+def build_painter(slots: int) -> MaskPainter:
     """Lay out the painter inside the open block, for the masks of so many slots."""
     with gr.Accordion("Mask painter", open=False, elem_id="mask-painter") as fold:
         target = gr.Dropdown(
@@ -81,7 +82,7 @@ def build_painter(slots: int) -> Painter:
             elem_id="mask-slot",
         )
         canvas = gr.HTML("", html_template=_TEMPLATE, js_on_load=_SCRIPT, elem_id="mask-canvas")
-    return Painter(fold, target, canvas)
+    return MaskPainter(fold, target, canvas)
 
 
 _FILE = '<label class="file">From a picture <input type="file" accept="image/png,image/jpeg,image/webp"></label>'

@@ -9,6 +9,8 @@ import io
 
 from PIL import Image
 
+from ui.markup import picture_url
+
 _START = "data:image/png;base64,"
 _DEEDS = (
     ("undo", "Undo"),
@@ -22,9 +24,7 @@ _DEEDS = (
 
 def png_url(picture: Image.Image) -> str:
     """A picture as a data URL; of a mask, only its levels and nothing that a browser might correct them by."""
-    buffer = io.BytesIO()
-    Image.frombytes(picture.mode, picture.size, picture.tobytes()).save(buffer, format="PNG")
-    return _START + base64.b64encode(buffer.getvalue()).decode()
+    return picture_url(Image.frombytes(picture.mode, picture.size, picture.tobytes()))
 
 
 def read_png(data: object, *, most_side: int, most_characters: int) -> Image.Image:

@@ -7,29 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.components import Component
 from PIL import Image
 
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.utils.atomic import write_atomically
+from ui.backend.checks import check_name
 from ui.backend.inputs import find_input, keep_input
-from ui.backend.request import (
-    DetailValues,
-    Parts,
-    SlotValues,
-    check_adapters,
-    check_name,
-    check_picture,
-    check_settings,
-)
+from ui.backend.picture_checks import check_picture
+from ui.backend.request import BaseParts, DetailValues, SlotValues, check_adapters, check_settings
 from ui.backend.session import Session
-from ui.errors import user_errors
+from ui.errors import QUICK, WITH_PROGRESS, wire
 from ui.generate.controls import Controls
-from ui.generate.recipes import Recipe
+from ui.generate.recipes import DrawRecipe
 from ui.generate.restore import Restored, restored_updates
+from ui.generate.values import Updates, Values
 from ui.library.hashes import Missing, Wanted, find_all, hash_of
 from ui.library.library import AdapterLibrary
+from ui.markup import paragraph
 
 FOLDER = "presets"
 MAX_BYTES = 1 << 20
@@ -41,7 +36,7 @@ def list_presets(output: Path) -> tuple[str, ...]:
     return tuple(sorted((path.stem for path in (output / FOLDER).glob("*.json")), key=str.lower))
 
 
-def save_preset(name: object, recipe: Recipe, library: AdapterLibrary, *, model: str, output: Path) -> Path:
+def save_preset(name: object, recipe: DrawRecipe, library: AdapterLibrary, *, model: str, output: Path) -> Path:
     """Write a preset, over one of the same name.
 
     Args:
@@ -71,7 +66,7 @@ def save_preset(name: object, recipe: Recipe, library: AdapterLibrary, *, model:
     return path
 
 
-def load_preset(name: object, library: AdapterLibrary, parts: Parts, *, output: Path) -> Restored:
+def load_preset(name: object, library: AdapterLibrary, parts: BaseParts, *, output: Path) -> Restored:
     """Read a preset, and find its adapters by their hashes.
 
     Raises:
@@ -122,7 +117,9 @@ def _kept_of(entry: Mapping[str, Any]) -> tuple[SlotValues, str, str | None]:
 
 
 def _settings_of(record: Mapping[str, Any]) -> GenerationSettings:
-    details = DetailValues(record["sampler"], record["width"], record["height"], record["strength"])
+    details = DetailValues(
+        sampler=record["sampler"], width=record["width"], height=record["height"], strength=record["strength"]
+    )
     return check_settings(
         record["prompt"],
         record["negative_prompt"],
@@ -134,7 +131,7 @@ def _settings_of(record: Mapping[str, Any]) -> GenerationSettings:
 
 
 def _found(
-    kept: Sequence[tuple[SlotValues, str, str | None]], library: AdapterLibrary, parts: Parts, output: Path
+    kept: Sequence[tuple[SlotValues, str, str | None]], library: AdapterLibrary, parts: BaseParts, output: Path
 ) -> tuple[tuple[SlotValues, ...], tuple[Missing, ...], tuple[str, ...]]:
     """Slots whose files are there, those that are missing, and what is other than it was."""
     found = find_all([Wanted(str(slot.file), sha256) for slot, sha256, _ in kept], library)
@@ -156,7 +153,7 @@ def _found(
 
 
 @dataclass(frozen=True)
-class Presets:
+class PresetWidgets:
     """The widgets of the presets."""
 
     name: gr.Dropdown
@@ -166,7 +163,7 @@ class Presets:
     report: gr.HTML
 
 
-def build_presets(session: Session, controls: Controls) -> Presets:
+def build_presets(session: Session, controls: Controls) -> PresetWidgets:
     """Lay out the presets inside the open block and wire them to the form and the rack."""
     with gr.Row(elem_id="presets"):
         name = gr.Dropdown(
@@ -176,37 +173,33 @@ def build_presets(session: Session, controls: Controls) -> Presets:
         load = gr.Button("Load", size="sm", elem_id="preset-load", min_width=70)
         save = gr.Button("Save", size="sm", elem_id="preset-save", min_width=70)
         delete = gr.Button("Delete", size="sm", variant="stop", elem_id="preset-delete", min_width=70)
-    presets = Presets(name, save, load, delete, gr.HTML(elem_id="preset-report"))
+    presets = PresetWidgets(name, save, load, delete, gr.HTML(elem_id="preset-report"))
     _wire(presets, session, controls)
     return presets
 
 
-def _wire(presets: Presets, session: Session, controls: Controls) -> None:
+def _wire(presets: PresetWidgets, session: Session, controls: Controls) -> None:
     def choices(value: str | None) -> gr.Dropdown:
         return gr.Dropdown(list(list_presets(session.output)), value=value)
 
-    def save(values: dict[Component, Any]) -> tuple[gr.Dropdown, str]:
-        with user_errors():
-            recipe = controls.recipe(values)
-            path = save_preset(
-                values[presets.name], recipe, session.library, model=session.model, output=session.output
-            )
-        return choices(path.stem), '<p class="kept" role="status">Saved.</p>'
+    def save(values: Values) -> tuple[gr.Dropdown, str]:
+        recipe = controls.recipe(values)
+        path = save_preset(values[presets.name], recipe, session.library, model=session.model, output=session.output)
+        return choices(path.stem), paragraph("Saved.", "kept", is_status=True)
 
-    def load(name: object) -> dict[Component, Any]:
-        with user_errors():
-            session.library.refresh()
-            restored = load_preset(name, session.library, session.parts, output=session.output)
-            return restored_updates(restored, controls, session, presets.report)
+    def load(name: object) -> Updates:
+        session.library.refresh()
+        restored = load_preset(name, session.library, session.parts, output=session.output)
+        return restored_updates(restored, controls, session, presets.report)
 
     def delete(name: object) -> tuple[gr.Dropdown, str]:
-        with user_errors():
-            delete_preset(name, session.output)
-        return choices(None), '<p class="kept" role="status">Deleted.</p>'
+        delete_preset(name, session.output)
+        return choices(None), paragraph("Deleted.", "kept", is_status=True)
 
     told_in = [presets.name, presets.report]
-    presets.save.click(save, {presets.name, *controls.inputs}, told_in, api_visibility="private")
-    presets.load.click(load, presets.name, [*controls.outputs, presets.report], api_visibility="private")
-    presets.delete.click(delete, presets.name, told_in, api_visibility="private")
-    presets.name.focus(lambda: gr.Dropdown(list(list_presets(session.output))), None, presets.name,
-                       queue=False, show_progress="hidden", api_visibility="private")  # fmt: skip
+    wire(presets.save.click, save, {presets.name, *controls.inputs}, told_in, options=WITH_PROGRESS)
+    wire(presets.load.click, load, presets.name, [*controls.outputs, presets.report], options=WITH_PROGRESS)
+    wire(presets.delete.click, delete, presets.name, told_in, options=WITH_PROGRESS)
+    wire(
+        presets.name.focus, lambda: gr.Dropdown(list(list_presets(session.output))), outputs=presets.name, options=QUICK
+    )

@@ -5,9 +5,8 @@ and the first without, where the next adapter goes.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import gradio as gr
@@ -15,34 +14,33 @@ from gradio.components import Component
 
 from dora_diffusion.functional.blend_modes import ADDITIVE, IN_ORDER, MODE_SENTENCES, MODES
 from ui.backend import interference
+from ui.backend.checks import check_whole
 from ui.backend.interference import interference_html, measure
-from ui.backend.request import SlotValues, check_whole
+from ui.backend.request import SlotValues
 from ui.backend.session import Session
-from ui.errors import user_errors
+from ui.errors import QUICK, QUICK_LATEST, EventOptions, wire
 from ui.generate import curves, masks, slots
 from ui.generate.curves import curve_html, name_of_text, text_of_name
-from ui.generate.masks import Painter, build_painter, canvas_value, read_painted, targets
+from ui.generate.masks import MaskPainter, build_painter, painter_value, read_painted, targets
 from ui.generate.slots import (
-    EMPTY,
+    EMPTY_SLOT,
     LONGEST_LIST,
     Badges,
-    Slot,
+    RackSlot,
     block_updates,
     build_slot,
-    choices_of,
     loads,
-    problem_badge,
     shown_slots,
+    slot_choices,
     with_mask,
 )
+from ui.generate.values import Updates, Values
 from ui.library.library import AdapterLibrary
+from ui.markup import alert, bullets, escaped, paragraph
 
 SLOTS = 8
 MOST_BROKEN = 20
 _fresh = itertools.count(1)
-
-Values = Mapping[Component, Any]
-Updates = dict[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -50,10 +48,10 @@ class Rack:
     """All slots, and what stands around them."""
 
     session: Session
-    slots: tuple[Slot, ...]
+    slots: tuple[RackSlot, ...]
     mode: gr.Dropdown
     sentence: gr.HTML
-    painter: Painter
+    painter: MaskPainter
     badges: Badges
     asked: gr.State
 
@@ -88,7 +86,7 @@ class Rack:
         """
         if len(wanted) > SLOTS:
             raise ValueError(f"rack: got {len(wanted)} adapters, expected at most {SLOTS}")
-        every = (*wanted, *[EMPTY] * (SLOTS - len(wanted)))
+        every = (*wanted, *[EMPTY_SLOT] * (SLOTS - len(wanted)))
         changes = self._asked([slot.file for slot in every])
         for slot, values in zip(self.slots, every, strict=True):
             changes |= self._filled(slot, values)
@@ -108,7 +106,7 @@ class Rack:
         if free is None:
             raise ValueError(f"{file}: all {SLOTS} slots are taken; remove an adapter first")
         files[free] = file
-        return self._filled(self.slots[free], _new(file, strength)) | self._asked(files)
+        return self._filled(self.slots[free], SlotValues.of(file, strength)) | self._asked(files)
 
     def switched(self, values: Values) -> Updates:
         """What makes the rack one of the session's new base; adapters are loaded into it, and told of, afterwards."""
@@ -133,7 +131,7 @@ class Rack:
         """What empties a slot."""
         files = self._files(values)
         files[index] = None
-        return self._filled(self.slots[index], EMPTY) | self._asked(files)
+        return self._filled(self.slots[index], EMPTY_SLOT) | self._asked(files)
 
     def shown(self, files: Sequence[object]) -> Updates:
         """What shows the slots with a file, and the first without."""
@@ -142,16 +140,12 @@ class Rack:
     def _files(self, values: Values) -> list[Any]:
         return [values[slot.file] for slot in self.slots]
 
-    def _filled(self, slot: Slot, values: SlotValues) -> Updates:
+    def _filled(self, slot: RackSlot, values: SlotValues) -> Updates:
         return slot.updates(values, library=self.session.library, badge=self.badges.known(values.file))
 
     def _asked(self, files: Sequence[str | None]) -> Updates:
         """Shows slots, and lets the page ask for what they hold: the state's change does, so it is always another."""
         return self.shown(files) | {self.asked: (next(_fresh), *(file or "" for file in files))}
-
-
-def _new(file: str, strength: float) -> SlotValues:
-    return SlotValues(file, enabled=True, strength=strength, apart=False, denoiser=strength, text_encoders=strength)
 
 
 def mode_html(mode: object, *, moved: bool = False) -> str:
@@ -170,14 +164,14 @@ def mode_html(mode: object, *, moved: bool = False) -> str:
             f"{'Moved, which' if moved else 'Moving an adapter up or down'} changes nothing in the picture{rounding}."
         )
     further = "" if mode == ADDITIVE else " Curves and masks need the additive mode."
-    return f'<p class="rack-note" role="status">{escape(MODE_SENTENCES[mode])} {order}{further}</p>'
+    return paragraph(f"{MODE_SENTENCES[mode]} {order}{further}", "rack-note", is_status=True)
 
 
 def broken_list(library: AdapterLibrary) -> str:
     """The folder's unusable files with their reasons, and what is left out of the slots' lists, as HTML."""
-    items = [f"<li><b>{escape(file.path.name)}</b>: {escape(str(file.problem))}</li>" for file in library.broken]
-    more = f"<li>and {len(items) - MOST_BROKEN} more</li>" if len(items) > MOST_BROKEN else ""
-    broken = f"Cannot be used:<ul>{''.join(items[:MOST_BROKEN])}{more}</ul>" if items else ""
+    items = [f"<b>{escaped(file.path.name)}</b>: {escaped(file.problem)}" for file in library.broken]
+    more = [f"and {len(items) - MOST_BROKEN} more"] if len(items) > MOST_BROKEN else []
+    broken = f"Cannot be used:{bullets([*items[:MOST_BROKEN], *more])}" if items else ""
     usable = len(library.usable)
     listed = f"<p>The first {LONGEST_LIST} of {usable} are listed here.</p>" if usable > LONGEST_LIST else ""
     return f'<div class="broken">{listed}{broken}</div>' if listed or broken else ""
@@ -187,7 +181,7 @@ def build_rack(session: Session, demo: gr.Blocks) -> Rack:
     """Lay out the rack inside the open block and wire it to the session."""
     library = session.library
     with gr.Row(elem_classes="rack-head"):
-        gr.HTML(f"<h2>Adapters</h2><span class='folder'>from {escape(str(library.folder))}</span>")
+        gr.HTML(f"<h2>Adapters</h2><span class='folder'>from {escaped(library.folder)}</span>")
         refresh = gr.Button("Refresh", size="sm", scale=0, min_width=90, elem_id="refresh")
     broken = gr.HTML(broken_list(library), elem_id="broken")
     every = tuple(build_slot(number, library, session.parts, shown=number == 1) for number in range(1, SLOTS + 1))
@@ -217,14 +211,12 @@ def _wire_file(rack: Rack, index: int) -> None:
         if file:
             yield {slot.badge: rack.badges.load(file)}
 
-    slot.file.input(
+    wire(
+        slot.file.input,
         load,
         files,
         [*(other.root for other in rack.slots), slot.body, slot.badge],
-        show_progress="hidden",
-        trigger_mode="always_last",
-        concurrency_limit=SLOTS,
-        api_visibility="private",
+        options=EventOptions(trigger_mode="always_last", concurrency_limit=SLOTS),
     )
 
 
@@ -236,14 +228,7 @@ def _wire_moves(rack: Rack, index: int) -> None:
         (slot.remove, lambda values: rack.remove(values, index)),
     )
     for button, deed in deeds:
-        button.click(
-            user_errors()(deed),
-            {*rack.inputs},
-            list(rack.outputs),
-            show_progress="hidden",
-            queue=False,
-            api_visibility="private",
-        )
+        wire(button.click, deed, {*rack.inputs}, list(rack.outputs), options=QUICK)
 
 
 def _wire_fine(rack: Rack, index: int) -> None:
@@ -261,57 +246,63 @@ def _wire_fine(rack: Rack, index: int) -> None:
     def write_curve(text: str) -> tuple[str, str]:
         return name_of_text(text), curve_html(text)
 
-    plain: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
-    slot.apart.input(
-        set_apart, [slot.apart, slot.strength], [slot.strength, slot.denoiser, slot.text_encoders], **plain
+    wire(
+        slot.apart.input,
+        set_apart,
+        [slot.apart, slot.strength],
+        [slot.strength, slot.denoiser, slot.text_encoders],
+        options=QUICK,
     )
-    slot.curve_name.input(
-        user_errors()(name_curve), [slot.curve_name, slot.curve], [slot.curve, slot.curve_plot], **plain
-    )
-    slot.curve.input(write_curve, slot.curve, [slot.curve_name, slot.curve_plot], trigger_mode="always_last", **plain)
+    wire(slot.curve_name.input, name_curve, [slot.curve_name, slot.curve], [slot.curve, slot.curve_plot], options=QUICK)
+    wire(slot.curve.input, write_curve, slot.curve, [slot.curve_name, slot.curve_plot], options=QUICK_LATEST)
 
 
 def _wire_masks(rack: Rack) -> None:
     painter, states = rack.painter, [slot.mask for slot in rack.slots]
-    plain: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 
     def painted(target: int, event: gr.EventData) -> Updates:
         slot = rack.slots[check_whole("mask of", target, low=1, high=SLOTS) - 1]
         return with_mask(slot, read_painted(getattr(event, "png", None)))
 
     def aim(target: int, *held: masks.Mask) -> str:
-        return canvas_value(held[check_whole("mask of", target, low=1, high=SLOTS) - 1])
+        return painter_value(held[check_whole("mask of", target, low=1, high=SLOTS) - 1])
 
     # every stroke: by default gradio drops those that come while it still answers the one before
     views = [slot.mask_view for slot in rack.slots]
-    painter.canvas.input(user_errors()(painted), painter.target, [*states, *views], trigger_mode="multiple", **plain)
-    painter.target.input(user_errors()(aim), [painter.target, *states], painter.canvas, **plain)
+    wire(
+        painter.canvas.input,
+        painted,
+        painter.target,
+        [*states, *views],
+        options=EventOptions(trigger_mode="multiple", queue=False),
+    )
+    wire(painter.target.input, aim, [painter.target, *states], painter.canvas, options=QUICK)
     files = [slot.file for slot in rack.slots]
 
     def moved(target: int, *held: Any) -> Updates:
         named = gr.Dropdown(targets(held[:SLOTS]))
-        return {painter.canvas: user_errors()(aim)(target, *held[SLOTS:]), painter.target: named}
+        return {painter.canvas: aim(target, *held[SLOTS:]), painter.target: named}
 
     # what moves or empties slots changes `asked`: the painter shows the mask that its slot has now
-    rack.asked.change(moved, [painter.target, *files, *states], [painter.canvas, painter.target], **plain)
+    wire(rack.asked.change, moved, [painter.target, *files, *states], [painter.canvas, painter.target], options=QUICK)
     for slot in rack.slots:
-        _wire_mask(slot, painter, files, plain)
+        _wire_mask(slot, painter, files)
 
 
-def _wire_mask(slot: Slot, painter: Painter, files: Sequence[gr.Dropdown], plain: Mapping[str, Any]) -> None:
+def _wire_mask(slot: RackSlot, painter: MaskPainter, files: Sequence[gr.Dropdown]) -> None:
     def paint(mask: masks.Mask, *chosen: str | None) -> Updates:
         return {
             painter.fold: gr.Accordion(open=True),
             painter.target: gr.Dropdown(targets(chosen), value=slot.number),
-            painter.canvas: canvas_value(mask),
+            painter.canvas: painter_value(mask),
         }
 
     def unmask(target: int) -> Updates:
-        shown = {painter.canvas: canvas_value(None)} if target == slot.number else {}
+        shown = {painter.canvas: painter_value(None)} if target == slot.number else {}
         return with_mask(slot, None) | shown
 
-    slot.paint.click(paint, [slot.mask, *files], [painter.fold, painter.target, painter.canvas], **plain)
-    slot.unmask.click(unmask, painter.target, [slot.mask, slot.mask_view, painter.canvas], **plain)
+    wire(slot.paint.click, paint, [slot.mask, *files], [painter.fold, painter.target, painter.canvas], options=QUICK)
+    wire(slot.unmask.click, unmask, painter.target, [slot.mask, slot.mask_view, painter.canvas], options=QUICK)
 
 
 def _wire_refresh(rack: Rack, events: Sequence[Any], broken: gr.HTML) -> None:
@@ -327,7 +318,7 @@ def _wire_refresh(rack: Rack, events: Sequence[Any], broken: gr.HTML) -> None:
         }
         for slot, name, had in zip(rack.slots, kept, chosen, strict=True):
             lost = bool(had) and not name
-            choices = choices_of(library, name)
+            choices = slot_choices(library, name)
             changes[slot.file] = gr.Dropdown(choices, value="") if lost else gr.Dropdown(choices)
             if lost:
                 changes[slot.body] = gr.Column(visible=False)
@@ -335,14 +326,7 @@ def _wire_refresh(rack: Rack, events: Sequence[Any], broken: gr.HTML) -> None:
 
     outputs = [broken, *itertools.chain(*((slot.file, slot.root, slot.body) for slot in rack.slots))]
     for event in events:
-        event(
-            look_again,
-            [slot.file for slot in rack.slots],
-            outputs,
-            show_progress="hidden",
-            queue=False,
-            api_visibility="private",
-        )
+        wire(event, look_again, [slot.file for slot in rack.slots], outputs, options=QUICK)
 
 
 def _wire_rest(rack: Rack, ask: gr.Button, answer: gr.HTML) -> None:
@@ -353,30 +337,21 @@ def _wire_rest(rack: Rack, ask: gr.Button, answer: gr.HTML) -> None:
             yield {rack.slots[index].badge: badge}
 
     def interfere(*chosen: str) -> Iterator[str]:
-        yield '<p class="rack-note">measuring …</p>'
+        yield paragraph("measuring …", "rack-note")
         try:
             yield interference_html(measure(rack.session, [file for file in chosen if file]))
         except ValueError as error:
-            yield problem_badge(str(error))
+            yield alert(str(error))
 
-    rack.asked.change(
+    wire(
+        rack.asked.change,
         load_asked,
         rack.asked,
         [slot.badge for slot in rack.slots],
-        show_progress="hidden",
-        trigger_mode="always_last",
-        concurrency_limit=SLOTS,
-        api_visibility="private",
+        options=EventOptions(trigger_mode="always_last", concurrency_limit=SLOTS),
     )
-    rack.mode.input(
-        user_errors()(mode_html),
-        rack.mode,
-        rack.sentence,
-        show_progress="hidden",
-        queue=False,
-        api_visibility="private",
-    )
-    ask.click(interfere, files, answer, show_progress="hidden", api_visibility="private")
+    wire(rack.mode.input, mode_html, rack.mode, rack.sentence, options=QUICK)
+    wire(ask.click, interfere, files, answer)
 
 
 CSS = slots.CSS + curves.CSS + masks.CSS + interference.CSS

@@ -6,13 +6,15 @@ from dataclasses import dataclass, replace
 from dora_diffusion.functional.blend_modes import ADDITIVE
 from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.generation.img2img import Canvas
-from ui.backend.request import MAX_STRENGTH, Curve, DrawRequest, Parts, SlotValues, check_adapters, curve_text
+from ui.backend.checks import MAX_STRENGTH
+from ui.backend.curve_text import Curve, curve_text
+from ui.backend.request import BaseParts, DrawRequest, SlotValues, check_adapters
 
 _ENCODERS, _DENOISER = "text_encoders", "denoiser"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class DrawRecipe:
     """A state of the form and the rack.
 
     Attributes:
@@ -25,7 +27,7 @@ class Recipe:
     slots: tuple[SlotValues, ...] = ()
     blend: str = ADDITIVE
 
-    def request(self, parts: Parts, canvas: Canvas | None = None) -> DrawRequest:
+    def request(self, parts: BaseParts, canvas: Canvas | None = None) -> DrawRequest:
         """One picture of it, checked; `ValueError` names the field that is wrong."""
         return DrawRequest(self.settings, check_adapters(self.slots, parts), self.blend, canvas=canvas)
 
@@ -38,7 +40,7 @@ class Placed:
     notes: tuple[str, ...]
 
 
-def placed(file: str, weight: float | Mapping[str, float], parts: Parts, *, curve: Curve | None = None) -> Placed:
+def placed(file: str, weight: float | Mapping[str, float], parts: BaseParts, *, curve: Curve | None = None) -> Placed:
     """An adapter as a slot: its strength or strengths, put to the components and blocks of the base.
 
     Args:
@@ -50,27 +52,27 @@ def placed(file: str, weight: float | Mapping[str, float], parts: Parts, *, curv
     notes: list[str] = []
     if not isinstance(weight, Mapping):
         strength = _within(file, "strength", weight, notes)
-        return Placed(SlotValues(file, True, strength, False, strength, strength, curve=_text(curve)), tuple(notes))
+        return Placed(SlotValues.of(file, strength, curve=_text(curve)), tuple(notes))
     left = _by_own_names(weight, parts)
     denoiser = _within(file, parts.denoiser, left.pop(parts.denoiser, 0.0), notes)
     text = _of_encoders(file, left, parts, notes)
     blocks = _of_blocks(file, left, denoiser, parts, notes)
     notes += [f"{file}: the base here has no part {part[:80]} to give a strength of {left[part]:g}" for part in left]
     is_apart = bool(parts.text_encoders) and denoiser != text
-    slot = SlotValues(file, True, denoiser, is_apart, denoiser, text, blocks, _text(curve))
-    return Placed(slot, tuple(notes))
+    slot = SlotValues.of(file, denoiser, curve=_text(curve))
+    return Placed(replace(slot, apart=is_apart, text_encoders=text, blocks=blocks), tuple(notes))
 
 
 def _text(curve: Curve | None) -> str:
     return "" if curve is None else curve_text(curve)
 
 
-def _by_own_names(weight: Mapping[str, float], parts: Parts) -> dict[str, float]:
+def _by_own_names(weight: Mapping[str, float], parts: BaseParts) -> dict[str, float]:
     own: Mapping[str, tuple[str, ...]] = {_DENOISER: (parts.denoiser,), _ENCODERS: parts.text_encoders}
     return {name: value for part, value in weight.items() for name in own.get(part, (part,))}
 
 
-def _of_encoders(file: str, left: dict[str, float], parts: Parts, notes: list[str]) -> float:
+def _of_encoders(file: str, left: dict[str, float], parts: BaseParts, notes: list[str]) -> float:
     """One strength for all text encoders: the rack has no more."""
     values = [left.pop(part, 0.0) for part in parts.text_encoders]
     if len(set(values)) > 1:
@@ -80,7 +82,7 @@ def _of_encoders(file: str, left: dict[str, float], parts: Parts, notes: list[st
 
 
 def _of_blocks(
-    file: str, left: dict[str, float], denoiser: float, parts: Parts, notes: list[str]
+    file: str, left: dict[str, float], denoiser: float, parts: BaseParts, notes: list[str]
 ) -> tuple[float, ...] | None:
     """Factors on the denoiser's strength, as the rack has them; None where no block differs."""
     factors = []
@@ -104,7 +106,7 @@ def _within(file: str, what: str, value: float, notes: list[str]) -> float:
     return nearest
 
 
-def cut_to_rack(recipe: Recipe, most: int) -> tuple[Recipe, tuple[str, ...]]:
+def cut_to_rack(recipe: DrawRecipe, most: int) -> tuple[DrawRecipe, tuple[str, ...]]:
     """As many slots as the rack has, and a line for those that are left."""
     if len(recipe.slots) <= most:
         return recipe, ()

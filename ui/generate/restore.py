@@ -3,29 +3,27 @@
 Adapters are found by the hash of their files alone. What is missing is listed, never put in another's place.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
-from gradio.components import Component
 
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.generation.img2img import Canvas
 from dora_diffusion.generation.png_metadata import AdapterUse, PictureRecord, picture_texts, read_metadata
 from ui.backend.inputs import find_input
-from ui.backend.request import DetailValues, Parts, SlotValues, check_settings
+from ui.backend.request import BaseParts, DetailValues, SlotValues, check_settings
 from ui.backend.session import Session
-from ui.errors import user_errors
+from ui.errors import WITH_PROGRESS, wire
 from ui.generate.canvas import canvas_value
 from ui.generate.controls import Controls
 from ui.generate.infotext import Parameters, parse_infotext, settings_of
-from ui.generate.recipes import Recipe, cut_to_rack, placed
+from ui.generate.recipes import DrawRecipe, cut_to_rack, placed
+from ui.generate.values import Updates
 from ui.library.hashes import Missing, Wanted, by_name, find_all
 from ui.library.library import AdapterLibrary
+from ui.markup import bullets, escaped, paragraph
 
 CSS = """
 .kept { font-size: .9rem; overflow-wrap: anywhere; }
@@ -34,7 +32,7 @@ CSS = """
 .kept .lost { border-left: 3px solid #dc2626; padding-left: .6rem; }
 .kept code { font-size: .8rem; }
 """
-_HINT = '<p class="kept">Drop a PNG of this app, or one with the parameters text of A1111 and its kin.</p>'
+_HINT = paragraph("Drop a PNG of this app, or one with the parameters text of A1111 and its kin.", "kept")
 
 
 @dataclass(frozen=True)
@@ -62,12 +60,12 @@ class Restored:
     tells_canvas: bool = True
 
     @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> DrawRecipe:
         """What goes into the form and the rack."""
-        return Recipe(self.settings, self.slots, self.blend)
+        return DrawRecipe(self.settings, self.slots, self.blend)
 
 
-def restore_from(path: Path, library: AdapterLibrary, parts: Parts, *, output: Path) -> Restored:
+def restore_from(path: Path, library: AdapterLibrary, parts: BaseParts, *, output: Path) -> Restored:
     """Read what a picture was made of, and find its adapters.
 
     Args:
@@ -89,7 +87,7 @@ def restore_from(path: Path, library: AdapterLibrary, parts: Parts, *, output: P
     raise ValueError(f"{path.name}: tells {has}; expected the text that this app or A1111 writes into a PNG")
 
 
-def _of_record(record: PictureRecord, library: AdapterLibrary, parts: Parts, output: Path) -> Restored:
+def _of_record(record: PictureRecord, library: AdapterLibrary, parts: BaseParts, output: Path) -> Restored:
     found = find_all([Wanted(use.name, use.sha256) for use in record.adapters], library)
     slots, missing, notes = [], [], list[str]()
     for use, answer in zip(record.adapters, found, strict=True):
@@ -107,7 +105,7 @@ def _of_record(record: PictureRecord, library: AdapterLibrary, parts: Parts, out
     return Restored(record.settings, tuple(slots), blend, tuple(missing), record.model, tuple(notes), canvas)
 
 
-def _of_parameters(parameters: Parameters, library: AdapterLibrary, parts: Parts) -> Restored:
+def _of_parameters(parameters: Parameters, library: AdapterLibrary, parts: BaseParts) -> Restored:
     settings, notes = settings_of(parameters)
     tags = {tag.name: tag for tag in parameters.tags}
     wanted = [Wanted(name, by_name(parameters.hashes, name)) for name in tags]
@@ -127,7 +125,9 @@ def _of_parameters(parameters: Parameters, library: AdapterLibrary, parts: Parts
 
 def _beyond(settings: GenerationSettings) -> tuple[str, ...]:
     """A line when the form cannot draw what a picture tells, as one of the command line may."""
-    details = DetailValues(settings.sampler, settings.width, settings.height, settings.strength)
+    details = DetailValues(
+        sampler=settings.sampler, width=settings.width, height=settings.height, strength=settings.strength
+    )
     try:
         check_settings(
             settings.prompt, settings.negative_prompt, settings.seed, settings.steps, settings.guidance_scale, details
@@ -168,21 +168,21 @@ def report_html(restored: Restored, *, model: str) -> str:
     count = len(restored.slots)
     lines = [f"<p>Restored the settings and {count} adapter{'' if count == 1 else 's'}.</p>"]
     if restored.model and restored.model != model:
-        lines.append(f"<p>It was drawn with <b>{escape(restored.model)}</b>; the base here is {escape(model)}.</p>")
+        lines.append(f"<p>It was drawn with <b>{escaped(restored.model)}</b>; the base here is {escaped(model)}.</p>")
     if restored.missing:
-        items = "".join(f"<li>{_missing_html(one)}</li>" for one in restored.missing)
-        lines.append(f'<div class="lost" role="alert">Missing, and left out:<ul>{items}</ul></div>')
+        items = bullets(_missing_html(one) for one in restored.missing)
+        lines.append(f'<div class="lost" role="alert">Missing, and left out:{items}</div>')
     if restored.notes:
-        lines.append(f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in restored.notes)}</ul>")
+        lines.append(bullets(map(escaped, restored.notes)))
     return f'<div class="kept" role="status">{"".join(lines)}</div>'
 
 
 def _missing_html(one: Missing) -> str:
-    hash = f" <code>{escape(one.hash)}</code>" if one.hash else ""
-    return f"<b>{escape(one.name)}</b>{hash}: {escape(one.reason)}"
+    hash = f" <code>{escaped(one.hash)}</code>" if one.hash else ""
+    return f"<b>{escaped(one.name)}</b>{hash}: {escaped(one.reason)}"
 
 
-def restored_updates(restored: Restored, controls: Controls, session: Session, report: gr.HTML) -> dict[Component, Any]:
+def restored_updates(restored: Restored, controls: Controls, session: Session, report: gr.HTML) -> Updates:
     """What shows a restored picture: form, rack and the report below."""
     recipe, left_out = cut_to_rack(restored.recipe, len(controls.rack.slots))
     shown = replace(restored, slots=recipe.slots, notes=(*restored.notes, *left_out))
@@ -214,13 +214,12 @@ def build_restore(session: Session, controls: Controls) -> Restore:
         )  # fmt: skip
         report = gr.HTML(_HINT, elem_id="restore-report", min_width=260)
 
-    def restore(path: str | None) -> Mapping[Component, Any]:
-        with user_errors():
-            if not path:
-                raise ValueError("no picture came; drop one")
-            session.library.refresh()
-            restored = restore_from(Path(path), session.library, session.parts, output=session.output)
-            return restored_updates(restored, controls, session, report)
+    def restore(path: str | None) -> Updates:
+        if not path:
+            raise ValueError("no picture came; drop one")
+        session.library.refresh()
+        restored = restore_from(Path(path), session.library, session.parts, output=session.output)
+        return restored_updates(restored, controls, session, report)
 
-    picture.upload(restore, picture, [*controls.outputs, report], api_visibility="private")
+    wire(picture.upload, restore, picture, [*controls.outputs, report], options=WITH_PROGRESS)
     return Restore(picture, report)

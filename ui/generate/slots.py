@@ -1,29 +1,31 @@
 """One slot of the rack: its widgets, what they hold, and what is told of the adapter in it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 
 from dora_diffusion.adapters.matching import LoadReport
-from ui.backend.request import MAX_STRENGTH, Parts, SlotValues
+from ui.backend.checks import MAX_STRENGTH
+from ui.backend.request import BaseParts, SlotValues
 from ui.backend.session import Session
 from ui.generate.curves import CONSTANT, CURVE_NAMES, curve_html, name_of_text
 from ui.generate.masks import Mask, mask_html
+from ui.generate.values import Updates, Values
 from ui.library.library import AdapterFile, AdapterLibrary, Stamp, stamp_of
+from ui.markup import alert, chip, escaped
 
 MAX_BLOCKS = 3
 LONGEST_LIST = 300
 NO_ADAPTER = ("none", "")
-EMPTY = SlotValues(None, enabled=True, strength=1.0, apart=False, denoiser=1.0, text_encoders=1.0)
-LOADING = '<span class="chip">loading …</span>'
+EMPTY_SLOT = SlotValues.of(None, 1.0)
+LOADING = chip("loading …")
 
 
 @dataclass(frozen=True)
-class Slot:
+class RackSlot:
     """The widgets of one slot. `mask` is kept on the server: the browser only sees how it looks."""
 
     number: int
@@ -60,7 +62,7 @@ class Slot:
         """The widgets that `updates` changes."""
         return self.inputs | {self.root, self.body, self.badge, self.curve_name, self.curve_plot, self.mask_view}
 
-    def read(self, values: Mapping[Component, Any], parts: Parts) -> SlotValues:
+    def read(self, values: Values, parts: BaseParts) -> SlotValues:
         """This slot's part of what the browser sent, unchecked."""
         return SlotValues(
             file=values[self.file],
@@ -75,11 +77,11 @@ class Slot:
             solo=values[self.solo],
         )
 
-    def updates(self, slot: SlotValues, *, library: AdapterLibrary, badge: str) -> dict[Any, Any]:
+    def updates(self, slot: SlotValues, *, library: AdapterLibrary, badge: str) -> Updates:
         """What puts these values into the widgets; whether the slot is shown at all is the rack's to say."""
         blocks = (*(slot.blocks or ()), *[1.0] * MAX_BLOCKS)[:MAX_BLOCKS]
         return {
-            self.file: gr.Dropdown(choices_of(library, slot.file), value=slot.file or ""),
+            self.file: gr.Dropdown(slot_choices(library, slot.file), value=slot.file or ""),
             self.enabled: slot.enabled,
             self.solo: slot.solo,
             self.body: gr.Column(visible=bool(slot.file)),
@@ -119,7 +121,7 @@ class Badges:
         try:
             loaded, header = self._session.load(file), self._session.library.find(file)
         except ValueError as error:
-            return problem_badge(str(error))
+            return alert(str(error))
         key = loaded.model, file, loaded.stamp  # of what was read: while this waited, the file may have been replaced
         if loaded.seconds is not None or key not in self._known:
             self._known[key] = badge(loaded.report, header, seconds=loaded.seconds)
@@ -138,15 +140,10 @@ def badge(report: LoadReport, file: AdapterFile | None = None, *, seconds: float
     chips.append((f"{report.matched}/{report.total} keys matched", "" if report.matched == report.total else "warn"))
     if seconds is not None:
         chips.append((f"loaded in {seconds:.2f} s", ""))
-    return "".join(f'<span class="chip {kind}">{escape(text)}</span>' for text, kind in chips)
+    return "".join(chip(text, kind) for text, kind in chips)
 
 
-def problem_badge(message: str) -> str:
-    """One line that says why a slot cannot be used, as HTML."""
-    return f'<span class="chip bad" role="alert">{escape(message)}</span>'
-
-
-def choices_of(library: AdapterLibrary, file: str | None = None) -> list[Any]:
+def slot_choices(library: AdapterLibrary, file: str | None = None) -> list[Any]:
     """What a slot's list offers: the first names of the library, and the one that is chosen."""
     names = library.usable[:LONGEST_LIST]
     own = [file] if file and file not in names else []
@@ -159,12 +156,12 @@ def shown_slots(files: Sequence[object]) -> tuple[bool, ...]:
     return tuple(bool(file) or index == free for index, file in enumerate(files))
 
 
-def denoiser_label(parts: Parts) -> str:
+def denoiser_label(parts: BaseParts) -> str:
     """What the denoiser is called on a slider."""
     return "UNet" if parts.denoiser == "unet" else parts.denoiser.capitalize()
 
 
-def block_updates(slot: Slot, parts: Parts) -> dict[Any, Any]:
+def block_updates(slot: RackSlot, parts: BaseParts) -> Updates:
     """What makes a slot's sliders those of a base."""
     labels = [block.label.capitalize() for block in parts.blocks[:MAX_BLOCKS]]
     found = {slider: gr.Slider(label=label, visible=True) for slider, label in zip(slot.blocks, labels, strict=False)}
@@ -172,14 +169,14 @@ def block_updates(slot: Slot, parts: Parts) -> dict[Any, Any]:
     return {**found, **hidden, slot.denoiser: gr.Slider(label=denoiser_label(parts))}
 
 
-def build_slot(number: int, library: AdapterLibrary, parts: Parts, *, shown: bool) -> Slot:
+def build_slot(number: int, library: AdapterLibrary, parts: BaseParts, *, shown: bool) -> RackSlot:
     """Lay out one empty slot inside the open block."""
     name = f"slot-{number}"
     widgets: dict[str, Any] = {"number": number, "mask": gr.State(None)}
     with gr.Column(elem_id=name, elem_classes="slot", visible=shown) as widgets["root"]:
         with gr.Row(elem_classes="slot-head"):
             widgets["file"] = gr.Dropdown(
-                choices_of(library),
+                slot_choices(library),
                 value="",
                 label=f"Adapter {number}",
                 show_label=False,
@@ -195,10 +192,10 @@ def build_slot(number: int, library: AdapterLibrary, parts: Parts, *, shown: boo
             with gr.Row(elem_classes="folds"):
                 widgets |= _components(name, parts) | _blocks(name, parts) | _curve(name) | _mask(name)
             widgets |= _moves(name, number)
-    return Slot(**widgets)
+    return RackSlot(**widgets)
 
 
-def _components(name: str, parts: Parts) -> dict[str, Any]:
+def _components(name: str, parts: BaseParts) -> dict[str, Any]:
     with gr.Accordion("Components", open=False, elem_id=f"{name}-components"):
         return {
             "apart": _tick("Set components apart", f"{name}-apart", value=False),
@@ -207,10 +204,10 @@ def _components(name: str, parts: Parts) -> dict[str, Any]:
         }
 
 
-def _blocks(name: str, parts: Parts) -> dict[str, Any]:
+def _blocks(name: str, parts: BaseParts) -> dict[str, Any]:
     labels = [block.label.capitalize() for block in parts.blocks] + [""] * MAX_BLOCKS
     with gr.Accordion("Blocks", open=False, elem_id=f"{name}-blocks"):
-        gr.HTML(f"Times the strength of the {escape(denoiser_label(parts))}: 1 leaves it.", elem_classes="hint")
+        gr.HTML(f"Times the strength of the {escaped(denoiser_label(parts))}: 1 leaves it.", elem_classes="hint")
         sliders = [
             _strength(labels[index], f"{name}-block-{index + 1}", visible=index < len(parts.blocks))
             for index in range(MAX_BLOCKS)
@@ -282,7 +279,7 @@ def loads(files: Sequence[str], badges: Badges) -> Iterator[tuple[int, str]]:
             yield index, badges.load(file)
 
 
-def with_mask(slot: Slot, mask: Mask) -> dict[Any, Any]:
+def with_mask(slot: RackSlot, mask: Mask) -> Updates:
     """What gives a slot a mask."""
     return {slot.mask: mask, slot.mask_view: mask_html(mask)}
 

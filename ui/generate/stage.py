@@ -1,7 +1,6 @@
 """The stage: base beside blend or one over the other, what is going on, the batch, and the picture's metadata."""
 
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,9 @@ from gradio.components import Component
 
 from dora_diffusion.generation.png_metadata import metadata_text
 from ui.backend.run import Update
+from ui.errors import QUICK, wire
+from ui.generate.values import Updates
+from ui.markup import status_html
 
 IDLE = "Ctrl + Enter draws."
 PHASES = {
@@ -52,12 +54,6 @@ class Stage:
     def outputs(self) -> set[Component]:
         """What a run changes."""
         return {self.status, self.base, self.blend, self.metadata, self.compare, self.batch, self.shown}
-
-
-def status_html(text: str, *, share: float | None = None, kind: str = "") -> str:
-    """A line of text, with a progress bar when `share` (0..1) is given."""
-    bar = "" if share is None else f'<progress max="1" value="{share:.3f}" aria-label="progress"></progress>'
-    return f'<div class="status {kind}" role="status" aria-live="polite"><span>{escape(text)}</span>{bar}</div>'
 
 
 def status_of(update: Update) -> str:
@@ -127,11 +123,8 @@ def _wire(stage: Stage, view: gr.Radio, beside: gr.Row) -> None:
         label = BLEND if is_last else f"{BLEND} {event.index + 1} of {len(paths)}; the base has the last one's seed"
         return gr.Image(str(path), label=label), metadata_text(path)
 
-    view.input(look, view, [beside, stage.compare], show_progress="hidden", queue=False, api_visibility="private")
-    stage.batch.select(
-        pick, stage.shown, [stage.blend, stage.metadata], show_progress="hidden", queue=False,
-        api_visibility="private",
-    )  # fmt: skip
+    wire(view.input, look, view, [beside, stage.compare], options=QUICK)
+    wire(stage.batch.select, pick, stage.shown, [stage.blend, stage.metadata], options=QUICK)
 
 
 def _picture(label: str, elem_id: str, alt: str) -> gr.Image:
@@ -149,10 +142,10 @@ class ProgressView:
         self._stage = stage
         self._sent: dict[str, object] = {}
 
-    def changes(self, update: Update) -> dict[Component, Any]:
+    def changes(self, update: Update) -> Updates:
         """What to send to the browser for this update."""
         stage = self._stage
-        changes: dict[Component, Any] = {stage.status: status_of(update)}
+        changes: Updates = {stage.status: status_of(update)}
         if update.phase == "loading":
             changes |= {stage.blend: gr.Image(None, label=BLEND), stage.metadata: "", stage.compare: None}
             changes |= {stage.batch: gr.Gallery([], visible=update.count > 1), stage.shown: ()}
@@ -166,7 +159,7 @@ class ProgressView:
             changes[stage.metadata] = metadata_text(update.picture)
         return changes | self._at_the_end(update) | self._pair(update) | self._batch(update)
 
-    def _at_the_end(self, update: Update) -> dict[Component, Any]:
+    def _at_the_end(self, update: Update) -> Updates:
         """Both pictures once more: the page loses one now and then that follows a preview closely (gradio 6.31)."""
         if not update.is_last:
             return {}
@@ -174,14 +167,14 @@ class ProgressView:
         pairs = ((stage.base, update.base), (stage.blend, update.picture))
         return {widget: str(path) for widget, path in pairs if path is not None}
 
-    def _pair(self, update: Update) -> dict[Component, Any]:
+    def _pair(self, update: Update) -> Updates:
         """Both pictures for the slider, once there are both: the base is that of the last seed."""
         if not update.is_last or update.base is None or update.picture is None:
             return {}
         pair = (str(update.base), str(update.picture))
         return {self._stage.compare: pair} if self._is_new("pair", pair) else {}
 
-    def _batch(self, update: Update) -> dict[Component, Any]:
+    def _batch(self, update: Update) -> Updates:
         if update.count < 2 or not update.pictures or not self._is_new("pictures", update.pictures):
             return {}
         paths = tuple(str(path) for path in update.pictures)

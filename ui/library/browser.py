@@ -6,15 +6,16 @@ Every tab looks at the same library; what it asks for is checked, and names and 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 from gradio.events import Dependency
 
-from ui.errors import user_errors
-from ui.library.cards import CSS, ON_LOAD, cards_html, status_html
-from ui.library.catalogue import ORDERS, Query, check_query, choices_of, shown_of
+from ui.errors import QUICK_LATEST, wire
+from ui.library.cards import CSS, ON_LOAD, cards_html, library_status_html
+from ui.library.catalogue import ORDERS, Query, check_query, filter_choices, shown_of
 from ui.library.library import AdapterLibrary
 from ui.library.thumbnails import Thumbnails
 
@@ -103,7 +104,7 @@ class BrowserHandlers:
         shown = shown_of(self.library, query, family=family)
         cards, waiting = cards_html(shown, self._thumbnails, family=family)
         library = self.library
-        status = status_html(
+        status = library_status_html(
             shown,
             total=len(library.files),
             broken=len(library.broken),
@@ -119,7 +120,7 @@ class BrowserHandlers:
 
     def choices(self, *chosen: Any) -> list[Any]:
         """The filters with what the files offer now; a choice that nothing has any more stays to be taken back."""
-        found = choices_of(self.library.files)
+        found = filter_choices(self.library.files)
         offered = (found.families, found.kinds, found.tags)
         return [
             gr.Dropdown([ANY, *dict.fromkeys((*names, *([value] if isinstance(value, str) and value else [])))])
@@ -168,22 +169,28 @@ def build_browser(session: Any, demo: gr.Blocks) -> Browser:
     _wire_looks(widgets, handlers, demo)
 
     def pick(event: gr.EventData) -> str:
-        with user_errors():
-            return handlers.pick(_sent(event, "name"))
+        return handlers.pick(_sent(event, "name"))
 
     def offer(event: gr.EventData) -> str:
-        with user_errors():
-            return handlers.word(_sent(event, "name"), _sent(event, "word"))
+        return handlers.word(_sent(event, "name"), _sent(event, "word"))
 
-    when_picked = widgets.cards.pick(pick, None, picked, show_progress="hidden", api_visibility="private")
-    when_word = widgets.cards.word(offer, None, word, show_progress="hidden", api_visibility="private")
+    when_picked = wire(widgets.cards.pick, pick, outputs=picked)
+    when_word = wire(widgets.cards.word, offer, outputs=word)
     return Browser(picked, when_picked, word, when_word)
 
 
 def _query(asked: Sequence[Any]) -> Query:
     """What the widgets hold; an emptied dropdown asks for any."""
     text, family, kind, tag, only_fitting, order, page = asked
-    return Query(text or "", family or "", kind or "", tag or "", only_fitting, order or "", page or 0)
+    return Query(
+        text=text or "",
+        family=family or "",
+        kind=kind or "",
+        tag=tag or "",
+        only_fitting=only_fitting,
+        order=order or "",
+        page=page or 0,
+    )
 
 
 def _sent(event: gr.EventData, field: str) -> Any:
@@ -233,8 +240,7 @@ def _wire_looks(widgets: _Widgets, handlers: BrowserHandlers, demo: gr.Blocks) -
 
     def show(had: Any, *asked: Any) -> list[Any]:
         filters = json.dumps(asked[:-1])
-        with user_errors():
-            answered, waiting = handlers.look(*asked[:-1], asked[-1] if filters == had else 0)
+        answered, waiting = handlers.look(*asked[:-1], asked[-1] if filters == had else 0)
         return [*answered, filters, waiting]
 
     def look_again(*chosen: Any) -> list[Any]:
@@ -250,23 +256,21 @@ def _wire_looks(widgets: _Widgets, handlers: BrowserHandlers, demo: gr.Blocks) -
         return [more, *[gr.skip()] * len(widgets.choices)]
 
     asked = (widgets.text, widgets.family, widgets.kind, widgets.tag, widgets.only_fitting, widgets.order)
-    gr.on(
-        [changed.change for changed in (*asked, widgets.page, widgets.seen)],
+    wire(
+        partial(gr.on, [changed.change for changed in (*asked, widgets.page, widgets.seen)]),
         show,
         [widgets.filters, *widgets.asked],
         [*widgets.answered, widgets.filters, widgets.waiting],
-        show_progress="hidden",
-        trigger_mode="always_last",
-        queue=False,
-        api_visibility="private",
+        options=QUICK_LATEST,
     )
     known = [widgets.seen, *widgets.choices]
-    _on(widgets.refresh.click, look_again, widgets.choices, known)
-    _on(demo.load, look_again, widgets.choices, known)
-    _on(gr.Timer(LOOK_EVERY).tick, watch, [widgets.seen, widgets.waiting, *widgets.choices], known)
-    _on(widgets.before.click, lambda page: max(0, _number(page) - 1), [widgets.page], [widgets.page])
-    _on(widgets.after.click, lambda page: _number(page) + 1, [widgets.page], [widgets.page])
-    _on(widgets.cards.tag, _chosen_tag, [], [widgets.tag])
+    wire(widgets.refresh.click, look_again, widgets.choices, known, options=QUICK_LATEST)
+    wire(demo.load, look_again, widgets.choices, known, options=QUICK_LATEST)
+    watched = [widgets.seen, widgets.waiting, *widgets.choices]
+    wire(gr.Timer(LOOK_EVERY).tick, watch, watched, known, options=QUICK_LATEST)
+    wire(widgets.before.click, lambda page: max(0, _number(page) - 1), widgets.page, widgets.page, options=QUICK_LATEST)
+    wire(widgets.after.click, lambda page: _number(page) + 1, widgets.page, widgets.page, options=QUICK_LATEST)
+    wire(widgets.cards.tag, _chosen_tag, outputs=widgets.tag, options=QUICK_LATEST)
 
 
 def _chosen_tag(event: gr.EventData) -> gr.Dropdown:
@@ -277,20 +281,3 @@ def _chosen_tag(event: gr.EventData) -> gr.Dropdown:
 
 def _number(value: Any) -> int:
     return int(value) if isinstance(value, int | float) and 0 <= value < 1 << 30 else 0
-
-
-def _on(
-    event: Callable[..., Dependency],
-    handler: Callable[..., Any],
-    inputs: Sequence[Component],
-    outputs: Sequence[Component],
-) -> None:
-    event(
-        handler,
-        list(inputs),
-        list(outputs),
-        show_progress="hidden",
-        trigger_mode="always_last",
-        queue=False,
-        api_visibility="private",
-    )

@@ -3,11 +3,11 @@
 import hashlib
 import time
 from collections.abc import Sequence
-from html import escape
 
 from ui.library.catalogue import Shown, misfit
 from ui.library.library import AdapterFile
 from ui.library.thumbnails import Thumbnails
+from ui.markup import escaped
 
 PATIENCE = 0.15  # seconds for pictures that are not ready; the rest come with the next look
 WORDS, TAGS = 4, 4
@@ -96,23 +96,23 @@ def card_html(file: AdapterFile, picture: str, *, family: str) -> str:
     """One card. `picture` is a `data:` address, or empty for a tile with initials."""
     reason = file.problem or misfit(file, family)
     off = ' class="card off"' if reason else ' class="card"'
-    pick = ' aria-disabled="true"' if reason else f' data-pick="{escape(file.name)}"'
-    why = f'<span class="why">{escape(reason)}</span>' if reason else ""
+    pick = ' aria-disabled="true"' if reason else f' data-pick="{escaped(file.name)}"'
+    why = f'<span class="why">{escaped(reason)}</span>' if reason else ""
     return (
-        f'<div{off} role="listitem"><button type="button"{pick} title="{escape(file.name)}">'
-        f'{_face(file, picture)}<span class="title">{escape(file.title)}</span>'
-        f'<span class="facts">{escape(_facts(file))}</span>{why}</button>{"" if reason else _chips(file)}</div>'
+        f'<div{off} role="listitem"><button type="button"{pick} title="{escaped(file.name)}">'
+        f'{_face(file, picture)}<span class="title">{escaped(file.title)}</span>'
+        f'<span class="facts">{escaped(_facts(file))}</span>{why}</button>{"" if reason else _chips(file)}</div>'
     )
 
 
 def _face(file: AdapterFile, picture: str) -> str:
     kind = file.kind or ("cannot be used" if file.problem else "not read yet")
-    badge = f'<span class="badge">{escape(kind)}</span>'
+    badge = f'<span class="badge">{escaped(kind)}</span>'
     if picture:
         return f'<span class="face"><img src="{picture}" alt="">{badge}</span>'
     return (
         f'<span class="face tile" style="--hue:{_hue(file.name)}">'
-        f'<span class="initials">{escape(initials(file.title))}</span>{badge}</span>'
+        f'<span class="initials">{escaped(initials(file.title))}</span>{badge}</span>'
     )
 
 
@@ -146,27 +146,27 @@ def size_in_words(size: int) -> str:
 
 
 def _chips(file: AdapterFile) -> str:
-    name = escape(file.name)
+    name = escaped(file.name)
     words = [
         f'<button type="button" data-word="{number}" data-name="{name}" title="Put into the prompt">'
-        f"{escape(word)}</button>"
+        f"{escaped(word)}</button>"
         for number, word in enumerate(file.triggers[:WORDS])
     ]
     tags: Sequence[str] = [tag for tag in file.tags if tag not in file.triggers][: max(0, TAGS - len(words))]
     found = [
-        f'<button type="button" data-tag="{escape(tag)}" title="Show all with this tag">{escape(tag)}</button>'
+        f'<button type="button" data-tag="{escaped(tag)}" title="Show all with this tag">{escaped(tag)}</button>'
         for tag in tags
     ]
     return f'<div class="words">{"".join((*words, *found))}</div>' if words or found else ""
 
 
-def status_html(shown: Shown, *, total: int, broken: int, unread: int, notice: str) -> str:
+def library_status_html(shown: Shown, *, total: int, broken: int, unread: int, notice: str) -> str:
     """How many there are, what is still being read, what was left out."""
     where = f"page {shown.page + 1} of {shown.pages}" if shown.pages > 1 else ""
     facts = [f"{shown.found:,} of {total:,} adapters", where]
     facts.append(f"{shown.hidden:,} for other bases" if shown.hidden else "")
     facts.append(f"{broken:,} cannot be used" if broken else "")
     facts += [f"reading headers: {total - unread:,} of {total:,}" if unread else "", notice]
-    line = " · ".join(escape(fact) for fact in facts if fact)
+    line = " · ".join(escaped(fact) for fact in facts if fact)
     bar = f'<progress max="{total}" value="{total - unread}"></progress>' if unread else ""
     return f'<div class="line">{line}</div>{bar}'

@@ -106,7 +106,7 @@ def shown_of(library: AdapterLibrary, query: Query, *, family: str) -> Shown:
     return Shown(tuple(kept[page * PAGE : (page + 1) * PAGE]), len(kept), len(found) - len(kept), page, pages)
 
 
-def choices_of(files: Iterable[AdapterFile]) -> Choices:
+def filter_choices(files: Iterable[AdapterFile]) -> Choices:
     """What the files offer to filter by."""
     families: Counter[str] = Counter()
     kinds: Counter[str] = Counter()

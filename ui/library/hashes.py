@@ -17,7 +17,7 @@ from ui.library.library import AdapterFile, AdapterLibrary, Stamp, stamp_of
 
 SHORTEST = 8  # hex digits; A1111 writes 10 or 12 of 64
 PATIENCE = 120.0  # seconds
-EMPTY = hashlib.sha256(b"").hexdigest()
+EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 _HASH = re.compile(rf"(?:0x)?([0-9a-f]{{{SHORTEST},64}})")
 
 
@@ -98,7 +98,7 @@ def checked_hash(one: Wanted) -> str | Missing:
     match = _HASH.fullmatch(one.hash.strip().lower())
     if match is None:
         return Missing(one.name, one.hash[:80], f"its hash is none: expected {SHORTEST} to 64 hex digits")
-    if EMPTY.startswith(match[1]):
+    if EMPTY_SHA256.startswith(match[1]):
         reason = "its hash is that of an empty file, which some tools write by mistake"
         return Missing(one.name, match[1], reason)
     return match[1]

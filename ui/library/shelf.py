@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from dora_diffusion.formats.safetensors_reader import shown
+from dora_diffusion.utils.text import shown
 
 SUFFIX = ".safetensors"
 MOST_FOLDERS, MOST_FILES, DEEPEST = 5_000, 50_000, 8

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.formats.json_metadata import json_object
-from dora_diffusion.formats.safetensors_reader import shown
+from dora_diffusion.utils.text import shown
 
 MOST_BYTES = 1 << 18
 _MOST_WORDS, _LONGEST = 12, 80

@@ -3,8 +3,6 @@
 A picture is a stranger's: its size is looked at before it is decoded, and anything that fails is no picture.
 """
 
-import base64
-import io
 import threading
 import time
 import warnings
@@ -12,6 +10,8 @@ from collections import OrderedDict
 from pathlib import Path
 
 from PIL import Image
+
+from ui.markup import picture_url
 
 SIDE = 160
 MOST_BYTES, MOST_PIXELS = 32 << 20, 40_000_000
@@ -60,8 +60,6 @@ def _thumbnail(path: Path) -> str:
                 picture.draft("RGB", (SIDE, SIDE))
                 small = picture.convert("RGB")
                 small.thumbnail((2 * SIDE, SIDE))
-                buffer = io.BytesIO()
-                small.save(buffer, "JPEG", quality=80)
+                return picture_url(small, format="JPEG", quality=80)
     except (OSError, ValueError, SyntaxError, MemoryError, EOFError, Image.DecompressionBombError):
         return ""
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

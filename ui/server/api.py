@@ -16,17 +16,16 @@ import dora_diffusion as dd
 from dora_diffusion.formats import FORMATS
 from dora_diffusion.functional.blend_modes import ADDITIVE
 from dora_diffusion.generation.generate import Canvas
+from ui.backend.checks import check_text, check_whole
+from ui.backend.picture_checks import check_canvas
 from ui.backend.request import (
     AdapterChoice,
+    BaseParts,
     DetailValues,
     DrawRequest,
-    Parts,
     SlotValues,
     check_adapters,
-    check_canvas,
     check_settings,
-    check_text,
-    check_whole,
 )
 from ui.backend.run import Update
 from ui.backend.session import Session
@@ -90,7 +89,7 @@ def add_api(session: Session, demo: gr.Blocks) -> None:
 
 
 def draw_request(
-    parts: Parts,
+    parts: BaseParts,
     prompts: tuple[Any, Any],
     settings: Mapping[str, Any],
     adapters: Any,
@@ -110,17 +109,22 @@ def draw_request(
         ValueError: one line that names the field.
     """
     wanted = _fields("options", options, OPTIONS)
-    details = DetailValues(wanted.get("sampler"), wanted.get("width"), wanted.get("height"), wanted.get("strength"))
+    details = DetailValues(
+        sampler=wanted.get("sampler"),
+        width=wanted.get("width"),
+        height=wanted.get("height"),
+        strength=wanted.get("strength"),
+    )
     return DrawRequest(
         check_settings(*prompts, settings["seed"], settings["steps"], settings["guidance"], details),
-        choices_of(adapters, parts, demo),
+        adapter_choices(adapters, parts, demo),
         check_text("blend", wanted.get("blend")) or ADDITIVE,
         check_whole("count", wanted.get("count", 1), low=1, high=16),
         _canvas(wanted, demo),
     )
 
 
-def choices_of(adapters: Any, parts: Parts, demo: gr.Blocks | None = None) -> tuple[AdapterChoice, ...]:
+def adapter_choices(adapters: Any, parts: BaseParts, demo: gr.Blocks | None = None) -> tuple[AdapterChoice, ...]:
     """Adapters as a caller names them, checked; names are looked up when they are loaded.
 
     Raises:
@@ -137,7 +141,7 @@ def choices_of(adapters: Any, parts: Parts, demo: gr.Blocks | None = None) -> tu
 
 def _slot(name: Any, value: Any, demo: gr.Blocks | None) -> SlotValues:
     if not isinstance(value, Mapping):
-        return SlotValues(name, True, value, False, 0.0, 0.0)
+        return SlotValues.of(name, value)
     fields = _fields(f"adapters, {str(name)[:40]}", value, ADAPTER_FIELDS)
     strength = fields.get("strength", 1.0)
     blocks = fields.get("blocks")
@@ -217,7 +221,7 @@ def _described(file: AdapterFile, session: Session) -> dict[str, Any]:
 
 def _blended(session: Session, named: tuple[Any, Any], *, mode: Any, format: Any, rank: Any) -> dict[str, Any]:
     parts = session.parts
-    choices = [choice for choice in choices_of(named[0], parts) if choice.draws]
+    choices = [choice for choice in adapter_choices(named[0], parts) if choice.draws]
     if not choices:
         raise ValueError("adapters: none has a strength; name at least one, such as {'ink': 0.8}")
     moving = next((choice.file for choice in choices if choice.curve or choice.mask), None)

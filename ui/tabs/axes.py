@@ -2,7 +2,7 @@
 
 from decimal import Decimal, InvalidOperation
 
-from ui.backend.request import MAX_STRENGTH, check_number
+from ui.backend.checks import MAX_STRENGTH, check_strength_number
 
 MAX_CELLS = 64
 MAX_TEXT = 200
@@ -49,7 +49,7 @@ def _range(piece: str, name: str) -> list[float]:
 
 
 def _strength(text: str, name: str) -> float:
-    return check_number(name, float(_decimal(text, name)), low=-MAX_STRENGTH, high=MAX_STRENGTH)
+    return check_strength_number(name, float(_decimal(text, name)))
 
 
 def _decimal(text: str, name: str) -> Decimal:

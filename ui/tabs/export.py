@@ -2,20 +2,18 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from html import escape
-from typing import Any
 
 import gradio as gr
-from gradio.components import Component
 
 from dora_diffusion.blending import BLEND_SENTENCES
 from dora_diffusion.formats import FORMATS
 from dora_diffusion.generation.generate import GenerationStopped
-from ui.backend.request import check_number, check_whole
+from ui.backend.checks import check_number, check_whole
 from ui.backend.session import Session
-from ui.errors import user_errors
+from ui.errors import QUICK, EventOptions, wire
 from ui.generate.controls import Controls, Stops
-from ui.generate.stage import status_html
+from ui.generate.values import Updates, Values
+from ui.markup import paragraph, status_html
 from ui.tabs.export_files import AS_DRAWN, TARGETS, Exported, ExportOptions, check_options, export_mix
 
 __all__ = ["Export", "ExportOptions", "Exported", "build_export", "export_mix"]
@@ -51,7 +49,7 @@ class _Fields:
     rank: gr.Number
     density: gr.Slider
 
-    def read(self, values: dict[Component, Any]) -> ExportOptions:
+    def read(self, values: Values) -> ExportOptions:
         return check_options(
             ExportOptions(
                 name=values[self.name],
@@ -68,7 +66,7 @@ def build_export(session: Session, controls: Controls) -> Export:
     """Lay out the tab inside the open block and wire it."""
     fields = _build_fields()
     sentence = gr.HTML(_sentence(AS_DRAWN), elem_id="export-sentence")
-    fields.mode.input(_sentence, fields.mode, sentence, queue=False, show_progress="hidden", api_visibility="private")
+    wire(fields.mode.input, _sentence, fields.mode, sentence, options=QUICK)
     with gr.Row():  # always enabled: gradio may lose an update that follows another closely
         go = gr.Button("Export", variant="primary", elem_id="export-go", min_width=160)
         stop = gr.Button("Stop export", variant="stop", elem_id="export-stop", min_width=110)
@@ -89,37 +87,32 @@ def build_export(session: Session, controls: Controls) -> Export:
 def _wire(export: Export, fields: _Fields, session: Session, controls: Controls) -> None:
     stops = Stops()
 
-    def run(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:
+    def run(values: Values, request: gr.Request) -> Iterator[Updates]:
         yield {
             export.status: status_html("Drawing, writing, and drawing with what was written …"),
             **{export.live: None, export.again: None},
         }
-        with user_errors():
-            try:
-                with stops.running(str(request.session_hash)) as stop:
-                    done = export_mix(session, controls.request(values), fields.read(values), should_stop=stop.is_set)
-            except GenerationStopped:
-                yield {export.status: status_html("Stopped; nothing was exported.", kind="warn")}
-                return
-            except Exception:
-                yield {export.status: status_html("Nothing was exported.")}
-                raise
+        try:
+            with stops.running(str(request.session_hash)) as stop:
+                done = export_mix(session, controls.request(values), fields.read(values), should_stop=stop.is_set)
+        except GenerationStopped:
+            yield {export.status: status_html("Stopped; nothing was exported.", kind="warn")}
+            return
+        except Exception:
+            yield {export.status: status_html("Nothing was exported.")}
+            raise
         live, again = (str(path) for path in done.pictures)
         changes = {export.status: status_html(done.sentence, kind="good"), export.live: live, export.again: again}
         yield changes | ({export.exported: done.name} if done.name else {})
 
-    def halt(request: gr.Request) -> None:
-        stops.stop(str(request.session_hash))
-
-    export.go.click(
+    wire(
+        export.go.click,
         run,
         controls.inputs | {getattr(fields, name) for name in fields.__dataclass_fields__},
         [export.status, export.live, export.again, export.exported],
-        show_progress="hidden",
-        concurrency_limit=2,
-        api_visibility="private",
+        options=EventOptions(concurrency_limit=2),
     )
-    export.stop.click(halt, queue=False, api_visibility="private")
+    wire(export.stop.click, stops.halt, options=QUICK)
 
 
 def _build_fields() -> _Fields:
@@ -141,5 +134,4 @@ def _build_fields() -> _Fields:
 
 
 def _sentence(mode: object) -> str:
-    text = BLEND_SENTENCES.get(str(mode), "Writes the mode that the rack draws with.")
-    return f'<p class="kept">{escape(text)}</p>'
+    return paragraph(BLEND_SENTENCES.get(str(mode), "Writes the mode that the rack draws with."), "kept")

@@ -16,16 +16,18 @@ from dora_diffusion.generation.generate import GenerationStopped, generate
 from dora_diffusion.pipelines.base_weights import EMBEDDED, BaseWeights
 from dora_diffusion.pipelines.loading import load_pipeline
 from dora_diffusion.state import AdapterState
+from ui.backend.checks import check_name
 from ui.backend.picture_difference import largest_difference
-from ui.backend.request import AdapterChoice, DrawRequest, check_name
-from ui.backend.session import Drawn, Session, ShouldStop
+from ui.backend.picture_store import Drawn
+from ui.backend.request import AdapterChoice, DrawRequest
+from ui.backend.session import Session, ShouldStop
 from ui.backend.tags import resolve_tags
 
 AS_DRAWN = ""
 TARGETS = ("an adapter", "a whole model")
 EXPORTS, MODELS = "exports", "models"
 
-Weights = dict[str, float | dict[str, float]]
+MixWeights = dict[str, float | dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -167,12 +169,12 @@ def _as_model(session: Session, request: DrawRequest, options: ExportOptions, sh
 
 def _mix(
     session: Session, request: DrawRequest, live: Drawn, base: BaseWeights
-) -> tuple[dict[str, AdapterState], Weights]:
+) -> tuple[dict[str, AdapterState], MixWeights]:
     """The adapters that drew `live`, and their strengths."""
     if session.model != live.model:
         raise ValueError(f"the base was switched to {session.model} meanwhile; export again")
     states: dict[str, AdapterState] = {}
-    weights: Weights = {}
+    weights: MixWeights = {}
     for choice, use in zip(request.adapters, live.adapters, strict=True):
         path = session.library.find(choice.file).path
         state, examined = load_examined(path, base=base)

@@ -1,8 +1,9 @@
 """An adapter's facts as HTML. Everything that comes out of a file is escaped."""
 
 from collections.abc import Mapping
-from html import escape
 from typing import Any
+
+from ui.markup import bar, chip, escaped, row
 
 MAX_TEXT = 4000  # characters of one metadata entry
 MAX_ENTRIES = 200
@@ -40,16 +41,12 @@ def facts_html(name: str, facts: Mapping[str, Any]) -> str:
         "Biases and norms": facts["vectors"] or None,
         "SHA-256": facts["sha256"],
     }
-    table = "".join(f"<tr><th scope='row'>{escape(k)}</th><td>{escape(str(v))}</td></tr>" for k, v in rows.items() if v)
+    table = "".join(row(name, [escaped(value)]) for name, value in rows.items() if value)
     return (
-        f'<div class="facts"><h3>{escape(name)}</h3>'
-        f"<div>{''.join(map(_chip, filter(None, chips)))}</div>"
+        f'<div class="facts"><h3>{escaped(name)}</h3>'
+        f"<div>{''.join(map(chip, filter(None, chips)))}</div>"
         f"<table>{table}</table>{_parts(facts)}{_notes(facts)}{_metadata(facts['metadata'])}</div>"
     )
-
-
-def _chip(text: str) -> str:
-    return f'<span class="chip">{escape(text)}</span>'
 
 
 def _ranks(ranks: list[int]) -> str:
@@ -67,30 +64,22 @@ def _parts(facts: Mapping[str, Any]) -> str:
     norms: Mapping[str, float] = facts["delta_norm"]
     most = max(norms.values(), default=0.0)
     lines = "".join(
-        f"<tr><td>{escape(part)}</td><td>{count}</td><td>{_bar(norms.get(part, 0.0), most)} "
+        f"<tr><td>{escaped(part)}</td><td>{count}</td><td>{bar(norms.get(part, 0.0), most, longest_rem=8)} "
         f"{norms.get(part, 0.0):.4g}</td></tr>"
         for part, count in facts["layers"].items()
     )
     return f"<table><thead><tr><th>Part</th><th>Layers</th><th>‖ΔW‖ at strength 1</th></tr></thead>{lines}</table>"
 
 
-def _bar(value: float, most: float) -> str:
-    width = 8 * abs(value) / most if most > 0 else 0.0
-    return f'<span class="bar" style="width:{width:.2f}rem"></span>'
-
-
 def _notes(facts: Mapping[str, Any]) -> str:
-    return "".join(f'<div class="note">{escape(str(note))}</div>' for note in facts["notes"])
+    return "".join(f'<div class="note">{escaped(note)}</div>' for note in facts["notes"])
 
 
 def _metadata(metadata: Mapping[str, str]) -> str:
     entries = [(key, text) for key, text in metadata.items() if text]
     if not entries:
         return "<div>The file has no metadata.</div>"
-    rows = "".join(
-        f"<tr><th scope='row'>{escape(key[:100])}</th><td><pre>{escape(_cut(text))}</pre></td></tr>"
-        for key, text in entries[:MAX_ENTRIES]
-    )
+    rows = "".join(row(key[:100], [f"<pre>{escaped(_cut(text))}</pre>"]) for key, text in entries[:MAX_ENTRIES])
     more = f"<p>{len(entries) - MAX_ENTRIES} more are not shown.</p>" if len(entries) > MAX_ENTRIES else ""
     return f"<details><summary>Metadata, {len(entries)} entries</summary><table>{rows}</table>{more}</details>"
 

@@ -12,8 +12,8 @@ from dora_diffusion.inspection.plots import plot_adapters
 from dora_diffusion.inspection.report import inspect_adapter
 from ui.backend.interference import interference_html, measure
 from ui.backend.session import Session
-from ui.errors import user_errors
-from ui.generate.stage import status_html
+from ui.errors import LATEST, QUICK, EventOptions, wire
+from ui.markup import status_html
 from ui.tabs.inspect_html import CSS, facts_html
 
 __all__ = ["CSS", "InspectPage", "build_inspect_page"]
@@ -93,22 +93,19 @@ def interference_of(session: Session, names: tuple[str, ...]) -> str:
 
 def _wire(page: InspectPage, session: Session) -> None:
     def show(file: object) -> Iterator[tuple[str, str, Any, str]]:
-        with user_errors():
-            yield status_html("Reading …"), "", gr.Image(value=None, visible=False), ""
-            yield "", facts_of(session, file) if file else "", gr.skip(), gr.skip()
+        yield status_html("Reading …"), "", gr.Image(value=None, visible=False), ""
+        yield "", facts_of(session, file) if file else "", gr.skip(), gr.skip()
 
     def plot(file: object, beside: object) -> Iterator[tuple[str, Any]]:
-        with user_errors():
-            names = _names(file, beside)
-            yield status_html("Measuring every row …"), gr.skip()
-            picture = plot_of(session, names)
-            yield "", gr.Image(str(picture), visible=True)
+        names = _names(file, beside)
+        yield status_html("Measuring every row …"), gr.skip()
+        picture = plot_of(session, names)
+        yield "", gr.Image(str(picture), visible=True)
 
     def compare(file: object, beside: object) -> Iterator[tuple[str, str]]:
-        with user_errors():
-            names = _names(file, beside)
-            yield status_html("Measuring every layer …"), ""
-            yield "", interference_of(session, names)
+        names = _names(file, beside)
+        yield status_html("Measuring every layer …"), ""
+        yield "", interference_of(session, names)
 
     def look_again() -> tuple[gr.Dropdown, gr.Dropdown]:
         session.library.refresh()
@@ -116,16 +113,13 @@ def _wire(page: InspectPage, session: Session) -> None:
         return gr.Dropdown(names), gr.Dropdown(names)
 
     pair = [page.file, page.beside]
-    page.file.input(
-        show, page.file, [page.status, page.facts, page.picture, page.interference], show_progress="hidden",
-        trigger_mode="always_last", api_visibility="private",
-    ).then(lambda: "", outputs=page.status, queue=False, api_visibility="private")  # fmt: skip
+    outputs = [page.status, page.facts, page.picture, page.interference]
+    shown = wire(page.file.input, show, page.file, outputs, options=LATEST)
+    wire(shown.then, lambda: "", outputs=page.status, options=QUICK)
     for button, handler, output in ((page.plot, plot, page.picture), (page.compare, compare, page.interference)):
-        button.click(
-            handler, pair, [page.status, output], show_progress="hidden", concurrency_limit=1,
-            api_visibility="private",
-        ).then(lambda: "", outputs=page.status, queue=False, api_visibility="private")  # fmt: skip
-    page.refresh.click(look_again, outputs=pair, show_progress="hidden", queue=False, api_visibility="private")
+        done = wire(button.click, handler, pair, [page.status, output], options=EventOptions(concurrency_limit=1))
+        wire(done.then, lambda: "", outputs=page.status, options=QUICK)
+    wire(page.refresh.click, look_again, outputs=pair, options=QUICK)
 
 
 def _names(file: object, beside: object) -> tuple[str, ...]:

@@ -2,21 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
-from gradio.components import Component
 from PIL import Image, ImageChops, ImageStat
 
 from dora_diffusion.generation.generate import GenerationStopped
 from ui.backend.request import DrawRequest, SlotValues, taking_part
 from ui.backend.session import Session
 from ui.backend.tags import resolve_tags
-from ui.errors import user_errors
-from ui.generate.controls import Controls, Stops, Variations, picture_html
-from ui.generate.stage import status_html
+from ui.errors import QUICK, wire
+from ui.generate.controls import Controls, Stops, Variations
+from ui.generate.values import Updates, Values
+from ui.markup import escaped, region, saved_picture, status_html
 
 WITHOUT = "without"  # the folder of these pictures in the output folder
 
@@ -101,11 +99,11 @@ def names_in(request: DrawRequest, slots: Sequence[SlotValues]) -> list[str]:
 def row_html(row: Sequence[Without]) -> str:
     """The pictures with their captions."""
     figures = "".join(
-        f"<figure>{picture_html(entry.picture, entry.caption)}<figcaption>{escape(entry.caption)}"
+        f"<figure>{saved_picture(entry.picture, entry.caption)}<figcaption>{escaped(entry.caption)}"
         f"<small>{_told(entry.difference)}</small></figcaption></figure>"
         for entry in row
     )
-    return f'<div class="leave-out" tabindex="0" role="region" aria-label="leave one out">{figures}</div>'
+    return region(figures, "leave-out", "leave one out")
 
 
 def _told(difference: float | None) -> str:
@@ -118,8 +116,8 @@ def wire_leave_one_out(board: LeaveOneOut, session: Session, controls: Controls)
     """Connect the row to the session's drawing."""
     stops = Stops()
 
-    def draw(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:
-        with user_errors(), stops.running(str(request.session_hash)) as stop:
+    def draw(values: Values, request: gr.Request) -> Iterator[Updates]:
+        with stops.running(str(request.session_hash)) as stop:
             asked = replace(controls.request(values), count=1)
             wanted = resolve_tags(asked, session.library.usable, session.parts).request
             yield from _drawing(
@@ -127,22 +125,12 @@ def wire_leave_one_out(board: LeaveOneOut, session: Session, controls: Controls)
                 Variations(session, session.output / WITHOUT, stop),
             )  # fmt: skip
 
-    def halt(request: gr.Request) -> None:
-        stops.stop(str(request.session_hash))
-
-    board.draw.click(
-        draw,
-        {*controls.inputs},
-        [board.stop, board.status, board.row],
-        show_progress="hidden",
-        api_visibility="private",
-    ).then(lambda: gr.Button(visible=False), outputs=board.stop, queue=False, api_visibility="private")
-    board.stop.click(halt, queue=False, api_visibility="private")
+    drawn = wire(board.draw.click, draw, {*controls.inputs}, [board.stop, board.status, board.row])
+    wire(drawn.then, lambda: gr.Button(visible=False), outputs=board.stop, options=QUICK)
+    wire(board.stop.click, stops.halt, options=QUICK)
 
 
-def _drawing(
-    board: LeaveOneOut, wanted: DrawRequest, names: Sequence[str], draw: Variations
-) -> Iterator[dict[Component, Any]]:
+def _drawing(board: LeaveOneOut, wanted: DrawRequest, names: Sequence[str], draw: Variations) -> Iterator[Updates]:
     total = len(names) + 1
     row: tuple[Without, ...] = ()
     yield {board.status: status_html("Drawing …", share=0.0), board.stop: gr.Button(visible=True), board.row: ""}

@@ -1,24 +1,23 @@
 """The weight map: adapters against strengths, or one adapter's strengths against another's, cell by cell."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 
 from dora_diffusion.generation.generate import GenerationStopped
-from ui.backend.request import Parts, SlotValues
+from ui.backend.request import BaseParts, SlotValues
 from ui.backend.session import Session
 from ui.backend.tags import Resolved, resolve_tags
-from ui.errors import user_errors
-from ui.generate.controls import Controls, Stops, Values, Variations, picture_html
-from ui.generate.stage import status_html
+from ui.errors import QUICK, wire
+from ui.generate.controls import Controls, Stops, Variations
+from ui.generate.values import Updates, Values
+from ui.markup import column_heads, escaped, region, saved_picture, status_html
 from ui.tabs.axes import parse_range
-from ui.tabs.weight_grid_cells import A_B, ADAPTER_WEIGHT, KINDS, MAPS, Axes, Cell, plan, request_of, save_sheet
+from ui.tabs.weight_grid_cells import A_B, ADAPTER_WEIGHT, KINDS, MAPS, Axes, GridCell, plan, request_of, save_sheet
 
 MAX_FILES = 16
 
@@ -106,16 +105,13 @@ def build_weight_grid(session: Session) -> WeightGrid:
     status = gr.HTML(status_html(_IDLE), elem_id="map-status")
     sheet = gr.HTML(elem_id="map", js_on_load=_PICK)
     picked = gr.Textbox(visible="hidden", elem_id="map-picked")
-    files.focus(
-        lambda: gr.Dropdown(list(session.library.usable)), None, files, queue=False, show_progress="hidden",
-        api_visibility="private",
-    )  # fmt: skip
+    wire(files.focus, lambda: gr.Dropdown(list(session.library.usable)), outputs=files, options=QUICK)
     return WeightGrid(kind, files, across, down, alone, draw, stop, status, sheet, file, gr.State(()), picked)
 
 
-def map_html(rows: Sequence[Sequence[Cell]], pictures: Sequence[Path]) -> str:
+def map_html(rows: Sequence[Sequence[GridCell]], pictures: Sequence[Path]) -> str:
     """The map as a table; cells that have no picture yet are empty."""
-    heads = "".join(f'<th scope="col">{escape(cell.column)}</th>' for cell in rows[0])
+    heads = column_heads(cell.column for cell in rows[0])
     lines, number = [], 0
     for row in rows:
         cells = ""
@@ -123,18 +119,16 @@ def map_html(rows: Sequence[Sequence[Cell]], pictures: Sequence[Path]) -> str:
             kind = ' class="baseline"' if cell.is_baseline else ""
             cells += f"<td{kind}>{_cell_html(cell, number, pictures)}</td>"
             number += 1
-        lines.append(f'<tr><th scope="row">{escape(row[0].row)}</th>{cells}</tr>')
-    return (
-        f'<div class="map-scroll" tabindex="0" role="region" aria-label="weight map"><table class="map">'
-        f"<thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-    )
+        lines.append(f'<tr><th scope="row">{escaped(row[0].row)}</th>{cells}</tr>')
+    table = f"<thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return region(f'<table class="map">{table}</table>', "map-scroll", "weight map")
 
 
-def _cell_html(cell: Cell, number: int, pictures: Sequence[Path]) -> str:
+def _cell_html(cell: GridCell, number: int, pictures: Sequence[Path]) -> str:
     if number >= len(pictures):
         return '<span class="pending"></span>'
-    label = escape(f"{cell.label}: load into the rack")
-    picture = picture_html(pictures[number], cell.label)
+    label = escaped(f"{cell.label}: load into the rack")
+    picture = saved_picture(pictures[number], cell.label)
     return f'<button type="button" data-cell="{number}" title="{label}" aria-label="{label}">{picture}</button>'
 
 
@@ -156,16 +150,16 @@ def picked_slots(picked: object, cells: object) -> tuple[SlotValues, ...]:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _GridPlan:
     """What will be drawn."""
 
     axes: Axes
-    rows: list[list[Cell]]
+    rows: list[list[GridCell]]
     resolved: Resolved
-    parts: Parts
+    parts: BaseParts
 
     @property
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[GridCell]:
         return [cell for row in self.rows for cell in row]
 
     def pictures(self, draw: Variations) -> Iterator[tuple[Path, ...]]:
@@ -176,47 +170,35 @@ class _Plan:
             yield done
 
 
-def _planned(board: WeightGrid, session: Session, controls: Controls, values: Mapping[Component, Any]) -> _Plan:
+def _planned(board: WeightGrid, session: Session, controls: Controls, values: Values) -> _GridPlan:
     axes, parts = board.read(values), session.parts
     resolved = resolve_tags(controls.request(values), session.library.usable, parts)
-    return _Plan(axes, plan(axes, controls.slots(values)), resolved, parts)
+    return _GridPlan(axes, plan(axes, controls.slots(values)), resolved, parts)
 
 
 def wire_weight_grid(board: WeightGrid, session: Session, controls: Controls) -> None:
     """Connect the map to the session's drawing."""
     stops = Stops()
 
-    def draw(values: dict[Component, Any], request: gr.Request) -> Iterator[dict[Component, Any]]:
-        with user_errors():
-            wanted = _planned(board, session, controls, values)
-            with stops.running(str(request.session_hash)) as stop:
-                yield from _drawing(board, session, wanted, Variations(session, session.output / MAPS, stop))
+    def draw(values: Values, request: gr.Request) -> Iterator[Updates]:
+        wanted = _planned(board, session, controls, values)
+        with stops.running(str(request.session_hash)) as stop:
+            yield from _drawing(board, session, wanted, Variations(session, session.output / MAPS, stop))
 
     def pick(cells: object, event: gr.EventData) -> str:
-        with user_errors():
-            picked = f"{getattr(event, 'cell', None)}:{time.monotonic_ns()}"  # the same cell again is a change, too
-            picked_slots(picked, cells)
-            return picked
+        picked = f"{getattr(event, 'cell', None)}:{time.monotonic_ns()}"  # the same cell again is a change, too
+        picked_slots(picked, cells)
+        return picked
 
-    def halt(request: gr.Request) -> None:
-        stops.stop(str(request.session_hash))
-
-    board.draw.click(
-        draw,
-        controls.inputs | board.inputs,
-        [board.status, board.sheet, board.file, board.cells, board.stop],
-        show_progress="hidden",
-        api_visibility="private",
-    ).then(lambda: gr.Button(interactive=False), outputs=board.stop, queue=False, api_visibility="private")
-    board.stop.click(halt, queue=False, api_visibility="private")
-    board.sheet.click(pick, board.cells, board.picked, show_progress="hidden", queue=False, api_visibility="private")
-    board.kind.input(
-        lambda kind: gr.Textbox(visible=kind == A_B), board.kind, board.down, show_progress="hidden", queue=False,
-        api_visibility="private",
-    )  # fmt: skip
+    changed = [board.status, board.sheet, board.file, board.cells, board.stop]
+    drawn = wire(board.draw.click, draw, controls.inputs | board.inputs, changed)
+    wire(drawn.then, lambda: gr.Button(interactive=False), outputs=board.stop, options=QUICK)
+    wire(board.stop.click, stops.halt, options=QUICK)
+    wire(board.sheet.click, pick, board.cells, board.picked, options=QUICK)
+    wire(board.kind.input, lambda kind: gr.Textbox(visible=kind == A_B), board.kind, board.down, options=QUICK)
 
 
-def _drawing(board: WeightGrid, session: Session, wanted: _Plan, draw: Variations) -> Iterator[dict[Component, Any]]:
+def _drawing(board: WeightGrid, session: Session, wanted: _GridPlan, draw: Variations) -> Iterator[Updates]:
     """What to send to the browser, cell by cell."""
     started, total = time.monotonic(), len(wanted.cells)
     pictures: tuple[Path, ...] = ()

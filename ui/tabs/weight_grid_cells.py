@@ -13,7 +13,7 @@ from PIL import Image
 from dora_diffusion.generation.png_metadata import picture_metadata
 from dora_diffusion.utils.atomic import write_atomically
 from dora_diffusion.utils.image_grid import grid
-from ui.backend.request import DrawRequest, Parts, SlotValues, check_adapters, taking_part
+from ui.backend.request import BaseParts, DrawRequest, SlotValues, check_adapters, taking_part
 from ui.backend.session import Session
 from ui.backend.tags import Resolved, with_tagged
 from ui.tabs.axes import MAX_CELLS
@@ -25,7 +25,7 @@ MIN_CELL, MAX_CELL = 160, 512  # sides on the sheet, in pixels
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridCell:
     """One mix.
 
     Attributes:
@@ -64,7 +64,7 @@ class Axes:
     alone: bool = False
 
 
-def plan(axes: Axes, slots: Sequence[SlotValues]) -> list[list[Cell]]:
+def plan(axes: Axes, slots: Sequence[SlotValues]) -> list[list[GridCell]]:
     """The rows of a map, each with the column's adapter left out first.
 
     Args:
@@ -103,11 +103,11 @@ def _files_of(axes: Axes, slots: Sequence[SlotValues]) -> tuple[str, ...]:
     return files[:needed] if axes.kind == A_B else files
 
 
-def _row(head: str, file: str, across: Sequence[float], slots: Sequence[SlotValues]) -> list[Cell]:
+def _row(head: str, file: str, across: Sequence[float], slots: Sequence[SlotValues]) -> list[GridCell]:
     named = "" if file == head else f"{file} "
     # at strength 0, not switched off: the prompt's tag would bring back what no slot holds
-    cells = [Cell(head, f"{named}off", _with(slots, file, 0.0), is_baseline=True)]
-    return cells + [Cell(head, f"{named}{value:g}", _with(slots, file, value)) for value in across]
+    cells = [GridCell(head, f"{named}off", _with(slots, file, 0.0), is_baseline=True)]
+    return cells + [GridCell(head, f"{named}{value:g}", _with(slots, file, value)) for value in across]
 
 
 def _settled(slots: Sequence[SlotValues], *, alone: bool) -> list[SlotValues]:
@@ -124,7 +124,7 @@ def _seated(slots: list[SlotValues], files: Sequence[str]) -> list[SlotValues]:
         free = next((index for index, slot in enumerate(slots) if not slot.file), None)
         if free is None:
             raise ValueError(f"{file}: the rack has no free slot for it; empty one, or take an adapter of the rack")
-        slots[free] = SlotValues(file, False, 1.0, False, 1.0, 1.0)
+        slots[free] = replace(SlotValues.of(file, 1.0), enabled=False)
     return slots
 
 
@@ -142,14 +142,14 @@ def _place(slots: Sequence[SlotValues], file: str) -> int | None:
     return next((index for index in having if slots[index].enabled), having[0] if having else None)
 
 
-def request_of(cell: Cell, resolved: Resolved, parts: Parts, *, alone: bool) -> DrawRequest:
+def request_of(cell: GridCell, resolved: Resolved, parts: BaseParts, *, alone: bool) -> DrawRequest:
     """What draws a cell: one picture, as the page would draw it with the cell's slots; alone, without the tags."""
     adapters = with_tagged(check_adapters(cell.slots, parts), () if alone else resolved.tagged)
     return replace(resolved.request, adapters=adapters, count=1)
 
 
 def save_sheet(
-    rows: Sequence[Sequence[Cell]], pictures: Sequence[Path], resolved: Resolved, axes: Axes, session: Session
+    rows: Sequence[Sequence[GridCell]], pictures: Sequence[Path], resolved: Resolved, axes: Axes, session: Session
 ) -> Path:
     """All cells as one PNG, each under its label; its text says what every cell was made of.
 
@@ -177,7 +177,7 @@ def save_sheet(
     return path
 
 
-def _record(rows: Sequence[Sequence[Cell]], pictures: Sequence[Path], axes: Axes) -> dict[str, Any]:
+def _record(rows: Sequence[Sequence[GridCell]], pictures: Sequence[Path], axes: Axes) -> dict[str, Any]:
     cells = [cell for row in rows for cell in row]
     named = [
         {"row": cell.row, "column": cell.column, "picture": picture.name, "adapters": _strengths(picture)}

@@ -11,11 +11,11 @@ import gradio as gr
 from dora_diffusion.generation.generate import GenerationStopped
 from ui.backend.request import DrawRequest, check_settings
 from ui.backend.session import Session
-from ui.errors import user_errors
+from ui.errors import QUICK, EventOptions, wire
 from ui.generate.controls import Stops
-from ui.generate.stage import status_html
+from ui.markup import status_html
 from ui.options import UiOptions
-from ui.train.grid import Cell, Draw, check_weights, draw_grid
+from ui.train.grid import CheckpointCell, DrawPicture, check_weights, draw_grid
 from ui.train.runs import find_run, run_config, send_to_library
 
 GUIDANCE = 4.0
@@ -79,52 +79,52 @@ def wire_compare(board: Compare, run: gr.Dropdown, session: Session, options: Ui
     def draw(
         chosen: object, prompt: object, weights: object, steps: object, seed: object, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
-        with user_errors():
-            folder = find_run(options.runs, chosen)
-            values = check_weights(weights)
-            settings = check_settings(prompt or _first_prompt(folder), "", seed, steps, GUIDANCE)
-            with stops.running(str(request.session_hash)) as stop:
-                yield gr.Gallery([], columns=1 + len(values)), (), status_html("Drawing the base …")
-                cells: tuple[Cell, ...] = ()
-                try:
-                    for cells in draw_grid(folder, session.library, settings, values, _drawer(session, stop)):
-                        yield _shown(cells), _steps(cells), status_html(f"{cells[-1].label}: drawn")
-                except GenerationStopped:
-                    yield gr.skip(), gr.skip(), status_html("Stopped.", kind="warn")
-                    return
-            yield _shown(cells), _steps(cells), status_html(f"{len(cells)} pictures", kind="good")
-
-    def halt(request: gr.Request) -> None:
-        stops.stop(str(request.session_hash))
+        folder = find_run(options.runs, chosen)
+        values = check_weights(weights)
+        settings = check_settings(prompt or _first_prompt(folder), "", seed, steps, GUIDANCE)
+        with stops.running(str(request.session_hash)) as stop:
+            yield gr.Gallery([], columns=1 + len(values)), (), status_html("Drawing the base …")
+            cells: tuple[CheckpointCell, ...] = ()
+            try:
+                for cells in draw_grid(folder, session.library, settings, values, _drawer(session, stop)):
+                    yield _shown(cells), _steps(cells), status_html(f"{cells[-1].label}: drawn")
+            except GenerationStopped:
+                yield gr.skip(), gr.skip(), status_html("Stopped.", kind="warn")
+                return
+        yield _shown(cells), _steps(cells), status_html(f"{len(cells)} pictures", kind="good")
 
     def pick(rows: object, event: gr.SelectData) -> Any:
         steps = rows if isinstance(rows, tuple) else ()
         known = isinstance(event.index, int) and 0 <= event.index < len(steps)
         return gr.Dropdown(value=steps[event.index]) if known else gr.skip()
 
-    board.draw.click(
-        draw, [run, board.prompt, board.weights, board.steps, board.seed], [board.cells, board.rows, board.status],
-        show_progress="hidden", api_visibility="private",
-    )  # fmt: skip
-    board.stop.click(halt, queue=False, api_visibility="private")
-    board.cells.select(pick, board.rows, board.checkpoint, show_progress="hidden", api_visibility="private")
+    wire(
+        board.draw.click,
+        draw,
+        [run, board.prompt, board.weights, board.steps, board.seed],
+        [board.cells, board.rows, board.status],
+    )
+    wire(board.stop.click, stops.halt, options=QUICK)
+    wire(board.cells.select, pick, board.rows, board.checkpoint)
 
 
 def _wire_send(board: Compare, run: gr.Dropdown, session: Session, options: UiOptions) -> None:
     def send(chosen: object, step: object, name: object) -> Iterator[tuple[str, str]]:
-        with user_errors():
-            folder = find_run(options.runs, chosen)
-            yield "", status_html("Copying …")  # so that the same name again is a change, too
-            sent = send_to_library(folder, step, session.library, name=name)
-            yield sent, status_html(f"{sent} is in the library.", kind="good")
+        folder = find_run(options.runs, chosen)
+        yield "", status_html("Copying …")  # so that the same name again is a change, too
+        sent = send_to_library(folder, step, session.library, name=name)
+        yield sent, status_html(f"{sent} is in the library.", kind="good")
 
-    board.send.click(
-        send, [run, board.checkpoint, board.name], [board.sent, board.sent_line], show_progress="hidden",
-        concurrency_limit=1, api_visibility="private",
-    )  # fmt: skip
+    wire(
+        board.send.click,
+        send,
+        [run, board.checkpoint, board.name],
+        [board.sent, board.sent_line],
+        options=EventOptions(concurrency_limit=1),
+    )
 
 
-def _drawer(session: Session, stop: threading.Event) -> Draw:
+def _drawer(session: Session, stop: threading.Event) -> DrawPicture:
     """Draws one picture, and raises GenerationStopped once it should not."""
 
     def draw(request: DrawRequest) -> Path:
@@ -141,9 +141,9 @@ def _first_prompt(run: Path) -> str:
     return next(iter(config.preview.prompts), config.data.instance_prompt or "")
 
 
-def _shown(cells: tuple[Cell, ...]) -> list[tuple[str, str]]:
+def _shown(cells: tuple[CheckpointCell, ...]) -> list[tuple[str, str]]:
     return [(str(cell.picture), cell.label) for cell in cells]
 
 
-def _steps(cells: tuple[Cell, ...]) -> tuple[int, ...]:
+def _steps(cells: tuple[CheckpointCell, ...]) -> tuple[int, ...]:
     return tuple(cell.step for cell in cells)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from dora_diffusion.training.dataset import find_caption, find_pictures, find_sidecar, read_metadata
 from dora_diffusion.utils.atomic import write_atomically
-from dora_diffusion.utils.images import SUFFIXES, shown
-from ui.backend.request import check_text
+from dora_diffusion.utils.images import SUFFIXES
+from dora_diffusion.utils.text import shown_path
+from ui.backend.checks import check_text
 
 MAX_DEPTH = 3
 MAX_FOLDERS = 500
@@ -104,7 +105,7 @@ def save_caption(folder: Path, name: object, caption: object) -> Path:
     try:
         write_atomically(sidecar, f"{text}\n".encode())
     except OSError as error:
-        raise ValueError(f"{shown(sidecar)}: cannot be written ({error.strerror})") from None
+        raise ValueError(f"{shown_path(sidecar)}: cannot be written ({error.strerror})") from None
     except UnicodeEncodeError:
         raise ValueError("caption: got half of a surrogate pair, expected text") from None
     return sidecar

@@ -1,6 +1,5 @@
 """The recipe in the page: its fields, and the plan of the run that they describe."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,15 +7,16 @@ import gradio as gr
 from gradio.components import Component
 
 from dora_diffusion.training.config import TrainConfig
-from ui.backend.request import MAX_SEED
+from ui.backend.checks import MAX_SEED
 from ui.backend.session import Session
-from ui.errors import user_errors
+from ui.errors import EventOptions, wire
+from ui.generate.values import Values
 from ui.options import UiOptions
 from ui.train.plan import Planner
 from ui.train.recipes import (
     MAX_RANK,
+    MAX_RESOLUTION,
     MAX_RUN_STEPS,
-    MAX_SIDE,
     PLAIN,
     Fields,
     build_config,
@@ -27,7 +27,7 @@ from ui.train.widgets import report_html
 
 
 @dataclass(frozen=True)
-class Form:
+class TrainForm:
     """The widgets that decide a run; `dataset` stands beside the pictures."""
 
     dataset: gr.Dropdown
@@ -52,12 +52,12 @@ class Form:
         """What the run is made from."""
         return {getattr(self, name) for name in Fields.__dataclass_fields__}
 
-    def read(self, values: Mapping[Component, Any]) -> Fields:
+    def read(self, values: Values) -> Fields:
         """What the browser sent, unchecked."""
         return Fields(**{name: values[getattr(self, name)] for name in Fields.__dataclass_fields__})
 
 
-def build_form(dataset: gr.Dropdown, options: UiOptions) -> Form:
+def build_form(dataset: gr.Dropdown, options: UiOptions) -> TrainForm:
     """Lay out the fields inside the open block; they start as the plain recipe's."""
     start = _form_values(PLAIN, options)
     recipe = gr.Dropdown([PLAIN, *list_recipes(options.datasets)], value=PLAIN, label="Recipe", elem_id="train-recipe")
@@ -73,7 +73,7 @@ def build_form(dataset: gr.Dropdown, options: UiOptions) -> Form:
         rate = gr.Number(
             start["learning_rate"], label="Learning rate", minimum=1e-8, maximum=1, elem_id="train-rate", min_width=110
         )
-        resolution = _number(start["resolution"], "Resolution (0: the base's)", "train-resolution", 0, MAX_SIDE)
+        resolution = _number(start["resolution"], "Resolution (0: the base's)", "train-resolution", 0, MAX_RESOLUTION)
         seed = _number(0, "Training seed", "train-seed", 0, MAX_SEED)
     with gr.Row():
         dora = gr.Checkbox(start["dora"], label="DoRA (off: plain LoRA)", elem_id="train-dora", min_width=140)
@@ -88,7 +88,7 @@ def build_form(dataset: gr.Dropdown, options: UiOptions) -> Form:
     )
     estimate = gr.Button("Plan and memory", size="sm", elem_id="train-plan")
     shown = gr.HTML(elem_id="train-plan-text")
-    return Form(
+    return TrainForm(
         dataset, recipe, name, prompt, rank, steps, rate, resolution, batch_size, seed, text_encoder, dora, samples,
         every, estimate, shown,
     )  # fmt: skip
@@ -116,25 +116,27 @@ def _form_values(recipe: object, options: UiOptions) -> dict[str, Any]:
     }
 
 
-def wire_form(form: Form, planner: Planner, session: Session, options: UiOptions) -> None:
+def wire_form(form: TrainForm, planner: Planner, session: Session, options: UiOptions) -> None:
     """A recipe fills the fields; a button tells the plan."""
     filled = tuple(_form_values(PLAIN, options))
 
     def fill(recipe: object) -> list[Any]:
-        with user_errors():
-            values = _form_values(recipe, options)
-            return [values[name] for name in filled]
+        values = _form_values(recipe, options)
+        return [values[name] for name in filled]
 
-    def estimate(values: dict[Component, Any]) -> str:
-        with user_errors():
-            return report_html(planner.plan(config_of(form, values, session, options)))
+    def estimate(values: Values) -> str:
+        return report_html(planner.plan(config_of(form, values, session, options)))
 
-    form.recipe.input(
-        fill, form.recipe, [getattr(form, name) for name in filled], show_progress="hidden", api_visibility="private"
+    wire(form.recipe.input, fill, form.recipe, [getattr(form, name) for name in filled])
+    wire(
+        form.estimate.click,
+        estimate,
+        {*form.inputs},
+        form.plan,
+        options=EventOptions(show_progress="full", concurrency_limit=1),
     )
-    form.estimate.click(estimate, {*form.inputs}, form.plan, concurrency_limit=1, api_visibility="private")
 
 
-def config_of(form: Form, values: Mapping[Component, Any], session: Session, options: UiOptions) -> TrainConfig:
+def config_of(form: TrainForm, values: Values, session: Session, options: UiOptions) -> TrainConfig:
     """The run that the fields describe, on the base that the app has; `ValueError` names the field that is wrong."""
     return build_config(form.read(values), model=str(session.source), roots=options.datasets, runs=options.runs)

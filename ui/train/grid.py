@@ -5,17 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dora_diffusion.generation.generate import GenerationSettings
-from ui.backend.request import MAX_STRENGTH, AdapterChoice, DrawRequest, check_number
+from ui.backend.checks import check_strength_number
+from ui.backend.request import AdapterChoice, DrawRequest
 from ui.library.library import AdapterLibrary
 from ui.train.runs import list_checkpoints, send_to_library
 
 MAX_ROWS, MAX_WEIGHTS = 8, 8
 
-Draw = Callable[[DrawRequest], Path]
+DrawPicture = Callable[[DrawRequest], Path]
 
 
 @dataclass(frozen=True)
-class Cell:
+class CheckpointCell:
     """One picture of the grid.
 
     Attributes:
@@ -49,7 +50,7 @@ def _number(text: str) -> float:
         value: object = float(text)
     except ValueError:
         value = text
-    return check_number("weights", value, low=-MAX_STRENGTH, high=MAX_STRENGTH)
+    return check_strength_number("weights", value)
 
 
 def choose_rows(steps: Sequence[int]) -> list[int]:
@@ -60,8 +61,8 @@ def choose_rows(steps: Sequence[int]) -> list[int]:
 
 
 def draw_grid(
-    run: Path, library: AdapterLibrary, settings: GenerationSettings, weights: Sequence[float], draw: Draw
-) -> Iterator[tuple[Cell, ...]]:
+    run: Path, library: AdapterLibrary, settings: GenerationSettings, weights: Sequence[float], draw: DrawPicture
+) -> Iterator[tuple[CheckpointCell, ...]]:
     """The cells so far, after each one; rows of 1 + len(weights), the base first.
 
     The checkpoints are copied into the library, and stay there: so each picture can be restored by its hash.
@@ -74,11 +75,11 @@ def draw_grid(
         raise ValueError(f"{run.name}: no checkpoint with an adapter yet; wait for the first, or choose another run")
     names = {step: send_to_library(run, step, library) for step in steps}  # before training removes old ones
     base = draw(DrawRequest(settings, ()))
-    cells: tuple[Cell, ...] = ()
+    cells: tuple[CheckpointCell, ...] = ()
     for step, name in names.items():
-        cells += (Cell(step, f"step {step} · base", base),)
+        cells += (CheckpointCell(step, f"step {step} · base", base),)
         for weight in weights:
             chosen = (AdapterChoice(name, weight),) if weight else ()
             picture = draw(DrawRequest(settings, chosen)) if chosen else base
-            cells += (Cell(step, f"step {step} · {weight:g}", picture),)
+            cells += (CheckpointCell(step, f"step {step} · {weight:g}", picture),)
             yield cells

@@ -11,8 +11,8 @@ from PIL import Image
 
 from dora_diffusion.training.doctor import examine, format_report
 from dora_diffusion.utils.images import read_image
-from ui.backend.request import check_text, check_whole
-from ui.errors import user_errors
+from ui.backend.checks import check_text, check_whole
+from ui.errors import LATEST, wire
 from ui.options import UiOptions
 from ui.train.data import Captioned, find_dataset, find_picture, list_datasets, list_pictures, save_caption
 from ui.train.widgets import report_html
@@ -60,55 +60,50 @@ def wire_pictures(board: Pictures, instance_prompt: gr.Textbox, options: UiOptio
     roots = options.datasets
 
     def show(dataset: object, prompt: object) -> Iterator[tuple[Any, ...]]:
-        with user_errors():
-            folder = find_dataset(dataset, roots)
-            yield report_html("Looking …"), *_page_of(folder, 1), "", ""
-            yield _doctor(folder, prompt), gr.skip(), gr.skip(), gr.skip(), gr.skip()
+        folder = find_dataset(dataset, roots)
+        yield report_html("Looking …"), *_page_of(folder, 1), "", ""
+        yield _doctor(folder, prompt), gr.skip(), gr.skip(), gr.skip(), gr.skip()
 
     def turn(dataset: object, page: object) -> tuple[Any, ...]:
-        with user_errors():
-            return _page_of(find_dataset(dataset, roots), page)
+        return _page_of(find_dataset(dataset, roots), page)
 
     def select(dataset: object, page: object, event: gr.SelectData) -> tuple[str, str]:
-        with user_errors():
-            pictures = list_pictures(find_dataset(dataset, roots))
-            index = event.index if isinstance(event.index, int) else -1
-            at = (check_whole("page", page, low=1, high=_pages(pictures)) - 1) * PAGE + index
-            if not (0 <= index < PAGE and at < len(pictures)):
-                raise ValueError("picture: got one that is not in the gallery; press Refresh and pick again")
-            return pictures[at].name, pictures[at].caption or ""
+        pictures = list_pictures(find_dataset(dataset, roots))
+        index = event.index if isinstance(event.index, int) else -1
+        at = (check_whole("page", page, low=1, high=_pages(pictures)) - 1) * PAGE + index
+        if not (0 <= index < PAGE and at < len(pictures)):
+            raise ValueError("picture: got one that is not in the gallery; press Refresh and pick again")
+        return pictures[at].name, pictures[at].caption or ""
 
     def write(dataset: object, page: object, picture: object, caption: object, prompt: object) -> tuple[Any, ...]:
-        with user_errors():
-            folder = find_dataset(dataset, roots)
-            save_caption(folder, picture, caption)
-            return _doctor(folder, prompt), *_page_of(folder, page), find_picture(folder, picture).caption
+        folder = find_dataset(dataset, roots)
+        save_caption(folder, picture, caption)
+        return _doctor(folder, prompt), *_page_of(folder, page), find_picture(folder, picture).caption
 
     def look_again() -> Any:
         return gr.Dropdown(list(list_datasets(roots)))
 
     def examine_again(dataset: object, prompt: object) -> Any:
-        with user_errors():
-            return _doctor(find_dataset(dataset, roots), prompt) if dataset else gr.skip()
+        return _doctor(find_dataset(dataset, roots), prompt) if dataset else gr.skip()
 
     shown = [board.gallery, board.page]
-    instance_prompt.blur(
-        examine_again, [board.dataset, instance_prompt], board.report, show_progress="hidden", api_visibility="private"
+    wire(instance_prompt.blur, examine_again, [board.dataset, instance_prompt], board.report)
+    wire(
+        board.dataset.change,
+        show,
+        [board.dataset, instance_prompt],
+        [board.report, *shown, board.picture, board.caption],
+        options=LATEST,
     )
-    board.dataset.change(
-        show, [board.dataset, instance_prompt], [board.report, *shown, board.picture, board.caption],
-        show_progress="hidden", trigger_mode="always_last", api_visibility="private",
-    )  # fmt: skip
-    board.page.submit(turn, [board.dataset, board.page], shown, show_progress="hidden", api_visibility="private")
-    board.gallery.select(
-        select, [board.dataset, board.page], [board.picture, board.caption], show_progress="hidden",
-        api_visibility="private",
-    )  # fmt: skip
-    board.save.click(
-        write, [board.dataset, board.page, board.picture, board.caption, instance_prompt],
-        [board.report, *shown, board.caption], show_progress="hidden", api_visibility="private",
-    )  # fmt: skip
-    board.refresh.click(look_again, outputs=board.dataset, show_progress="hidden", api_visibility="private")
+    wire(board.page.submit, turn, [board.dataset, board.page], shown)
+    wire(board.gallery.select, select, [board.dataset, board.page], [board.picture, board.caption])
+    wire(
+        board.save.click,
+        write,
+        [board.dataset, board.page, board.picture, board.caption, instance_prompt],
+        [board.report, *shown, board.caption],
+    )
+    wire(board.refresh.click, look_again, outputs=board.dataset)
 
 
 def _doctor(folder: Path, prompt: object) -> str:

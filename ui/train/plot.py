@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from ui.markup import paragraph, polyline
 from ui.train.runs import Losses
 
 WIDTH, HEIGHT = 640, 240
@@ -22,7 +23,7 @@ def loss_plot(losses: Losses, *, total: int) -> str:
     """
     train, validation = _finite(losses.train), _finite(losses.validation)
     if not train and not validation:
-        return '<p class="train-none">No loss is written yet.</p>'
+        return paragraph("No loss is written yet.", "train-none")
     values = [*train.values(), *validation.values()]
     low, high = min(values), max(values)
     margin = (high - low) * 0.08 or abs(high) * 0.1 or 1.0
@@ -71,8 +72,7 @@ def _thinned(points: Sequence[Point]) -> list[Point]:
 
 
 def _line(axes: "_Axes", points: Sequence[Point], name: str) -> str:
-    corners = " ".join(f"{axes.x(step):.1f},{axes.y(value):.1f}" for step, value in points)
-    return f'<polyline class="{name}" points="{corners}"/>' if points else ""
+    return polyline(((axes.x(step), axes.y(value)) for step, value in points), name) if points else ""
 
 
 class _Axes:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dora_diffusion.training.checkpoint import ADAPTER
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.utils.atomic import write_atomically
+from dora_diffusion.utils.atomic import recover, write_atomically
 from ui.train.child import end, spawn
 from ui.train.log import last_line, last_reason
 from ui.train.runs import CONFIG, LOG, forget_attempt, run_config
@@ -147,6 +147,7 @@ class Trainer:
 
 
 def _has_learnt(run: Path) -> bool:
+    recover(run / "checkpoints")
     return any(run.glob("checkpoints/step-*")) or (run / ADAPTER).exists()
 
 

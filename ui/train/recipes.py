@@ -8,13 +8,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from dora_diffusion.training.config import TrainConfig
-from ui.backend.request import MAX_PROMPT, MAX_SEED, check_name, check_number, check_text, check_whole
+from ui.backend.checks import MAX_PROMPT, MAX_SEED, check_name, check_number, check_text, check_whole
 from ui.train.data import find_dataset
 
 PLAIN = "plain"
 MAX_RUN_STEPS = 1_000_000
 MAX_RANK = 1024
-MAX_SIDE = 2048
+MAX_RESOLUTION = 2048
 MAX_SAMPLES = 8
 KEPT_CHECKPOINTS = 50
 
@@ -116,7 +116,7 @@ def build_config(fields: Fields, *, model: str, roots: Sequence[Path], runs: Pat
     settings["data"] |= {
         "instance_dir": str(find_dataset(fields.dataset, roots)),
         "instance_prompt": check_text("instance prompt", fields.instance_prompt) or None,
-        "resolution": check_whole("resolution", fields.resolution, low=0, high=MAX_SIDE) or None,
+        "resolution": check_whole("resolution", fields.resolution, low=0, high=MAX_RESOLUTION) or None,
     }
     _put_adapter(settings["adapter"], fields)
     _put_optimiser(settings["optim"], fields, text_encoder=settings["adapter"]["train_text_encoder"])

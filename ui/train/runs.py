@@ -11,7 +11,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from dora_diffusion.training.checkpoint import ADAPTER
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.utils.atomic import MANIFEST, atomic_file, sha256_of
-from ui.backend.request import check_name
+from ui.backend.checks import check_name
 from ui.library.library import AdapterLibrary
 
 CONFIG, LOG, OUTCOME = "config.yaml", "train.log", "validation.json"

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.components import Component
 
 from ui.backend.session import Session
-from ui.errors import user_errors
-from ui.generate.stage import status_html
+from ui.errors import QUICK, wire
+from ui.generate.values import Values
+from ui.markup import status_html
 from ui.options import UiOptions
 from ui.train.compare import build_compare, wire_compare
-from ui.train.form import Form, build_form, config_of, wire_form
+from ui.train.form import TrainForm, build_form, config_of, wire_form
 from ui.train.pictures import build_pictures, wire_pictures
 from ui.train.plan import Planner
 from ui.train.process import Trainer
 from ui.train.runs import find_run, list_runs
-from ui.train.watch import Watch, build_watch, wire_watch
+from ui.train.watch import RunWatch, build_watch, wire_watch
 from ui.train.widgets import CSS
 
 __all__ = ["CSS", "Train", "build_train"]
@@ -73,24 +73,22 @@ def build_train(session: Session, options: UiOptions) -> Train:
     return Train(compare.sent, trainer, planner)
 
 
-def _wire_trainer(form: Form, watch: Watch, trainer: Trainer, session: Session, options: UiOptions) -> None:
+def _wire_trainer(form: TrainForm, watch: RunWatch, trainer: Trainer, session: Session, options: UiOptions) -> None:
     def on_show(run: Path, line: str) -> tuple[Any, ...]:
         names = [run.name, *(name for name in list_runs(options.runs) if name != run.name)]
         buttons = gr.Button(interactive=False), gr.Button(interactive=True)
         return gr.Dropdown(names, value=run.name), status_html(line), *buttons
 
-    def start(values: dict[Component, Any]) -> tuple[Any, ...]:
-        with user_errors():
-            run = trainer.start(config_of(form, values, session, options))
-            return on_show(run, f"{run.name}: starting …")
+    def start(values: Values) -> tuple[Any, ...]:
+        run = trainer.start(config_of(form, values, session, options))
+        return on_show(run, f"{run.name}: starting …")
 
     def resume(chosen: object) -> tuple[Any, ...]:
-        with user_errors():
-            run = find_run(options.runs, chosen)
-            trainer.resume(run)
-            return on_show(run, f"{run.name}: going on …")
+        run = find_run(options.runs, chosen)
+        trainer.resume(run)
+        return on_show(run, f"{run.name}: going on …")
 
     outputs = [watch.run, watch.status, watch.start, watch.stop]
-    watch.start.click(start, {*form.inputs}, outputs, show_progress="hidden", api_visibility="private")
-    watch.resume.click(resume, watch.run, outputs, show_progress="hidden", api_visibility="private")
-    watch.stop.click(trainer.stop, queue=False, api_visibility="private")
+    wire(watch.start.click, start, {*form.inputs}, outputs)
+    wire(watch.resume.click, resume, watch.run, outputs)
+    wire(watch.stop.click, trainer.stop, options=QUICK)

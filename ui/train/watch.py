@@ -1,8 +1,6 @@
 """A run in the page while it goes on: progress, losses, samples, checkpoints. Read from its folder, once a second."""
 
-import base64
 import hashlib
-import io
 import json
 import threading
 from collections.abc import Callable
@@ -13,7 +11,8 @@ from typing import Any
 import gradio as gr
 
 from dora_diffusion.utils.images import read_image
-from ui.generate.stage import status_html
+from ui.errors import EventOptions, wire
+from ui.markup import picture_url, region, status_html
 from ui.options import UiOptions
 from ui.train.plot import loss_plot
 from ui.train.process import Trainer, TrainState
@@ -34,7 +33,7 @@ _MOST_READERS = 16
 
 
 @dataclass(frozen=True)
-class Watch:
+class RunWatch:
     """The widgets of a run; `seen` is hidden and tells a tick what the page shows."""
 
     run: gr.Dropdown
@@ -65,7 +64,7 @@ class Readers:
             return reader.losses()
 
 
-def build_watch(options: UiOptions) -> Watch:
+def build_watch(options: UiOptions) -> RunWatch:
     """Lay out the run inside the open block."""
     with gr.Row():
         start = gr.Button("Start training", variant="primary", elem_id="train-start", min_width=130)
@@ -77,10 +76,10 @@ def build_watch(options: UiOptions) -> Watch:
     plot = gr.HTML(elem_id="train-loss")
     samples = gr.HTML(elem_id="train-strip")
     seen = gr.Textbox(visible="hidden", elem_id="train-seen")
-    return Watch(run, start, resume, stop, status, plot, samples, gr.Timer(SECONDS), seen)
+    return RunWatch(run, start, resume, stop, status, plot, samples, gr.Timer(SECONDS), seen)
 
 
-def wire_watch(board: Watch, checkpoint: gr.Dropdown, trainer: Trainer, options: UiOptions) -> None:
+def wire_watch(board: RunWatch, checkpoint: gr.Dropdown, trainer: Trainer, options: UiOptions) -> None:
     """Show the chosen run at every tick, sending what has changed.
 
     What the page shows is remembered by the page itself: an answer that gets lost is sent again, and whatever another
@@ -96,23 +95,25 @@ def wire_watch(board: Watch, checkpoint: gr.Dropdown, trainer: Trainer, options:
         changed = [gr.skip() if shown.get(name) == part.mark else part.make() for name, part in parts.items()]
         return [*changed, gr.skip() if shown == now else json.dumps(now)]
 
-    board.timer.tick(
-        tick, [board.run, board.seen],
+    wire(
+        board.timer.tick,
+        tick,
+        [board.run, board.seen],
         [board.run, board.status, board.plot, board.samples, checkpoint, board.start, board.stop, board.seen],
-        show_progress="hidden", trigger_mode="once", queue=False, api_visibility="private",
-        preprocess=False,  # gradio would refuse a run that is listed no more, at every tick of a page that shows it
-    )  # fmt: skip
+        # no preprocess: gradio would refuse a run that is listed no more, at every tick of a page that shows it
+        options=EventOptions(trigger_mode="once", queue=False, preprocess=False),
+    )
 
 
 @dataclass(frozen=True)
-class Part:
+class WatchedPart:
     """A widget of a run: a short text that changes when what it shows does, and what it shows."""
 
     mark: str
     make: Callable[[], Any]
 
 
-def _parts(run: Path | None, state: TrainState, names: list[str], losses: Losses) -> dict[str, Part]:
+def _parts(run: Path | None, state: TrainState, names: list[str], losses: Losses) -> dict[str, WatchedPart]:
     """The outputs of a tick, in their order; they depend on nothing but what is so now."""
     name = run.name if run else None
     under_way = state.run if state.under_way and state.run in names else None
@@ -124,13 +125,13 @@ def _parts(run: Path | None, state: TrainState, names: list[str], losses: Losses
     steps = list(list_checkpoints(run)) if run else []
     busy = state.under_way
     return {
-        "run": Part(_mark(names, None if run else (under_way, state.number)), lambda: choice),
-        "status": Part(_mark(status, state.number), lambda: status),
-        "plot": Part(_mark(name, total, counts), lambda: loss_plot(losses, total=total) if run else ""),
-        "samples": Part(_mark(name, samples), lambda: _strip(run) if run else ""),
-        "checkpoint": Part(_mark(name, steps), lambda: _checkpoints(steps)),
-        "start": Part(_mark(busy, state.number), lambda: gr.Button(interactive=not busy)),
-        "stop": Part(_mark(state.phase, state.number), lambda: gr.Button(interactive=state.phase == "running")),
+        "run": WatchedPart(_mark(names, None if run else (under_way, state.number)), lambda: choice),
+        "status": WatchedPart(_mark(status, state.number), lambda: status),
+        "plot": WatchedPart(_mark(name, total, counts), lambda: loss_plot(losses, total=total) if run else ""),
+        "samples": WatchedPart(_mark(name, samples), lambda: _strip(run) if run else ""),
+        "checkpoint": WatchedPart(_mark(name, steps), lambda: _checkpoints(steps)),
+        "start": WatchedPart(_mark(busy, state.number), lambda: gr.Button(interactive=not busy)),
+        "stop": WatchedPart(_mark(state.phase, state.number), lambda: gr.Button(interactive=state.phase == "running")),
     }
 
 
@@ -208,11 +209,9 @@ def _strip(run: Path) -> str:
         except ValueError:  # being written
             continue
         picture.thumbnail((SAMPLE_WIDTH, SAMPLE_WIDTH))
-        buffer = io.BytesIO()
-        picture.save(buffer, format="JPEG", quality=88)
-        source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        source = picture_url(picture, format="JPEG")
         rows.append(f'<figure><img src="{source}" alt="samples"><figcaption>step {step}</figcaption></figure>')
-    return f'<div class="train-strip" tabindex="0" aria-label="samples">{"".join(rows)}</div>' if rows else ""
+    return region("".join(rows), "train-strip", "samples") if rows else ""
 
 
 def _checkpoints(steps: list[int]) -> Any:

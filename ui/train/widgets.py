@@ -1,6 +1,6 @@
 """What the parts of the Train tab share: how the tab looks, and lines of text in it."""
 
-from html import escape
+from ui.markup import escaped
 
 CSS = """
 .train-report pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; margin: 0; }
@@ -28,4 +28,4 @@ CSS = """
 
 def report_html(text: str, *, bad: bool = False) -> str:
     """Lines of text as they are."""
-    return f'<div class="train-report{" bad" if bad else ""}"><pre>{escape(text)}</pre></div>'
+    return f'<div class="train-report{" bad" if bad else ""}"><pre>{escaped(text)}</pre></div>'

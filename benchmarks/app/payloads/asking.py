@@ -12,7 +12,7 @@ import httpx
 
 from benchmarks.app.payloads.target import Target
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 MOST_READ = 1 << 20
 
 

@@ -60,7 +60,7 @@ def seen_by_browser(url: str) -> Seen | None:
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", lambda request: urls.append(request.url))
         page.goto(url)
-        page.locator("#prompt textarea").wait_for(timeout=60_000)
+        page.locator("#prompt textarea").wait_for(timeout=120_000)
         page.wait_for_timeout(SETTLE_MS)
         handlers = page.locator("[onerror], [onmouseover], [onload]").count()
         browser.close()

@@ -162,7 +162,7 @@ def target_over(pipe: StableDiffusionPipeline, adapters: Mapping[str, bytes]) ->
         try:
             # no connection is kept: the server hangs up on idle ones while another answer is waited for
             limits = httpx.Limits(max_keepalive_connections=0)
-            with httpx.Client(base_url=app.url, timeout=30, limits=limits) as http:
+            with httpx.Client(base_url=app.url, timeout=120, limits=limits) as http:
                 yield Target(app, http, trap, root, _words(root, trap))
         finally:
             app.close()

@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +15,13 @@ from dora_diffusion.generation.generate import Canvas, GenerationSettings, Gener
 from dora_diffusion.generation.png_metadata import metadata_text, read_metadata
 from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.utils.atomic import sha256_of
+from tests.ui.scripted import until
 from ui.backend import engine as engine_module
 from ui.backend.inputs import find_input
 from ui.backend.request import AdapterChoice, DrawRequest
 from ui.backend.run import Update
 from ui.backend.session import Session
-from ui.library.library import stamp_of
+from ui.library.library import AdapterLibrary, stamp_of
 
 SETTINGS = GenerationSettings("a cat on a red background", negative_prompt="dog", seed=3, steps=2, guidance_scale=3.0)
 LONG = GenerationSettings("a cat", steps=100)
@@ -49,6 +49,17 @@ def _expected(pipe: StableDiffusionPipeline, adapters: Path, settings: Generatio
     picture = generate(pipe, settings)
     manager.unload()
     return np.asarray(picture)
+
+
+def test_a_session_looks_into_its_folder_once(
+    pipe: StableDiffusionPipeline, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Path] = []
+    refresh = AdapterLibrary.refresh
+    monkeypatch.setattr(AdapterLibrary, "refresh", lambda library: looked.append(library.folder) or refresh(library))
+    session = Session(pipe, model="random", folder=adapters, output=tmp_path / "out")
+    session.close()
+    assert looked == [adapters] and session.library.usable == ("ink", "lego")
 
 
 def test_blend_and_base_are_what_the_library_draws(
@@ -115,10 +126,7 @@ def test_leaving_the_page_stops_the_work(session: Session, tmp_path: Path) -> No
     updates = run.updates()
     next(updates)
     updates.close()  # type: ignore[attr-defined]
-    deadline = time.monotonic() + 10  # it ends within a step; nobody waits for it
-    while not run.finished and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert run.finished
+    until(lambda: run.finished)  # it ends within a step
     assert run.latest.phase == "stopped"
     assert not (tmp_path / "out").exists()
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import gradio as gr
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,21 +20,23 @@ from dora_diffusion.generation.img2img import Canvas
 from dora_diffusion.generation.png_metadata import AdapterUse, save_picture
 from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.utils.atomic import sha256_of
+from tests.failing_disk import RENAMES, contents, failing_at
 from ui.backend.picture_difference import largest_difference
 from ui.backend.request import AdapterChoice, DrawRequest, SlotValues, check_adapters
 from ui.backend.session import Session
+from ui.errors import user_errors
 from ui.generate.history import PAGE, described, find_picture, list_pictures
 from ui.generate.infotext import parse_infotext, settings_of
 from ui.generate.presets import delete_preset, list_presets, load_preset, save_preset
-from ui.generate.recipes import Recipe, placed
+from ui.generate.recipes import DrawRecipe, placed
 from ui.generate.restore import Restored, report_html, restore_from
 from ui.library import hashes as hashes_module
-from ui.library.hashes import EMPTY, Missing, Wanted, find_all
+from ui.library.hashes import EMPTY_SHA256, Missing, Wanted, find_all
 from ui.tabs.export_files import ExportOptions, export_mix
 
 SETTINGS = GenerationSettings("a cat", negative_prompt="dog", seed=3, steps=2, guidance_scale=3.0, sampler="euler")
-INK = SlotValues("ink", True, 0.8, False, 0.8, 0.8)
-LEGO = SlotValues("lego", True, -0.5, True, -0.5, 1.5, curve="fade in")
+INK = SlotValues.of("ink", 0.8)
+LEGO = replace(SlotValues.of("lego", -0.5, curve="fade in"), apart=True, text_encoders=1.5)
 
 
 def _restore(session: Session, path: Path) -> Restored:
@@ -93,14 +96,14 @@ def test_adapters_are_found_by_hash_whatever_they_are_called(session: Session, a
 def test_missing_ones_are_listed_and_never_guessed(session: Session, tmp_path: Path) -> None:
     uses = [
         AdapterUse("ink", "ab" * 32, 1.0),
-        AdapterUse("lego", EMPTY, 1.0),
+        AdapterUse("lego", EMPTY_SHA256, 1.0),
         AdapterUse("<script>", None, 1.0),
     ]
     path = save_picture(Image.new("RGB", (8, 8)), tmp_path / "a.png", SETTINGS, model="random", adapters=uses)
     restored = _restore(session, path)
     assert restored.slots == ()
     assert [(one.name, one.hash) for one in restored.missing] == [
-        ("ink", "ab" * 32), ("lego", EMPTY), ("<script>", None),
+        ("ink", "ab" * 32), ("lego", EMPTY_SHA256), ("<script>", None),
     ]  # fmt: skip
     assert "empty file" in restored.missing[1].reason
     shown = report_html(restored, model="random")
@@ -114,7 +117,9 @@ def test_short_hashes_of_file_or_tensors_match(session: Session, adapters: Path,
     assert [answer.name for answer in find_all(wanted, session.library)] == ["ink", "ink"]
 
 
-@pytest.mark.parametrize("hash", [EMPTY, "e3b0c44298fc", "e3b0c44298", "0xe3b0c442", "1234567", "g" * 10, "", None])
+@pytest.mark.parametrize(
+    "hash", [EMPTY_SHA256, "e3b0c44298fc", "e3b0c44298", "0xe3b0c442", "1234567", "g" * 10, "", None]
+)
 def test_hashes_that_prove_nothing_find_nothing(session: Session, adapters: Path, hash: str | None) -> None:
     (adapters / "empty.safetensors").write_bytes(b"")
     session.library.refresh()
@@ -228,7 +233,7 @@ def test_strengths_that_the_rack_cannot_hold_are_told(session: Session) -> None:
 def test_presets_come_back_as_they_were(session: Session, adapters: Path, tmp_path: Path) -> None:
     mask = Image.new("L", (64, 64), 128)
     off = replace(LEGO, enabled=False, solo=True, curve="0:0, 0.3:1")
-    recipe = Recipe(SETTINGS, (replace(INK, mask=mask), off), "additive")
+    recipe = DrawRecipe(SETTINGS, (replace(INK, mask=mask), off), "additive")
     save_preset("my-look", recipe, session.library, model="random", output=session.output)
     assert list_presets(session.output) == ("my-look",)
     (adapters / "lego.safetensors").rename(adapters / "bricks.safetensors")
@@ -246,7 +251,7 @@ def test_presets_come_back_as_they_were(session: Session, adapters: Path, tmp_pa
 @pytest.mark.parametrize("name", ["../x", "", None, 3, ".x", "a/b", "x" * 99, "a\x00"])
 def test_names_of_presets_are_checked(session: Session, name: object) -> None:
     with pytest.raises(ValueError, match="^preset: got"):
-        save_preset(name, Recipe(SETTINGS), session.library, model="random", output=session.output)
+        save_preset(name, DrawRecipe(SETTINGS), session.library, model="random", output=session.output)
     with pytest.raises(ValueError, match="^preset: got"):
         load_preset(name, session.library, session.parts, output=session.output)
     with pytest.raises(ValueError, match="^preset: got"):
@@ -263,7 +268,7 @@ def test_broken_presets_are_one_line(session: Session, content: str) -> None:
 
 
 def test_presets_with_wrong_values_are_refused(session: Session) -> None:
-    path = save_preset("a", Recipe(SETTINGS, (INK,)), session.library, model="random", output=session.output)
+    path = save_preset("a", DrawRecipe(SETTINGS, (INK,)), session.library, model="random", output=session.output)
     whole = json.loads(path.read_text())
     for change in ({"strength": 9}, {"enabled": "yes"}, {"curve": 3}, {"blocks": ["x"]}, {"mask": "../../etc/passwd"}):
         path.write_text(json.dumps({**whole, "slots": [{**whole["slots"][0], **change}]}))
@@ -381,6 +386,45 @@ def test_what_cannot_be_exported_leaves_nothing(
         export_mix(session, DrawRequest(SETTINGS, (AdapterChoice("ink", 1.0),)), ExportOptions("a"))
     assert sorted(adapters.iterdir()) == before
     assert "a" not in session.library.usable
+
+
+@pytest.mark.parametrize(("format", "calls"), [("diffusers", 1), ("peft", 6)])
+def test_an_export_that_cannot_be_written_leaves_nothing_and_is_one_line(
+    session: Session, adapters: Path, format: str, calls: int
+) -> None:
+    before = contents(adapters)
+    request = DrawRequest(SETTINGS, (AdapterChoice("ink", 1.0), AdapterChoice("lego", 0.5)))
+    for call in range(calls):
+        with failing_at(call, of=RENAMES) as tried, pytest.raises(gr.Error) as caught, user_errors(is_markup=False):
+            export_mix(session, request, ExportOptions("both", format=format))
+        assert len(tried) == call + 1
+        assert contents(adapters) == before and not session.output.exists()
+        assert not caught.value.print_exception  # no traceback in the terminal: it was foreseen
+        assert "both" in caught.value.message and "No space left on device" in caught.value.message
+        assert "\n" not in caught.value.message and "staging" not in caught.value.message
+
+
+def test_a_model_that_cannot_be_written_leaves_nothing_and_is_one_line(
+    pipe: object, adapters: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    pipe.save_pretrained(base)  # type: ignore[attr-defined]
+    own = Session(pipe, model=str(base), folder=adapters, output=tmp_path / "out")
+    request = DrawRequest(SETTINGS, check_adapters((INK,), own.parts))
+    options = ExportOptions("whole", target="a whole model")
+    messages = []
+    for call in range(100):
+        with failing_at(call, of=RENAMES):
+            try:
+                with user_errors(is_markup=False):
+                    export_mix(own, request, options)
+                break
+            except gr.Error as error:
+                assert list((tmp_path / "out" / "models").iterdir()) == [] or "png" in error.message
+                messages.append(error.message)
+    own.close()
+    assert len(messages) > 10
+    assert all("No space left on device" in text and "staging" not in text and "\n" not in text for text in messages)
 
 
 @pytest.mark.parametrize("asks", [0, 1, 2, 3, 5, 40, 95])

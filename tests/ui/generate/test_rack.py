@@ -20,18 +20,19 @@ import gradio as gr  # noqa: E402  (after the skip above)
 from dora_diffusion.blending import Interference  # noqa: E402
 from dora_diffusion.functional.blend_modes import MODES  # noqa: E402
 from dora_diffusion.generation.generate import GenerationSettings  # noqa: E402
+from ui.backend.curve_text import NAMED_CURVES  # noqa: E402
 from ui.backend.interference import interference_html, measure, verdict  # noqa: E402
-from ui.backend.request import NAMED_CURVES, DrawRequest, SlotValues, check_adapters  # noqa: E402
+from ui.backend.request import DrawRequest, SlotValues, check_adapters  # noqa: E402
 from ui.backend.session import Session  # noqa: E402
 from ui.generate.controls import Controls  # noqa: E402
 from ui.generate.curves import CONSTANT, OWN_POINTS, curve_html, name_of_text, text_of_name  # noqa: E402
 from ui.generate.form import build_form, build_prompt  # noqa: E402
-from ui.generate.masks import SIDE, canvas_value, mask_html, read_painted  # noqa: E402
+from ui.generate.masks import SIDE, mask_html, painter_value, read_painted  # noqa: E402
 from ui.generate.rack import IN_ORDER, SLOTS, Rack, broken_list, build_rack, mode_html  # noqa: E402
-from ui.generate.recipes import Recipe  # noqa: E402
-from ui.generate.slots import EMPTY, LOADING, badge, block_updates, choices_of, shown_slots  # noqa: E402
+from ui.generate.recipes import DrawRecipe  # noqa: E402
+from ui.generate.slots import EMPTY_SLOT, LOADING, badge, block_updates, shown_slots, slot_choices  # noqa: E402
 
-INK = SlotValues("ink", enabled=True, strength=0.8, apart=False, denoiser=1.0, text_encoders=1.0)
+INK = SlotValues.of("ink", 0.8)
 LEGO = replace(INK, file="lego", strength=-0.5, curve="0:0, 1:1", solo=True, blocks=(1.0, 0.5, 0.0))
 
 
@@ -76,7 +77,7 @@ def test_the_desk_asks_for_what_the_page_holds(session: Session) -> None:
         form = build_form(session, build_prompt(), demo)
         controls = Controls(session, gr.State("random"), form, build_rack(session, demo))
     settings = GenerationSettings("a cat", "dog", 3, 2, 3.0, 64, 128, "euler")
-    changes = controls.updates(Recipe(settings, (EMPTY, INK), "additive"))
+    changes = controls.updates(DrawRecipe(settings, (EMPTY_SLOT, INK), "additive"))
     assert set(changes) <= controls.outputs
     state = {widget: getattr(widget, "value", None) for widget in controls.inputs}
     state |= {widget: _value(change) for widget, change in changes.items()} | {form.count: 3}
@@ -109,7 +110,7 @@ def test_filled_slots_are_shown_and_the_first_empty_one(rack: Rack) -> None:
 def test_add_takes_the_next_free_slot(rack: Rack) -> None:
     state = _state(rack, (INK,))
     state = _moved(state, rack.add(state, "lego", strength=0.4))
-    assert rack.read(state)[1] == replace(EMPTY, file="lego", strength=0.4, denoiser=0.4, text_encoders=0.4,
+    assert rack.read(state)[1] == replace(EMPTY_SLOT, file="lego", strength=0.4, denoiser=0.4, text_encoders=0.4,
                                           blocks=(1.0, 1.0, 1.0))  # fmt: skip
     with pytest.raises(ValueError, match="lego: is in slot 2 already"):
         rack.add(state, "lego")
@@ -124,7 +125,7 @@ def test_add_takes_the_next_free_slot(rack: Rack) -> None:
 
 def test_a_move_takes_everything_along_and_passes_empty_slots(rack: Rack) -> None:
     mask = Image.new("L", (8, 8), 255)
-    before = _state(rack, (replace(INK, mask=mask), EMPTY, LEGO))
+    before = _state(rack, (replace(INK, mask=mask), EMPTY_SLOT, LEGO))
     after = _moved(before, rack.move(before, 0, 1))
     assert rack.read(after)[0] == LEGO
     assert rack.read(after)[2] == replace(INK, mask=mask, blocks=(1.0, 1.0, 1.0))
@@ -150,7 +151,7 @@ def test_another_base_has_its_own_blocks_and_tells_of_the_adapters_anew(rack: Ra
 def test_remove_forgets_what_the_slot_held(rack: Rack) -> None:
     state = _state(rack, (LEGO, INK))
     state = _moved(state, rack.remove(state, 0))
-    assert rack.read(state)[0] == replace(EMPTY, file="", blocks=(1.0, 1.0, 1.0))
+    assert rack.read(state)[0] == replace(EMPTY_SLOT, file="", blocks=(1.0, 1.0, 1.0))
     assert rack.read(state)[1].file == "ink"
 
 
@@ -223,7 +224,7 @@ def test_lists_are_short_and_hold_what_is_chosen(session: Session, adapters: Pat
     for number in range(320):
         (adapters / f"a{number:03}.safetensors").write_bytes((adapters / "lego.safetensors").read_bytes())
     session.library.refresh(patience=0)
-    names = choices_of(session.library, "lego")
+    names = slot_choices(session.library, "lego")
     assert len(names) == 302
     assert "lego" in names
     assert "The first 300 of" in broken_list(session.library)
@@ -267,7 +268,7 @@ def test_a_painted_mask_is_read_and_shown() -> None:
     assert "draws in 50% of the picture" in mask_html(mask)
     assert "draws everywhere" in mask_html(None)
     assert read_painted("") is None
-    assert canvas_value(mask) != canvas_value(mask)
+    assert painter_value(mask) != painter_value(mask)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed: 
 from playwright.sync_api import BrowserContext, sync_playwright  # noqa: E402  (after the skips above)
 
 from tests.ui.served import free_port  # noqa: E402
-from tests.ui.tab import CHROMIUM, DESKTOP, SWITCHES, Tab  # noqa: E402
+from tests.ui.tab import CHROMIUM, DESKTOP, PATIENCE_MS, SWITCHES, Tab  # noqa: E402
 from ui.app import RunningApp, launch  # noqa: E402
 
 CATS = ("red", "blue", "meadow")  # pictures to train on
@@ -95,7 +95,9 @@ def chromium() -> Iterator[BrowserContext]:
     """A browser for a module: its tabs share what they have fetched of the page, and nothing else."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
-        yield browser.new_context(viewport=DESKTOP)
+        context = browser.new_context(viewport=DESKTOP)
+        context.set_default_timeout(PATIENCE_MS)
+        yield context
         browser.close()
 
 

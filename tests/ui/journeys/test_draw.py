@@ -1,7 +1,6 @@
 """Two adapters are blended by keyboard and mouse, Stop stops, a closed tab stops, a mistake is one line."""
 
 import json
-import time
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -12,6 +11,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect
 
 from dora_diffusion.utils.atomic import sha256_of
+from tests.ui.scripted import until
 from tests.ui.tab import PATIENCE_MS, Tab
 from ui.app import RunningApp
 from ui.backend.request import DrawRequest
@@ -122,10 +122,7 @@ def test_a_closed_tab_stops_its_run(tab: Tab, app: RunningApp) -> None:
     expect(page.locator("#status")).to_contain_text("of 100", timeout=PATIENCE_MS)
     assert app.session.busy
     page.close()
-    deadline = time.monotonic() + PATIENCE_MS / 1000
-    while app.session.busy and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not app.session.busy
+    until(lambda: not app.session.busy)
     assert _pictures(app) == had
 
 

@@ -67,7 +67,7 @@ def _stroke(tab: Tab, canvas: Locator, start: tuple[float, float], end: tuple[fl
 
 
 def _expect_level(canvas: Locator, x: float, y: float, level: int) -> None:
-    for _ in range(100):
+    for _ in range(PATIENCE_MS // 100):
         if canvas.evaluate(_LEVEL, [x, y]) == level:
             return
         canvas.page.wait_for_timeout(100)
@@ -136,7 +136,7 @@ def test_a_mask_of_any_size_survives_until_it_is_painted_on(tab: Tab, app: Runni
     settings = check_settings("a cat", "", seed=5, steps=3, guidance=3.0, details=DetailValues(strength=0.73))
     with Image.open(photo) as picture:
         canvas = Canvas(picture.convert("RGB"), Image.fromarray(levels))
-    ink = SlotValues("ink", True, 1.0, False, 1.0, 1.0)
+    ink = SlotValues.of("ink", 1.0)
     request = DrawRequest(settings, check_adapters((ink,), session.parts), canvas=canvas)
     first = list(session.start(request, owner="test").updates())[-1].picture
     assert first is not None
@@ -181,8 +181,7 @@ def test_the_painter_erases_undoes_and_fits_a_phone(tab: Tab, photo: Path, tmp_p
     page.locator("#canvas [data-deed=undo]").click()
     _expect_level(canvas, 0.8, 0.5, 255)
     page.set_viewport_size(PHONE)  # type: ignore[arg-type]
-    page.wait_for_timeout(300)
-    assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+    page.wait_for_function(f"document.documentElement.scrollWidth === {PHONE['width']}")
     box = canvas.bounding_box()
     assert box is not None and box["width"] < PHONE["width"]
     canvas.scroll_into_view_if_needed()

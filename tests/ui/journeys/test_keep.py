@@ -13,7 +13,7 @@ LONG_PATIENCE_MS = 3 * PATIENCE_MS
 
 
 def _drawn(session: Session, prompt: str, strength: float) -> Path:
-    ink = SlotValues("ink", True, strength, False, strength, strength)
+    ink = SlotValues.of("ink", strength)
     settings = check_settings(prompt, "dog", seed=5, steps=2, guidance=3.0)
     request = DrawRequest(settings, check_adapters((ink,), session.parts))
     return session.save(session.draw(request)[0])

@@ -5,7 +5,7 @@ from playwright.sync_api import expect
 from tests.ui.tab import PATIENCE_MS, PHONE, Tab
 from ui.app import RunningApp
 
-LONG_MS = 90_000
+LONG_MS = 3 * PATIENCE_MS
 
 
 def test_from_a_card_to_a_merged_file_and_back(tab: Tab, app: RunningApp) -> None:

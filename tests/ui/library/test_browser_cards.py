@@ -9,7 +9,7 @@ from PIL import Image
 from dora_diffusion.inspection.header import DeclaredMetadata, HeaderSummary, Structure
 from ui.library.browser import BrowserHandlers, add_word
 from ui.library.cards import card_html, initials, size_in_words
-from ui.library.catalogue import PAGE, Query, check_query, choices_of, shown_of
+from ui.library.catalogue import PAGE, Query, check_query, filter_choices, shown_of
 from ui.library.library import AdapterFile, AdapterLibrary
 from ui.library.shelf import Stamp
 from ui.library.thumbnails import Thumbnails
@@ -68,7 +68,7 @@ def test_pages_end_where_the_files_end() -> None:
 
 
 def test_choices_are_what_there_is() -> None:
-    choices = choices_of(SHELF.files)
+    choices = filter_choices(SHELF.files)
     assert choices.families == ("sd1", "sdxl", "not told")
     assert choices.kinds == ("DoRA", "LoRA")
     assert choices.tags == ("night", "cat")

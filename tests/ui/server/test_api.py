@@ -5,8 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from dora_diffusion.generation.png_metadata import (
 )
 from dora_diffusion.state import AdapterState  # noqa: E402
 from tests.pocket_random import random_adapter  # noqa: E402
+from tests.ui.scripted import PATIENCE, until  # noqa: E402
 from tests.ui.served import Served, free_port, served  # noqa: E402
 from ui.backend.picture_difference import largest_difference  # noqa: E402
 from ui.backend.request import DetailValues, DrawRequest, SlotValues, check_adapters, check_settings  # noqa: E402
@@ -75,7 +77,10 @@ def test_generate_draws_what_a_session_draws(client: Client, app: Served) -> Non
         {"count": 2, "width": 64, "height": 64},
         api_name="/generate",
     )
-    slots = [SlotValues("ink", True, 0.7, False, 0, 0), SlotValues("lego", True, 1, True, -0.5, 0.25)]
+    slots = [
+        SlotValues.of("ink", 0.7),
+        replace(SlotValues.of("lego", 1), apart=True, denoiser=-0.5, text_encoders=0.25),
+    ]
     parts = app.session.parts
     settings = check_settings("a fox", "", 3, 2, 3.0, DetailValues(width=64, height=64))
     request = DrawRequest(settings, check_adapters(slots, parts), count=2)
@@ -89,7 +94,7 @@ def test_generate_draws_what_a_session_draws(client: Client, app: Served) -> Non
 
 def test_progress_comes_while_it_draws(client: Client) -> None:
     job = client.submit("a fox", {"ink": 1}, steps=3, api_name="/generate")
-    job.result(timeout=60)
+    job.result(timeout=PATIENCE)
     assert [outcome["phase"] for outcome in job.outputs()][-1] == "done"
     assert all(outcome["pictures"] == [] for outcome in job.outputs()[:-1])
 
@@ -104,13 +109,9 @@ def test_pictures_to_start_from_are_uploaded(client: Client, tmp_path: Path) -> 
 
 def test_a_cancelled_job_stops_the_drawing(client: Client, app: Served) -> None:
     job = client.submit("a fox", steps=100, options={"count": 16}, api_name="/generate")
-    deadline = time.monotonic() + 20
-    while not job.outputs() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(job.outputs)
     job.cancel()
-    while app.session.busy and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not app.session.busy
+    until(lambda: not app.session.busy)
 
 
 def test_adapters_are_listed_with_what_is_wrong(client: Client) -> None:
@@ -205,9 +206,11 @@ def test_closers_are_all_called_and_waited_for_no_longer_than_told(capsys: pytes
     def fail() -> None:
         raise OSError("no")
 
-    assert close_all([fail, lambda: called.append("next")], seconds=5)
+    assert close_all([fail, lambda: called.append("next")], seconds=PATIENCE)
     assert called == ["next"] and "OSError: no" in capsys.readouterr().err
-    assert not close_all([lambda: time.sleep(1)], seconds=0.05)
+    ended = threading.Event()
+    assert not close_all([ended.wait], seconds=0.05)
+    ended.set()
 
 
 SCRIPT = """
@@ -243,14 +246,13 @@ def test_a_signal_ends_the_app_in_the_middle_of_a_drawing(adapters: Path, number
         url = process.stdout.readline().strip()
         client = Client(url, verbose=False, download_files=False)
         job = client.submit("a fox", steps=100, options={"count": 16}, api_name="/generate")
-        while not job.outputs():
-            time.sleep(0.05)
+        until(job.outputs)
         process.send_signal(number)
-        process.wait(timeout=60)  # a second or two on a machine that does nothing else
+        process.wait(timeout=PATIENCE)
         assert process.returncode == 0
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
-        _, errors = process.communicate(timeout=5)
+        _, errors = process.communicate(timeout=PATIENCE)
         assert "Traceback" not in errors
     finally:
         process.kill()
@@ -274,9 +276,12 @@ class Demo:
         return True
     def close(self, verbose):
         Path({folder!r}, "demo").touch()
+twice = Path({folder!r}, "twice")
 session = SimpleNamespace(stop_all=lambda: None, close=lambda: Path({folder!r}, "session").touch())
 def fail():
-    time.sleep(2)  # a shell hands the signal on: it comes twice
+    Path({folder!r}, "closing").touch()
+    while not twice.exists():  # a shell hands the signal on: it comes again while it closes
+        time.sleep(0.02)
     raise OSError("no")
 on_shutdown(Demo(), session, [fail])
 Path({folder!r}, "through").touch()
@@ -293,20 +298,21 @@ def test_a_closed_terminal_ends_the_app_unless_it_shall_stay(tmp_path: Path, han
     )
     try:
         os.close(theirs)
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "up").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        until((tmp_path / "up").exists)
         os.close(ours)
-        time.sleep(0.3)  # within what closing takes
-        process.send_signal(signal.SIGHUP)
         if ends:
-            process.wait(15)
-            assert {path.name for path in tmp_path.iterdir()} == {"up", "session", "demo", "through"}
+            until((tmp_path / "closing").exists)
+        process.send_signal(signal.SIGHUP)
+        (tmp_path / "twice").touch()
+        if ends:
+            process.wait(PATIENCE)
+            found = {path.name for path in tmp_path.iterdir()}
+            assert found == {"up", "closing", "twice", "session", "demo", "through"}
         else:
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(1)
             process.terminate()
-            process.wait(15)
+            process.wait(PATIENCE)
             assert (tmp_path / "through").exists()
     finally:
         process.kill()

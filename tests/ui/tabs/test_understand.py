@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dora_diffusion.generation.generate import GenerationSettings, GenerationStopped
-from ui.backend.request import AdapterChoice, DrawRequest, Parts, SlotValues, check_adapters
+from ui.backend.request import AdapterChoice, BaseParts, DrawRequest, SlotValues, check_adapters
 from ui.backend.run import Update
 from ui.backend.session import Session
 from ui.backend.tags import resolve_tags
@@ -24,14 +24,14 @@ from ui.tabs.axes import MAX_CELLS, parse_range
 from ui.tabs.inspect_page import facts_of, interference_of, plot_of
 from ui.tabs.leave_one_out import leave_each_out, mean_difference, names_in, row_html
 from ui.tabs.weight_grid import build_weight_grid, map_html, picked_slots
-from ui.tabs.weight_grid_cells import A_B, ADAPTER_WEIGHT, Axes, Cell, plan, request_of, save_sheet
+from ui.tabs.weight_grid_cells import A_B, ADAPTER_WEIGHT, Axes, GridCell, plan, request_of, save_sheet
 
-PARTS = Parts("unet", ("text_encoder",))
+PARTS = BaseParts("unet", ("text_encoder",))
 SETTINGS = GenerationSettings("a cat", seed=3, steps=2)
 
 
 def _slot(file: str | None, strength: float = 1.0, *, enabled: bool = True, solo: bool = False) -> SlotValues:
-    return SlotValues(file, enabled, strength, False, 1.0, 1.0, solo=solo)
+    return replace(SlotValues.of(file, strength), enabled=enabled, solo=solo)
 
 
 RACK = (_slot("ink", 0.8), _slot("lego", -0.5), _slot(None))
@@ -107,7 +107,7 @@ def test_a_map_of_two_crosses_their_weights() -> None:
     assert rows[0][1].label == "lego -1: ink 0.25"
 
 
-def _mix(cell: Cell) -> dict[str, Any]:
+def _mix(cell: GridCell) -> dict[str, Any]:
     """What a cell's slots draw."""
     return {choice.file: choice.weight for choice in check_adapters(cell.slots, PARTS) if choice.draws}
 

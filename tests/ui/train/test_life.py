@@ -97,6 +97,19 @@ def _buttons(tab: Tab) -> tuple[bool, bool]:
     return tab.shown["start"], tab.shown["stop"]
 
 
+def test_a_run_whose_checkpoint_a_killed_save_had_set_aside_is_not_trained_anew(options: UiOptions) -> None:
+    folder = make_run(options, "robot", checkpoints=1) / "checkpoints"
+    aside = folder / ".step-00000001.01234567.staging"
+    for part in ("old", "new/step-00000001"):
+        (aside / part).mkdir(parents=True)
+    (folder / "step-00000001").rename(aside / "old" / "step-00000001")
+    trainer = train_process.Trainer()
+    with pytest.raises(ValueError, match="^robot: there is such a run already"):
+        trainer.start(config_of_run(options, "robot"))
+    assert [path.name for path in folder.iterdir()] == ["step-00000001"]
+    trainer.close()
+
+
 def test_a_run_that_comes_and_goes_between_two_ticks_leaves_the_buttons_right(
     tab: Tab, options: UiOptions, scripted: Scripted
 ) -> None:

@@ -3,7 +3,6 @@
 import os
 import signal
 import struct
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,9 @@ from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.utils.atomic import load_tensors, sha256_of
 from tests.tolerances import assert_identical
-from ui.backend.request import DrawRequest, check_name
+from tests.ui.scripted import until
+from ui.backend.checks import check_name
+from ui.backend.request import DrawRequest
 from ui.backend.session import Session
 from ui.library.library import AdapterLibrary
 from ui.train.data import find_dataset, list_datasets, list_pictures, save_caption
@@ -88,11 +89,8 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def _wait(trainer: Trainer, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while trainer.running and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not trainer.running
+def _wait(trainer: Trainer) -> None:
+    until(lambda: not trainer.running)
 
 
 def _config(roots: tuple[Path, ...], runs: Path, base: object = "pocket", **changes: object) -> TrainConfig:
@@ -271,9 +269,7 @@ def test_a_second_start_is_refused_and_stop_ends_the_process_group(
         trainer.start(_config(roots, tmp_path / "runs", base, name="other"))
     with pytest.raises(ValueError, match="^training: robot is under way"):
         trainer.resume(run)
-    deadline = time.monotonic() + 90
-    while not list_checkpoints(run) and trainer.running and time.monotonic() < deadline:
-        time.sleep(0.1)
+    until(lambda: list_checkpoints(run) or not trainer.running)
     assert trainer._last is not None
     process = trainer._last.process
     assert process.poll() is None, (run / LOG).read_text()
@@ -285,9 +281,7 @@ def test_a_second_start_is_refused_and_stop_ends_the_process_group(
     with pytest.raises(ValueError, match="^robot: there is such a run already; resume it, or choose another name$"):
         trainer.start(long)
     trainer.resume(run)
-    deadline = time.monotonic() + 90
-    while max(list_checkpoints(run)) <= before and trainer.running and time.monotonic() < deadline:
-        time.sleep(0.1)
+    until(lambda: max(list_checkpoints(run)) > before or not trainer.running)
     assert max(list_checkpoints(run)) > before, (run / LOG).read_text()
     trainer.close()
     assert not trainer.running

@@ -26,6 +26,7 @@ from dora_diffusion.pipelines.base_weights import base_weights
 from dora_diffusion.pipelines.loading import EMBEDDED, load_pipeline
 from dora_diffusion.state import AdapterState, FactoredState, ModuleState, join
 from tests import original_layouts
+from tests.failing_disk import RENAMES, fail_at_every_call
 from tests.families.pipelines import PIPELINES
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 from tests.tolerances import assert_close, assert_identical
@@ -219,6 +220,17 @@ def test_a_single_file_is_baked_in_its_makers_names(
     assert changed and not any(key.startswith("first_stage_model.") or key.endswith(".bias") for key in changed)
 
 
+def test_verify_reports_what_is_no_number(folder: Path, adapters: dict[str, AdapterState], tmp_path: Path) -> None:
+    bake(folder, adapters, WEIGHTS, tmp_path / "baked")
+    path = tmp_path / "baked" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    layer = next(layer for layer in adapters["ink"].modules if layer.startswith("unet."))
+    tensors[f"{layer.removeprefix('unet.')}.weight"][0, 0] = float("nan")
+    save_file(tensors, path)
+    check = verify(tmp_path / "baked", folder, adapters, WEIGHTS)
+    assert (check.layer, check.error) == (layer, float("inf"))
+
+
 def test_vectors_are_added_to_biases_and_normalisations(folder: Path, tmp_path: Path) -> None:
     paths = {"unet.conv_norm_out.weight": (64,), "unet.down_blocks.0.resnets.0.conv1.bias": (64,)}
     base = base_weights(folder)
@@ -367,6 +379,22 @@ def test_an_error_in_the_middle_leaves_nothing(folder: Path, adapters: dict[str,
     with pytest.raises(KeyboardInterrupt):
         bake(folder, adapters, WEIGHTS, tmp_path / "baked", on_progress=stop)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_whatever_call_fails_the_old_output_stays(
+    folder: Path, adapters: dict[str, AdapterState], tmp_path: Path, kind: str
+) -> None:
+    base, out = folder, tmp_path / "room" / "baked"
+    if kind == "file":
+        pipe = PIPELINES["sd1"].build()
+        adapters = {"ink": for_parts(pipe, "unet")}
+        base = original_layouts.save(original_layouts.stable_diffusion(pipe), tmp_path / "base.safetensors")
+        out = out.with_suffix(".safetensors")
+    bake(base, adapters, {"ink": 0.5}, out)
+    messages = fail_at_every_call(lambda: bake(base, adapters, {"ink": 1.0}, out), out.parent, of=RENAMES)
+    assert len(messages) >= 2 and all(str(out) in text and ".staging" not in text for text in messages)
+    assert verify(out, base, adapters, {"ink": 1.0}).error < 1e-6
 
 
 def test_a_kill_in_the_middle_leaves_no_output_and_the_next_bake_cleans_up(

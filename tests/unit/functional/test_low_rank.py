@@ -1,5 +1,7 @@
 """Low-rank pairs against LAPACK's SVD; extraction against DoRAs that are known."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -172,6 +174,49 @@ def test_relative_error_beside_nothing() -> None:
     assert relative_error(one, zero) == float("inf")
     assert relative_error(one, one, one) == 0
     assert relative_error(2 * one, one) == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(exponent=st.integers(-60, 60), dtype=st.sampled_from([torch.float32, torch.float64]), seed=st.integers(0, 10**6))
+def test_a_relative_error_does_not_depend_on_the_scale(exponent: int, dtype: torch.dtype, seed: int) -> None:
+    actual, expected, base = (normal(5, 3, seed=seed + index).to(dtype) for index in range(3))
+    scale = 2.0**exponent
+    error = relative_error(actual, expected, base)
+    assert relative_error(scale * actual, scale * expected, scale * base) == pytest.approx(error, rel=1e-6)
+    assert relative_error(scale * actual, scale * expected) == pytest.approx(relative_error(actual, expected), rel=1e-6)
+    assert error == pytest.approx(float((actual - expected).norm() / (expected - base).norm()), rel=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(shape=st.lists(st.integers(1, 4), min_size=0, max_size=4), exponent=st.integers(-140, 60))
+def test_nothing_missed_is_nothing_and_something_beside_nothing_is_infinite(shape: list[int], exponent: int) -> None:
+    expected, off = normal(*shape) if shape else torch.tensor(1.0), torch.full(shape, 2.0**exponent)
+    for same in (expected, torch.zeros(shape)):
+        assert relative_error(same, same) == relative_error(same, same, same) == 0
+    assert relative_error(off, torch.zeros(shape)) == math.inf
+    assert relative_error(expected + 1, expected, expected) == math.inf
+
+
+@settings(max_examples=50, deadline=None)
+@given(bad=st.sampled_from([math.nan, math.inf, -math.inf]), at=st.integers(0, 5), which=st.integers(0, 2))
+def test_what_is_no_number_is_never_near(bad: float, at: int, which: int) -> None:
+    tensors = [normal(2, 3, seed=index) for index in range(3)]
+    tensors[which].view(-1)[at] = bad
+    assert relative_error(*tensors) == math.inf
+    assert (
+        relative_error(torch.full((2,), bad), torch.zeros(2))
+        == relative_error(*[torch.full((2,), bad)] * 2)
+        == math.inf
+    )
+
+
+def test_relative_errors_take_any_dtype_and_compare_numbers_in_their_order() -> None:
+    weight = normal(4, 3, 1, 1)
+    assert relative_error(weight.reshape(4, 3), weight) == 0
+    assert 0 < relative_error(weight.half(), weight) < 1e-3
+    assert relative_error(weight.double(), weight.bfloat16().double()) < 1e-2
+    with pytest.raises(RuntimeError):
+        relative_error(torch.ones(1), torch.ones(3))
 
 
 @settings(max_examples=25, deadline=None)

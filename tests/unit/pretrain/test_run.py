@@ -15,10 +15,12 @@ from dora_diffusion.pipelines.loading import POCKET, load_pipeline
 from dora_diffusion.pretrain import dit, run
 from dora_diffusion.pretrain.autoencoder import AutoencoderRecipe, build_autoencoder, encode_pictures, whiten
 from dora_diffusion.pretrain.denoiser import DenoiserRecipe
-from dora_diffusion.pretrain.package import assemble_dit
+from dora_diffusion.pretrain.package import assemble_dit, ship
 from dora_diffusion.pretrain.scenes import Scene, vocabulary
 from dora_diffusion.pretrain.text import TextRecipe, patches
 from dora_diffusion.utils.atomic import valid_checkpoints
+from tests.failing_disk import RENAMES, fail_at_every_call
+from tests.pocket_random import random_pocket_pipeline
 from tests.tolerances import assert_close, assert_identical
 
 pytest.importorskip("resvg_py", reason="needs the pretrain extra: pip install 'dora-diffusion[pretrain]'")
@@ -81,6 +83,16 @@ def test_the_dit_runs_resumes_bit_for_bit_and_ships(folders, tmp_path) -> None:
     pipe = load_pipeline(tmp_path / "shipped")
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a noto style rocket on the beach", num_inference_steps=1).images[0].size == (128, 128)
+
+
+def test_a_base_that_cannot_be_shipped_leaves_the_one_before(tmp_path) -> None:
+    base, new = tmp_path / "room" / "base", random_pocket_pipeline(1)
+    ship(random_pocket_pipeline(), base)
+    (base / "README.md").write_text("written by hand")
+    assert len(fail_at_every_call(lambda: ship(new, base), base.parent, of=RENAMES)) == 2
+    assert (base / "README.md").read_text() == "written by hand"
+    shipped = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")
+    assert_identical(shipped, dict(new.unet.state_dict()))
 
 
 def test_one_zero_token_counted_256_times_is_the_pipelines_256() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dora_diffusion.utils import atomic as storage
+from tests.failing_disk import contents, fail_at_every_call, failing_at
 from tests.tolerances import assert_identical
 
 OLD, NEW = b"old " * 1000, b"new " * 2000
@@ -102,8 +103,9 @@ def test_a_failing_call_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     target = tmp_path / "file.bin"
     target.write_bytes(OLD)
     monkeypatch.setattr(os, failing, fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         storage.write_atomically(target, NEW)
+    assert caught.value.filename == str(target)
     assert target.read_bytes() == OLD
     assert os.listdir(tmp_path) == ["file.bin"]
 
@@ -218,6 +220,51 @@ def test_a_crash_at_any_call_leaves_a_valid_checkpoint(tmp_path: Path) -> None:
         put(folder, 3, keep=1)
         assert steps_in(folder) == [3]
     assert finished and seen == {1, 2}
+
+
+def test_a_checkpoint_saved_over_one_of_its_step_loses_neither(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    put(folder, 1)
+    put(folder, 2)
+
+    def save_again() -> None:
+        files = {"other": lambda path: storage.write_atomically(path, NEW)}
+        storage.save_checkpoint(folder / "step-00000002", files)
+
+    assert len(fail_at_every_call(save_again, folder)) >= 10
+    assert (folder / "step-00000002" / "other").read_bytes() == NEW
+    assert len(storage.valid_checkpoints(folder)) == 2
+
+
+def test_the_newest_is_found_where_a_killed_save_had_set_it_aside(tmp_path: Path) -> None:
+    put(tmp_path, 1)
+    newest = put(tmp_path, 2)
+    before = contents(tmp_path)
+    with failing_at(9, of=("rename", "replace"), onwards=True) as tried, pytest.raises(OSError, match="lies in"):
+        for _ in range(5):
+            put(tmp_path, 2)
+    assert tried[-3:] == ["rename", "replace", "rename"] and not newest.exists()
+    assert steps_in(tmp_path) == [1, 2]
+    assert contents(tmp_path) == before
+
+
+def test_an_elder_that_cannot_be_removed_does_not_end_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = os.unlink
+
+    def refuse(path: str | Path, *, dir_fd: int | None = None) -> None:
+        if dir_fd is not None:  # of a folder that is being removed
+            raise PermissionError(13, "Permission denied")
+        unlink(path)
+
+    put(tmp_path, 1, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        put(tmp_path, 2, keep=1)
+    assert steps_in(tmp_path) == [1, 2]
+    put(tmp_path, 3, keep=1)
+    assert steps_in(tmp_path) == [3]
 
 
 def train(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, steps: range) -> None:

@@ -1,0 +1,25 @@
+"""What comes from outside, as it may stand in a message of one line."""
+
+import re
+
+LONGEST_PATH = 300
+# what breaks a line, moves the cursor, turns the direction of writing or cannot be encoded
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def shown(text: object, limit: int = 100) -> str:
+    """`text` for a message: on one line, without control characters, the middle left out when it is long."""
+    line = str(text)
+    if len(line) > limit:
+        line = f"{line[: limit // 2]}...{line[-(limit - limit // 2) :]}"
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], line)
+
+
+def shown_path(path: object) -> str:
+    """A path, or the name of a file, for a message."""
+    return shown(path, LONGEST_PATH)
+
+
+def shown_value(value: object) -> str:
+    """A value that was sent, in quotes if it is text, short enough for one line."""
+    return "nothing" if value is None else repr(value)[:40]
