@@ -19,24 +19,19 @@ MODES = ("additive", "compose", "direction-magnitude", "peft", "comfyui", "a1111
 MERGES = ("svd", "magnitude-prune", "ties", "dare-linear", "dare-ties")
 
 
-class _Formats:
-    """The formats' names, asked for when one is checked: importing them costs seconds, which help need not take."""
+def _format_name(text: str) -> str:
+    """A known format's name; the formats are imported, for seconds, when one is given, and not for help."""
+    from dora_diffusion.formats import FORMATS
 
-    def __contains__(self, name: object) -> bool:
-        return name in tuple(self)
-
-    def __iter__(self) -> Iterator[str]:
-        from dora_diffusion.formats import FORMATS
-
-        return iter(FORMATS)
+    if text not in FORMATS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no format: expected one of {', '.join(FORMATS)}")
+    return text
 
 
 def add_to(parser: argparse.ArgumentParser, *, default: str | None, says: str) -> None:
     """--to, the format that is written; `says`: what its default is, in words."""
     known = "diffusers, peft, kohya, comfyui, lycoris or another of docs/formats.md"
-    parser.add_argument(
-        "--to", choices=_Formats(), metavar="FORMAT", default=default, help=f"{known} (default: {says})"
-    )
+    parser.add_argument("--to", type=_format_name, metavar="FORMAT", default=default, help=f"{known} (default: {says})")
 
 
 def split_adapter(text: str) -> tuple[Path, float]:
