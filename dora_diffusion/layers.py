@@ -112,7 +112,7 @@ class DoRALayer(nn.Module):
             return None
         return gain(magnitude, self._norms())
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # torch.compiler.disable, without importing the compiler here: that takes longer than torch
     def _norms(self) -> RowNorms:
         """N(V), a constant in the backward pass when `norm_grad` is "detached" (paper, section 4.3).
 

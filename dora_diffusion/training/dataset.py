@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
-from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.images import (
     SUFFIXES,
     Crop,
@@ -28,6 +25,11 @@ from dora_diffusion.training.images import (
     read_image,
     shown,
 )
+
+if TYPE_CHECKING:  # the doctor reads captions and pictures with what is here, and needs no torch
+    from torch import Tensor
+
+    from dora_diffusion.training.config import TrainConfig
 
 METADATA = "metadata.jsonl"
 CAPTION_COLUMNS = ("text", "caption", "prompt")
@@ -146,8 +148,8 @@ def _read_text(path: Path) -> str:
 class Sample(NamedTuple):
     """A picture's pixels for training, fp32 (3, height, width) in [-1, 1], and its frame, fp32 (6,); see `frame_of`."""
 
-    pixels: Tensor
-    frame: Tensor
+    pixels: "Tensor"
+    frame: "Tensor"
 
 
 def load_sample(example: Example, *, size: tuple[int, int], crop: Crop, flip: bool, rng: Random) -> Sample:
@@ -163,6 +165,8 @@ def load_sample(example: Example, *, size: tuple[int, int], crop: Crop, flip: bo
     Raises:
         ValueError: the picture cannot be read; see `read_image`.
     """
+    import torch
+
     offset = (rng.random(), rng.random()) if crop == "random" else None
     original = read_image(example.path)
     picture = fit(original, size=size, crop=crop, offset=offset)
@@ -215,7 +219,7 @@ class Split(NamedTuple):
     validation: list[Example]
 
 
-def checked_examples(config: TrainConfig) -> Split:
+def checked_examples(config: "TrainConfig") -> Split:
     """The pictures to train on and to measure, every one of them opened once: better to fail now than in an hour.
 
     Raises:
@@ -232,7 +236,7 @@ def checked_examples(config: TrainConfig) -> Split:
     return split
 
 
-def check_words(config: TrainConfig, examples: Sequence[Example]) -> None:
+def check_words(config: "TrainConfig", examples: Sequence[Example]) -> None:
     """A ValueError when no caption holds a new word, which would never be trained, or one holds it inside another."""
     for word in config.words.starts:
         alone = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
