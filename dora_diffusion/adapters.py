@@ -18,9 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from dora_diffusion.bases import dense_weight
+from dora_diffusion.checks import check_type
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.fitting import Loaded, LoadReport, Sites, fit, kind_in_words
-from dora_diffusion.formats import load_adapter
+from dora_diffusion.formats import load_adapter, place_of
 from dora_diffusion.functional import master_dtype
 from dora_diffusion.injection import DoRAConfig, target_paths
 from dora_diffusion.merge import Change, Fold, check_foldable, fold, fold_by
@@ -53,6 +54,12 @@ class AdapterManager:
         self._fold: Fold | None = None  # of `fuse`, or of a mode that is not additive
         self._steering = Steering(pipe, self._family, self._weigh_denoiser)
 
+    def __repr__(self) -> str:
+        held = {name: self._weights.get(name, 0.0) for name in self._adapters}
+        adapters = ", ".join(f"{name} {weight}" for name, weight in held.items()) or "no adapters"
+        blend = "" if self._blend == ADDITIVE else f"; {self._blend}"
+        return f"AdapterManager({self._family.name}: {adapters}{blend}{'; fused' if self._is_fused else ''})"
+
     @property
     def names(self) -> tuple[str, ...]:
         """Loaded adapters, in the order of loading."""
@@ -83,14 +90,17 @@ class AdapterManager:
 
     @torch.no_grad()
     def load_adapter(self, source: str | Path | AdapterState, *, name: str) -> LoadReport:
-        """Load an adapter under a name, at strength 0 (call `set_adapters` next).
+        """Load an adapter under a name, at strength 0 (call `set_adapters` next); a run's folder will do for its file.
 
         Raises:
             ValueError: the name is taken, or the file is broken or of another base: one line, with a count.
         """
+        check_type("load_adapter: name", name, str)
+        check_type("load_adapter: source", source, str | Path | AdapterState)
         if name in self._adapters:
             raise ValueError(f"an adapter named {name!r} is loaded already; delete it first or choose another name")
         self._refuse_while_fused("load an adapter")
+        source = source if isinstance(source, AdapterState) else place_of(source)
         adapter = source if isinstance(source, AdapterState) else load_adapter(source, base=self._base_weight)
         label = name if isinstance(source, AdapterState) else str(source)
         fitted = fit(adapter, label, self._sites)
@@ -104,7 +114,7 @@ class AdapterManager:
             vectors=len(fitted.vectors),
             extra=len(adapter.extra),
             components=adapter.components,
-            sha256=None if isinstance(source, AdapterState) else sha256_of(Path(source)),
+            sha256=None if isinstance(source, AdapterState) else sha256_of(source),
             metadata=adapter.metadata,
         )
         with self._unfolded():  # gain forms are of the base's own weights
@@ -129,6 +139,7 @@ class AdapterManager:
                 number, or a mode that cannot mix these adapters here. Whatever is raised, nothing has changed then.
         """
         self._refuse_while_fused("change strengths")
+        check_type("set_adapters: strengths by adapter", weights, Mapping)
         for name, weight in weights.items():
             check_strength(name, weight, self._loaded(name).paths)
         if blend == ADDITIVE:
@@ -188,6 +199,7 @@ class AdapterManager:
         """
         if self._adapters:
             raise ValueError("enable_hotswap must come before the first load_adapter: call unload() first")
+        check_type("enable_hotswap: max_rank", max_rank, int)
         if max_rank < 1:
             raise ValueError(f"max_rank must be at least 1, got {max_rank}")
         self._refuse_while_folded("hot swap")

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from dora_diffusion.checks import check_fields
 from dora_diffusion.families import Family
 from dora_diffusion.schedules import mask_of
 
@@ -27,6 +28,9 @@ class Canvas:
 
     image: Image.Image
     mask: Image.Image | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def fitted(self, width: int, height: int) -> "Canvas":
         """Scaled and cropped about the middle to a size in pixels, both in their modes."""

@@ -16,6 +16,7 @@ from torch import Tensor
 import dora_diffusion
 from dora_diffusion.canvases import DEFAULT_STRENGTH, Start, start_on
 from dora_diffusion.canvases import Canvas as Canvas
+from dora_diffusion.checks import check_fields
 from dora_diffusion.families import Family, family_of_pipeline, pixel_multiple
 from dora_diffusion.prompts import LoraTag, prompt_arguments
 from dora_diffusion.samplers import DEFAULT as DEFAULT_SAMPLER
@@ -50,6 +51,7 @@ class GenerationSettings:
     strength: float | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 1 <= self.steps <= 1000:
             raise ValueError(f"steps must lie in 1..1000, got {self.steps}")
         if not 0 <= self.guidance_scale <= 100:
@@ -94,6 +96,9 @@ class AdapterUse:
     schedule: tuple[tuple[float, float], ...] | None = None
     mask: str | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True)
 class WordUse:
@@ -101,6 +106,9 @@ class WordUse:
 
     word: str
     sha256: str
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)

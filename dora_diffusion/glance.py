@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.fitting import kind_in_words
-from dora_diffusion.formats import detect_format, examine, read_header
+from dora_diffusion.formats import detect_format, place_of, read_header
 from dora_diffusion.formats.container import DTYPES, MAX_HEADER_BYTES, MAX_METADATA, MAX_TENSORS, shown
 from dora_diffusion.formats.kinship import family_of
 from dora_diffusion.formats.peft import WEIGHTS
@@ -85,7 +85,7 @@ def glance(path: str | Path, known: MutableMapping[bytes, Structure] | None = No
     Raises:
         ValueError: one line: the file is broken, or no adapter's.
     """
-    path, known = Path(path), {} if known is None else known
+    path, known = place_of(path), {} if known is None else known
     quick = None if path.is_dir() else _split_header(path)
     if quick is not None and (key := _structure_key(quick.tensors, quick.metadata)) in known:
         return Glance(known[key], told_by(quick.metadata))
@@ -119,7 +119,6 @@ def _file_entries(path: Path) -> tuple[Entries, dict[str, str]]:
 
 def _folder_entries(path: Path) -> tuple[Entries, dict[str, str]]:
     """Those of a folder of PEFT's, each key behind its component where its folder is called by it."""
-    examine(path)  # a ValueError for a folder of another kind
     entries: dict[str, tuple[str, tuple[int, ...]]] = {}
     metadata: dict[str, str] = {}
     for file in sorted(path.rglob(WEIGHTS)):

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.bases import Base, check_adaptable, check_shapes, dense_weight
+from dora_diffusion.checks import check_fields
 from dora_diffusion.families import component_of_model, ends_with
 from dora_diffusion.functional import count_zero_rows, initial_magnitude, master_dtype, scale_of
 from dora_diffusion.initialisation import INITS, Init, embedding_pair, initial_pair, principal_pair
 from dora_diffusion.layers import NORM_GRADS, Adapter, BlendedLayer, DoRALayer, NormGrad
-from dora_diffusion.state import AdapterState, ModuleState
+from dora_diffusion.state import AdapterState, ModuleState, rank_in_words
 from dora_diffusion.step_clock import CLOCK
 
 Number = TypeVar("Number", int, float)
@@ -56,6 +57,7 @@ class DoRAConfig:
     train_magnitude: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for rank in (self.rank, *self.rank_pattern.values()):
             if rank < 1:
                 raise ValueError(f"rank must be at least 1, got {rank}")
@@ -77,6 +79,10 @@ class Injection:
         self._layers = dict(layers)
         self._trainable = trainable
         self._listening: weakref.finalize[..., DoRALayer] | None = None
+
+    def __repr__(self) -> str:
+        facts = [type(self._model).__name__, f"{len(self._layers)} layers", rank_in_words([*self.matched.values()])]
+        return f"Injection({', '.join(filter(None, facts))})"
 
     @property
     def matched(self) -> dict[str, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dora_diffusion.base_weights import BaseWeights
 from dora_diffusion.fitting import kind_in_words
-from dora_diffusion.formats import Examined, load_examined
+from dora_diffusion.formats import Examined, load_examined, place_of
 from dora_diffusion.formats.kinship import family_of
 from dora_diffusion.state import AdapterState, Module
 from dora_diffusion.storage import sha256_of
@@ -22,13 +22,13 @@ def inspect_adapter(path: str | Path, *, base: BaseWeights | None = None) -> dic
     """Facts about a file, ready for JSON: format, kind, ranks, axis, family, layers by part, norms, size, metadata.
 
     Args:
-        path: an adapter file, or a folder of PEFT's.
+        path: an adapter file, a folder of PEFT's, or of a training run.
         base: a base to match it against; it also tells the axis where nothing else does.
 
     Raises:
         ValueError: the file is broken.
     """
-    path = Path(path)
+    path = place_of(path)
     adapter, examined = load_examined(path, base=base)
     facts: dict[str, Any] = {
         "file": str(path),

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from dora_diffusion.bases import Base, dense_weight, kind_of, logical_shape
 from dora_diffusion.functional import GainForm, RowNorms, RowSums, compose, gain, norms_from, row_sums, rows
@@ -112,7 +113,7 @@ class DoRALayer(nn.Module):
             return None
         return gain(magnitude, self._norms())
 
-    @torch._disable_dynamo  # torch.compiler.disable, without importing the compiler here: that takes longer than torch
+    @_disable_dynamo  # torch.compiler.disable itself imports the compiler, which takes longer than torch, here and now
     def _norms(self) -> RowNorms:
         """N(V), a constant in the backward pass when `norm_grad` is "detached" (paper, section 4.3).
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dora_diffusion.checks import check_fields
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.formats.container import read_tensors
 from dora_diffusion.storage import save_tensors
@@ -41,6 +42,13 @@ class WordState:
 
     word: str
     vectors: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(" x ".join(map(str, vectors.shape)) for vectors in self.vectors)
+        return f"WordState({self.word!r}, vectors {shapes})"
 
 
 class ExtendedEmbedding(nn.Module):
@@ -84,6 +92,9 @@ class Words:
         self._pipe = pipe
         self._encoders = list(encoders)
         self._counts = dict(counts)
+
+    def __repr__(self) -> str:
+        return f"Words({', '.join(self.names)}; read by {', '.join(self.encoders) or 'no encoder any more'})"
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from dora_diffusion.blending.records import (
     LayerReport,
     Progress,
 )
-from dora_diffusion.blending.whole import blend, blend_with_report
+from dora_diffusion.blending.whole import blend, blend_with_report, needs_base
 
 __all__ = [
     "BLEND_SENTENCES",
@@ -23,4 +23,5 @@ __all__ = [
     "blend_with_report",
     "block_of",
     "interference",
+    "needs_base",
 ]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from dora_diffusion.checks import check_fields
 from dora_diffusion.merging import METHOD_SENTENCES, Election, Sparsity
 from dora_diffusion.mixing import MODE_SENTENCES
 from dora_diffusion.state import AdapterState
@@ -36,6 +37,7 @@ class BlendOptions:
     extra: Literal["refuse", "drop"] = "refuse"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         Sparsity(self.density, None, self.elect)  # for its checks
         if self.extra not in ("refuse", "drop"):
             raise ValueError(f"extra must be 'refuse' or 'drop', got {self.extra!r}")
@@ -73,6 +75,9 @@ class BlendReport:
     vectors: int = 0
     kept_extra: tuple[str, ...] = ()
     dropped_extra: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"BlendReport({self.sentence()})"
 
     @property
     def exact(self) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dora_diffusion.approximation import extract_dora, low_rank
 from dora_diffusion.base_weights import BaseWeights, WeightOf
+from dora_diffusion.checks import check_fields
 from dora_diffusion.conversion.choice import layers_of, source_of, vectors_of
 from dora_diffusion.conversion.modules import error_of, module_of
 from dora_diffusion.conversion.ranks import check_budget
@@ -40,6 +41,9 @@ class Extraction:
     vectors: bool = False
     negligible: float = 0.0
     dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def extract(
