@@ -37,7 +37,8 @@ def check_type(label: str, value: object, kind: Any) -> None:
     """A ValueError of one line when a value is not of the kind that an annotation names."""
     if not _fits(value, kind):
         what = "" if value is None else f" ({type(value).__name__})"
-        raise ValueError(f"{label}: got {_SHORT.repr(value)}{what}, expected {_in_words(kind)}")
+        got = " ".join(_SHORT.repr(value).split())
+        raise ValueError(f"{label}: got {got}{what}, expected {_in_words(kind)}")
 
 
 def _fits(value: object, kind: Any) -> bool:

@@ -122,6 +122,9 @@ class FactoredState:
     magnitude: Tensor | None = None
     axis: Axis = "out"
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     def __repr__(self) -> str:
         return _line_of(self)
 

@@ -40,7 +40,7 @@ def split_adapter(text: str) -> tuple[Path, float]:
 def split_part(text: str) -> tuple[str, str, float]:
     """`ink:unet.up_blocks=1.2` -> (ink, unet.up_blocks, 1.2); a ValueError names the option."""
     whole, equals, strength = text.rpartition("=")
-    name, colon, part = whole.partition(":")
+    name, colon, part = whole.rpartition(":")
     try:
         if equals and colon and name and part:
             return name, part, float(strength)
