@@ -37,7 +37,7 @@ test: setup browser
 # The quantisation libraries are no part of setup: they are large, and diffusers imports them once they are there.
 test-quantised: setup
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[quantised]'
-	$(PY) -m pytest tests/unit/test_quantised.py $(PYTEST_FLAGS)
+	$(PY) -m pytest tests/unit/layers/test_quantisation.py $(PYTEST_FLAGS)
 
 # What each model family can do, from its tests' outcomes -> docs/families.md
 families: setup
@@ -45,7 +45,7 @@ families: setup
 
 # Beside PEFT and LyCORIS; about twenty minutes on two cores. Leave the machine alone meanwhile.
 bench: setup
-	$(PY) -m benchmarks $(BENCH_FLAGS)
+	$(PY) -m benchmarks.peers $(BENCH_FLAGS)
 
 # Files and conversions of a full-size adapter -> docs/results/interchange.md
 interchange: setup
@@ -57,7 +57,7 @@ fuzz: setup
 
 # Hostile requests and files against a served app -> docs/results/payloads.md
 payloads: setup
-	$(PY) -m benchmarks.app_payloads $(PAYLOADS_FLAGS)
+	$(PY) -m benchmarks.app.payloads $(PAYLOADS_FLAGS)
 
 # The published models at their real size, without weights; some twenty minutes on one core.
 full-size: setup

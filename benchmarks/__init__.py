@@ -1,1 +1,1 @@
-"""What dora_diffusion costs, measured beside its peers in one process: `make bench` or `python -m benchmarks`."""
+"""What is measured, and how: cost beside peers, full sizes, the app under load, fuzzed files, interchange."""

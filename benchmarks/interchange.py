@@ -27,15 +27,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dora_diffusion as dd
-from benchmarks.full_size import pipeline_of
-from benchmarks.published import PUBLISHED
-from dora_diffusion.bases import logical_shape
+from benchmarks.full_size.models import pipeline_of
+from benchmarks.full_size.published import PUBLISHED
 from dora_diffusion.conversion import Extraction, resize, to_dora, to_lora
 from dora_diffusion.formats import FORMATS
-from dora_diffusion.functional import initial_magnitude
-from dora_diffusion.injection import DoRAConfig, target_paths
+from dora_diffusion.functional.dora import initial_magnitude
+from dora_diffusion.layers.base_layers import logical_shape
+from dora_diffusion.layers.targets import target_paths
 from dora_diffusion.state import AdapterState, ModuleState
-from dora_diffusion.storage import write_atomically
+from dora_diffusion.utils.atomic import write_atomically
 
 Shapes = Mapping[str, tuple[int, ...]]
 Steps = Callable[[int, int, str], None]
@@ -97,7 +97,7 @@ def shapes_of(preset: str, *, divisor: int = 1) -> Shapes:
     shapes = {}
     for part in PARTS:
         model = getattr(pipe, part)
-        for path in target_paths(model, DoRAConfig(target_modules=preset)):
+        for path in target_paths(model, preset):
             out, columns, *kernel = logical_shape(model.get_submodule(path))
             sides = (max(4, out // divisor), max(4, columns // divisor))
             shapes[f"{part}.{path.removeprefix('text_model.')}"] = (*sides, *kernel)

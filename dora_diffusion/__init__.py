@@ -13,30 +13,39 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dora_diffusion.adapters import AdapterManager, LoadReport
-    from dora_diffusion.baking import bake
+    from dora_diffusion.adapters.manager import AdapterManager
+    from dora_diffusion.adapters.matching import LoadReport
     from dora_diffusion.blending import BlendOptions, blend, blend_with_report, interference
+    from dora_diffusion.blending.bake import bake
     from dora_diffusion.conversion import Extraction, extract, resize, to_dora, to_lora, to_out_axis
     from dora_diffusion.formats import examine, load_adapter, save_adapter
-    from dora_diffusion.generation import GenerationSettings, generate
-    from dora_diffusion.injection import DoRAConfig, Injection, inject
-    from dora_diffusion.pipelines import load_pipeline
+    from dora_diffusion.generation.generate import GenerationSettings, generate
+    from dora_diffusion.layers.config import DoRAConfig
+    from dora_diffusion.layers.injection import Injection, inject
+    from dora_diffusion.pipelines.loading import load_pipeline
+    from dora_diffusion.pipelines.textual_inversion import (
+        Words,
+        WordState,
+        add_words,
+        install_words,
+        load_word,
+        save_words,
+    )
     from dora_diffusion.state import AdapterState, ModuleState
-    from dora_diffusion.tokens import Words, WordState, add_words, install_words, load_word, save_words
     from dora_diffusion.training.config import TrainConfig
     from dora_diffusion.training.loop import train
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AdapterManager": "adapters",
-    "LoadReport": "adapters",
+    "AdapterManager": "adapters.manager",
+    "LoadReport": "adapters.matching",
     "BlendOptions": "blending",
     "blend": "blending",
     "blend_with_report": "blending",
     "interference": "blending",
     "Extraction": "conversion",
-    "bake": "baking",
+    "bake": "blending.bake",
     "examine": "formats",
     "extract": "conversion",
     "resize": "conversion",
@@ -45,20 +54,20 @@ _HOMES = {
     "to_out_axis": "conversion",
     "load_adapter": "formats",
     "save_adapter": "formats",
-    "GenerationSettings": "generation",
-    "generate": "generation",
-    "DoRAConfig": "injection",
-    "Injection": "injection",
-    "inject": "injection",
-    "load_pipeline": "pipelines",
+    "GenerationSettings": "generation.generate",
+    "generate": "generation.generate",
+    "DoRAConfig": "layers.injection",
+    "Injection": "layers.injection",
+    "inject": "layers.injection",
+    "load_pipeline": "pipelines.loading",
     "AdapterState": "state",
     "ModuleState": "state",
-    "WordState": "tokens",
-    "Words": "tokens",
-    "add_words": "tokens",
-    "install_words": "tokens",
-    "load_word": "tokens",
-    "save_words": "tokens",
+    "WordState": "pipelines.textual_inversion",
+    "Words": "pipelines.textual_inversion",
+    "add_words": "pipelines.textual_inversion",
+    "install_words": "pipelines.textual_inversion",
+    "load_word": "pipelines.textual_inversion",
+    "save_words": "pipelines.textual_inversion",
     "TrainConfig": "training.config",
     "train": "training.loop",
 }

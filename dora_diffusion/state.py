@@ -8,8 +8,9 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from dora_diffusion.checks import check_fields
-from dora_diffusion.factorisations import (
+from dora_diffusion.functional.blend_modes import AdapterTerm
+from dora_diffusion.functional.dora import Axis, low_rank_delta, rows, scale_of
+from dora_diffusion.functional.lycoris import (
     Factors,
     Pair,
     dense_pair,
@@ -21,7 +22,7 @@ from dora_diffusion.factorisations import (
     pair_norm,
     tucker_down,
 )
-from dora_diffusion.functional import Axis, low_rank_delta, rows, scale_of
+from dora_diffusion.utils.checks import check_fields
 
 Algorithm = Literal["loha", "lokr", "full"]
 _NAMES: Mapping[Algorithm, str] = {"loha": "LoHa", "lokr": "LoKr", "full": "whole difference"}
@@ -225,6 +226,11 @@ def rank_in_words(ranks: Sequence[int]) -> str:
         return ""
     low, high = min(ranks), max(ranks)
     return f"rank {low}" if low == high else f"ranks {low} to {high}"
+
+
+def term_of(module: Module, strength: float = 1.0) -> AdapterTerm:
+    """A module as `blend_modes` takes it: D dense, in the module's dtype, with its magnitude and a strength."""
+    return AdapterTerm(module.delta(), module.magnitude, module.axis, strength)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from dora_diffusion import AdapterManager, GenerationSettings, generate, load_pipeline
-from dora_diffusion.sheets import grid
+from dora_diffusion.utils.image_grid import grid
 
 
 def main() -> int:

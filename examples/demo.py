@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from dora_diffusion import AdapterManager, GenerationSettings, TrainConfig, generate, load_pipeline, train
-from dora_diffusion.sheets import grid
+from dora_diffusion.utils.image_grid import grid
 
 HERE = Path(__file__).parent
 PROMPTS = {

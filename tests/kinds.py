@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.bases import dense_weight
-from dora_diffusion.layers import DoRALayer
+from dora_diffusion.layers.base_layers import dense_weight
+from dora_diffusion.layers.dora import DoRALayer
 
 Make = Callable[[bool], nn.Module]
 

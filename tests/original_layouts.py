@@ -148,7 +148,7 @@ def stable_diffusion_3(pipe: Any) -> Tensors:
 
 
 def mmdit(model: nn.Module) -> Tensors:
-    """Stable Diffusion 3's transformer under its makers' names: fused projections, shift before scale at the ends."""
+    """Stable Diffusion 3's transformer under its original names: fused projections, shift before scale at the ends."""
     left = dict(model.state_dict())
     last = len(model.transformer_blocks) - 1
     swapped = ("norm_out.linear", f"transformer_blocks.{last}.norm1_context.linear")

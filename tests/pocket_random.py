@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
-from dora_diffusion.injection import DoRAConfig, inject
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import inject
 from dora_diffusion.pretrain.autoencoder import build_autoencoder
 from dora_diffusion.pretrain.package import assemble
 from dora_diffusion.pretrain.text import build_text_encoder

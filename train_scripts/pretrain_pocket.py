@@ -8,10 +8,10 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from dora_diffusion.pipelines import POCKET, POCKET_DIT
+from dora_diffusion.pipelines.loading import POCKET, POCKET_DIT
 from dora_diffusion.pretrain.autoencoder import AutoencoderRecipe
 from dora_diffusion.pretrain.denoiser import DenoiserRecipe
-from dora_diffusion.pretrain.run import Workshop, pretrain, pretrain_dit, ship_newest, ship_newest_dit
+from dora_diffusion.pretrain.run import PretrainFolder, pretrain, pretrain_dit, ship_newest, ship_newest_dit
 from dora_diffusion.pretrain.text import TextRecipe
 
 
@@ -23,17 +23,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=DenoiserRecipe().steps, help="of the denoiser")
     parser.add_argument("--ship", action="store_true", help="write the newest weights into the package and stop")
     arguments = parser.parse_args()
-    workshop = Workshop(arguments.folder)
+    folders = PretrainFolder(arguments.folder)
     denoiser = replace(DenoiserRecipe(), steps=arguments.steps)
     if arguments.base == "dit":
         if arguments.ship:
-            ship_newest_dit(workshop, POCKET, POCKET_DIT)
+            ship_newest_dit(folders, POCKET, POCKET_DIT)
         else:
-            pretrain_dit(workshop, POCKET, TextRecipe(), denoiser)
+            pretrain_dit(folders, POCKET, TextRecipe(), denoiser)
     elif arguments.ship:
-        ship_newest(workshop, POCKET)
+        ship_newest(folders, POCKET)
     else:
-        pretrain(workshop, AutoencoderRecipe(), TextRecipe(), denoiser)
+        pretrain(folders, AutoencoderRecipe(), TextRecipe(), denoiser)
 
 
 if __name__ == "__main__":

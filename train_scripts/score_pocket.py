@@ -16,14 +16,14 @@ from typing import Any
 from PIL import Image
 
 from dora_diffusion.evaluate.recognition import as_dict, draw_scenes, random_scenes, score
-from dora_diffusion.pipelines import EMBEDDED, POCKET, load_pipeline
+from dora_diffusion.pipelines.loading import EMBEDDED, POCKET, load_pipeline
 from dora_diffusion.pretrain.autoencoder import reconstruction_psnr
 from dora_diffusion.pretrain.icons import load_icons
 from dora_diffusion.pretrain.package import draw_batch
 from dora_diffusion.pretrain.pictures import held_out_pairs, scene_pictures
-from dora_diffusion.pretrain.run import Workshop, trained_dit_pipeline, trained_pipeline
+from dora_diffusion.pretrain.run import PretrainFolder, trained_dit_pipeline, trained_pipeline
 from dora_diffusion.pretrain.scenes import Scene, compose, vocabulary
-from dora_diffusion.sheets import grid
+from dora_diffusion.utils.image_grid import grid
 
 
 def main() -> None:
@@ -35,9 +35,9 @@ def main() -> None:
     parser.add_argument("--newest", action="store_true", help="score the newest checkpoint, not the shipped base")
     parser.add_argument("--count", type=int, default=100)
     arguments = parser.parse_args()
-    workshop, words = Workshop(arguments.folder), vocabulary()
-    pipe = newest(workshop, arguments.base) if arguments.newest else load_pipeline(arguments.base)
-    icons = {style: load_icons(name, list(words.objects), workshop.icons) for style, name in words.styles.items()}
+    folders, words = PretrainFolder(arguments.folder), vocabulary()
+    pipe = newest(folders, arguments.base) if arguments.newest else load_pipeline(arguments.base)
+    icons = {style: load_icons(name, list(words.objects), folders.icons) for style, name in words.styles.items()}
 
     @cache
     def reference(scene: Scene) -> Image.Image:
@@ -56,7 +56,7 @@ def main() -> None:
     report = {
         "seen_pairs": as_dict(score(pictures, scenes, reference)),
         "held_out_pairs": as_dict(score(draw_scenes(draw, unseen, seed=500), unseen, reference)),
-        "autoencoder_psnr_db": round(reconstruction_psnr(pipe.vae, scene_pictures(strangers, workshop.icons)), 2),
+        "autoencoder_psnr_db": round(reconstruction_psnr(pipe.vae, scene_pictures(strangers, folders.icons)), 2),
         "seconds_a_picture_in_batches_of_10": round(seconds, 2),
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -67,9 +67,9 @@ def main() -> None:
     print(json.dumps(report, indent=1))
 
 
-def newest(workshop: Workshop, base: str) -> Any:
+def newest(folders: PretrainFolder, base: str) -> Any:
     """The pipeline of the newest checkpoint of a base."""
-    return trained_pipeline(workshop) if base == "pocket" else trained_dit_pipeline(workshop, POCKET)
+    return trained_pipeline(folders) if base == "pocket" else trained_dit_pipeline(folders, POCKET)
 
 
 if __name__ == "__main__":

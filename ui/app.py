@@ -14,13 +14,13 @@ os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(10**9))
 
 import gradio as gr
 
-from dora_diffusion.pipelines import load_pipeline
-from ui.guard import guards
-from ui.health import health_route, on_shutdown
-from ui.look import CSS, HEAD, theme
+from dora_diffusion.pipelines.loading import load_pipeline
+from ui.backend.session import Session
+from ui.layout import TABS_AT_ONCE, Page, build_page
 from ui.options import UiOptions
-from ui.page import TABS_AT_ONCE, Page, build_page
-from ui.session import Session
+from ui.server.health import health_route, on_shutdown
+from ui.server.security import security_middleware
+from ui.theme import CSS, HEAD, theme
 
 MAX_UPLOAD_BYTES = 24 << 20
 PREVIEW_SECONDS, PREVIEW_SWEEP_SECONDS = 24 * 3600, 3600
@@ -80,7 +80,7 @@ def serve(session: Session, options: UiOptions) -> RunningApp:
             footer_links=[],
             max_file_size=MAX_UPLOAD_BYTES,
             allowed_paths=[str(session.output.resolve())],
-            app_kwargs={"middleware": guards(options.host, most_upload_bytes=MAX_UPLOAD_BYTES)},
+            app_kwargs={"middleware": security_middleware(options.host, most_upload_bytes=MAX_UPLOAD_BYTES)},
             theme=theme(),
             css=CSS,
             head=HEAD,

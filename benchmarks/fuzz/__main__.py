@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from benchmarks.fuzz.report import report, summary  # noqa: E402
 from benchmarks.fuzz.run import mutated_cases, special_cases, warm_up  # noqa: E402
 from benchmarks.fuzz.watch import Watch  # noqa: E402
-from dora_diffusion.storage import write_atomically  # noqa: E402
+from dora_diffusion.utils.atomic import write_atomically  # noqa: E402
 
 
 def main() -> int:

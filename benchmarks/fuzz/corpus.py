@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.fuzz.parts import Parts, of_tensors, with_length
-from dora_diffusion.formats.container import MAX_TENSORS
+from dora_diffusion.formats.safetensors_reader import MAX_TENSORS
 
 Maker = Callable[[Path], None]
 KEY = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

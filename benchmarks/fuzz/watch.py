@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from dora_diffusion.formats import detect_format, load_adapter
-from dora_diffusion.formats.container import shown
-from dora_diffusion.inspection import describe, inspect_adapter
+from dora_diffusion.formats.safetensors_reader import shown
+from dora_diffusion.inspection.report import describe, inspect_adapter
 
 SECONDS = 0.2
 # what is read may take longer than what is refused, by no promise but so that nobody waits

@@ -1,7 +1,8 @@
 """Several adapters made into one, saved like any other; and how far adapters get in each other's way."""
 
-from dora_diffusion.blending.overlaps import Interference, block_of, interference
-from dora_diffusion.blending.records import (
+from dora_diffusion.blending.blend import blend, blend_with_report, needs_base
+from dora_diffusion.blending.interference import Interference, block_of, interference
+from dora_diffusion.blending.reports import (
     BLEND_SENTENCES,
     Blended,
     BlendOptions,
@@ -9,7 +10,6 @@ from dora_diffusion.blending.records import (
     LayerReport,
     Progress,
 )
-from dora_diffusion.blending.whole import blend, blend_with_report, needs_base
 
 __all__ = [
     "BLEND_SENTENCES",

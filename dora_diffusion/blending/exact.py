@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dora_diffusion.blending.pieces import Piece
-from dora_diffusion.blending.recipes import RECIPES, SMALLEST, Strand, joined, norms_of
-from dora_diffusion.functional import TINY_NORM, Axis
-from dora_diffusion.mixing import axis_norms
+from dora_diffusion.blending.closed_forms import RECIPES, SMALLEST, Strand, joined, norms_of
+from dora_diffusion.blending.layer_inputs import Piece
+from dora_diffusion.functional.blend_modes import axis_norms
+from dora_diffusion.functional.dora import TINY_NORM, Axis
 
 
 @dataclass(frozen=True)

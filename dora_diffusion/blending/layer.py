@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dora_diffusion.approximation import extract_dora, low_rank, recompress, relative_error
 from dora_diffusion.blending.exact import Side, side_by_side
-from dora_diffusion.blending.pieces import Made, Piece
-from dora_diffusion.blending.records import BlendOptions
-from dora_diffusion.functional import dora_weight
-from dora_diffusion.merging import METHODS, Sparsity
-from dora_diffusion.mixing import MODES, difference
+from dora_diffusion.blending.layer_inputs import Made, Piece
+from dora_diffusion.blending.reports import BlendOptions
+from dora_diffusion.functional.blend_modes import MODES, difference
+from dora_diffusion.functional.dora import dora_weight
+from dora_diffusion.functional.low_rank import extract_dora, low_rank, recompress, relative_error
+from dora_diffusion.functional.merge_methods import METHODS, Sparsity
 from dora_diffusion.state import ModuleState
 
 

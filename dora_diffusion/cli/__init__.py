@@ -9,7 +9,7 @@ from dora_diffusion.cli.drawing import add_generate, add_ui
 from dora_diffusion.cli.files import add_convert, add_extract, add_inspect, add_resize
 from dora_diffusion.cli.mixes import add_bake, add_blend
 from dora_diffusion.cli.training import add_doctor, add_evaluate, add_train
-from dora_diffusion.quiet import quiet_lines
+from dora_diffusion.utils.quiet import quiet_lines
 
 __all__ = ["main", "split_adapter"]
 

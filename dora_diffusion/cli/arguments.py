@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dora_diffusion.base_weights import BaseWeights
+    from dora_diffusion.pipelines.base_weights import BaseWeights
     from dora_diffusion.state import AdapterState
 
 BASES = "pocket, pocket-dit, a diffusers folder, a .safetensors file or a hub id (default: pocket)"
@@ -94,7 +94,7 @@ def staged(path: Path) -> Iterator[Path]:
     new = path.with_name(f".{path.stem}.{os.getpid()}.new{path.suffix}")
     try:
         yield new
-        from dora_diffusion.storage import replace_path
+        from dora_diffusion.utils.atomic import replace_path
 
         replace_path(new, path)
     except ValueError as error:
@@ -152,7 +152,7 @@ def with_parts(
 
 def open_base(name: str) -> "BaseWeights":
     """A base's weights, read as they are needed; a ValueError of one line when there is none."""
-    from dora_diffusion.base_weights import base_weights
+    from dora_diffusion.pipelines.base_weights import base_weights
 
     return base_weights(name)
 

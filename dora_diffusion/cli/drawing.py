@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from dora_diffusion.cli.arguments import BASES, MODES, add_mix, free_name, split_adapter, with_parts
 
 if TYPE_CHECKING:
-    from dora_diffusion.adapters import AdapterManager
-    from dora_diffusion.generation import AdapterUse
+    from dora_diffusion.adapters.manager import AdapterManager
+    from dora_diffusion.generation.png_metadata import AdapterUse
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
@@ -44,11 +44,11 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     import torch
     from tqdm import tqdm
 
-    from dora_diffusion.adapters import AdapterManager
-    from dora_diffusion.generation import GenerationSettings, StepReport, WordUse, generate, save_picture
-    from dora_diffusion.pipelines import load_pipeline
-    from dora_diffusion.storage import sha256_of
-    from dora_diffusion.tokens import install_words, load_word
+    from dora_diffusion.adapters.manager import AdapterManager
+    from dora_diffusion.generation.generate import GenerationSettings, StepReport, generate
+    from dora_diffusion.generation.png_metadata import WordUse, save_picture
+    from dora_diffusion.pipelines.loading import load_pipeline
+    from dora_diffusion.pipelines.textual_inversion import install_words, load_word
 
     settings = GenerationSettings(
         prompt=arguments.prompt,
@@ -70,7 +70,7 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     words = [load_word(path) for path in arguments.words]
     if words:
         install_words(pipe, words)
-    spelt = [WordUse(state.word, sha256_of(Path(path))) for state, path in zip(words, arguments.words, strict=True)]
+    spelt = [WordUse(state.word, state.sha256 or "") for state in words]
     uses = _blend(AdapterManager(pipe), adapters, arguments.part, arguments.blend)
     with tqdm(total=settings.steps, desc="drawing") as bar:
 
@@ -87,7 +87,7 @@ def _blend(
     manager: "AdapterManager", adapters: Sequence[tuple[Path, float]], parts: Sequence[str], mode: str
 ) -> "list[AdapterUse]":
     """Load the adapters under their files' names and set their strengths."""
-    from dora_diffusion.generation import AdapterUse
+    from dora_diffusion.generation.png_metadata import AdapterUse
 
     weights, components = {}, {}
     for path, strength in adapters:

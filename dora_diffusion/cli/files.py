@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 from dora_diffusion.cli.arguments import FORMATS, LOCAL_BASES, WHOLE, check_output, open_base, progress, staged
 
 if TYPE_CHECKING:
-    from dora_diffusion.base_weights import BaseWeights
-    from dora_diffusion.blending import Interference
+    from dora_diffusion.inspection.verify import Verified
+    from dora_diffusion.pipelines.base_weights import BaseWeights
     from dora_diffusion.state import AdapterState
-    from dora_diffusion.verification import Verified
 
 _DTYPES = ("fp32", "bf16", "fp16")
 
@@ -29,11 +28,15 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
 def _inspect(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     if arguments.plot is not None and arguments.base is None:
         raise ValueError("--plot compares with the base's own weights: name it with --model")
-    from dora_diffusion.inspection import describe, inspect_adapter
+    from dora_diffusion.blending import interference
+    from dora_diffusion.formats import load_examined
+    from dora_diffusion.inspection.report import describe, facts_of
 
     base = None if arguments.base is None else open_base(arguments.base)
-    found = [inspect_adapter(path, base=base) for path in arguments.files]
-    crossed = _interference(arguments.files, base) if base is not None and len(found) > 1 else None
+    loaded = {path: load_examined(path, base=base) for path in arguments.files}
+    found = [facts_of(path, *loaded[path], base=base) for path in arguments.files]
+    states = {label: loaded[path][0] for label, path in _labels(arguments.files).items()}
+    crossed = interference(states, base=base) if base is not None and len(found) > 1 else None
     if arguments.json:
         everything = found[0] if len(found) == 1 else {"files": found, "interference": crossed and crossed.as_json()}
         print(json.dumps(everything, indent=1))
@@ -42,20 +45,16 @@ def _inspect(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         if crossed is not None:
             print(f"\nnorms of W' - W by block, and cosines between adapters:\n{crossed.table()}")
     if arguments.plot is not None and base is not None:
-        from dora_diffusion.plots import plot_adapters
+        from dora_diffusion.inspection.plots import plot_adapters
 
-        print(f"wrote {plot_adapters(arguments.files, base, arguments.plot)}")
+        print(f"wrote {plot_adapters(states, base, arguments.plot)}")
     return 0
 
 
-def _interference(paths: Sequence[Path], base: "BaseWeights") -> "Interference":
-    from dora_diffusion.blending import interference
-    from dora_diffusion.formats import load_adapter
-
+def _labels(paths: Sequence[Path]) -> dict[str, Path]:
+    """Files by their names, or by their whole paths where two are called alike."""
     names = [path.stem for path in paths]
-    labels = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
-    states = {label: load_adapter(path, base=base) for label, path in zip(labels, paths, strict=True)}
-    return interference(states, base=base)
+    return {name if names.count(name) == 1 else str(path): path for name, path in zip(names, paths, strict=True)}
 
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +109,7 @@ def _format(adapter: "AdapterState", arguments: argparse.Namespace) -> str:
 def _compared(path: Path, original: "AdapterState", base: "BaseWeights | None") -> "Verified":
     """What was written beside what it was made of: the weights where a base is at hand, else the tensors."""
     from dora_diffusion.formats import load_adapter
-    from dora_diffusion.verification import verify_blend, verify_copy
+    from dora_diffusion.inspection.verify import verify_blend, verify_copy
 
     if base is None:
         return verify_copy(load_adapter(path), original)
@@ -201,7 +200,7 @@ def add_extract(parser: argparse.ArgumentParser) -> None:
 def _extract(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from dora_diffusion.conversion import Extraction, Report, extract
     from dora_diffusion.formats import load_adapter
-    from dora_diffusion.verification import verify_tuned
+    from dora_diffusion.inspection.verify import verify_tuned
 
     tuned, base = open_base(arguments.tuned), open_base(arguments.base)
     options = Extraction(

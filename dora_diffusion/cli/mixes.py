@@ -20,7 +20,7 @@ from dora_diffusion.cli.arguments import (
 )
 
 if TYPE_CHECKING:
-    from dora_diffusion.base_weights import BaseWeights
+    from dora_diffusion.pipelines.base_weights import BaseWeights
     from dora_diffusion.state import AdapterState
 
 
@@ -81,7 +81,7 @@ def _read_back(
 ) -> str:
     """What was written beside the live mix where there is one and a base, else beside what was to be written."""
     from dora_diffusion.formats import load_adapter
-    from dora_diffusion.verification import verify_blend, verify_copy
+    from dora_diffusion.inspection.verify import verify_blend, verify_copy
 
     written = load_adapter(path, base=base)
     if mode not in MODES or base is None:
@@ -101,7 +101,7 @@ def add_bake(parser: argparse.ArgumentParser) -> None:
 
 
 def _bake(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
-    from dora_diffusion.baking import bake, verify
+    from dora_diffusion.blending.bake import bake, verify
 
     states, weights = read_mix(arguments.adapter, arguments.part, open_base(arguments.base))
     with progress("baking", unit="B") as advance:

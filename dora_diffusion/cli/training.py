@@ -36,13 +36,13 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from dora_diffusion.training.config import TrainConfig
-    from dora_diffusion.training.stopping import end_with_stdin
+    from dora_diffusion.training.signals import end_with_stdin
 
     if arguments.end_with_stdin:
         end_with_stdin()
     config = TrainConfig.from_yaml(arguments.config, TrainConfig.parse_overrides(rest))
     if arguments.dry_run:
-        from dora_diffusion.training.plan import describe_plan
+        from dora_diffusion.training.dry_run import describe_plan
 
         print(describe_plan(config))
         return 0
@@ -78,7 +78,7 @@ def _evaluate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ValueError(f"{adapter}: no such file; train first: dora-diffusion train {arguments.config}")
     from dora_diffusion.evaluate.adapter import Truth, evaluate_adapter
     from dora_diffusion.training.dataset import find_examples
-    from dora_diffusion.training.images import read_image
+    from dora_diffusion.utils.images import read_image
 
     examples = find_examples(truth_dir, instance_prompt=config.data.instance_prompt)
     truths = [Truth(read_image(example.path), example.caption) for example in examples]

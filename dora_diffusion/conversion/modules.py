@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dora_diffusion.base_weights import WeightOf
-from dora_diffusion.factorisations import Pair
-from dora_diffusion.functional import Axis, gain_form, master_dtype, rows
+from dora_diffusion.functional.dora import Axis, gain_form, master_dtype, rows
+from dora_diffusion.functional.lycoris import Pair
+from dora_diffusion.pipelines.base_weights import WeightOf
 from dora_diffusion.state import Module, ModuleState
 
 

@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dora_diffusion.adapters import AdapterManager
+from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.evaluate.likeness import likeness
 from dora_diffusion.families import family_of_pipeline
-from dora_diffusion.generation import GenerationSettings, generate
-from dora_diffusion.pipelines import load_pipeline
+from dora_diffusion.generation.generate import GenerationSettings, generate
+from dora_diffusion.pipelines.loading import load_pipeline
+from dora_diffusion.pipelines.textual_inversion import install_words, load_word
 from dora_diffusion.pretrain.scenes import background_in, place_words
-from dora_diffusion.sheets import grid
-from dora_diffusion.storage import write_atomically
-from dora_diffusion.tokens import install_words, load_word
+from dora_diffusion.utils.atomic import write_atomically
+from dora_diffusion.utils.image_grid import grid
 
 
 @dataclass(frozen=True)

@@ -48,13 +48,15 @@ def predict(
     """Epsilon, told the target size when the model was trained to be: the pipeline, too, tells what it draws."""
     hidden = conditioning["encoder_hidden_states"]
     size = frames[:, 4:].to(hidden)
-    told = {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]} if denoiser.use_additional_conditions else {}
+    sizes = (
+        {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]} if denoiser.use_additional_conditions else {}
+    )
     prediction: Tensor = denoiser(
         latents,
         encoder_hidden_states=hidden,
         encoder_attention_mask=conditioning.get("encoder_attention_mask"),
         timestep=timesteps,
-        added_cond_kwargs={"resolution": None, "aspect_ratio": None} | told,
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None} | sizes,
     ).sample
     return prediction[:, : latents.shape[1]]
 

@@ -3,22 +3,22 @@
 Formats are values (`dialects`); one reader takes them all, and mixtures of them.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dora_diffusion.checks import check_type
 from dora_diffusion.formats import peft
-from dora_diffusion.formats.container import Container, read_header, shown
 from dora_diffusion.formats.dialects import DIALECTS, PEFT_FILE, Dialect, Signs
-from dora_diffusion.formats.hashes import with_hashes
+from dora_diffusion.formats.kohya_hashes import with_hashes
 from dora_diffusion.formats.reading import Reading, read, take_apart, with_origin
+from dora_diffusion.formats.safetensors_reader import Container, read_header, shown
 from dora_diffusion.formats.writing import write
 from dora_diffusion.state import AdapterState, cast
-from dora_diffusion.storage import save_tensors
+from dora_diffusion.utils.atomic import save_tensors, sha256_of
+from dora_diffusion.utils.checks import check_type
 
 __all__ = [
     "FORMATS",
@@ -55,12 +55,14 @@ class Examined:
         matched: keys that belong to layers.
         unknown: the other keys.
         layers: layers in the file, fused ones counted once.
+        sha256: of the bytes that were read, hex; None where nothing but the header was.
     """
 
     format: str
     matched: int
     unknown: tuple[str, ...]
     layers: int
+    sha256: str | None = None
 
     def __repr__(self) -> str:
         keys = self.matched + len(self.unknown)
@@ -96,19 +98,25 @@ def examine(path: str | Path) -> Examined:
     path = place_of(path)
     if path.is_dir():
         weights = [file for file in sorted(path.rglob(peft.WEIGHTS)) if file.is_file()]
-        keys = [f"{file.parent.name}/{key}" for file in weights for key in read_header(file) if key != "__metadata__"]
-        return Examined("peft", len(keys), (), len({key.rpartition(".lora_")[0] for key in keys}))
+        return _folder_examined(
+            [f"{file.parent.name}/{key}" for file in weights for key in read_header(file) if key != "__metadata__"]
+        )
     with Container(path) as file:
         return _examined(path, file, _taken_apart(path, file))
+
+
+def _folder_examined(keys: Sequence[str]) -> Examined:
+    return Examined("peft", len(keys), (), len({key.rpartition(".lora_")[0] for key in keys}))
 
 
 def _examined(path: Path, file: Container, reading: Reading) -> Examined:
     unknown = tuple(key for key in file.keys if not reading.is_known(key))
     matched = len(file.keys) - len(unknown)
-    return Examined(_format_of(path, reading, file.keys), matched, unknown, len(reading.places))
+    return Examined(format_of(path, reading, file.keys), matched, unknown, len(reading.places))
 
 
-def _format_of(path: Path, reading: Reading, keys: list[str]) -> str:
+def format_of(path: Path, reading: Reading, keys: list[str]) -> str:
+    """The name of the format that a file's keys are in; a ValueError of one line when none fits."""
     if reading.places:
         signs = _signs(reading)
         for dialect in DIALECTS:
@@ -129,7 +137,7 @@ def _signs(reading: Reading) -> Signs:
     return Signs(
         prefixes=frozenset(place.prefix for place in places),
         styles=frozenset(key.style for key in reading.keys.values()),
-        has_makers=any(place.is_makers for place in places),
+        has_original_names=any(place.is_original for place in places),
         has_pieces=any(place.is_piece for place in places),
         has_debris=any(name.startswith("base_model.model.") for name in reading.places),
     )
@@ -155,17 +163,19 @@ def load_adapter(path: str | Path, *, base: WeightOf | None = None) -> AdapterSt
 
 
 def load_examined(path: str | Path, *, base: WeightOf | None = None) -> tuple[AdapterState, Examined]:
-    """`load_adapter` and `examine` at once, with one look at the file."""
+    """`load_adapter` and `examine` at once: the file is opened and read once, and hashed as it is read."""
     path = place_of(path)
     if path.is_dir():
-        found = examine(path)
-        return with_origin(peft.read_folder(path, base), found.format), found
+        folder = peft.read_folder(path, base)
+        found = replace(_folder_examined(folder.keys), sha256=sha256_of(path, known=folder.sha256s))
+        return with_origin(folder.adapter, found.format), found
     with Container(path) as file:  # a large file of another kind is known by its header
         reading = _taken_apart(path, file)
         found = _examined(path, file, reading)
-        tensors, metadata = file.tensors(), file.metadata
+        contents = file.contents()
     try:
-        return with_origin(read(tensors, metadata, reading, base), found.format), found
+        adapter = read(contents.tensors, contents.metadata, reading, base)
+        return with_origin(adapter, found.format), replace(found, sha256=contents.sha256)
     except ValueError as error:
         raise ValueError(f"{shown(path, 300)}: {error}") from None
 

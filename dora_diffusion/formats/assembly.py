@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.formats.keys import FACTORS, Suffixes
-from dora_diffusion.functional import TINY_NORM, Axis, squared_row_norms
+from dora_diffusion.functional.dora import TINY_NORM, Axis, squared_row_norms
 from dora_diffusion.state import Algorithm, FactoredState, Module, ModuleState
 
 Parts = Mapping[str, Tensor]
@@ -189,11 +189,11 @@ def _axis(layer: str, magnitude: Tensor, module: Module, hint: Callable[[], Axis
         return "in"
     if fits_out != fits_in:
         return "out" if fits_out else "in"
-    told = hint()
-    if told.axis is not None:
-        return told.axis
-    if told.weight is not None:
-        return _steadier_axis(told.weight, magnitude)
+    hinted = hint()
+    if hinted.axis is not None:
+        return hinted.axis
+    if hinted.weight is not None:
+        return _steadier_axis(hinted.weight, magnitude)
     raise ValueError(
         f"{layer}: dora_scale {tuple(magnitude.shape)} of a square layer may be per output or per input, and the "
         "metadata do not say; load it with its base at hand (base=..., --base)"

@@ -18,16 +18,16 @@ class Signs:
     """What is seen in a file's keys.
 
     Attributes:
-        prefixes: of its layers, as `places` has them.
+        prefixes: of its layers, as `layer_lookup` has them.
         styles: spellings of the parts, as `keys` has them.
-        has_makers: some layer is called as its makers call it.
+        has_original_names: some layer is called as its makers call it.
         has_pieces: some layer is a numbered piece of a fused one.
         has_debris: PEFT's own prefix stands before layers.
     """
 
     prefixes: frozenset[str]
     styles: frozenset[str]
-    has_makers: bool
+    has_original_names: bool
     has_pieces: bool
     has_debris: bool
 
@@ -48,8 +48,8 @@ class Dialect:
         prefixes: component -> prefix; a component that is missing cannot be written.
         by_family: family -> prefixes that differ.
         is_flat: layers are flattened with underscores.
-        makers: families whose denoiser is called as its makers call it; None for every family that has such names.
-        has_pieces: makers' fused layers are written piece by piece, numbered.
+        original_for: families whose denoiser bears its original names; None for every family that has such names.
+        has_pieces: original fused layers are written piece by piece, numbered.
         keeps_text_model: CLIP's layers carry `text_model.`.
     """
 
@@ -60,7 +60,7 @@ class Dialect:
     prefixes: Prefixes
     by_family: Mapping[str, Prefixes] = field(default_factory=dict)
     is_flat: bool = False
-    makers: frozenset[str] | None = frozenset()
+    original_for: frozenset[str] | None = frozenset()
     has_pieces: bool = False
     keeps_text_model: bool = True
 
@@ -68,9 +68,9 @@ class Dialect:
         """What stands before a component's layers; None where it cannot be written."""
         return {**self.prefixes, **self.by_family.get(family or "", {})}.get(component)
 
-    def uses_makers_names(self, family: str | None) -> bool:
+    def uses_original_names(self, family: str | None) -> bool:
         """Whether the denoiser of a family is called as its makers call it."""
-        return self.makers is None or family in self.makers
+        return self.original_for is None or family in self.original_for
 
 
 _DIFFUSERS = {name: f"{name}." for name in ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")}
@@ -87,7 +87,7 @@ def _comfy_encoders(**names: str) -> Prefixes:
 DIFFUSERS = Dialect(
     name="diffusers",
     about="diffusers' save_lora_weights, PEFT's names in one file",
-    recognises=lambda signs: not signs.has_makers and signs.starts(*_DIFFUSERS.values()),
+    recognises=lambda signs: not signs.has_original_names and signs.starts(*_DIFFUSERS.values()),
     suffixes=PEFT,
     prefixes=_DIFFUSERS,
 )
@@ -99,7 +99,7 @@ KOHYA_SS = Dialect(
     prefixes=_KOHYA,
     by_family={"sd1": _ONE_ENCODER, "sd2": _ONE_ENCODER, "flux": {"text_encoder_2": "lora_te3_"}},
     is_flat=True,
-    makers=frozenset({"sdxl", "flux", "sd3", "lumina2"}),
+    original_for=frozenset({"sdxl", "flux", "sd3", "lumina2"}),
 )
 COMFYUI = Dialect(
     name="comfyui",
@@ -114,7 +114,7 @@ COMFYUI = Dialect(
         "flux": _comfy_encoders(text_encoder="clip_l", text_encoder_2="t5xxl"),
         "sd3": _comfy_encoders(text_encoder="clip_l", text_encoder_2="clip_g", text_encoder_3="t5xxl"),
     },
-    makers=None,
+    original_for=None,
 )
 LYCORIS = Dialect(
     name="lycoris",
@@ -135,7 +135,7 @@ OLD = Dialect(
 OSTRIS = Dialect(
     name="ai-toolkit",
     about="ostris/ai-toolkit's DoRA of transformers",
-    recognises=lambda signs: "ai-toolkit" in signs.styles and not signs.has_makers,
+    recognises=lambda signs: "ai-toolkit" in signs.styles and not signs.has_original_names,
     suffixes=AI_TOOLKIT,
     prefixes=_DIFFUSERS,
 )
@@ -149,19 +149,19 @@ ONETRAINER_LEGACY = Dialect(
 )
 ORIGINAL = Dialect(
     name="original",
-    about="OneTrainer's `original`: the denoiser alone, in its makers' names, without a prefix",
-    recognises=lambda signs: signs.prefixes == {""} and signs.has_makers,
+    about="OneTrainer's `original`: the denoiser alone, in its original names, without a prefix",
+    recognises=lambda signs: signs.prefixes == {""} and signs.has_original_names,
     suffixes=MIXED,
     prefixes={"unet": "", "transformer": ""},
-    makers=None,
+    original_for=None,
 )
 OMI = Dialect(
     name="omi",
-    about="Open Model Initiative, OneTrainer's format until 2026: makers' names, fused layers in numbered pieces",
+    about="Open Model Initiative, OneTrainer's format until 2026: original names, fused layers in numbered pieces",
     recognises=lambda signs: (
         signs.has_pieces
         or signs.starts("clip_l.", "clip_g.", "t5.")
-        or (signs.has_makers and signs.starts("unet.", "transformer."))
+        or (signs.has_original_names and signs.starts("unet.", "transformer."))
     ),
     suffixes=KOHYA,
     prefixes={
@@ -169,7 +169,7 @@ OMI = Dialect(
         **{"text_encoder": "clip_l.", "text_encoder_2": "clip_g.", "text_encoder_3": "t5."},
     },
     by_family={"flux": {"text_encoder_2": "t5."}},
-    makers=None,
+    original_for=None,
     has_pieces=True,
 )
 PEFT_FILE = Dialect(

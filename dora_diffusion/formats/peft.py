@@ -10,21 +10,21 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from dora_diffusion.formats.assembly import parts_of
-from dora_diffusion.formats.container import read_tensors, shown
+from dora_diffusion.formats.family_detection import family_of
+from dora_diffusion.formats.json_metadata import LONGEST, json_object
 from dora_diffusion.formats.keys import PEFT
-from dora_diffusion.formats.kinship import family_of
+from dora_diffusion.formats.peft_alphas import METADATA_KEY, peft_config
 from dora_diffusion.formats.reading import read, take_apart
-from dora_diffusion.formats.scales import METADATA_KEY, peft_config
-from dora_diffusion.formats.told import LONGEST, json_object
+from dora_diffusion.formats.safetensors_reader import read_tensors, shown
 from dora_diffusion.state import AdapterState, Module, join
-from dora_diffusion.storage import replace_path, save_tensors, write_atomically
+from dora_diffusion.utils.atomic import replace_path, save_tensors, write_atomically
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -43,7 +43,22 @@ def is_folder(path: Path) -> bool:
     return any((folder / CONFIG).is_file() for folder in (path, *(path / name for name in _COMPONENTS)))
 
 
-def read_folder(path: Path, weight_of: Callable[[str], Tensor] | None = None) -> AdapterState:
+@dataclass(frozen=True)
+class Folder:
+    """What a folder holds.
+
+    Attributes:
+        adapter: all its components' layers.
+        keys: of the weights, each behind its folder's name.
+        sha256s: file -> hash of the very bytes that were read.
+    """
+
+    adapter: AdapterState
+    keys: tuple[str, ...]
+    sha256s: dict[Path, str]
+
+
+def read_folder(path: Path, weight_of: Callable[[str], Tensor] | None = None) -> Folder:
     """A folder of PEFT's, or one with such folders named by component.
 
     Raises:
@@ -53,13 +68,16 @@ def read_folder(path: Path, weight_of: Callable[[str], Tensor] | None = None) ->
     if not inside:
         return _read_one(path, path.name if path.name in _COMPONENTS else None, weight_of)
     note = _json(path / _NOTE) if (path / _NOTE).is_file() else {}
-    states = [_read_one(folder, folder.name, weight_of) for folder in inside]
-    joined = join(states, {str(key): str(value) for key, value in note.items()})
-    extra = read_tensors(path / _EXTRA)[0] if (path / _EXTRA).is_file() else {}
-    return replace(joined, extra={**joined.extra, **extra})
+    folders = [_read_one(folder, folder.name, weight_of) for folder in inside]
+    joined = join([folder.adapter for folder in folders], {str(key): str(value) for key, value in note.items()})
+    sha256s = {file: sha256 for folder in folders for file, sha256 in folder.sha256s.items()}
+    if (path / _EXTRA).is_file():
+        extra = read_tensors(path / _EXTRA)
+        joined, sha256s[path / _EXTRA] = replace(joined, extra={**joined.extra, **extra.tensors}), extra.sha256
+    return Folder(joined, tuple(key for folder in folders for key in folder.keys), sha256s)
 
 
-def _read_one(folder: Path, component: str | None, weight_of: Callable[[str], Tensor] | None) -> AdapterState:
+def _read_one(folder: Path, component: str | None, weight_of: Callable[[str], Tensor] | None) -> Folder:
     config = _json(folder / CONFIG)
     _check_config(folder / CONFIG, config)
     if not (folder / WEIGHTS).is_file():
@@ -68,13 +86,14 @@ def _read_one(folder: Path, component: str | None, weight_of: Callable[[str], Te
             f"{folder}: no {WEIGHTS} there"
             + (f", only {pickles[0]}, a pickle, which can run code; save it as safetensors" if pickles else "")
         )
-    tensors, metadata = read_tensors(folder / WEIGHTS)
+    contents = read_tensors(folder / WEIGHTS)
     try:
-        named = {_with_component(key, component): tensor for key, tensor in tensors.items()}
-        reading = take_apart({key: tensor.shape for key, tensor in named.items()}, metadata)
+        named = {_with_component(key, component): tensor for key, tensor in contents.tensors.items()}
+        reading = take_apart({key: tensor.shape for key, tensor in named.items()}, contents.metadata)
         components = {place.component for place in reading.places.values()}
-        told = {**metadata, METADATA_KEY: json.dumps(_by_component(config, components))}
-        return read(named, told, reading, weight_of)
+        with_config = {**contents.metadata, METADATA_KEY: json.dumps(_by_component(config, components))}
+        keys = tuple(f"{folder.name}/{key}" for key in contents.tensors)
+        return Folder(read(named, with_config, reading, weight_of), keys, {folder / WEIGHTS: contents.sha256})
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.formats.assembly import Assembled, AxisHint, assemble
-from dora_diffusion.formats.container import shown
-from dora_diffusion.formats.fusing import split
+from dora_diffusion.formats.bias_vectors import split_vector
+from dora_diffusion.formats.fused_layers import split
+from dora_diffusion.formats.json_metadata import json_object
 from dora_diffusion.formats.keys import Key, parse_key
-from dora_diffusion.formats.places import Place, locate
-from dora_diffusion.formats.scales import Scales
-from dora_diffusion.formats.told import json_object
-from dora_diffusion.formats.vectors import split_vector
-from dora_diffusion.functional import Axis
+from dora_diffusion.formats.layer_lookup import Place, locate
+from dora_diffusion.formats.peft_alphas import Scales
+from dora_diffusion.formats.safetensors_reader import shown
+from dora_diffusion.functional.dora import Axis
 from dora_diffusion.state import AdapterState, Module
 
 WeightOf = Callable[[str], Tensor]

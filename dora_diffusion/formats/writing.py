@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dora_diffusion.formats.assembly import parts_of
+from dora_diffusion.formats.bias_vectors import fuse_vector
 from dora_diffusion.formats.dialects import Dialect
-from dora_diffusion.formats.fusing import fuse
+from dora_diffusion.formats.family_detection import family_of
+from dora_diffusion.formats.flat_names import flatten
+from dora_diffusion.formats.fused_layers import fuse
 from dora_diffusion.formats.keys import PEFT
-from dora_diffusion.formats.kinship import family_of
 from dora_diffusion.formats.layouts import LAYOUTS, Fusion, Layout
-from dora_diffusion.formats.names import flatten
+from dora_diffusion.formats.peft_alphas import METADATA_KEY, peft_config
 from dora_diffusion.formats.reading import AXIS_KEY, FAMILY_KEY
-from dora_diffusion.formats.scales import METADATA_KEY, peft_config
-from dora_diffusion.formats.vectors import fuse_vector
 from dora_diffusion.state import AdapterState, Module, ModuleState
 
 # Their makers call their layers as diffusers does.
@@ -79,7 +79,7 @@ def _check_components(adapter: AdapterState, dialect: Dialect, family: str | Non
 
 def _layers(adapter: AdapterState, dialect: Dialect, family: str | None) -> list[_Layer]:
     paths = list(dict.fromkeys([*adapter.modules, *(key.rpartition(".")[0] for key in adapter.vectors)]))
-    of_path = _makers_names(paths, adapter.modules, dialect, family)
+    of_path = _original_names(paths, adapter.modules, dialect, family)
     layers: dict[str, _Layer] = {}
     for path in paths:
         component, inner = path.split(".", 1)
@@ -91,12 +91,12 @@ def _layers(adapter: AdapterState, dialect: Dialect, family: str | None) -> list
     return list(layers.values())
 
 
-def _makers_names(
+def _original_names(
     paths: list[str], modules: Mapping[str, Module], dialect: Dialect, family: str | None
 ) -> Callable[[str], Fusion | None]:
     """Path of the denoiser -> its fusion; None where it is called as diffusers calls it."""
     inner = [path.split(".", 1)[1] for path in paths if not path.startswith("text_encoder")]
-    if not inner or not dialect.uses_makers_names(family) or family in _SAME_NAMES:
+    if not inner or not dialect.uses_original_names(family) or family in _SAME_NAMES:
         return _no_fusion
     denoisers = [layout for layout in LAYOUTS if layout.component in ("unet", "transformer")]
     layout = next((layout for layout in denoisers if family in layout.families), None)
@@ -105,10 +105,10 @@ def _makers_names(
         strange = _disproportionate(layout, modules)
     if layout is not None and not strange:
         return layout.of_path
-    if dialect.makers is not None:  # a model of other dimensions than the published one
+    if dialect.original_for is not None:  # a model of other dimensions than the published one
         return _no_fusion
     raise ValueError(
-        f"{strange[0]}: the {dialect.name} format needs its makers' name, which is not known here for "
+        f"{strange[0]}: the {dialect.name} format needs its original name, which is not known here for "
         f"{family or 'an unknown family'} of these dimensions; use diffusers, kohya or lycoris"
     )
 
@@ -185,13 +185,13 @@ def _metadata(adapter: AdapterState, dialect: Dialect, family: str | None) -> di
 def _dimensions(adapter: AdapterState, metadata: Mapping[str, str]) -> dict[str, str]:
     """kohya's rank and alpha where the file says others; "Dynamic" is what kohya's own resizing writes."""
     pairs = [module for module in adapter.modules.values() if isinstance(module, ModuleState)]
-    told = {
+    as_written = {
         "ss_network_dim": {f"{module.rank}" for module in pairs},
         "ss_network_alpha": {f"{module.scale * module.rank:g}" for module in pairs},
     }
     return {
         key: next(iter(found)) if len(found) == 1 else "Dynamic"
-        for key, found in told.items()
+        for key, found in as_written.items()
         if found and key in metadata and not _same_numbers(metadata[key], found)
     }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_diffusion import storage
+from dora_diffusion.utils import atomic as storage
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
-from dora_diffusion import storage
 from dora_diffusion.pretrain import dit
 from dora_diffusion.pretrain.autoencoder import (
     AutoencoderRecipe,
@@ -26,12 +25,13 @@ from dora_diffusion.pretrain.scenes import OBJECT_PIXELS, Scene, varied_caption,
 from dora_diffusion.pretrain.text import Painter, TextRecipe, train_painter
 from dora_diffusion.pretrain.tokens import MAX_TOKENS, train_tokenizer
 from dora_diffusion.pretrain.unet import TextPart, build_unet, velocity_loss
+from dora_diffusion.utils import atomic as storage
 
 AUTOENCODER_PICTURES = 6000
 
 
 @dataclass(frozen=True)
-class Workshop:
+class PretrainFolder:
     """The folder in which pretraining works; every stage finds there what earlier ones left, and goes on."""
 
     folder: Path
@@ -77,25 +77,27 @@ class Workshop:
         return self.folder / "dit"
 
 
-def pretrain(workshop: Workshop, autoencoder: AutoencoderRecipe, text: TextRecipe, denoiser: DenoiserRecipe) -> None:
+def pretrain(
+    folders: PretrainFolder, autoencoder: AutoencoderRecipe, text: TextRecipe, denoiser: DenoiserRecipe
+) -> None:
     """Run every stage that is not done yet. Each is resumable; hours on two cores."""
     scenes = all_scenes()
-    if not workshop.latents.exists():
-        _make_latents(workshop, scenes, autoencoder)
-    latents = storage.load_tensors(workshop.latents)["latents"]
-    if not (workshop.tokenizer / "merges.txt").exists():
-        train_tokenizer(_captions(scenes), workshop.tokenizer)
-    if not (workshop.text / "final").exists():
+    if not folders.latents.exists():
+        _make_latents(folders, scenes, autoencoder)
+    latents = storage.load_tensors(folders.latents)["latents"]
+    if not (folders.tokenizer / "merges.txt").exists():
+        train_tokenizer(_captions(scenes), folders.tokenizer)
+    if not (folders.text / "final").exists():
         torch.manual_seed(text.seed)
-        painter = Painter(_tokenizer(workshop))
-        train_painter(painter, latents, scenes, _tokenizer(workshop), text, workshop.text)
-        _save_whole(painter.text, workshop.text / "final")
+        painter = Painter(_tokenizer(folders))
+        train_painter(painter, latents, scenes, _tokenizer(folders), text, folders.text)
+        _save_whole(painter.text, folders.text / "final")
     torch.manual_seed(denoiser.seed)
-    loss = partial(velocity_loss, _text_part(workshop))
-    train_denoiser(build_unet(), loss, latents, scenes, denoiser, workshop.denoiser)
+    loss = partial(velocity_loss, _text_part(folders))
+    train_denoiser(build_unet(), loss, latents, scenes, denoiser, folders.denoiser)
 
 
-def pretrain_dit(workshop: Workshop, base: Path, text: TextRecipe, denoiser: DenoiserRecipe) -> None:
+def pretrain_dit(folders: PretrainFolder, base: Path, text: TextRecipe, denoiser: DenoiserRecipe) -> None:
     """Run every stage of the pocket DiT that is not done yet, with the autoencoder and the words of a finished pocket.
 
     Args:
@@ -105,25 +107,25 @@ def pretrain_dit(workshop: Workshop, base: Path, text: TextRecipe, denoiser: Den
         denoiser: of the transformer.
     """
     scenes, tokenizer = all_scenes(), CLIPTokenizer.from_pretrained(base / "tokenizer")
-    if not workshop.latents.exists():
+    if not folders.latents.exists():
         vae = AutoencoderKL.from_pretrained(base / "vae", use_safetensors=True).eval()
-        latents = encode_pictures(vae, scene_pictures(scenes, workshop.icons))
-        storage.save_tensors({"latents": latents.half()}, workshop.latents)
-    latents = storage.load_tensors(workshop.latents)["latents"]
-    if not (workshop.dit_text / "final").exists():
+        latents = encode_pictures(vae, scene_pictures(scenes, folders.icons))
+        storage.save_tensors({"latents": latents.half()}, folders.latents)
+    latents = storage.load_tensors(folders.latents)["latents"]
+    if not (folders.dit_text / "final").exists():
         torch.manual_seed(text.seed)
         painter = dit.PooledPainter(tokenizer)
-        train_painter(painter, latents, scenes, tokenizer, text, workshop.dit_text)
-        _save_whole(painter.text, workshop.dit_text / "final")
+        train_painter(painter, latents, scenes, tokenizer, text, folders.dit_text)
+        _save_whole(painter.text, folders.dit_text / "final")
     torch.manual_seed(denoiser.seed)
     learning = dit.Learning(tokenizer)
     learning.transformer.set_attn_processor(dit.CountedZeroTokens(dit.ZERO_TOKENS))
-    loss = partial(dit.flow_loss, _dit_text(workshop, tokenizer))
-    train_denoiser(learning, loss, latents, scenes, denoiser, workshop.dit)
+    loss = partial(dit.flow_loss, _dit_text(folders, tokenizer))
+    train_denoiser(learning, loss, latents, scenes, denoiser, folders.dit)
 
 
-def _dit_text(workshop: Workshop, tokenizer: CLIPTokenizer) -> dit.DiTText:
-    encoder = CLIPTextModelWithProjection.from_pretrained(workshop.dit_text / "final", use_safetensors=True)
+def _dit_text(folders: PretrainFolder, tokenizer: CLIPTokenizer) -> dit.DiTText:
+    encoder = CLIPTextModelWithProjection.from_pretrained(folders.dit_text / "final", use_safetensors=True)
     return dit.DiTText(tokenizer, encoder.eval().requires_grad_(False))
 
 
@@ -136,27 +138,27 @@ def _save_whole(model: PreTrainedModel | AutoencoderKL, folder: Path) -> None:
     unfinished.rename(folder)
 
 
-def _tokenizer(workshop: Workshop) -> CLIPTokenizer:
+def _tokenizer(folders: PretrainFolder) -> CLIPTokenizer:
     return CLIPTokenizer(
-        vocab=str(workshop.tokenizer / "vocab.json"),
-        merges=str(workshop.tokenizer / "merges.txt"),
+        vocab=str(folders.tokenizer / "vocab.json"),
+        merges=str(folders.tokenizer / "merges.txt"),
         model_max_length=MAX_TOKENS,
     )
 
 
-def _text_part(workshop: Workshop) -> TextPart:
-    encoder = CLIPTextModel.from_pretrained(workshop.text / "final", use_safetensors=True).eval().requires_grad_(False)
-    return TextPart(_tokenizer(workshop), encoder)
+def _text_part(folders: PretrainFolder) -> TextPart:
+    encoder = CLIPTextModel.from_pretrained(folders.text / "final", use_safetensors=True).eval().requires_grad_(False)
+    return TextPart(_tokenizer(folders), encoder)
 
 
-def _make_latents(workshop: Workshop, scenes: list[Scene], recipe: AutoencoderRecipe) -> None:
-    pictures = autoencoder_pictures(workshop.icons, AUTOENCODER_PICTURES)
-    trained = train_autoencoder(pictures, recipe, workshop.folder / "vae")
+def _make_latents(folders: PretrainFolder, scenes: list[Scene], recipe: AutoencoderRecipe) -> None:
+    pictures = autoencoder_pictures(folders.icons, AUTOENCODER_PICTURES)
+    trained = train_autoencoder(pictures, recipe, folders.folder / "vae")
     vae = build_autoencoder().eval()
     vae.load_state_dict(trained.state_dict())
-    latents = whiten(vae, encode_pictures(vae, scene_pictures(scenes, workshop.icons)))
-    _save_whole(vae, workshop.vae)
-    storage.save_tensors({"latents": latents.half()}, workshop.latents)
+    latents = whiten(vae, encode_pictures(vae, scene_pictures(scenes, folders.icons)))
+    _save_whole(vae, folders.vae)
+    storage.save_tensors({"latents": latents.half()}, folders.latents)
 
 
 def _captions(scenes: list[Scene]) -> list[str]:
@@ -171,17 +173,17 @@ def _captions(scenes: list[Scene]) -> list[str]:
     return [varied_caption(scene, rng) for scene in [*scenes, *styleless]]
 
 
-def trained_pipeline(workshop: Workshop) -> StableDiffusionPipeline:
+def trained_pipeline(folders: PretrainFolder) -> StableDiffusionPipeline:
     """A plain StableDiffusionPipeline of the newest checkpoint's averaged weights, fp32."""
-    vae = AutoencoderKL.from_pretrained(workshop.vae, use_safetensors=True)
-    return load_checkpoint(_newest(workshop.denoiser), vae, _text_part(workshop))
+    vae = AutoencoderKL.from_pretrained(folders.vae, use_safetensors=True)
+    return load_checkpoint(_newest(folders.denoiser), vae, _text_part(folders))
 
 
-def trained_dit_pipeline(workshop: Workshop, base: Path) -> StableDiffusion3Pipeline:
+def trained_dit_pipeline(folders: PretrainFolder, base: Path) -> StableDiffusion3Pipeline:
     """A plain StableDiffusion3Pipeline of the newest checkpoint's averaged weights, fp32; `base` as in training."""
     vae = AutoencoderKL.from_pretrained(base / "vae", use_safetensors=True)
     tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
-    return load_dit_checkpoint(_newest(workshop.dit), vae, _dit_text(workshop, tokenizer))
+    return load_dit_checkpoint(_newest(folders.dit), vae, _dit_text(folders, tokenizer))
 
 
 def _newest(folder: Path) -> Path:
@@ -191,13 +193,13 @@ def _newest(folder: Path) -> Path:
     return checkpoints[-1]
 
 
-def ship_newest(workshop: Workshop, folder: Path) -> None:
+def ship_newest(folders: PretrainFolder, folder: Path) -> None:
     """Write the newest checkpoint as the embedded base."""
     with torch.no_grad():
-        ship(trained_pipeline(workshop), folder)
+        ship(trained_pipeline(folders), folder)
 
 
-def ship_newest_dit(workshop: Workshop, base: Path, folder: Path) -> None:
+def ship_newest_dit(folders: PretrainFolder, base: Path, folder: Path) -> None:
     """Write the newest checkpoint as the embedded DiT."""
     with torch.no_grad():
-        ship(trained_dit_pipeline(workshop, base), folder)
+        ship(trained_dit_pipeline(folders, base), folder)

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dora_diffusion.objectives import add_noise, target
+from dora_diffusion.functional.objectives import add_noise, target
 from dora_diffusion.pretrain.captions import tokenize
 from dora_diffusion.pretrain.text import TEXT_WIDTH
 

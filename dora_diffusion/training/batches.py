@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.config import DataConfig, TrainConfig
 from dora_diffusion.training.dataset import Example, StepSampler, load_sample
-from dora_diffusion.training.subject import Subject
+from dora_diffusion.training.trainable import TrainablePipeline
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Latent(NamedTuple):
     frame: Tensor
 
 
-class LatentStore:
+class LatentCache:
     """Latents of examples, encoded once when nothing random is done to the pixels, else at every use."""
 
-    def __init__(self, subject: Subject, config: TrainConfig, size: tuple[int, int]) -> None:
-        self._subject = subject
-        self._data = config.data
+    def __init__(self, trainable: TrainablePipeline, data: DataConfig, size: tuple[int, int]) -> None:
+        self._trainable = trainable
+        self._data = data
         self._size = size
         self._kept: dict[tuple[str, bool], Latent] = {}
 
@@ -53,32 +53,32 @@ class LatentStore:
         if key in self._kept:
             return self._kept[key]
         sample = load_sample(example, size=self._size, crop=self._data.crop, flip=flip, rng=rng)
-        encoded = self._subject.family.codec.encode(self._subject.pipe, sample.pixels[None])
+        encoded = self._trainable.family.codec.encode(self._trainable.pipe, sample.pixels[None])
         latent = Latent(encoded, sample.frame[None].to(encoded.device))
         if self._data.crop == "center":
             self._kept[key] = latent
         return latent
 
 
-class CaptionStore:
+class ConditioningCache:
     """Conditioning of captions: kept when no text encoder is trained."""
 
-    def __init__(self, subject: Subject) -> None:
-        self._subject = subject
+    def __init__(self, trainable: TrainablePipeline) -> None:
+        self._trainable = trainable
         self._kept: dict[str, Mapping[str, Tensor]] = {}
 
     def keep(self, captions: Sequence[str]) -> None:
         """Encode what is new among captions, once and for all."""
-        subject = self._subject
+        trainable = self._trainable
         if new := dict.fromkeys(caption for caption in captions if caption not in self._kept):
-            with torch.no_grad(), subject.awake():
-                self._kept.update({caption: subject.family.encode(subject.pipe, [caption]) for caption in new})
+            with torch.no_grad(), trainable.encoders_on_device():
+                self._kept.update({caption: trainable.family.encode(trainable.pipe, [caption]) for caption in new})
 
     def encode(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
         """Captions -> batched conditioning, with gradients when a text encoder is trained."""
-        subject = self._subject
-        if subject.trains_text():
-            return subject.family.encode(subject.pipe, list(captions))
+        trainable = self._trainable
+        if trainable.trains_text():
+            return trainable.family.encode(trainable.pipe, list(captions))
         self.keep(captions)
         names = self._kept[captions[0]].keys()
         return {name: _together([self._kept[caption][name] for caption in captions]) for name in names}
@@ -98,7 +98,7 @@ class BatchSource:
 
     def __init__(
         self,
-        subject: Subject,
+        trainable: TrainablePipeline,
         config: TrainConfig,
         size: tuple[int, int],
         *,
@@ -106,11 +106,11 @@ class BatchSource:
         classes: Sequence[Example],
     ) -> None:
         self._config = config
-        self._latents = LatentStore(subject, config, size)
-        self._captions = CaptionStore(subject)
+        self._latents = LatentCache(trainable, config.data, size)
+        self._captions = ConditioningCache(trainable)
         self._instances, self._classes = instances, classes
         batch, seed = config.optim.batch_size, config.optim.seed
-        if not subject.trains_text():
+        if not trainable.trains_text():
             self._captions.keep(["", *(example.caption for example in (*instances, *classes))])
         self._instance_order = StepSampler(len(instances), batch_size=batch, seed=seed)
         self._class_order = StepSampler(len(classes), batch_size=batch, seed=seed + 1) if classes else None

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dora_diffusion.training.images import (
+from dora_diffusion.utils.images import (
     SUFFIXES,
     Crop,
     fit,
@@ -29,7 +29,7 @@ from dora_diffusion.training.images import (
 if TYPE_CHECKING:  # the doctor reads captions and pictures with what is here, and needs no torch
     from torch import Tensor
 
-    from dora_diffusion.training.config import TrainConfig
+    from dora_diffusion.training.config import DataConfig
 
 METADATA = "metadata.jsonl"
 CAPTION_COLUMNS = ("text", "caption", "prompt")
@@ -219,16 +219,15 @@ class Split(NamedTuple):
     validation: list[Example]
 
 
-def checked_examples(config: "TrainConfig") -> Split:
+def checked_examples(data: "DataConfig", *, seed: int) -> Split:
     """The pictures to train on and to measure, every one of them opened once: better to fail now than in an hour.
 
     Raises:
         ValueError: a picture that cannot be read or has no caption, named.
     """
-    data = config.data
     examples = find_examples(data.instance_dir, instance_prompt=data.instance_prompt)
     if data.validation_dir is None:
-        split = split_validation(examples, share=data.validation_share, seed=config.optim.seed)
+        split = split_validation(examples, share=data.validation_share, seed=seed)
     else:
         split = Split(examples, find_examples(data.validation_dir, instance_prompt=data.instance_prompt))
     for example in (*split.train, *split.validation):
@@ -236,9 +235,9 @@ def checked_examples(config: "TrainConfig") -> Split:
     return split
 
 
-def check_words(config: "TrainConfig", examples: Sequence[Example]) -> None:
+def check_words(words: Iterable[str], examples: Sequence[Example]) -> None:
     """A ValueError when no caption holds a new word, which would never be trained, or one holds it inside another."""
-    for word in config.words.starts:
+    for word in words:
         alone = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
         inside = [c for c in (example.caption for example in examples) if word in alone.sub("", c).lower()]
         if inside:

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dora_diffusion.storage import sha256_of
 from dora_diffusion.training.dataset import METADATA, find_caption, find_pictures, find_sidecar, read_metadata
-from dora_diffusion.training.images import SUFFIXES, list_files, natural_order, read_image, shown
+from dora_diffusion.utils.atomic import sha256_of
+from dora_diffusion.utils.images import SUFFIXES, list_files, natural_order, read_image, shown
 
 Kind = Literal[
     "corrupt",

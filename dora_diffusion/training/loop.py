@@ -16,29 +16,29 @@ from tqdm import tqdm
 
 from dora_diffusion.families import pixel_multiple
 from dora_diffusion.formats import save_adapter
-from dora_diffusion.objectives import weighted_squared_error
+from dora_diffusion.functional.objectives import weighted_squared_error
+from dora_diffusion.pipelines.textual_inversion import save_words
 from dora_diffusion.state import AdapterState
-from dora_diffusion.storage import write_atomically
-from dora_diffusion.tokens import save_words
 from dora_diffusion.training import checkpoint
 from dora_diffusion.training.batches import Batch, BatchSource, step_seed
-from dora_diffusion.training.card import run_card
-from dora_diffusion.training.classes import ensure_class_examples
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.dataset import Example, check_words, checked_examples
-from dora_diffusion.training.noising import objective_of
+from dora_diffusion.training.model_card import run_card
+from dora_diffusion.training.objective import objective_of
 from dora_diffusion.training.previews import draw_previews, save_previews, save_strip
-from dora_diffusion.training.stopping import StopRequest, stop_requests
-from dora_diffusion.training.subject import (
+from dora_diffusion.training.prior_preservation import ensure_class_examples
+from dora_diffusion.training.signals import StopRequest, stop_requests
+from dora_diffusion.training.trainable import (
     PRECISIONS,
     RateSchedule,
-    Subject,
+    TrainablePipeline,
     adapter_metadata,
     build_optimizer,
     load_base,
     picture_size,
-    prepare_subject,
+    prepare_trainable,
 )
+from dora_diffusion.utils.atomic import write_atomically
 
 
 class TrainingDiverged(ValueError):
@@ -84,17 +84,17 @@ def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
     accelerator = Accelerator(
         mixed_precision=config.optim.mixed_precision, log_with="tensorboard", project_dir=str(folder / "logs")
     )
-    instances, held_out = checked_examples(config)
-    check_words(config, instances)
-    pipe = load_base(config, accelerator.device)
+    instances, held_out = checked_examples(config.data, seed=config.optim.seed)
+    check_words(config.words.starts, instances)
+    pipe = load_base(config.model, PRECISIONS[config.optim.mixed_precision], accelerator.device)
     objective_of(pipe, config, tokens=1)  # raises for a scheduler that cannot be trained, before anything is drawn
     with accelerator.main_process_first():  # one process draws the class images, the others find them
         classes = ensure_class_examples(pipe, config)
-    subject = prepare_subject(pipe, config)
+    trainable = prepare_trainable(pipe, config)
     try:
-        return _Run(config, accelerator, subject, instances, classes, held_out).go(resume is not None)
+        return _Run(config, accelerator, trainable, instances, classes, held_out).go(resume is not None)
     finally:
-        subject.eject()
+        trainable.eject()
 
 
 class _Run:
@@ -104,25 +104,25 @@ class _Run:
         self,
         config: TrainConfig,
         accelerator: Accelerator,
-        subject: Subject,
+        trainable: TrainablePipeline,
         instances: Sequence[Example],
         classes: Sequence[Example],
         held_out: Sequence[Example],
     ) -> None:
-        self.config, self.accelerator, self.subject = config, accelerator, subject
+        self.config, self.accelerator, self.trainable = config, accelerator, trainable
         self.folder = config.output_dir
-        size = picture_size(subject, config)
-        self.source = BatchSource(subject, config, size, instances=instances, classes=classes)
+        size = picture_size(trainable, config.data.resolution)
+        self.source = BatchSource(trainable, config, size, instances=instances, classes=classes)
         self.watched = list(held_out or instances)
-        self.objective = objective_of(subject.pipe, config, tokens=_tokens(subject, size))
-        self.optimizer = build_optimizer(subject, config)
-        self.rates = RateSchedule(self.optimizer, config)
-        for injection in subject.injections.values():
+        self.objective = objective_of(trainable.pipe, config, tokens=_tokens(trainable, size))
+        self.optimizer = build_optimizer(trainable, config.optim, config.words)
+        self.rates = RateSchedule(self.optimizer, config.optim)
+        for injection in trainable.injections.values():
             injection.keep_norms()
         self.prepared = accelerator.prepare_optimizer(self.optimizer)
         self.validation: list[tuple[int, float]] = []
         self.state = checkpoint.TrainingState(
-            subject.named_tensors(), self.optimizer, accelerator.scaler, accelerator.num_processes, self.validation
+            trainable.named_tensors(), self.optimizer, accelerator.scaler, accelerator.num_processes, self.validation
         )
 
     def go(self, resume: bool) -> TrainResult:
@@ -172,11 +172,11 @@ class _Run:
             self.accelerator.backward(loss / optim.gradient_accumulation)
             total += loss.item() / optim.gradient_accumulation
         if ranks > 1:
-            for parameter in self.subject.parameters():
+            for parameter in self.trainable.parameters():
                 if parameter.grad is not None:  # a text encoder's last layer, where the pipeline reads an earlier one
                     parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         self.rates.drop_ended_gradients(step)
-        norm = self.accelerator.clip_grad_norm_(self.subject.parameters(), optim.max_grad_norm or math.inf)
+        norm = self.accelerator.clip_grad_norm_(self.trainable.parameters(), optim.max_grad_norm or math.inf)
         if self.accelerator.scaler is None:  # fp16's scaler skips such a step by itself
             self._refuse_divergence(step, "gradient", norm, batch)
         self.prepared.step()
@@ -201,8 +201,8 @@ class _Run:
         noisy = self.objective.add_noise(latents, noise, timesteps)
         dtype = PRECISIONS[self.config.optim.mixed_precision]
         with self.accelerator.autocast():
-            predicted = self.subject.family.predict(
-                self.subject.denoiser, noisy.to(dtype), timesteps, batch.conditioning, batch.frames
+            predicted = self.trainable.family.predict(
+                self.trainable.denoiser, noisy.to(dtype), timesteps, batch.conditioning, batch.frames
             )
         goal = self.objective.target(latents, noise, timesteps)
         return weighted_squared_error(predicted, goal, batch.weights * self.objective.weights(timesteps))
@@ -217,12 +217,12 @@ class _Run:
         preview = self.config.preview
         first_or_due = step == 0 or _due(step, preview.every, steps)
         if preview.prompts and first_or_due and self.accelerator.is_main_process:
-            save_previews(draw_previews(self.subject, self.config), self.folder / "samples", step=step)
+            save_previews(draw_previews(self.trainable, preview), self.folder / "samples", step=step)
 
     def _validation_loss(self) -> float:
         """Mean loss on the watched examples at noises and timesteps that never change, so that runs compare."""
         losses = []
-        with self.subject.drawing():
+        with self.trainable.drawing():
             for index, example in enumerate(self.watched):
                 for repeat in range(self.config.validation.repeats):
                     seed = step_seed(0, index * 1000 + repeat, 3)
@@ -232,9 +232,9 @@ class _Run:
 
     def _adapter(self, step: int) -> AdapterState | None:
         """What is learnt after so many steps, as a file holds it; None when new words are learnt alone."""
-        if not self.subject.injections:
+        if not self.trainable.injections:
             return None
-        return self.subject.adapter(adapter_metadata(self.config, self.subject.family, step=step))
+        return self.trainable.adapter(adapter_metadata(self.config, self.trainable.family, step=step))
 
     def _finish(self) -> TrainResult:
         learnt = self._adapter(self.config.optim.steps)
@@ -243,8 +243,8 @@ class _Run:
         if self.accelerator.is_main_process:
             if learnt is not None and adapter is not None:
                 save_adapter(learnt, adapter)
-            if self.subject.words is not None:
-                words = save_words(self.subject.words.state(), self.folder / "words")
+            if self.trainable.words is not None:
+                words = save_words(self.trainable.words.state(), self.folder / "words")
             save_strip(self.folder / "samples")
             write_atomically(self.folder / "validation.json", json.dumps(self.validation).encode())
             write_atomically(self.folder / "README.md", run_card(self.config, self.validation, words).encode())
@@ -257,7 +257,7 @@ def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _tokens(subject: Subject, size: tuple[int, int]) -> int:
+def _tokens(trainable: TrainablePipeline, size: tuple[int, int]) -> int:
     """How many tokens a picture is in the denoiser."""
-    multiple = pixel_multiple(subject.pipe, subject.family)
+    multiple = pixel_multiple(trainable.pipe, trainable.family)
     return (size[0] // multiple) * (size[1] // multiple)

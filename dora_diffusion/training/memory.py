@@ -22,9 +22,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from dora_diffusion.objectives import weighted_squared_error
+from dora_diffusion.functional.objectives import weighted_squared_error
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.subject import PRECISIONS, Subject, picture_size
+from dora_diffusion.training.trainable import PRECISIONS, TrainablePipeline, picture_size
 
 Device = Literal["cpu", "cuda"]
 
@@ -172,39 +172,39 @@ def _move(module: nn.Module, twins: dict[int, Tensor]) -> None:
             vars(module)[name] = tree_map_only(Tensor, fake, value)
 
 
-def estimate_memory(subject: Subject, config: TrainConfig, *, device: Device) -> MemoryEstimate:
-    """What one training step of `subject` holds at its worst.
+def estimate_memory(trainable: TrainablePipeline, config: TrainConfig, *, device: Device) -> MemoryEstimate:
+    """What one training step of `trainable` holds at its worst.
 
-    A subject on the meta device is used up by it. With a true subject on the CPU a true step is taken, which tests
+    A pipeline on the meta device is used up by it. With a true one on the CPU a true step is taken, which tests
     compare with.
 
     Args:
-        subject: injected, as `prepare_subject` leaves it.
+        trainable: injected, as `prepare_trainable` leaves it.
         config: batch, resolution, precision, prior preservation (which doubles the batch).
         device: where training will run; "cuda" computes norms and softmax in fp32 under autocast.
 
     Raises:
         ValueError: the resolution does not fit the model.
     """
-    models = _modules(subject.pipe)
+    models = _modules(trainable.pipe)
     with ExitStack() as stack:
-        if next(subject.denoiser.parameters()).is_meta:
+        if next(trainable.denoiser.parameters()).is_meta:
             stack.enter_context(_shapes_only(models.values()))
-        for injection in subject.injections.values():
+        for injection in trainable.injections.values():
             injection.keep_norms()
         if device == "cuda":
             stack.enter_context(_CastsOfCuda())
         watch = stack.enter_context(Watch(tensor for model in models.values() for tensor in _tensors(model)))
-        moments = _moments(subject, config, watch)
-    own = list(subject.named_tensors().values())
-    trained = tensor_bytes(subject.parameters())
+        moments = _moments(trainable, config, watch)
+    own = list(trainable.named_tensors().values())
+    trained = tensor_bytes(trainable.parameters())
     return MemoryEstimate(
         weights={name: tensor_bytes(_without(own, _tensors(model))) for name, model in models.items()},
         adapters=tensor_bytes(own),
         gradients=trained,
         optimiser=2 * trained,
         moments=moments,
-        side=picture_size(subject, config)[0],
+        side=picture_size(trainable, config.data.resolution)[0],
     )
 
 
@@ -228,13 +228,13 @@ def _without(some: Iterable[Tensor], tensors: Iterable[Tensor]) -> Iterator[Tens
     return (tensor for tensor in tensors if id(tensor) not in known)
 
 
-def _moments(subject: Subject, config: TrainConfig, watch: Watch) -> dict[str, int]:
+def _moments(trainable: TrainablePipeline, config: TrainConfig, watch: Watch) -> dict[str, int]:
     """Encode a picture, take a step, and decode a picture if the run draws any; the peak of each."""
-    family, pipe = subject.family, subject.pipe
-    side, _ = picture_size(subject, config)
+    family, pipe = trainable.family, trainable.pipe
+    side, _ = picture_size(trainable, config.data.resolution)
     latents: list[Tensor] = []
     if config.optim.gradient_accumulation > 1:  # then a forward pass meets the gradients of the one before
-        for parameter in subject.parameters():
+        for parameter in trainable.parameters():
             parameter.grad = torch.zeros_like(parameter)
 
     def encode() -> None:
@@ -242,22 +242,22 @@ def _moments(subject: Subject, config: TrainConfig, watch: Watch) -> dict[str, i
 
     count = config.optim.batch_size * (2 if config.prior.prompts else 1)
     moments = {"encoding a picture": watch.peak_of(encode)}
-    moments[f"a step of {count}"] = watch.peak_of(lambda: _step(subject, config, latents[0], count))
+    moments[f"a step of {count}"] = watch.peak_of(lambda: _step(trainable, config, latents[0], count))
     if config.preview.prompts:
         moments["decoding a preview"] = watch.peak_of(lambda: family.codec.decode(pipe, latents[0]))
     return moments
 
 
-def _step(subject: Subject, config: TrainConfig, latent: Tensor, count: int) -> None:
+def _step(trainable: TrainablePipeline, config: TrainConfig, latent: Tensor, count: int) -> None:
     """Noise, predict, compare, backward, as `loop` does it, whatever the noise. `latent`: (1, C, h, w)."""
     dtype = PRECISIONS[config.optim.mixed_precision]
-    conditioning = _conditioning(subject, count, dtype)
+    conditioning = _conditioning(trainable, count, dtype)
     latents = torch.cat([latent] * count).float()
     noise = torch.zeros_like(latents)
     noisy = latents + noise
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        predicted = subject.family.predict(
-            subject.denoiser, noisy.to(dtype), torch.full((count,), 500.0), conditioning, torch.zeros(count, 6)
+        predicted = trainable.family.predict(
+            trainable.denoiser, noisy.to(dtype), torch.full((count,), 500.0), conditioning, torch.zeros(count, 6)
         )
     loss = weighted_squared_error(predicted, noise - latents, torch.ones(count))
     # as `loss.backward()`, which would hide what checkpointing computes again from a TorchFunctionMode
@@ -266,14 +266,14 @@ def _step(subject: Subject, config: TrainConfig, latent: Tensor, count: int) -> 
     )
 
 
-def _conditioning(subject: Subject, count: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def _conditioning(trainable: TrainablePipeline, count: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Conditioning of `count` captions of full length, behind the text encoders that are trained."""
-    denoiser: Any = subject.denoiser
-    blank = subject.family.blank(denoiser.config)
-    trained = {name for name in subject.injections if name != subject.family.denoiser.name}
-    trained.update(() if subject.words is None else subject.words.encoders)
+    denoiser: Any = trainable.denoiser
+    blank = trainable.family.blank(denoiser.config)
+    trained = {name for name in trainable.injections if name != trainable.family.denoiser.name}
+    trained.update(() if trainable.words is None else trainable.words.encoders)
     longest = max(tensor.shape[1] for tensor in blank.values() if tensor.dim() > 2)
-    read = sum((_read(getattr(subject.pipe, name), count, longest) for name in sorted(trained)), torch.zeros(()))
+    read = sum((_read(getattr(trainable.pipe, name), count, longest) for name in sorted(trained)), torch.zeros(()))
     return {
         name: torch.zeros(count, *shape.shape[1:], dtype=dtype) + read.to(dtype)
         if shape.is_floating_point()

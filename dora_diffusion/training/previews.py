@@ -5,20 +5,19 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from dora_diffusion.generation import GenerationSettings, generate
-from dora_diffusion.sheets import grid
-from dora_diffusion.storage import atomic_file
-from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.subject import Subject
+from dora_diffusion.generation.generate import GenerationSettings, generate
+from dora_diffusion.training.config import PreviewConfig
+from dora_diffusion.training.trainable import TrainablePipeline
+from dora_diffusion.utils.atomic import atomic_file
+from dora_diffusion.utils.image_grid import grid
 
 
-def draw_previews(subject: Subject, config: TrainConfig) -> list[Image.Image]:
+def draw_previews(trainable: TrainablePipeline, preview: PreviewConfig) -> list[Image.Image]:
     """One picture a preview prompt, with the adapter as it stands."""
-    preview = config.preview
-    with subject.drawing(), subject.awake():
+    with trainable.drawing(), trainable.encoders_on_device():
         return [
             generate(
-                subject.pipe,
+                trainable.pipe,
                 GenerationSettings(
                     prompt, seed=preview.seed, steps=preview.steps, guidance_scale=preview.guidance_scale
                 ),

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops
 
-from dora_diffusion.adapters import AdapterManager
+from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.blending import BLEND_SENTENCES
 from dora_diffusion.cli import COMMANDS, main
 from dora_diffusion.cli.arguments import FORMATS, MERGES, MODES, split_adapter, split_part
 from dora_diffusion.formats import FORMATS as KNOWN
 from dora_diffusion.formats import detect_format, load_adapter, save_adapter
-from dora_diffusion.generation import GenerationSettings, generate
-from dora_diffusion.pipelines import load_pipeline
+from dora_diffusion.generation.generate import GenerationSettings, generate
+from dora_diffusion.pipelines.loading import load_pipeline
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 
 
@@ -156,7 +156,7 @@ def test_a_baked_folder_draws_the_mix(capsys, tmp_path, files) -> None:
 def test_mistakes_are_one_line(capsys, tmp_path, files) -> None:
     ink, base = files / "ink.safetensors", files / "base"
     target = tmp_path / "out.safetensors"
-    assert "makers' name" in fails(capsys, "convert", ink, target, "--to", "comfyui")
+    assert "original name" in fails(capsys, "convert", ink, target, "--to", "comfyui")
     assert "name it with --base" in fails(capsys, "convert", ink, target, "--lora")
     assert "dora-diffusion resize" in fails(capsys, "convert", ink, target, "--rank", "2")
     assert "no such file" in fails(capsys, "blend", target, "--adapter", tmp_path / "no.safetensors", "--base", base)

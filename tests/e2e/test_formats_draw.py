@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 import dora_diffusion as dd
-from dora_diffusion.base_weights import weights_of
 from dora_diffusion.formats import FORMATS
+from dora_diffusion.pipelines.base_weights import weights_of
 from dora_diffusion.state import AdapterState
 from tests.formats.adapters import adapter_of, dora, lora
 

@@ -8,7 +8,7 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
 import dora_diffusion as dd
 from dora_diffusion.evaluate.recognition import nearest_background
-from dora_diffusion.pipelines import POCKET, POCKET_DIT
+from dora_diffusion.pipelines.loading import POCKET, POCKET_DIT
 from dora_diffusion.pretrain.scenes import Scene, caption, vocabulary
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

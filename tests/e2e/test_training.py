@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from dora_diffusion.formats import save_adapter
-from dora_diffusion.generation import GenerationSettings, generate
-from dora_diffusion.pipelines import load_pipeline
+from dora_diffusion.generation.generate import GenerationSettings, generate
+from dora_diffusion.pipelines.loading import load_pipeline
+from dora_diffusion.pipelines.textual_inversion import add_words, install_words, load_word
 from dora_diffusion.pretrain.scenes import background
-from dora_diffusion.tokens import add_words, install_words, load_word
 from dora_diffusion.training import checkpoint, loop
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.loop import train
-from dora_diffusion.training.subject import load_base, prepare_subject
+from dora_diffusion.training.trainable import load_base, prepare_trainable
 from tests.pocket_random import random_pocket_pipeline
 from tests.tolerances import assert_identical
 
@@ -123,8 +123,8 @@ def test_every_parameter_moves_and_the_run_folder_is_whole(base, images, tmp_pat
     tensors = load_file(result.adapter)
     assert any(key.startswith("unet.") for key in tensors)
     assert any(key.startswith("text_encoder.text_model.") for key in tensors)
-    first = load_base(config(base, images, tmp_path / "run"), torch.device("cpu"))
-    start = prepare_subject(first, config(base, images, tmp_path / "run")).adapter({})
+    first = load_base(str(base), torch.float32, torch.device("cpu"))
+    start = prepare_trainable(first, config(base, images, tmp_path / "run")).adapter({})
     begun = load_file(save_adapter(start, tmp_path / "start.safetensors"))
     assert [key for key, tensor in tensors.items() if torch.equal(tensor, begun[key])] == []
     names = {path.name for path in (tmp_path / "run").iterdir()}
@@ -145,8 +145,8 @@ def test_two_processes_equal_one_that_accumulates(base, images, tmp_path) -> Non
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("wrote ") == 2  # both ran, and to the end
     two = load_file(tmp_path / "two" / "adapter.safetensors")
-    subject = prepare_subject(load_base(settings, torch.device("cpu")), settings)
-    begun = load_file(save_adapter(subject.adapter({}), tmp_path / "start.safetensors"))
+    trainable = prepare_trainable(load_base(settings.model, torch.float32, torch.device("cpu")), settings)
+    begun = load_file(save_adapter(trainable.adapter({}), tmp_path / "start.safetensors"))
     moved = sum(float((one[key] - begun[key]).square().sum()) for key in one)
     apart = sum(float((one[key] - two[key]).square().sum()) for key in one)
     assert apart < 1e-4 * moved  # 1 % of the way; Adam makes signs of rounding errors where a gradient is nearly 0

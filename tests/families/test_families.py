@@ -15,15 +15,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dora_diffusion.adapters import AdapterManager
+from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.families import FAMILIES, component_of_model, coverage, family_of_pipeline, pixel_multiple
 from dora_diffusion.formats import load_adapter, save_adapter
-from dora_diffusion.generation import GenerationSettings, StepReport, generate
-from dora_diffusion.injection import DoRAConfig, Injection, inject
-from dora_diffusion.objectives import weighted_squared_error
+from dora_diffusion.functional.objectives import weighted_squared_error
+from dora_diffusion.generation.generate import GenerationSettings, StepReport, generate
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import Injection, inject
 from dora_diffusion.state import AdapterState, join
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.noising import objective_of
+from dora_diffusion.training.objective import objective_of
 from tests.families.pipelines import PIPELINES
 from tests.families.pipelines.record import Tiny
 from tests.formats.adapters import KINDS, adapter_of, dense, layers_of
@@ -107,16 +108,18 @@ def test_encode_and_predict_are_what_the_pipeline_itself_does(tiny) -> None:
 
 
 def test_captions_of_several_lengths_are_predicted_as_each_alone(tiny) -> None:
-    from dora_diffusion.training.batches import CaptionStore
+    from dora_diffusion.training.batches import ConditioningCache
 
     pipe = tiny.build()
     family = family_of_pipeline(pipe)
-    subject: Any = SimpleNamespace(pipe=pipe, family=family, trains_text=lambda: False, awake=nullcontext)
+    trainable: Any = SimpleNamespace(
+        pipe=pipe, family=family, trains_text=lambda: False, encoders_on_device=nullcontext
+    )
     captions = [PROMPT, "a cat", ""]
     denoiser = getattr(pipe, family.denoiser.name)
     latents, timesteps, frames = some_latents(pipe, tiny, len(captions))
     with torch.no_grad():
-        together = family.predict(denoiser, latents, timesteps, CaptionStore(subject).encode(captions), frames)
+        together = family.predict(denoiser, latents, timesteps, ConditioningCache(trainable).encode(captions), frames)
         for i, caption in enumerate(captions):
             alone = family.predict(
                 denoiser, latents[i : i + 1], timesteps[i : i + 1], family.encode(pipe, [caption]), frames[i : i + 1]

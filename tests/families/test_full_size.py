@@ -9,10 +9,10 @@ from typing import Any
 import diffusers
 import pytest
 
-from benchmarks.full_size import adapter_numbers, config_of, estimate, pipeline_of
-from benchmarks.published import PUBLISHED, Part, Published
+from benchmarks.full_size.models import adapter_numbers, config_of, estimate, pipeline_of
+from benchmarks.full_size.published import PUBLISHED, Part, Published
 from dora_diffusion.families import FAMILIES, component_of_model, coverage, family_of_pipeline
-from dora_diffusion.training.subject import prepare_subject
+from dora_diffusion.training.trainable import prepare_trainable
 
 NAMES = [model.name for model in PUBLISHED]
 # Layers of the denoiser that each preset adapts: attention, all-linear, all.
@@ -108,10 +108,10 @@ def test_parameters_are_the_published_number(name) -> None:
 def test_the_size_of_an_adapter_is_that_of_its_parameters(name) -> None:
     pipe = pipeline(name)
     denoiser = getattr(pipe, published(name).denoiser)
-    subject = prepare_subject(pipe, config_of(adapter={"target_modules": "all-linear", "rank": 1}))
-    trained = sum(parameter.numel() for parameter in subject.parameters())
-    assert all(parameter.is_meta for parameter in subject.parameters())
-    subject.eject()
+    trainable = prepare_trainable(pipe, config_of(adapter={"target_modules": "all-linear", "rank": 1}))
+    trained = sum(parameter.numel() for parameter in trainable.parameters())
+    assert all(parameter.is_meta for parameter in trainable.parameters())
+    trainable.eject()
     assert trained == adapter_numbers(denoiser, "all-linear", 1)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.functional import dora_weight, squared_row_norms
+from dora_diffusion.functional.dora import dora_weight, squared_row_norms
 from dora_diffusion.state import AdapterState, FactoredState, Module, ModuleState
 
 Make = Callable[[Tensor, torch.Generator], Module]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dora_diffusion.formats import examine, load_adapter, save_adapter
-from dora_diffusion.functional import squared_row_norms
+from dora_diffusion.functional.dora import squared_row_norms
 from dora_diffusion.state import FactoredState, ModuleState
 from tests.formats.adapters import dense
 from tests.tolerances import assert_close, assert_identical

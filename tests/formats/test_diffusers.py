@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from dora_diffusion.formats import detect_format, examine, load_adapter, save_adapter
-from dora_diffusion.formats.scales import METADATA_KEY
-from dora_diffusion.functional import dora_weight
+from dora_diffusion.formats.peft_alphas import METADATA_KEY
+from dora_diffusion.functional.dora import dora_weight
 from dora_diffusion.state import AdapterState, ModuleState
 from tests.tolerances import assert_close, assert_identical
 

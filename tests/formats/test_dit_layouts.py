@@ -1,8 +1,8 @@
-"""The makers' names of diffusion transformers, judged by diffusers' own converters of single files.
+"""The original names of diffusion transformers, judged by diffusers' own converters of single files.
 
 A model of the published structure is built on the meta device; every row of a weight gets a number of its own, and the
-weights are written under the makers' names by the layout. The converter must find every tensor that it looks for, leave
-none, and give back every number where it came from.
+weights are written under the original names by the layout. The converter must find every tensor that it looks for,
+leave none, and give back every number where it came from.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,9 @@ import torch
 from diffusers.loaders import single_file_utils as theirs
 from torch import Tensor, nn
 
-from benchmarks.full_size import model_of
-from benchmarks.published import PUBLISHED
-from dora_diffusion.formats.fusing import split
+from benchmarks.full_size.models import model_of
+from benchmarks.full_size.published import PUBLISHED
+from dora_diffusion.formats.fused_layers import split
 from dora_diffusion.formats.layouts import LAYOUTS, Fusion, Layout
 from dora_diffusion.state import ModuleState
 from tests.tolerances import assert_identical
@@ -122,8 +122,8 @@ def tensors_of(model: nn.Module) -> Tensors:
     return found
 
 
-def makers(name: str, tensors: Tensors) -> Tensors:
-    """diffusers' tensors under the makers' names."""
+def original_for(name: str, tensors: Tensors) -> Tensors:
+    """diffusers' tensors under the original names."""
     case, layout, found = CASES[name], layout_of(name), {}
     for path, layer in layers(transformer(name)).items():
         fusion = fusion_of(layout, path)
@@ -142,7 +142,7 @@ def makers(name: str, tensors: Tensors) -> Tensors:
 @NAMES
 def test_their_converter_finds_every_number_where_the_layout_says_it_is(name) -> None:
     expected = tensors_of(transformer(name))
-    checkpoint = makers(name, expected)
+    checkpoint = original_for(name, expected)
     converted = CASES[name].convert(checkpoint)
     assert checkpoint == {}
     assert_identical(converted, expected)
@@ -163,7 +163,7 @@ def test_every_layer_has_one_name_on_each_side(name) -> None:
 def test_an_adapter_follows_the_weight_that_their_converter_moves(name) -> None:
     """Rows of B and m go where the same rows of the weight go."""
     model, layout, tensors = transformer(name), layout_of(name), tensors_of(transformer(name))
-    whole, moved, expected = makers(name, tensors), {}, {}
+    whole, moved, expected = original_for(name, tensors), {}, {}
     for original, fusion in {(fusion := fusion_of(layout, path)).original: fusion for path in layers(model)}.items():
         columns = columns_of(model.get_submodule(fusion.paths[0]))
         up = whole.get(f"{original}.weight")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dora_diffusion.formats import FORMATS, load_adapter, save_adapter
-from dora_diffusion.functional import dora_weight
+from dora_diffusion.functional.dora import dora_weight
 from dora_diffusion.state import AdapterState, Module
 from tests.families.pipelines import PIPELINES
 from tests.formats.adapters import KINDS, Make, adapter_of, dora, layers_of, lora, place

@@ -19,14 +19,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save
 
-from dora_diffusion import storage
-from dora_diffusion.base_weights import weights_of
 from dora_diffusion.formats import detect_format, examine, load_adapter
-from dora_diffusion.inspection import inspect_adapter
-from dora_diffusion.pipelines import EMBEDDED, load_pipeline
-from dora_diffusion.tokens import load_word
+from dora_diffusion.inspection.report import inspect_adapter
+from dora_diffusion.pipelines.base_weights import weights_of
+from dora_diffusion.pipelines.loading import EMBEDDED, load_pipeline
+from dora_diffusion.pipelines.textual_inversion import load_word
 from dora_diffusion.training import checkpoint
 from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.utils import atomic as storage
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("dora_diffusion", "ui", "train_scripts")

@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.full_size import pipeline_of
-from benchmarks.published import PUBLISHED
+from benchmarks.full_size.models import pipeline_of
+from benchmarks.full_size.published import PUBLISHED
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.formats import FORMATS, detect_format, examine, load_adapter, save_adapter
-from dora_diffusion.formats.kinship import family_of
+from dora_diffusion.formats.family_detection import family_of
 from dora_diffusion.state import AdapterState
 from tests.formats.adapters import KINDS, adapter_of, dense, layers_of
 from tests.tolerances import assert_close

@@ -9,10 +9,10 @@ import dora_diffusion as dd
 from dora_diffusion.cli import main
 from dora_diffusion.cli.arguments import split_adapter
 from dora_diffusion.formats import place_of
-from dora_diffusion.glance import glance
-from dora_diffusion.inspection import inspect_adapter
+from dora_diffusion.inspection.header import summarise_header
+from dora_diffusion.inspection.report import inspect_adapter
 from dora_diffusion.state import AdapterState
-from dora_diffusion.storage import sha256_of
+from dora_diffusion.utils.atomic import sha256_of
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 from tests.tolerances import assert_identical
 
@@ -94,7 +94,7 @@ def test_a_folder_of_training_stands_for_its_adapter(run_folder: Path, adapter: 
         assert found.origin == "diffusers"
         assert_identical({n: m.down for n, m in found.modules.items()}, {n: m.down for n, m in adapter.modules.items()})
         assert dd.examine(place) == dd.examine(file)
-        assert glance(place) == glance(file)
+        assert summarise_header(place) == summarise_header(file)
         assert inspect_adapter(place)["sha256"] == sha256_of(file)
     manager = dd.AdapterManager(random_pocket_pipeline())
     report = manager.load_adapter(run_folder, name="robot")

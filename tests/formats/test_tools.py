@@ -244,14 +244,18 @@ def test_hashes_and_ranks_in_metadata_are_those_of_the_file_that_is_written(tmp_
     metadata = {**stale, "ss_network_dim": "32", "ss_network_alpha": "16", "ss_note": "kept"}
     read = load_adapter(written(tmp_path / "a.safetensors", FILES["OneTrainer kohya"][1], metadata))
     path = save_adapter(read, tmp_path / "b.safetensors", format="kohya")
-    told = load_adapter(path).metadata
+    metadata = load_adapter(path).metadata
     # as kohya-ss/sd-scripts takes them: of a file whose metadata are the `ss_` ones alone, behind its header
-    data = save(load_file(path), {key: text for key, text in told.items() if key.startswith("ss_")})
+    data = save(load_file(path), {key: text for key, text in metadata.items() if key.startswith("ss_")})
     behind = data[8 + int.from_bytes(data[:8], "little") :]
-    assert told["sshs_model_hash"] == hashlib.sha256(behind).hexdigest()
-    assert told["modelspec.hash_sha256"] == "0x" + told["sshs_model_hash"]
-    assert told["sshs_legacy_hash"] == hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
-    assert (told["ss_network_dim"], told["ss_network_alpha"], told["ss_note"]) == ("2", "1", "kept")
+    assert metadata["sshs_model_hash"] == hashlib.sha256(behind).hexdigest()
+    assert metadata["modelspec.hash_sha256"] == "0x" + metadata["sshs_model_hash"]
+    assert metadata["sshs_legacy_hash"] == hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"], metadata["ss_note"]) == (
+        "2",
+        "1",
+        "kept",
+    )
 
 
 @pytest.mark.parametrize("format", ["kohya", "comfyui", "lycoris", "omi", "onetrainer-legacy", "diffusers"])

@@ -1,4 +1,4 @@
-"""The makers' names of Stable Diffusion's UNets and text encoders: every layer both ways, diffusers being the judge."""
+"""The original names of Stable Diffusion's UNets and text encoders: every layer both ways, judged by diffusers."""
 
 from collections.abc import Callable
 from functools import cache
@@ -13,12 +13,12 @@ from diffusers.loaders.lora_conversion_utils import (
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_open_clip_checkpoint
 from torch import Tensor, nn
 
-from benchmarks.full_size import model_of
-from benchmarks.published import PUBLISHED
+from benchmarks.full_size.models import model_of
+from benchmarks.full_size.published import PUBLISHED
+from dora_diffusion.formats.flat_names import flatten
 from dora_diffusion.formats.layouts import LAYOUTS, Fusion, Layout
 from dora_diffusion.formats.layouts.clip import CLIP, OPEN_CLIP_G, OPEN_CLIP_H, TRANSPOSED, tensor_name
 from dora_diffusion.formats.layouts.unet import LDM, SGM
-from dora_diffusion.formats.names import flatten
 
 UNETS = {"SD 1.5": LDM, "SD 2.1": LDM, "SDXL base": SGM}
 ENCODERS = {"SD 2.1": OPEN_CLIP_H, "SDXL base": OPEN_CLIP_G}

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from dora_diffusion.bases import dense_weight
 from dora_diffusion.formats import detect_format, load_adapter, save_adapter
+from dora_diffusion.layers.base_layers import dense_weight
 from dora_diffusion.state import AdapterState, ModuleState
 from tests.families.pipelines import PIPELINES
 from tests.formats.adapters import Make, adapter_of, dense, dora, layers_of, lora
@@ -238,8 +238,10 @@ def save(pipe: Any, name: str, folder: Path, *, metadata: bool, converted: bool 
     layers = state_dicts(pipe, name)
     if converted:
         layers = {component: convert_state_dict_to_diffusers(tensors) for component, tensors in layers.items()}
-    told = _collate_lora_metadata({part: getattr(pipe, part) for part in LOADED[name]}) if metadata else {}
-    pipe.save_lora_weights(folder, **{f"{part}_lora_layers": tensors for part, tensors in layers.items()}, **told)
+    written_metadata = _collate_lora_metadata({part: getattr(pipe, part) for part in LOADED[name]}) if metadata else {}
+    pipe.save_lora_weights(
+        folder, **{f"{part}_lora_layers": tensors for part, tensors in layers.items()}, **written_metadata
+    )
     return folder / "pytorch_lora_weights.safetensors"
 
 

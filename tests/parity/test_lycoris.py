@@ -5,9 +5,10 @@ import torch
 from lycoris.modules.locon import LoConModule
 from torch import Tensor, nn
 
-from dora_diffusion import functional as f
-from dora_diffusion.injection import DoRAConfig, inject
-from dora_diffusion.layers import BlendedLayer
+from dora_diffusion.functional import dora as f
+from dora_diffusion.layers.blended import BlendedLayer
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import inject
 from tests.tolerances import assert_close
 
 LAYERS = {
@@ -64,8 +65,8 @@ def test_the_in_axis_draws_as_theirs(kind: str) -> None:
     down, up = theirs.lora_down.weight.detach(), theirs.lora_up.weight.detach()
     form = f.gain_form(base.weight, down, up, 1.5, theirs.dora_scale.detach().flatten(), axis="in")
     blended = BlendedLayer(base)
-    blended.hold([form])
-    blended.weigh(torch.ones(1))
+    blended.set_terms([form])
+    blended.set_strengths(torch.ones(1))
     assert_close(blended(x), theirs(x).detach())
     merged = theirs.get_merged_weight()[0].detach()
     assert_close(f.apply_gain_form(base.weight, form), merged.reshape(base.weight.shape))

@@ -17,7 +17,7 @@ from lycoris.modules.lokr import LokrModule
 from lycoris.modules.norms import NormModule
 from torch import Tensor, nn
 
-from dora_diffusion.functional import AXES, Axis, dora_weight, rows
+from dora_diffusion.functional.dora import AXES, Axis, dora_weight, rows
 from dora_diffusion.state import FactoredState, Module, ModuleState
 
 RANK, ALPHA = 2, 3.0

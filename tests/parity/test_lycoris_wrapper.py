@@ -8,7 +8,7 @@ import torch
 from lycoris.wrapper import LycorisNetwork, create_lycoris, create_lycoris_from_weights
 from torch import Tensor, nn
 
-from dora_diffusion.adapters import AdapterManager
+from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.formats import detect_format, examine, load_adapter, save_adapter
 from dora_diffusion.state import AdapterState, Module, ModuleState
 from tests.formats.adapters import KINDS, adapter_of, layers_of

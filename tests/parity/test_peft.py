@@ -5,8 +5,9 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from dora_diffusion import functional
-from dora_diffusion.injection import DoRAConfig, inject
+from dora_diffusion.functional import dora as functional
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import inject
 from tests.tolerances import assert_close
 
 

@@ -16,9 +16,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dora_diffusion.bases import dense_weight
 from dora_diffusion.formats import detect_format, load_adapter, save_adapter
 from dora_diffusion.formats.peft import CONFIG, WEIGHTS
+from dora_diffusion.layers.base_layers import dense_weight
 from dora_diffusion.state import AdapterState, ModuleState
 from tests.families.pipelines import PIPELINES
 from tests.formats.adapters import Make, adapter_of, dense, dora, full, in_dora, layers_of, loha, lora, tucker
@@ -334,8 +334,10 @@ def test_metadata_and_strangers_survive_a_round_trip(tmp_path: Path) -> None:
 
 def _mixed(weights: dict[str, Tensor]) -> AdapterState:
     generator = torch.Generator().manual_seed(0)
-    makers = [dora, lora]
-    return AdapterState({path: makers[n % 2](weight, generator) for n, (path, weight) in enumerate(weights.items())})
+    original_for = [dora, lora]
+    return AdapterState(
+        {path: original_for[n % 2](weight, generator) for n, (path, weight) in enumerate(weights.items())}
+    )
 
 
 def _whole(make: Make) -> Callable[[dict[str, Tensor]], AdapterState]:

@@ -9,8 +9,8 @@ from lycoris.modules.locon import LoConModule
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from dora_diffusion.functional import Axis
-from dora_diffusion.mixing import MODES, Term
+from dora_diffusion.functional.blend_modes import MODES, AdapterTerm
+from dora_diffusion.functional.dora import Axis
 
 RELATIVE = 1e-6  # of the norm of the whole answer, in fp32
 STRENGTHS = (-1.0, 0.0, 0.5, 1.0, 2.0)
@@ -64,14 +64,14 @@ def peft_layer(kind: str, dora: Sequence[bool]) -> nn.Module:
     return layer
 
 
-def peft_terms(layer: nn.Module, order: Sequence[int], strengths: Sequence[float]) -> list[Term]:
+def peft_terms(layer: nn.Module, order: Sequence[int], strengths: Sequence[float]) -> list[AdapterTerm]:
     terms = []
     for number in order:
         up, down = layer.lora_B[str(number)].weight.detach(), layer.lora_A[str(number)].weight.detach()
         delta = layer.scaling[str(number)] * (up.flatten(1) @ down.flatten(1))
         dora = str(number) in layer.lora_magnitude_vector
         magnitude = layer.lora_magnitude_vector[str(number)].weight.detach().flatten() if dora else None
-        terms.append(Term(delta, magnitude, strength=strengths[number]))
+        terms.append(AdapterTerm(delta, magnitude, strength=strengths[number]))
     return terms
 
 
@@ -126,9 +126,9 @@ def lycoris_modules(base: nn.Module, dora: Sequence[bool], *, on_out: bool) -> l
     return modules
 
 
-def lycoris_term(module: LoConModule, *, on_out: bool) -> Term:
+def lycoris_term(module: LoConModule, *, on_out: bool) -> AdapterTerm:
     magnitude = module.dora_scale.detach().flatten() if module.wd else None
-    return Term(module.get_diff_weight()[0].detach(), magnitude, "out" if on_out else "in", module.multiplier)
+    return AdapterTerm(module.get_diff_weight()[0].detach(), magnitude, "out" if on_out else "in", module.multiplier)
 
 
 @torch.no_grad()
@@ -171,13 +171,13 @@ def norms(weight: Tensor, axis: Axis) -> Tensor:
     return weight.square().sum(dim=[d for d in range(weight.dim()) if d != keep], keepdim=True).sqrt()
 
 
-def shaped(term: Term, weight: Tensor) -> Tensor:
+def shaped(term: AdapterTerm, weight: Tensor) -> Tensor:
     """A magnitude as its file holds it: (out, 1[, 1, 1]) or (1, in[, 1, 1])."""
     assert term.magnitude is not None
     return term.magnitude.reshape(norms(weight, term.axis).shape)
 
 
-def by_comfyui(weight: Tensor, terms: Sequence[Term]) -> Tensor:
+def by_comfyui(weight: Tensor, terms: Sequence[AdapterTerm]) -> Tensor:
     """ComfyUI v0.3.77, comfy/weight_adapter/base.py, weight_decompose, patch after patch.
 
     The out axis there is `dora_scale.shape[0] == weight.shape[0]`, and it takes the norm of `weight`, not of
@@ -195,7 +195,7 @@ def by_comfyui(weight: Tensor, terms: Sequence[Term]) -> Tensor:
     return weight
 
 
-def by_a1111(weight: Tensor, terms: Sequence[Term]) -> Tensor:
+def by_a1111(weight: Tensor, terms: Sequence[AdapterTerm]) -> Tensor:
     """stable-diffusion-webui since PR 16151, extensions-builtin/Lora/network.py, finalize_updown.
 
     updown = updown * calc_scale(); then (updown + W) * (dora_scale / its column norms) - W; then times the multiplier.
@@ -210,22 +210,22 @@ def by_a1111(weight: Tensor, terms: Sequence[Term]) -> Tensor:
     return weight
 
 
-def dora(weight: Tensor, term: Term) -> Tensor:
+def dora(weight: Tensor, term: AdapterTerm) -> Tensor:
     """W'_i, by the paper's equation."""
     v = weight + term.delta
     return v if term.magnitude is None else v * shaped(term, weight) / norms(v, term.axis)
 
 
-def by_adding(weight: Tensor, terms: Sequence[Term]) -> Tensor:
+def by_adding(weight: Tensor, terms: Sequence[AdapterTerm]) -> Tensor:
     """W + sum s (W' - W): also what SD.Next does."""
     return weight + sum((term.strength * (dora(weight, term) - weight) for term in terms), torch.zeros_like(weight))
 
 
-def axis_of(terms: Sequence[Term]) -> Axis:
+def axis_of(terms: Sequence[AdapterTerm]) -> Axis:
     return next((term.axis for term in terms if term.magnitude is not None), "out")
 
 
-def by_composing(weight: Tensor, terms: Sequence[Term]) -> Tensor:
+def by_composing(weight: Tensor, terms: Sequence[AdapterTerm]) -> Tensor:
     """V = W + sum s D and m = prod m_i^s_i N(W)^(1 - sum s_i)."""
     axis = axis_of(terms)
     v, m = weight.clone(), norms(weight, axis)
@@ -236,7 +236,7 @@ def by_composing(weight: Tensor, terms: Sequence[Term]) -> Tensor:
     return v if all(term.magnitude is None for term in terms) else v * m / norms(v, axis)
 
 
-def by_directions(weight: Tensor, terms: Sequence[Term]) -> Tensor:
+def by_directions(weight: Tensor, terms: Sequence[AdapterTerm]) -> Tensor:
     """Unit rows added, then the length of `by_composing`."""
     axis = axis_of(terms)
     unit = weight / norms(weight, axis)
@@ -249,7 +249,7 @@ def by_directions(weight: Tensor, terms: Sequence[Term]) -> Tensor:
     return v * m / norms(v, axis)
 
 
-FORMULAS: dict[str, Callable[[Tensor, Sequence[Term]], Tensor]] = {
+FORMULAS: dict[str, Callable[[Tensor, Sequence[AdapterTerm]], Tensor]] = {
     "comfyui": by_comfyui,
     "a1111": by_a1111,
     "additive": by_adding,
@@ -259,14 +259,14 @@ FORMULAS: dict[str, Callable[[Tensor, Sequence[Term]], Tensor]] = {
 MODE = pytest.mark.parametrize("mode", FORMULAS)
 
 
-def made_terms(weight: Tensor, axis: Axis, strengths: Sequence[float], plain: Sequence[int] = ()) -> list[Term]:
+def made_terms(weight: Tensor, axis: Axis, strengths: Sequence[float], plain: Sequence[int] = ()) -> list[AdapterTerm]:
     terms, generator = [], torch.Generator().manual_seed(5)
     for number, strength in enumerate(strengths):
         delta = 0.2 * torch.randn(weight.shape, generator=generator).to(weight.dtype)
         count = weight.shape[0 if axis == "out" else 1]
         share = (0.7 + 0.8 * torch.rand(count, generator=generator)).to(weight.dtype)
         magnitude = None if number in plain else share * norms(weight, axis).flatten()
-        terms.append(Term(delta, magnitude, axis, strength))
+        terms.append(AdapterTerm(delta, magnitude, axis, strength))
     return terms
 
 

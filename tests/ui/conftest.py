@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 
 from dora_diffusion.formats import save_adapter
 from tests.pocket_random import random_adapter, random_pocket_pipeline
-from ui.session import Session
+from ui.backend.session import Session
 
 
 @pytest.fixture(scope="session")

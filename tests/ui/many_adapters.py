@@ -69,8 +69,8 @@ def _content(number: int) -> bytes:
         "ss_base_model_version": BASES[family],
     }
     adapter = AdapterState({path: _module(kind, out, inputs) for path, out, inputs in layers_of(family)}, metadata)
-    tensors, told = write(adapter, FORMATS[format])
-    return save({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, told)
+    tensors, metadata = write(adapter, FORMATS[format])
+    return save({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, metadata)
 
 
 def fill(folder: Path, count: int, *, distinct: int = 60) -> None:

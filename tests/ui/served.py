@@ -11,8 +11,8 @@ import gradio as gr
 import httpx
 
 from ui.app import serve
+from ui.backend.session import Session
 from ui.options import UiOptions
-from ui.session import Session
 
 
 @dataclass(frozen=True)

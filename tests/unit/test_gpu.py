@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from dora_diffusion.adapters import AdapterManager
-from dora_diffusion.injection import DoRAConfig, inject
-from dora_diffusion.pipelines import load_pipeline
+from dora_diffusion.adapters.manager import AdapterManager
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import inject
+from dora_diffusion.pipelines.loading import load_pipeline
 from tests.kinds import KINDS, disturb, make_input, make_model
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 

@@ -4,7 +4,7 @@ import torch
 
 import dora_diffusion as dd
 from dora_diffusion.blending import blend_with_report, interference
-from dora_diffusion.conversion import Report
+from dora_diffusion.conversion.reports import Report
 from dora_diffusion.state import FactoredState, rank_in_words
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 

@@ -1,4 +1,4 @@
-"""The makers' names of models' layers: one file per architecture, one entry here."""
+"""Original names of models' layers: one file per architecture, one entry here."""
 
 from dora_diffusion.formats.layouts.aura_flow import AURA_FLOW
 from dora_diffusion.formats.layouts.clip import CLIP, CLIP_2, OPEN_CLIP_G, OPEN_CLIP_H

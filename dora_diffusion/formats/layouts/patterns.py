@@ -14,7 +14,7 @@ class Table:
     """Fusions with `#` for the number of a block, the second word of its layers' names, on both sides.
 
     Attributes:
-        by_original: a name in the makers' code -> its fusion.
+        by_original: a name in the original code -> its fusion.
         by_path: a path in diffusers -> the fusion that it is part of.
     """
 

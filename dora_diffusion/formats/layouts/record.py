@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Fusion:
-    """A layer of the makers' model, and the layers of diffusers' model that it is.
+    """A layer of the original model, and the layers of diffusers' model that it is.
 
     Attributes:
-        original: its name in the makers' code, dotted: `double_blocks.0.img_attn.qkv`.
+        original: its name in the original code, dotted: `double_blocks.0.img_attn.qkv`.
         paths: diffusers' layers, in the order of its rows: most often one.
         shares: how its rows are divided among them, in proportion: (1, 1, 1, 4) for FLUX's `linear1`.
         swapped: its two halves of rows stand the other way round in diffusers (shift and scale of the last adaLN).
@@ -23,7 +23,7 @@ class Fusion:
     swapped_by_shape: bool = False
 
     def swaps(self, rows: int, columns: int) -> bool:
-        """Whether the halves of the makers' weight, which has this shape, are swapped in diffusers."""
+        """Whether the halves of the original weight, which has this shape, are swapped in diffusers."""
         return self.swapped or (self.swapped_by_shape and rows == 2 * columns)
 
 
@@ -40,10 +40,10 @@ class Layout:
         name: for reports: "sgm", "flux".
         families: names of the model families whose component it is.
         component: the pipeline's attribute: "unet", "transformer", "text_encoder_2".
-        of_original: a name in the makers' code -> its fusion; None when there is no such layer.
+        of_original: a name in the original code -> its fusion; None when there is no such layer.
         of_path: a path in diffusers, without the component -> the fusion that it is part of, or None.
-        fits: a name in the makers' code, rows and columns of its weight -> whether it can be this model's: tells models
-            apart whose makers use the same names.
+        fits: a name in the original code, rows and columns of its weight -> whether it can be this model's: tells
+            models apart whose makers use the same names.
         encoders: what tools call a text encoder ("te3", "t5") -> the pipeline's attribute, where it is another than the
             number says.
     """

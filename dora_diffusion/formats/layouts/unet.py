@@ -75,7 +75,7 @@ def _reversed(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def _names(attends: Sequence[bool], ends: Mapping[str, str], *, resnets: int = 2) -> _Names:
-    """The makers' names -> diffusers', for a UNet whose levels have attention or not, the finest level first.
+    """original names -> diffusers', for a UNet whose levels have attention or not, the finest level first.
 
     `resnets`: how many a level has on the way down; one more on the way up.
     """
@@ -127,7 +127,7 @@ SGM = _layout("sgm", ("sdxl",), _names((False, True, True), {**_ENDS, **_LABELS}
 
 
 def layout_of(layers: Collection[str]) -> Layout | None:
-    """The names of the UNet that has these layers by its makers' names, whatever its depth; None when it is none."""
+    """The names of the UNet that has these layers by its original names, whatever its depth; None when it is none."""
     downs = [int(layer.split(".")[1]) for layer in layers if re.fullmatch(r"input_blocks\.[0-9]+\.0\.op", layer)]
     if not downs or "middle_block.0.in_layers.0" not in layers:
         return None

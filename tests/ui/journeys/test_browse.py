@@ -17,8 +17,12 @@ EVIL = "<img src=x onerror=alert(1)>"
 def _add_files(folder: Path) -> None:
     """Besides `ink`, `lego` and `broken`: one with metadata and a picture, one with script for words."""
     ink = load_adapter(folder / "ink.safetensors")
-    told = {"modelspec.title": "Night Sea", "modelspec.trigger_phrase": "nightsea, deep", "modelspec.tags": "sea"}
-    save_adapter(AdapterState(ink.modules, told), folder / "sub" / "sea.safetensors", format="kohya")
+    metadata = {
+        "modelspec.title": "Night Sea",
+        "modelspec.trigger_phrase": "nightsea, deep",
+        "modelspec.tags": "sea",
+    }
+    save_adapter(AdapterState(ink.modules, metadata), folder / "sub" / "sea.safetensors", format="kohya")
     Image.new("RGB", (300, 200), "navy").save(folder / "sub" / "sea.preview.png")
     evil = {"modelspec.title": EVIL, "modelspec.trigger_phrase": EVIL, "modelspec.tags": "sea"}
     save_adapter(AdapterState(ink.modules, evil), folder / "evil.safetensors")

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 
-from dora_diffusion.storage import sha256_of
+from dora_diffusion.utils.atomic import sha256_of
 from tests.ui.tab import PATIENCE_MS, Tab
 from ui.app import RunningApp
-from ui.request import DrawRequest
-from ui.run import Run
+from ui.backend.request import DrawRequest
+from ui.backend.run import Run
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 from playwright.sync_api import FloatRect, Locator, expect
 
-from dora_diffusion.canvases import Canvas
-from dora_diffusion.generation import picture_sha256
+from dora_diffusion.generation.img2img import Canvas
+from dora_diffusion.generation.png_metadata import picture_sha256
 from tests.ui.tab import PATIENCE_MS, PHONE, Tab
 from ui.app import RunningApp
-from ui.request import DetailValues, DrawRequest, SlotValues, check_adapters, check_settings
+from ui.backend.request import DetailValues, DrawRequest, SlotValues, check_adapters, check_settings
 
 _LEVEL = "(c, [x, y]) => c.getContext('2d').getImageData(x * c.width, y * c.height, 1, 1).data[3]"
 

@@ -6,8 +6,8 @@ from playwright.sync_api import Page, expect
 
 from tests.ui.tab import PATIENCE_MS, Tab
 from ui.app import RunningApp
-from ui.request import DrawRequest, SlotValues, check_adapters, check_settings
-from ui.session import Session
+from ui.backend.request import DrawRequest, SlotValues, check_adapters, check_settings
+from ui.backend.session import Session
 
 LONG_PATIENCE_MS = 3 * PATIENCE_MS
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dora_diffusion.functional import Axis
+from dora_diffusion.functional.dora import Axis
 from dora_diffusion.state import AdapterState, FactoredState, Module, ModuleState
 
 LINEAR = "unet.down_blocks.0.attn.to_q"

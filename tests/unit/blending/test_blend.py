@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.blending import BLEND_SENTENCES, BlendOptions, blend, blend_with_report, needs_base
-from dora_diffusion.functional import Axis, dora_weight
-from dora_diffusion.merging import METHODS, Sparsity
-from dora_diffusion.mixing import MODES, Term
+from dora_diffusion.functional.blend_modes import MODES, AdapterTerm
+from dora_diffusion.functional.dora import Axis, dora_weight
+from dora_diffusion.functional.merge_methods import METHODS, Sparsity
+from dora_diffusion.functional.strengths import Weight, strength_at
 from dora_diffusion.state import AdapterState, FactoredState, Module, ModuleState
-from dora_diffusion.strengths import Weight, strength_at
 from tests.tolerances import assert_close, assert_identical
 from tests.unit.blending.adapters import CONV, LINEAR, SHAPES, TEXT, adapter, base, dora_module, full_module
 
@@ -26,9 +26,9 @@ def three() -> dict[str, AdapterState]:
     return {"a": adapter(1), "b": adapter(20, dora=False, rank=3), "c": adapter(40, rank=1)}
 
 
-def terms_at(path: str, adapters: Mapping[str, AdapterState], weights: Mapping[str, Weight]) -> list[Term]:
+def terms_at(path: str, adapters: Mapping[str, AdapterState], weights: Mapping[str, Weight]) -> list[AdapterTerm]:
     return [
-        Term(found.modules[path].delta(), found.modules[path].magnitude, found.modules[path].axis, s)
+        AdapterTerm(found.modules[path].delta(), found.modules[path].magnitude, found.modules[path].axis, s)
         for name, found in adapters.items()
         if path in found.modules and (s := strength_at(path, weights[name])) != 0
     ]
@@ -172,9 +172,9 @@ def test_a_tools_mode_is_one_dora_too(mode: str, axis: Axis, order: str, path: s
 def test_what_a1111_makes_of_the_out_axis_is_approximated_and_told() -> None:
     made = blend_with_report(three(), WEIGHTS, base=base, mode="a1111", rank=10)
     goal = MODES["a1111"](base(LINEAR), terms_at(LINEAR, three(), WEIGHTS))
-    told = made.report.layers[LINEAR].error
-    assert told == pytest.approx(error(dense(LINEAR, made.adapter.modules[LINEAR]), goal, base(LINEAR)), abs=1e-9)
-    assert told < 1e-9  # of full rank
+    reported = made.report.layers[LINEAR].error
+    assert reported == pytest.approx(error(dense(LINEAR, made.adapter.modules[LINEAR]), goal, base(LINEAR)), abs=1e-9)
+    assert reported < 1e-9  # of full rank
     assert blend_with_report(three(), WEIGHTS, base=base, mode="a1111").report.layers[LINEAR].error > 1e-3
 
 
@@ -191,7 +191,7 @@ def test_methods_of_differences_at_full_rank_are_the_method(mode: str) -> None:
     made = blend_with_report(three(), WEIGHTS, base=base, mode=mode, rank=100, options=BlendOptions(density=1.0))
     path = LINEAR
     deltas = [
-        MODES["additive"](base(path), [Term(t.delta, t.magnitude, t.axis, 1.0)]) - base(path)
+        MODES["additive"](base(path), [AdapterTerm(t.delta, t.magnitude, t.axis, 1.0)]) - base(path)
         for t in terms_at(path, three(), WEIGHTS)
     ]
     expected = METHODS[mode](deltas, [0.6, 0.5, -0.2], Sparsity(1.0))
@@ -219,9 +219,9 @@ def test_a_smaller_rank_is_near_and_its_error_is_told(mode: str) -> None:
     for path, module in made.adapter.modules.items():
         goal = MODES[mode](base(path), terms_at(path, three(), WEIGHTS))
         assert module.rank == 4
-        told = made.report.layers[path].error
-        assert told == pytest.approx(error(dense(path, module), goal, base(path)), rel=1e-6)
-        assert 0 < told < 0.5
+        reported = made.report.layers[path].error
+        assert reported == pytest.approx(error(dense(path, module), goal, base(path)), rel=1e-6)
+        assert 0 < reported < 0.5
     assert made.report.exact == 0
     assert made.report.worst in SHAPES
 

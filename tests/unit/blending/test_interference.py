@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.blending import interference
-from dora_diffusion.blending.overlaps import block_of
-from dora_diffusion.mixing import MODES, Term
+from dora_diffusion.blending.interference import block_of
+from dora_diffusion.functional.blend_modes import MODES, AdapterTerm
 from dora_diffusion.state import AdapterState
 from tests.unit.blending.adapters import CONV, LINEAR, SHAPES, TEXT, adapter, base
 
 
 def change(path: str, found: AdapterState) -> Tensor:
     module = found.modules[path]
-    dense = MODES["additive"](base(path), [Term(module.delta(), module.magnitude, module.axis)])
+    dense = MODES["additive"](base(path), [AdapterTerm(module.delta(), module.magnitude, module.axis)])
     return (dense - base(path)).flatten()
 
 

@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from dora_diffusion.families.stable_diffusion_3 import STABLE_DIFFUSION_3
-from dora_diffusion.pipelines import POCKET, load_pipeline
+from dora_diffusion.pipelines.loading import POCKET, load_pipeline
 from dora_diffusion.pretrain import dit, run
 from dora_diffusion.pretrain.autoencoder import AutoencoderRecipe, build_autoencoder, encode_pictures, whiten
 from dora_diffusion.pretrain.denoiser import DenoiserRecipe
 from dora_diffusion.pretrain.package import assemble_dit
 from dora_diffusion.pretrain.scenes import Scene, vocabulary
 from dora_diffusion.pretrain.text import TextRecipe, patches
-from dora_diffusion.storage import valid_checkpoints
+from dora_diffusion.utils.atomic import valid_checkpoints
 from tests.tolerances import assert_close, assert_identical
 
 pytest.importorskip("resvg_py", reason="needs the pretrain extra: pip install 'dora-diffusion[pretrain]'")
@@ -31,7 +31,7 @@ SCENES = [Scene(*pair, size) for pair in PAIRS for size in ("large", "small")]
 
 
 @pytest.fixture
-def workshop(tmp_path, monkeypatch) -> run.Workshop:
+def folders(tmp_path, monkeypatch) -> run.PretrainFolder:
     """A working folder with icon sets of one drawing each, so that npm is not asked."""
     icons = tmp_path / "work" / "icons"
     icons.mkdir(parents=True)
@@ -41,38 +41,38 @@ def workshop(tmp_path, monkeypatch) -> run.Workshop:
         (icons / f"{name}.json").write_text(json.dumps(data))
     monkeypatch.setattr(run, "all_scenes", lambda: SCENES)
     monkeypatch.setattr(run, "AUTOENCODER_PICTURES", 3)
-    return run.Workshop(tmp_path / "work")
+    return run.PretrainFolder(tmp_path / "work")
 
 
-def newest(workshop: run.Workshop) -> Path:
-    return valid_checkpoints(workshop.denoiser)[-1]
+def newest(folders: run.PretrainFolder) -> Path:
+    return valid_checkpoints(folders.denoiser)[-1]
 
 
-def test_every_stage_runs_resumes_bit_for_bit_and_ships(workshop, tmp_path) -> None:
-    run.pretrain(workshop, AUTOENCODER, TEXT, DENOISER)
-    whole = {name: load_file(newest(workshop) / f"{name}.safetensors") for name in ("average", "model", "optimizer")}
-    assert newest(workshop).name == "step-00000004"
-    (newest(workshop) / "manifest.json").unlink()  # as if it had been stopped after the step before
-    assert newest(workshop).name == "step-00000002"
-    run.pretrain(workshop, AUTOENCODER, TEXT, DENOISER)
+def test_every_stage_runs_resumes_bit_for_bit_and_ships(folders, tmp_path) -> None:
+    run.pretrain(folders, AUTOENCODER, TEXT, DENOISER)
+    whole = {name: load_file(newest(folders) / f"{name}.safetensors") for name in ("average", "model", "optimizer")}
+    assert newest(folders).name == "step-00000004"
+    (newest(folders) / "manifest.json").unlink()  # as if it had been stopped after the step before
+    assert newest(folders).name == "step-00000002"
+    run.pretrain(folders, AUTOENCODER, TEXT, DENOISER)
     for name, tensors in whole.items():
-        assert_identical(load_file(newest(workshop) / f"{name}.safetensors"), tensors)
-    run.ship_newest(workshop, tmp_path / "shipped")
+        assert_identical(load_file(newest(folders) / f"{name}.safetensors"), tensors)
+    run.ship_newest(folders, tmp_path / "shipped")
     names = {path.name for path in (tmp_path / "shipped" / "tokenizer").iterdir()}
     assert {"vocab.json", "merges.txt"} <= names
     shipped = load_file(tmp_path / "shipped" / "unet" / "diffusion_pytorch_model.safetensors")
     assert_identical(shipped, {name: tensor.half() for name, tensor in whole["average"].items()})
 
 
-def test_the_dit_runs_resumes_bit_for_bit_and_ships(workshop, tmp_path) -> None:
-    run.pretrain_dit(workshop, POCKET, TEXT, DENOISER)
-    newest = valid_checkpoints(workshop.dit)[-1]
+def test_the_dit_runs_resumes_bit_for_bit_and_ships(folders, tmp_path) -> None:
+    run.pretrain_dit(folders, POCKET, TEXT, DENOISER)
+    newest = valid_checkpoints(folders.dit)[-1]
     whole = {name: load_file(newest / f"{name}.safetensors") for name in ("average", "model", "optimizer")}
     (newest / "manifest.json").unlink()
-    run.pretrain_dit(workshop, POCKET, TEXT, DENOISER)
+    run.pretrain_dit(folders, POCKET, TEXT, DENOISER)
     for name, tensors in whole.items():
         assert_identical(load_file(newest / f"{name}.safetensors"), tensors)
-    run.ship_newest_dit(workshop, POCKET, tmp_path / "shipped")
+    run.ship_newest_dit(folders, POCKET, tmp_path / "shipped")
     shipped = load_file(tmp_path / "shipped" / "transformer" / "diffusion_pytorch_model.safetensors")
     prefix = "transformer."
     trained = {name.removeprefix(prefix): t.half() for name, t in whole["average"].items() if name.startswith(prefix)}

@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.dataset import (
     Example,
     StepSampler,
@@ -260,14 +259,9 @@ def test_a_mirrored_crop_says_where_it_was_cut(tmp_path: Path) -> None:
 
 
 def test_a_new_word_inside_another_is_refused(tmp_path: Path) -> None:
-    def config(word: str) -> TrainConfig:
-        return TrainConfig.model_validate(
-            {"output_dir": tmp_path / "run", "data": {"instance_dir": tmp_path}, "words": {"starts": {word: "cat"}}}
-        )
-
     examples = [Example(tmp_path / "1.png", "a ROB robot"), Example(tmp_path / "2.png", "a <zqx>, red")]
-    check_words(config("<zqx>"), examples)
+    check_words(["<zqx>"], examples)
     with pytest.raises(ValueError, match="'rob' stands inside another word of 'a ROB robot'"):
-        check_words(config("rob"), examples)
+        check_words(["rob"], examples)
     with pytest.raises(ValueError, match="'cat' stands in none of the 2 captions"):
-        check_words(config("cat"), examples)
+        check_words(["cat"], examples)

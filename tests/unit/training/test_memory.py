@@ -8,8 +8,8 @@ from torch import nn
 
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.memory import MemoryEstimate, Watch, estimate_memory, tensor_bytes
-from dora_diffusion.training.skeleton import without_numbers
-from dora_diffusion.training.subject import PRECISIONS, Subject, prepare_subject
+from dora_diffusion.training.meta_pipeline import without_numbers
+from dora_diffusion.training.trainable import PRECISIONS, TrainablePipeline, prepare_trainable
 from tests.families.pipelines import PIPELINES
 
 
@@ -22,17 +22,17 @@ def config_of(folder, **changes) -> TrainConfig:
     return TrainConfig.model_validate({"output_dir": folder / "run", **sections})
 
 
-def subject_of(config: TrainConfig, *, tiny: str = "sd1", has_numbers: bool = False) -> Subject:
+def trainable_of(config: TrainConfig, *, tiny: str = "sd1", has_numbers: bool = False) -> TrainablePipeline:
     pipe = PIPELINES[tiny].build()
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             nn.Module.to(part, dtype=PRECISIONS[config.optim.mixed_precision])
-    return prepare_subject(pipe if has_numbers else without_numbers(pipe), config)
+    return prepare_trainable(pipe if has_numbers else without_numbers(pipe), config)
 
 
 def estimate(folder, *, device: str = "cpu", tiny: str = "sd1", **changes) -> MemoryEstimate:
     config = config_of(folder, **changes)
-    return estimate_memory(subject_of(config, tiny=tiny), config, device=device)
+    return estimate_memory(trainable_of(config, tiny=tiny), config, device=device)
 
 
 def step_of(found: MemoryEstimate) -> int:
@@ -79,29 +79,29 @@ def test_watch_sees_what_autograd_keeps() -> None:
 @pytest.mark.filterwarnings("ignore:There are modules")
 def test_shapes_alone_give_what_a_true_step_does(tmp_path, tiny, changes) -> None:
     config = config_of(tmp_path, **changes)
-    true = estimate_memory(subject_of(config, tiny=tiny, has_numbers=True), config, device="cpu")
-    assert estimate_memory(subject_of(config, tiny=tiny), config, device="cpu") == true
+    true = estimate_memory(trainable_of(config, tiny=tiny, has_numbers=True), config, device="cpu")
+    assert estimate_memory(trainable_of(config, tiny=tiny), config, device="cpu") == true
     assert step_of(true) > 0
 
 
 def test_parts_are_the_sizes_of_tensors(tmp_path) -> None:
     config = config_of(tmp_path, optim__mixed_precision="bf16")
-    subject = subject_of(config, has_numbers=True)
-    found = estimate_memory(subject, config, device="cpu")
-    layers = [(layer.out_features, layer.in_features) for layer in _adapted(subject)]
+    trainable = trainable_of(config, has_numbers=True)
+    found = estimate_memory(trainable, config, device="cpu")
+    layers = [(layer.out_features, layer.in_features) for layer in _adapted(trainable)]
     numbers = sum(3 * (inside + out) + out for out, inside in layers)
     assert (found.adapters, found.gradients, found.optimiser) == (4 * numbers, 4 * numbers, 8 * numbers)
-    subject.eject()
+    trainable.eject()
     for name, size in found.weights.items():
-        tensors = [*getattr(subject.pipe, name).parameters(), *getattr(subject.pipe, name).buffers()]
+        tensors = [*getattr(trainable.pipe, name).parameters(), *getattr(trainable.pipe, name).buffers()]
         assert size == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     assert set(found.weights) == {"unet", "text_encoder", "vae"}
     assert found.total == sum(found.weights.values()) + 16 * numbers + found.activations
 
 
-def _adapted(subject: Subject) -> list[nn.Linear]:
-    injection = subject.injections["unet"]
-    return [subject.pipe.unet.get_submodule(path).base for path in injection.matched]
+def _adapted(trainable: TrainablePipeline) -> list[nn.Linear]:
+    injection = trainable.injections["unet"]
+    return [trainable.pipe.unet.get_submodule(path).base for path in injection.matched]
 
 
 def test_shared_weights_count_once(tmp_path) -> None:

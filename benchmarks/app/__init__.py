@@ -1,0 +1,1 @@
+"""The app under load, under hostile payloads, and over ten thousand files."""

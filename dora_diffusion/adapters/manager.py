@@ -1,0 +1,354 @@
+"""AdapterManager: several adapters on one diffusers pipeline, blended additively or as other tools blend.
+
+    W' = W + sum_i strength_i (W'_i - W)
+
+Strength 0 is the base bit for bit, strength 1 what was trained; the order of adapters is nothing. Every layer's mix is
+one gain form (see `functional`), so drawing costs one base product and one low-rank pair however many adapters. The
+other modes of `blend_modes` are no such sum: their weights are computed densely and fused in, until the strengths
+change.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dora_diffusion.adapters.bias_offsets import Offsets
+from dora_diffusion.adapters.blended_layers import Slots
+from dora_diffusion.adapters.denoiser_hooks import DenoiserHooks
+from dora_diffusion.adapters.matching import Loaded, LoadReport, fit, kind_in_words
+from dora_diffusion.families import family_of_pipeline
+from dora_diffusion.formats import load_examined
+from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
+from dora_diffusion.functional.dora import master_dtype
+from dora_diffusion.functional.masks import mask_of
+from dora_diffusion.functional.schedules import schedule_of
+from dora_diffusion.functional.strengths import Weight, check_strength, is_meant, strength_at
+from dora_diffusion.layers.base_layers import dense_weight
+from dora_diffusion.layers.fuse import Change, FusedWeights, check_fusable, fuse_weights, fuse_weights_by
+from dora_diffusion.layers.targets import target_paths
+from dora_diffusion.pipelines.modules import PipelineModules
+from dora_diffusion.state import AdapterState, ModuleState, term_of
+from dora_diffusion.utils.checks import check_type
+
+
+class AdapterManager:
+    """Adapters of one pipeline. The pipeline stays an ordinary diffusers pipeline throughout."""
+
+    def __init__(self, pipe: Any) -> None:
+        """A ValueError when the pipeline is of no family known here."""
+        self._family = family_of_pipeline(pipe)
+        self._pipe_modules = PipelineModules(pipe, [part.name for part in self._family.components])
+        self._slots = Slots(self._pipe_modules)
+        self._offsets = Offsets(self._pipe_modules)
+        self._adapters: dict[str, Loaded] = {}
+        self._weights: dict[str, Weight] = {}
+        self._blend = ADDITIVE
+        self._fused: FusedWeights | None = None  # of `fuse`, or of a mode that is not additive
+        self._hooks = DenoiserHooks(pipe, self._family, self._set_denoiser_strengths)
+
+    def __repr__(self) -> str:
+        held = {name: self._weights.get(name, 0.0) for name in self._adapters}
+        adapters = ", ".join(f"{name} {weight}" for name, weight in held.items()) or "no adapters"
+        blend = "" if self._blend == ADDITIVE else f"; {self._blend}"
+        return f"AdapterManager({self._family.name}: {adapters}{blend}{'; fused' if self._is_fused else ''})"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Loaded adapters, in the order of loading."""
+        return tuple(self._adapters)
+
+    @property
+    def weights(self) -> dict[str, Weight]:
+        """Strengths as last set; an adapter not named has 0."""
+        return dict(self._weights)
+
+    @property
+    def blend(self) -> str:
+        """The mode that the adapters are mixed by, as last set: a key of `blend_modes.MODES`."""
+        return self._blend
+
+    @property
+    def reports(self) -> dict[str, LoadReport]:
+        """Name -> what was loaded."""
+        return {name: loaded.report for name, loaded in self._adapters.items()}
+
+    def paths(self, name: str) -> tuple[str, ...]:
+        """Everything that a loaded adapter changes: layers and parameters, by their full paths."""
+        return self._loaded(name).paths
+
+    def _read(self, source: str | Path | AdapterState, name: str) -> tuple[AdapterState, str, str | None]:
+        """An adapter, what an error calls it, and the SHA-256 of its file."""
+        if isinstance(source, AdapterState):
+            return source, name, None
+        adapter, examined = load_examined(source, base=self._base_weight)
+        return adapter, str(source), examined.sha256
+
+    def _base_weight(self, path: str) -> Tensor:
+        """What tells the axis of a magnitude when its file does not."""
+        return dense_weight(self._pipe_modules.layer(path)[1])
+
+    @torch.no_grad()
+    def load_adapter(self, source: str | Path | AdapterState, *, name: str) -> LoadReport:
+        """Load an adapter under a name, at strength 0 (call `set_adapters` next); a run's folder will do for its file.
+
+        Raises:
+            ValueError: the name is taken, or the file is broken or of another base: one line, with a count.
+        """
+        check_type("load_adapter: name", name, str)
+        check_type("load_adapter: source", source, str | Path | AdapterState)
+        if name in self._adapters:
+            raise ValueError(f"an adapter named {name!r} is loaded already; delete it first or choose another name")
+        self._refuse_while_fused("load an adapter")
+        adapter, label, sha256 = self._read(source, name)
+        fitted = fit(adapter, label, self._pipe_modules)
+        self._slots.check_reserved(label, fitted.modules)
+        report = LoadReport(
+            name=name,
+            kind=kind_in_words(adapter),
+            ranks=adapter.ranks,
+            matched=len(fitted.modules),
+            total=len(adapter.modules),
+            vectors=len(fitted.vectors),
+            extra=len(adapter.extra),
+            components=adapter.components,
+            sha256=sha256,
+            metadata=adapter.metadata,
+        )
+        with self._unfolded():  # gain forms are of the base's own weights
+            terms = self._slots.terms(fitted.modules)
+            self._adapters[name] = Loaded(fitted.modules, fitted.vectors, terms, report)
+            self._install()
+        return report
+
+    def set_adapters(self, weights: Mapping[str, Weight], blend: str = ADDITIVE) -> None:
+        """Set the strengths: `{"ink": 0.8}` or by part, `{"ink": {"unet": 0.8, "unet.up_blocks": 1.2}}`.
+
+        The longest prefix that fits a layer decides; a layer no prefix fits gets 0. Adapters not named get 0.
+
+        Args:
+            weights: adapter -> strength. Their order counts in the modes "peft", "comfyui" and "a1111".
+            blend: a key of `blend_modes.MODES`. Any but "additive" is computed densely and fused into the weights: a
+                change of strengths takes as long as a `fuse`, and strengths cannot change as the picture is drawn.
+                Where a strength of 0 is not the base in the tool that a mode follows, it is not here either.
+
+        Raises:
+            ValueError: an unknown adapter or mode, a part that fits none of its layers, a strength that is no finite
+                number, or a mode that cannot mix these adapters here. Whatever is raised, nothing has changed then.
+        """
+        self._refuse_while_fused("change strengths")
+        check_type("set_adapters: strengths by adapter", weights, Mapping)
+        for name, weight in weights.items():
+            check_strength(name, weight, self._loaded(name).paths)
+        if blend == ADDITIVE:
+            self._slots.check_room(self._adapters, weights)
+        else:
+            self._check_blend(blend, weights)
+        before = self._weights, self._blend
+        try:
+            self._mix({name: dict(w) if isinstance(w, Mapping) else float(w) for name, w in weights.items()}, blend)
+        except BaseException:  # a mode that cannot mix these adapters, out of memory, or stopped
+            self._mix(*before)
+            raise
+
+    def set_schedule(self, name: str, points: Sequence[Sequence[float]] | None) -> None:
+        """Let an adapter's strength change over the run: `[(0.0, 0.0), (0.3, 1.0)]` fades it in; None ends it.
+
+        The factor multiplies the strength and runs straight from point to point; progress goes from 0 at the first of
+        the scheduler's timesteps to 1 at the last. Text encoders, which run before, keep the plain strength.
+
+        Raises:
+            ValueError: an unknown adapter, points that are no rising progress in 0..1 with finite factors, or a mode
+                that is folded.
+        """
+        self._refuse_while_fused("set a schedule")
+        self._refuse_while_folded("a schedule")
+        self._loaded(name)
+        self._hooks.set_schedule(name, None if points is None else schedule_of(points))
+
+    def set_mask(self, name: str, mask: Image.Image | Tensor | None) -> None:
+        """Let an adapter draw in a part of the picture only: 1 (white) inside, 0 outside; None ends it.
+
+        The denoiser is asked once more for every masked adapter and the predictions are mixed, so outside a mask the
+        prediction is that without the adapter. Text encoders know no places: their part acts everywhere.
+
+        Raises:
+            ValueError: an unknown adapter, a mask that is no picture and no (height, width) tensor in 0..1, or a mode
+                that is folded.
+        """
+        self._refuse_while_fused("set a mask")
+        self._refuse_while_folded("a mask")
+        self._loaded(name)
+        self._hooks.set_mask(name, None if mask is None else mask_of(mask))
+
+    def enable_hotswap(self, *, max_rank: int, target_modules: str | list[str] | None = None) -> None:
+        """Set aside room at every target layer, so that adapters come and go without recompiling a compiled model.
+
+        Call it once, before `torch.compile`. From then on each of these layers pays for a rank of `max_rank`, used or
+        not; `unload` ends it. Set schedules and masks after compiling `pipe.unet = torch.compile(pipe.unet)`: they act
+        from outside the compiled model.
+
+        Args:
+            max_rank: the most that the ranks of all adapters with a strength may sum to on a layer.
+            target_modules: as DoRAConfig's; names and patterns are the denoiser's, text encoders take presets.
+
+        Raises:
+            ValueError: adapters are loaded already, or a target that matches nothing.
+        """
+        if self._adapters:
+            raise ValueError("enable_hotswap must come before the first load_adapter: call unload() first")
+        check_type("enable_hotswap: max_rank", max_rank, int)
+        if max_rank < 1:
+            raise ValueError(f"max_rank must be at least 1, got {max_rank}")
+        self._refuse_while_folded("hot swap")
+        for part in self._family.components:
+            model = self._pipe_modules.model(part.name)
+            if model is None:
+                continue
+            is_preset = not isinstance(target_modules, list) and target_modules in (None, *part.presets)
+            if not is_preset and part is not self._family.denoiser:
+                continue
+            inner = target_paths(model, target_modules)
+            self._slots.reserve([f"{part.name}.{path}" for path in inner], max_rank)
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Fold the current mix into the base's weights: drawing then costs exactly what the base costs."""
+        self._refuse_while_fused("fuse")
+        self._refuse_while_folded("fuse()")
+        if self._hooks.is_needed:
+            raise ValueError("cannot fuse while a schedule or mask is set: strengths change as the picture is drawn")
+        self._fused = fuse_weights(self._slots.forms(self._adapters))
+        self._slots.stand_aside()
+
+    def unfuse(self) -> None:
+        """Undo `fuse`: the base's weights are again what they were, bit for bit, and the mix runs beside them."""
+        if not self._is_fused:
+            raise ValueError("nothing is fused")
+        self._unfold()
+
+    def delete_adapter(self, name: str) -> None:
+        """Forget one adapter; the others keep their strengths."""
+        self._loaded(name)
+        self._refuse_while_fused("delete an adapter")
+        self._hooks.forget(name)
+        self._unfold()
+        del self._adapters[name]
+        self._weights.pop(name, None)
+        self._install()
+        self.set_adapters(self._weights, self._blend)
+
+    def unload(self) -> None:
+        """Forget all adapters; every module of the pipeline is the very one that was there before."""
+        self._unfold()
+        for name in self.names:
+            self._hooks.forget(name)
+        self._adapters, self._weights, self._blend = {}, {}, ADDITIVE
+        self._install()
+        self._slots.clear()
+
+    def _loaded(self, name: str) -> Loaded:
+        if name not in self._adapters:
+            raise ValueError(f"no adapter named {name!r} is loaded; loaded: {', '.join(self.names) or 'none'}")
+        return self._adapters[name]
+
+    def _install(self) -> None:
+        self._slots.install(self._adapters)
+        self._offsets.install({name: loaded.vectors for name, loaded in self._adapters.items()})
+
+    def _mix(self, weights: dict[str, Weight], blend: str) -> None:
+        self._unfold()
+        self._weights, self._blend = weights, ADDITIVE
+        self._slots.fill(self._adapters, weights if blend == ADDITIVE else {})
+        self._set_strengths("", {})
+        if blend != ADDITIVE:
+            self._fold_as(blend)
+
+    def _set_strengths(self, prefix: str, factors: Mapping[str, float]) -> None:
+        """Give everything under a prefix its strengths: parameters first, for blended layers read their bias."""
+        self._offsets.set_strengths(self._weights, factors, prefix=prefix)
+        self._slots.set_strengths(factors, prefix=prefix)
+
+    def _set_denoiser_strengths(self, factors: Mapping[str, float]) -> None:
+        self._set_strengths(self._family.denoiser.name + ".", factors)
+
+    @property
+    def _is_fused(self) -> bool:
+        return self._fused is not None and self._blend == ADDITIVE
+
+    def _refuse_while_fused(self, action: str) -> None:
+        if self._is_fused:
+            raise ValueError(f"cannot {action} while fused: call unfuse() first")
+
+    def _refuse_while_folded(self, thing: str) -> None:
+        if self._blend != ADDITIVE:
+            raise ValueError(
+                f"{thing} needs blend='additive': the mode {self._blend!r} is folded into the weights already"
+            )
+
+    def _check_blend(self, blend: str, weights: Mapping[str, Weight]) -> None:
+        """Refuse a mode that does not exist or cannot be folded now."""
+        if blend not in MODES:
+            raise ValueError(f"unknown blend {blend!r}; expected {', '.join(MODES)}")
+        if self._hooks.is_needed:
+            raise ValueError(
+                f"blend {blend!r} is folded into the weights, but a schedule or mask changes strengths as the picture "
+                "is drawn: end it first, or blend='additive'"
+            )
+        if self._slots.has_room:
+            raise ValueError(
+                f"blend {blend!r} is folded into the weights, which enable_hotswap leaves alone: unload() first, "
+                "or blend='additive'"
+            )
+        for path, base in self._slots.bases.items():
+            if self._meant(path, weights):
+                check_fusable(path, base)
+
+    def _meant(self, path: str, weights: Mapping[str, Weight]) -> list[tuple[ModuleState, float]]:
+        """The adapters on a layer and their strengths, 0 or not, in the order that `weights` names them."""
+        here = [(self._adapters[name].modules.get(path), weight) for name, weight in weights.items()]
+        return [(module, strength_at(path, weight)) for module, weight in here if module and is_meant(path, weight)]
+
+    def _fold_as(self, blend: str) -> None:
+        """Fold a mode's weights in, by the strengths last set."""
+        mixes = {path: (base, self._meant(path, self._weights)) for path, base in self._slots.bases.items()}
+        changes: dict[str, tuple[Any, Change]] = {
+            path: (base, partial(_mixed, path=path, blend=blend, meant=meant))
+            for path, (base, meant) in mixes.items()
+            if meant
+        }
+        self._fused = fuse_weights_by(changes)
+        self._blend = blend
+        self._slots.stand_aside()
+
+    def _unfold(self) -> None:
+        """Undo a fold, if there is one."""
+        if self._fused is not None:
+            self._fused.undo()
+            self._fused = None
+            self._slots.stand_in()
+
+    @contextmanager
+    def _unfolded(self) -> Iterator[None]:
+        """The base's own weights stand for a while; the fold of a mode comes back after."""
+        blend = self._blend
+        self._unfold()
+        try:
+            yield
+        finally:
+            if blend != ADDITIVE:
+                self._fold_as(blend)
+
+
+def _mixed(weight: Tensor, *, path: str, blend: str, meant: Sequence[tuple[ModuleState, float]]) -> Tensor:
+    """W' of a mode, fp32 (fp64 stays fp64), from the layer's own weight."""
+    terms = [term_of(module.to(device=weight.device), strength) for module, strength in meant]
+    try:
+        return MODES[blend](weight.to(master_dtype(weight.dtype)), terms)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

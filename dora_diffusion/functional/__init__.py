@@ -1,0 +1,1 @@
+"""The formulas, each in one place, as pure functions of tensors and numbers. Start with `dora`."""

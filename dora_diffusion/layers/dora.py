@@ -1,0 +1,157 @@
+"""The layer that trains one adapter beside the frozen base layer: its parameters, and calls of `functional.dora`.
+
+It keeps the very base module it stands in for, untouched, so that taking it out again leaves the model as it was.
+`base_layers` knows the kinds of layers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+
+from dora_diffusion.functional.dora import RowNorms, RowSums, compose, gain, norms_from, row_sums
+from dora_diffusion.layers.base_layers import Base, branch_dtype, dense_weight, kind_of
+from dora_diffusion.layers.config import NormGrad
+from dora_diffusion.layers.initialisation import InitialPair
+from dora_diffusion.layers.step_counter import CLOCK, stamp
+from dora_diffusion.state import ModuleState
+
+
+class Adapter(nn.Module):
+    """The trainable parameters A, B and m of one layer: fp32 masters, also when the model around them is cast to less.
+
+    With an anchor (A0, B0), which is frozen, D = s (B A - B0 A0).
+    """
+
+    def __init__(self, pair: InitialPair, magnitude: Tensor | None, *, scale: float) -> None:
+        super().__init__()
+        self.down = nn.Parameter(pair.down)
+        self.up = nn.Parameter(pair.up)
+        self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
+        self.register_buffer("anchor_down", None if pair.anchor is None else pair.anchor.down)
+        self.register_buffer("anchor_up", None if pair.anchor is None else pair.anchor.up)
+        self.anchor_down: Tensor | None
+        self.anchor_up: Tensor | None
+        self.scale = scale
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(A, B) such that D = s B A."""
+        if self.anchor_down is None or self.anchor_up is None:
+            return self.down, self.up
+        return torch.cat([self.down, self.anchor_down]), torch.cat([self.up, -self.anchor_up], dim=1)
+
+    def state(self) -> ModuleState:
+        """A copy of the parameters; an anchor doubles the rank."""
+        down, up = (part.detach().clone() for part in self.pair())
+        magnitude = None if self.magnitude is None else self.magnitude.detach().clone()
+        return ModuleState(down, up, self.scale * down.shape[0], magnitude)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
+        """Moves go through; a cast below fp32 does not: in bf16 a step of 1e-4 on an m near 1 rounds away."""
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            is_less = moved.is_floating_point() and moved.dtype.itemsize < 4
+            return tensor.to(moved.device) if is_less else moved
+
+        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+@dataclass(frozen=True)
+class _KeptNorm:
+    """Norms, detached, and the facts under which they still hold."""
+
+    facts: tuple[object, ...]
+    sums: RowSums
+    norms: RowNorms
+
+
+class DoRALayer(nn.Module):
+    """y = g (x W^T + s B(A x)) + b,  g = m / N(W + s B A); plain LoRA when the adapter has no magnitude.
+
+    Any kind of base that `base_layers` knows. Dropout acts on the low-rank branch only. The output has the base's shape
+    and dtype. The norm is taken anew at every forward, unless `keeps_norm`: then once an optimiser step (see `_norms`).
+    """
+
+    def __init__(self, base: Base, adapter: Adapter, *, dropout: float, norm_grad: NormGrad) -> None:
+        super().__init__()
+        self.base = base
+        self.adapter = adapter
+        self.dropout = dropout
+        self.norm_grad = norm_grad
+        self.keeps_norm = False
+        self._kept: _KeptNorm | None = None
+        self._kind = kind_of(base)
+
+    def forward(self, x: Tensor) -> Tensor:
+        base: Tensor = self.base(x)
+        kind, (down, up) = self._kind, self.adapter.pair()
+        h = self.adapter.scale * kind.shrink(self.base, x, down.to(branch_dtype(x, base)), self._drop)
+        low = kind.expand(self.base, h, up.to(h.dtype), None)
+        g = self.gain()
+        if g is None:
+            return base + low
+        bias = None if self.bias is None else kind.per_output(self.base, self.bias)
+        return compose(base, low, kind.per_output(self.base, g), bias)
+
+    def gain(self) -> Tensor | None:
+        """g (out,) fp32, or None for plain LoRA."""
+        magnitude = self.adapter.magnitude
+        if magnitude is None:
+            return None
+        return gain(magnitude, self._norms())
+
+    @_disable_dynamo  # torch.compiler.disable itself imports the compiler, which takes longer than torch, here and now
+    def _norms(self) -> RowNorms:
+        """N(V), a constant in the backward pass when `norm_grad` is "detached" (paper, section 4.3).
+
+        g depends on the parameters, not on x: one norm serves every micro-batch and the recomputation under gradient
+        checkpointing. It is kept only under gradients and while the clock runs, and is old after any optimiser's step
+        and when A, B, W or s are replaced, moved or edited in place. An edit through `.data` outside an optimiser
+        leaves no trace: `forget_norm` is for that.
+        """
+        facts = self._facts()
+        kept = self._kept if self._kept is not None and self._kept.facts == facts else None
+        is_exact = self.norm_grad == "exact"
+        if kept is not None and not is_exact:
+            return kept.norms
+        with torch.set_grad_enabled(is_exact and torch.is_grad_enabled()):
+            weight, (down, up) = dense_weight(self.base), self.adapter.pair()
+            sums = kept.sums if kept is not None else row_sums(weight, down)
+            norms = norms_from(sums, weight, down, up, self.adapter.scale)
+        self._kept = _KeptNorm(facts, sums, RowNorms(norms.values.detach(), norms.dead)) if facts else None
+        return norms
+
+    def _facts(self) -> tuple[object, ...]:
+        """What a kept norm depends on; empty when none may be kept."""
+        now = CLOCK.now
+        if not self.keeps_norm or now is None or not torch.is_grad_enabled():
+            return ()
+        a = self.adapter
+        return now, a.scale, stamp(a.down), stamp(a.up), stamp(self.base.weight)
+
+    def forget_norm(self) -> None:
+        """Take the norm anew at the next forward."""
+        self._kept = None
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DoRALayer":
+        self.forget_norm()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight (some model code asks a layer for its dtype)."""
+        return self.base.weight  # type: ignore[no-any-return]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        return getattr(self.base, "bias", None)

@@ -1,0 +1,66 @@
+"""Fuse mixes into weights, and undo it bit for bit (the base's own bytes are kept, never divided back)."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from dora_diffusion.functional.dora import GainForm, apply_gain_form
+from dora_diffusion.layers.base_layers import Base, dense_weight
+from dora_diffusion.layers.quantisation import is_quantised
+
+
+class FusedWeights:
+    """Layers that now hold an adapter mix; `undo()` gives each parameter back the very memory it had.
+
+    Until then a layer says so itself (`is_fused`): who reads its weight as the base's would be misled.
+    """
+
+    def __init__(self, kept: Mapping[str, tuple[Base, Tensor]]) -> None:
+        self._kept = dict(kept)
+        for layer, _ in self._kept.values():
+            layer.is_fused = True
+
+    def undo(self) -> None:
+        """Put the kept weights back: nothing is computed, or copied but for a model that has since moved."""
+        for layer, weight in self._kept.values():
+            layer.weight.data = weight.to(layer.weight.device)
+            layer.is_fused = False
+        self._kept.clear()
+
+
+Change = Callable[[Tensor], Tensor]  # W (out, in[, kernel]) in the layer's dtype -> W', rounded to it when fused
+
+
+def fuse_weights(layers: Mapping[str, tuple[Base, GainForm]]) -> FusedWeights:
+    """Replace each layer's weight by its gain form's, in fp32 and rounded once; errors as `fuse_weights_by`."""
+    return fuse_weights_by(
+        {path: (layer, partial(apply_gain_form, form=form)) for path, (layer, form) in layers.items()}
+    )
+
+
+def check_fusable(path: str, layer: Base) -> None:
+    """A ValueError of one line for a layer whose weight is quantised."""
+    if is_quantised(layer) or layer.weight.dtype.itemsize == 1:
+        raise ValueError(f"{path}: a quantised {type(layer).__name__} cannot be folded; leave the adapter unfused")
+
+
+@torch.no_grad()
+def fuse_weights_by(layers: Mapping[str, tuple[Base, Change]]) -> FusedWeights:
+    """Replace each layer's weight by what its change makes of it.
+
+    Raises:
+        ValueError: a layer is quantised. Whatever is raised, no weight has changed then.
+    """
+    for path, (layer, _) in layers.items():
+        check_fusable(path, layer)
+    undoable = FusedWeights({path: (layer, layer.weight.data) for path, (layer, _) in layers.items()})
+    try:
+        for layer, change in layers.values():
+            fused = change(dense_weight(layer)).to(layer.weight.dtype)
+            layer.weight.data = fused.T.contiguous() if isinstance(layer, nn.Embedding) else fused
+    except BaseException:  # out of memory, or stopped: all of it or nothing
+        undoable.undo()
+        raise
+    return undoable

@@ -1,0 +1,91 @@
+"""`train --dry-run`: what a config would do and need, without doing it."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from dora_diffusion.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dora_diffusion.pipelines.textual_inversion import Words
+    from dora_diffusion.state import AdapterState
+    from dora_diffusion.training.memory import Device, MemoryEstimate
+
+
+def describe_plan(config: TrainConfig) -> str:
+    """The plan of a run in a few lines; raises what the run itself would about data, base and targets.
+
+    The base's weights are not read, nor is anything drawn or trained.
+    """
+    import torch
+
+    from dora_diffusion.training.dataset import check_words, checked_examples
+    from dora_diffusion.training.memory import estimate_memory
+    from dora_diffusion.training.meta_pipeline import load_skeleton
+    from dora_diffusion.training.objective import objective_of
+    from dora_diffusion.training.trainable import PRECISIONS, adapter_metadata, prepare_trainable, trainable_count
+
+    examples = checked_examples(config.data, seed=config.optim.seed).train
+    check_words(config.words.starts, examples)
+    trainable = prepare_trainable(load_skeleton(config.model, dtype=PRECISIONS[config.optim.mixed_precision]), config)
+    objective_of(trainable.pipe, config, tokens=1)  # raises for a scheduler that cannot be trained
+    optim = config.optim
+    seen = optim.steps * optim.batch_size * optim.gradient_accumulation
+    file = file_bytes(trainable.adapter(adapter_metadata(config, trainable.family, step=optim.steps)))
+    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
+    lines = [
+        f"base       {config.model} ({trainable.family.name})",
+        f"images     {len(examples)} in {config.data.instance_dir}, each seen about {seen / len(examples):.0f} times",
+        *(f"adapter    {name}: {len(part.matched)} layers" for name, part in trainable.injections.items()),
+        *([] if trainable.words is None else [f"words      {_words(trainable.words)}"]),
+        f"trained    {trainable_count(trainable.parameters()):,} numbers",
+        *([f"file       {file / 1e6:.1f} MB"] if trainable.injections else []),
+        f"steps      {optim.steps} of {optim.batch_size} x {optim.gradient_accumulation}, seed {optim.seed}",
+        f"prior      {', '.join(config.prior.prompts) or 'none'}",
+        *memory_lines(estimate_memory(trainable, config, device=device), f"on {device}"),
+        f"output     {config.output_dir}",
+    ]
+    return "\n".join(lines)
+
+
+def _words(words: "Words") -> str:
+    widths = ", ".join(f"{name} {tuple(vectors.shape)}" for name, vectors in words.named_parameters().items())
+    return f"{', '.join(words.names)}: {widths}"
+
+
+def memory_lines(memory: "MemoryEstimate", where: str) -> list[str]:
+    """An estimate as a small table under the word `memory`; `where` says what it holds for."""
+    divisor, unit = (2**30, "GiB") if memory.total >= 2**30 else (2**20, "MiB")
+    parts = ", ".join(f"{name} {size / divisor:.2f}" for name, size in memory.weights.items())
+    rows = {
+        "weights": (sum(memory.weights.values()), parts),
+        "adapter": (memory.adapters, ""),
+        "gradients": (memory.gradients, ""),
+        "optimiser": (memory.optimiser, ""),
+        "activations": (memory.activations, f"{memory.worst_moment} at {memory.side} px"),
+        "in all": (memory.total, f"{where}; the process itself and the allocator's gaps come on top"),
+    }
+    lines = [f"{name:<11} {size / divisor:8.2f} {unit}  {note}".rstrip() for name, (size, note) in rows.items()]
+    return [("memory     " if index == 0 else " " * 11) + line for index, line in enumerate(lines)]
+
+
+def file_bytes(adapter: "AdapterState") -> int:
+    """The size of an adapter's file, whether its tensors have numbers or only shapes."""
+    from dora_diffusion.formats import FORMATS
+    from dora_diffusion.formats.writing import write
+
+    tensors, metadata = write(adapter, FORMATS["diffusers"])
+    return _header_bytes(tensors, metadata) + sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _header_bytes(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> int:
+    """A safetensors file's beginning: the length of a JSON text in eight bytes, and the text, filled up to eights."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    start = 0
+    for key, tensor in sorted(tensors.items()):  # as the library orders those of one dtype
+        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, start + tensor.nbytes]}
+        start += tensor.nbytes
+    return 8 + 8 * math.ceil(len(json.dumps(header, separators=(",", ":"), ensure_ascii=False)) / 8)

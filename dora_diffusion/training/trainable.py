@@ -1,0 +1,271 @@
+"""What is trained: the base pipeline with adapters injected, and the optimiser over their parameters."""
+
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+
+import dora_diffusion
+from dora_diffusion.families import Family, family_of_pipeline, pixel_multiple
+from dora_diffusion.functional.dora import scale_of
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import Injection, inject
+from dora_diffusion.pipelines.loading import load_pipeline
+from dora_diffusion.pipelines.textual_inversion import Words, add_words
+from dora_diffusion.state import AdapterState, join
+from dora_diffusion.training.config import AdapterConfig, OptimConfig, TrainConfig, WordsConfig
+
+Own = TypeVar("Own", int, float)
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TrainablePipeline:
+    """A pipeline under training. `injections`: component name -> its adapter; `words`: new ones, or None."""
+
+    pipe: Any
+    family: Family
+    injections: Mapping[str, Injection]
+    words: Words | None = None
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The UNet or transformer."""
+        module: nn.Module = getattr(self.pipe, self.family.denoiser.name)
+        return module
+
+    def trains_text(self) -> bool:
+        """Whether captions must be encoded anew at every step."""
+        return self.words is not None or any(name != self.family.denoiser.name for name in self.injections)
+
+    def offload_encoders(self) -> None:
+        """Move the text encoders to main memory, when none is trained: captions are encoded once, and kept."""
+        for encoder in self._resting():
+            encoder.to("cpu")
+
+    @contextmanager
+    def encoders_on_device(self) -> Any:
+        """Text encoders beside the denoiser, to encode new captions or to draw; they rest again afterwards."""
+        device = next(self.denoiser.parameters()).device
+        for encoder in self._resting():
+            encoder.to(device)
+        try:
+            yield
+        finally:
+            self.offload_encoders()
+
+    def _resting(self) -> list[nn.Module]:
+        """The untrained encoders that have weights to move: none of a skeleton on the meta device."""
+        names = [] if self.trains_text() else [part.name for part in self.family.text_encoders]
+        encoders = (getattr(self.pipe, name, None) for name in names)
+        return [encoder for encoder in encoders if encoder is not None and encoder.device.type != "meta"]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Every trained parameter, in a fixed order."""
+        adapted = [parameter for injection in self.injections.values() for parameter in injection.parameters()]
+        return adapted + ([] if self.words is None else self.words.parameters())
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint must hold."""
+        parts = {name: injection.named_tensors() for name, injection in self.injections.items()}
+        words = {} if self.words is None else {"words": self.words.named_parameters()}
+        return {f"{part}.{name}": tensor for part, named in (parts | words).items() for name, tensor in named.items()}
+
+    def train(self, mode: bool = True) -> None:
+        """Training or drawing mode of the adapted components."""
+        for name in {self.family.denoiser.name, *self.injections}:
+            getattr(self.pipe, name).train(mode)
+
+    def adapter(self, metadata: Mapping[str, str]) -> AdapterState:
+        """The adapter as it stands."""
+        return join([injection.state().under(name) for name, injection in self.injections.items()], metadata)
+
+    def eject(self) -> None:
+        """Leave the pipeline as it was before `prepare_trainable`."""
+        for injection in self.injections.values():
+            injection.eject()
+        if self.words is not None:
+            self.words.remove()
+
+    @contextmanager
+    def drawing(self) -> Any:
+        """Inference mode for previews and validation; training mode again afterwards."""
+        self.train(False)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(True)
+
+
+def load_base(model: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """The base pipeline, frozen."""
+    pipe = load_pipeline(model, dtype=dtype, device=str(device))
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False)
+    return pipe
+
+
+def prepare_trainable(pipe: Any, config: TrainConfig) -> TrainablePipeline:
+    """Put the adapters and new words that the config asks for into a base pipeline."""
+    family = family_of_pipeline(pipe)
+    wanted = {family.denoiser.name: config.adapter.rank} if config.adapter.train_unet else {}
+    for name in text_encoders_of(pipe, family, config.adapter, config.optim):
+        wanted[name] = _own(config.adapter.text_encoder_rank, name, config.adapter.rank)
+    generator = torch.Generator().manual_seed(config.optim.seed)
+    injections = {
+        name: inject(
+            getattr(pipe, name),
+            _layer_config(config.adapter, rank, is_denoiser=name == family.denoiser.name),
+            generator=generator,
+        )
+        for name, rank in wanted.items()
+    }
+    starts = config.words.starts
+    words = add_words(pipe, starts, vectors=config.words.vectors) if starts else None
+    if config.optim.gradient_checkpointing:
+        for name in {family.denoiser.name, *injections}:  # gradients of text adapters run through the denoiser too
+            _enable_checkpointing(getattr(pipe, name))
+    trainable = TrainablePipeline(pipe, family, injections, words)
+    trainable.train()
+    trainable.offload_encoders()
+    return trainable
+
+
+def text_encoders_of(pipe: Any, family: Family, adapter: AdapterConfig, optim: OptimConfig) -> list[str]:
+    """The text encoders to adapt; a ValueError when the config names one that the base lacks or does not adapt."""
+    present = [part.name for part in family.text_encoders if getattr(pipe, part.name, None) is not None]
+    wanted = adapter.train_text_encoder
+    chosen = [name for name in present if wanted is True or (wanted and name in wanted)]
+    named = {
+        "adapter.train_text_encoder": (wanted if isinstance(wanted, list) else [], present),
+        "adapter.text_encoder_rank": (adapter.text_encoder_rank, chosen),
+        "optim.text_encoder_learning_rate": (optim.text_encoder_learning_rate, chosen),
+    }
+    for key, (names, known) in named.items():
+        unknown = [name for name in names if name not in known] if isinstance(names, list | dict) else []
+        if unknown:
+            raise ValueError(f"{key}: got {unknown[0]!r}, expected one of {', '.join(known) or '(none)'}")
+    return chosen
+
+
+def _own(value: Own | Mapping[str, Own] | None, component: str, default: Own) -> Own:
+    """A setting for all text encoders or by name, for one of them."""
+    found = value.get(component) if isinstance(value, Mapping) else value
+    return default if found is None else found
+
+
+def _layer_config(adapter: AdapterConfig, rank: int, *, is_denoiser: bool) -> DoRAConfig:
+    """How one component is adapted; what names layers is the denoiser's."""
+    scale = scale_of(adapter.alpha, adapter.rank, rank_stabilised=adapter.use_rslora)
+    return DoRAConfig(
+        rank=rank,
+        alpha=scale / scale_of(1, rank, rank_stabilised=adapter.use_rslora),  # another rank keeps the scale
+        target_modules=_targets(adapter.target_modules, is_denoiser),
+        dropout=adapter.dropout,
+        use_dora=adapter.use_dora,
+        norm_grad=adapter.norm_grad,
+        use_rslora=adapter.use_rslora,
+        rank_pattern=adapter.rank_pattern if is_denoiser else {},
+        alpha_pattern=adapter.alpha_pattern if is_denoiser else {},
+        init=adapter.init,
+        train_magnitude=adapter.train_magnitude,
+    )
+
+
+def _enable_checkpointing(model: Any) -> None:
+    """Gradient checkpointing by the name that the model's library and version give it."""
+    if not getattr(model, "_supports_gradient_checkpointing", True):
+        raise ValueError(f"optim.gradient_checkpointing: {type(model).__name__} has none in diffusers; expected false")
+    names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
+    next(getattr(model, name) for name in names if hasattr(model, name))()
+
+
+def _targets(targets: str | list[str] | None, is_denoiser: bool) -> str | list[str] | None:
+    """Explicit names and patterns are the denoiser's; a text encoder takes presets."""
+    presets = ("attention", "all-linear", "all")
+    return targets if is_denoiser or targets in presets else None
+
+
+def picture_size(trainable: TrainablePipeline, resolution: int | None) -> tuple[int, int]:
+    """(width, height) of training pictures: as asked, or the model's own; a ValueError when it cannot be drawn."""
+    side = resolution or trainable.family.native_side(trainable.pipe)
+    multiple = pixel_multiple(trainable.pipe, trainable.family)
+    if side % multiple:
+        raise ValueError(f"data.resolution: got {side}, expected a multiple of {multiple} for {trainable.family.name}")
+    return side, side
+
+
+def build_optimizer(trainable: TrainablePipeline, optim: OptimConfig, words: WordsConfig) -> torch.optim.AdamW:
+    """AdamW with each component's own rate; B has LoRA+'s ratio, magnitudes a multiplier and no weight decay."""
+    groups: list[dict[str, Any]] = []
+    for name, injection in trainable.injections.items():
+        is_text = name != trainable.family.denoiser.name
+        rate = _own(optim.text_encoder_learning_rate if is_text else None, name, optim.learning_rate)
+        decay = optim.weight_decay
+        groups.append({"params": injection.downs(), "lr": rate, "weight_decay": decay})
+        groups.append({"params": injection.ups(), "lr": rate * optim.loraplus_lr_ratio, "weight_decay": decay})
+        if magnitudes := injection.magnitudes():
+            groups.append({"params": magnitudes, "lr": rate * optim.magnitude_lr_multiplier, "weight_decay": 0.0})
+    if trainable.words is not None:
+        until = max(1, round(words.share * optim.steps))
+        rate = optim.words_learning_rate
+        groups.append({"params": trainable.words.parameters(), "lr": rate, "weight_decay": 0.0, "until": until})
+    return torch.optim.AdamW(groups)
+
+
+class RateSchedule:
+    """Learning rates as a function of the step alone, so that a resumed run needs no scheduler state."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, optim: OptimConfig) -> None:
+        scheduler = get_scheduler(
+            optim.lr_scheduler,
+            optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0),
+            num_warmup_steps=optim.warmup_steps,
+            num_training_steps=optim.steps,
+        )
+        self._factor = scheduler.lr_lambdas[0]
+        self._optimizer = optimizer
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+
+    def drop_ended_gradients(self, step: int) -> None:
+        """Groups that stand still from a step on have no say in how the gradients of the others are cut."""
+        for group in self._optimizer.param_groups:
+            if step >= group.get("until", math.inf):
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+    def set(self, step: int) -> float:
+        """Set the rates of a step; return the first group's. A group that ends at a step stands still from it on."""
+        factor = self._factor(step)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor if step < group.get("until", math.inf) else 0.0
+        return self._rates[0] * factor
+
+
+def adapter_metadata(config: TrainConfig, family: Family, *, step: int) -> dict[str, str]:
+    """What a reader of the file should know, as strings."""
+    facts = {
+        "version": dora_diffusion.__version__,
+        "family": family.name,
+        # the name only: a path tells strangers about the user's machine
+        "base_model": Path(config.model).name if Path(config.model).is_absolute() else config.model,
+        "norm_grad": config.adapter.norm_grad,
+        "magnitude_axis": "out",
+        "instance_prompt": config.data.instance_prompt or "",
+        "words": " ".join(config.words.starts),
+        "steps": str(step),
+    }
+    return {f"dora_diffusion.{name}": value for name, value in facts.items()}
+
+
+def trainable_count(parameters: Iterable[nn.Parameter]) -> int:
+    """How many numbers are trained."""
+    return sum(parameter.numel() for parameter in parameters)

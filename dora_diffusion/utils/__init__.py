@@ -1,0 +1,1 @@
+"""What every package may use and none is about: atomic files, pictures, text."""

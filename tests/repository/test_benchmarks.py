@@ -1,0 +1,74 @@
+"""The benchmarks run from end to end on tiny shapes, and their own comparisons hold."""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.peers import __main__ as benchmarks
+from benchmarks.peers.memory import kept_for_backward, largest_tensor, peak_of
+from benchmarks.peers.timing import compare
+from benchmarks.peers.variants import build, check_agreement
+
+
+@pytest.mark.filterwarnings("ignore")  # other libraries' layers warn
+def test_a_quick_run_writes_the_report(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--quick", "--rounds", "2", "--output", str(tmp_path)])
+    try:
+        assert benchmarks.main() == 0
+    finally:
+        benchmarks.logging.disable(benchmarks.logging.NOTSET)
+    results = json.loads((tmp_path / "bench.json").read_text())
+    assert results.keys() == {*benchmarks.PARTS, "machine"}
+    text = (tmp_path / "bench.md").read_text()
+    assert "## Targets" in text
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png"}
+
+
+def test_variants_that_compute_something_else_are_not_compared() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 6)), torch.randn(3, 8)
+    variants = build(model, ["0"], ["our DoRA", "our DoRA, exact", "PEFT DoRA"])
+    check_agreement(lambda: model(x), model, variants)
+    with torch.no_grad():
+        variants["our DoRA, exact"].layers["0"].adapter.magnitude.mul_(1.2)
+    with pytest.raises(AssertionError, match="our DoRA, exact differs from our DoRA by"):
+        check_agreement(lambda: model(x), model, variants)
+
+
+def test_a_library_that_forgets_the_magnitude_is_not_compared() -> None:
+    model, x = nn.Sequential(nn.Linear(768, 320)), torch.randn(64, 768)
+    variants = build(model, ["0"], ["PEFT DoRA", "our LoRA"])
+    check_agreement(lambda: model(x), model, variants)
+    with pytest.raises(AssertionError, match="DoRA without m differs from PEFT DoRA"):
+        check_agreement(
+            lambda: model(x), model, {"PEFT DoRA": variants["PEFT DoRA"], "DoRA without m": variants["our LoRA"]}
+        )
+
+
+def test_tiny_figures_do_not_replace_full_ones(tmp_path, monkeypatch, capsys) -> None:
+    full = json.dumps({"machine": {"rounds": 7}, "n": {}})
+    (tmp_path / "bench.json").write_text(full)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--quick", "--only", "n", "--output", str(tmp_path)])
+    try:
+        with pytest.raises(SystemExit):
+            benchmarks.main()
+    finally:
+        benchmarks.logging.disable(benchmarks.logging.NOTSET)
+    assert "do not mix" in capsys.readouterr().err
+    assert (tmp_path / "bench.json").read_text() == full
+
+
+def test_ratios_are_medians_over_medians() -> None:
+    found = compare({"a": [1.0, 2.0, 9.0], "b": [2.0, 4.0, 6.0]}, "a")
+    assert (found["b"].seconds, found["b"].ratio) == (4.0, 2.0)
+    assert found["b"].low <= 2.0 <= found["b"].high
+
+
+def test_memory_is_counted() -> None:
+    x = torch.randn(256, 256, requires_grad=True)
+    size = 4 * 256 * 256
+    assert kept_for_backward(lambda: x.exp(), [x]) == size
+    assert largest_tensor(lambda: x.detach() + 1) == size
+    assert peak_of(lambda: (x.detach() + 1) * 2, "cpu") == pytest.approx(2 * size, rel=0.05)

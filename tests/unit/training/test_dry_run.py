@@ -1,0 +1,107 @@
+"""`train --dry-run`: what it says, what it refuses, and that it reads no weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dora_diffusion.formats import save_adapter
+from dora_diffusion.pretrain.scenes import background
+from dora_diffusion.training import dry_run as plan
+from dora_diffusion.training import meta_pipeline as skeleton
+from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.dry_run import describe_plan, file_bytes, memory_lines
+from dora_diffusion.training.memory import MemoryEstimate
+from dora_diffusion.training.meta_pipeline import load_skeleton
+from tests.families.pipelines import PIPELINES
+from tests.pocket_random import random_adapter, random_pocket_pipeline
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """A base of which nothing but the weights is missing."""
+    folder = tmp_path / "base"
+    random_pocket_pipeline().save_pretrained(folder)
+    for file in folder.glob("*/*.safetensors"):
+        file.write_bytes(b"no weights in here")
+    return folder
+
+
+def config_of(tmp_path, base, **sections) -> TrainConfig:
+    images = tmp_path / "images"
+    images.mkdir(exist_ok=True)
+    background("beach", 64).save(images / "one.png")
+    data = {"instance_dir": images, "instance_prompt": "a cat", "resolution": 32}
+    return TrainConfig.model_validate({"model": str(base), "output_dir": tmp_path / "run", "data": data, **sections})
+
+
+def test_the_plan_says_what_it_takes_without_reading_weights(tmp_path, base) -> None:
+    text = describe_plan(config_of(tmp_path, base, adapter={"rank": 3}, prior={"class_prompt": "a dog"}))
+    lines = text.splitlines()
+    assert [line.split()[0] for line in lines if line[0] != " "] == [
+        *("base", "images", "adapter", "trained", "file", "steps", "prior", "memory", "output")
+    ]
+    table = lines[lines.index(next(line for line in lines if line.startswith("memory"))) :][:6]
+    assert [line[11:22].strip() for line in table] == [
+        *("weights", "adapter", "gradients", "optimiser", "activations", "in all")
+    ]
+    assert len({line.index("MiB") for line in table}) == 1
+    sizes = [float(line[22:].split()[0]) for line in table]
+    assert sum(sizes[:-1]) == pytest.approx(sizes[-1], abs=0.05) and all(sizes)
+    assert "a step of 2 at 32 px" in table[4]
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_refuses_what_the_run_would(tmp_path, base) -> None:
+    with pytest.raises(ValueError, match="'to_nowhere' matches no layer"):
+        describe_plan(config_of(tmp_path, base, adapter={"target_modules": ["to_nowhere"]}))
+    config = config_of(tmp_path, base)
+    (tmp_path / "images" / "one.png").unlink()
+    with pytest.raises(ValueError, match="images"):
+        describe_plan(config)
+
+
+def test_a_base_that_is_not_whole_is_refused(tmp_path, base) -> None:
+    (base / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="could not be built from its configs: .*unet holds no .safetensors"):
+        load_skeleton(base, dtype=torch.float32)
+    (base / "vae" / "config.json").write_text("{}{")
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps({**index, "unet": ["diffusers", "NoSuchModel"]}))
+    with pytest.raises(ValueError, match="could not be built from its configs"):
+        load_skeleton(base, dtype=torch.float32)
+    with pytest.raises(ValueError, match="no such folder"):
+        load_skeleton(tmp_path / "nowhere", dtype=torch.float32)
+
+
+def test_a_skeleton_has_the_shapes_of_its_base(base) -> None:
+    pipe = load_skeleton(base, dtype=torch.bfloat16)
+    true = random_pocket_pipeline()
+    assert type(pipe) is type(true) and pipe.vae_scale_factor == true.vae_scale_factor
+    assert pipe.scheduler.config.prediction_type == true.scheduler.config.prediction_type
+    for name in ("unet", "vae", "text_encoder"):
+        shapes = {key: tensor.shape for key, tensor in getattr(true, name).state_dict().items()}
+        found = getattr(pipe, name).state_dict()
+        assert {key: tensor.shape for key, tensor in found.items()} == shapes
+        assert all(tensor.is_meta and tensor.dtype == torch.bfloat16 for tensor in found.values())
+
+
+def test_weights_that_are_let_go_stay_shared() -> None:
+    encoder = skeleton.without_numbers(PIPELINES["sd3"].build()).text_encoder_3
+    assert encoder.shared.weight is encoder.encoder.embed_tokens.weight and encoder.shared.weight.is_meta
+
+
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_the_size_of_a_file_is_known_before_it_is_written(tmp_path, use_dora) -> None:
+    adapter = random_adapter(random_pocket_pipeline(), use_dora=use_dora)
+    path = save_adapter(adapter, tmp_path / "adapter.safetensors")
+    assert file_bytes(adapter) == path.stat().st_size
+
+
+def test_large_estimates_are_in_gibibytes() -> None:
+    large = MemoryEstimate({"unet": 3 * 2**30}, 2**20, 2**20, 2**21, {"a step of 1": 2**30}, 512)
+    lines = plan.memory_lines(large, "on cuda")
+    assert "weights         3.00 GiB  unet 3.00" in lines[0]
+    assert "a step of 1 at 512 px" in lines[4] and "on cuda" in lines[5]
+    assert memory_lines(MemoryEstimate({}, 0, 0, 0, {"a step of 1": 0}, 32), "")[0].split()[-1] == "MiB"

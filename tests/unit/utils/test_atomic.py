@@ -1,0 +1,257 @@
+"""Files are there whole or not at all, whatever fails and whenever."""
+
+import json
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from dora_diffusion.utils import atomic as storage
+from tests.tolerances import assert_identical
+
+OLD, NEW = b"old " * 1000, b"new " * 2000
+
+
+@contextmanager
+def disk_full_after(size: int) -> Iterator[None]:
+    """No file may grow past `size` bytes: writes fail half-way, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class Crash(Exception):
+    """Stands for the process dying at this very call."""
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, call: int) -> list[str]:
+    """Make the `call`-th call that changes the disk's state raise; returns the log of the calls before it."""
+    log: list[str] = []
+
+    def watched(name: str, real: Callable[..., None]) -> Callable[..., None]:
+        def wrapper(*args: object, **options: object) -> None:
+            if len(log) == call:
+                raise Crash(name)
+            log.append(name)
+            real(*args, **options)
+
+        return wrapper
+
+    for name in ("fsync", "replace", "rename"):
+        monkeypatch.setattr(os, name, watched(name, getattr(os, name)))
+    monkeypatch.setattr(shutil, "rmtree", watched("rmtree", shutil.rmtree))
+    return log
+
+
+def put(folder: Path, step: int, *, keep: int = 2) -> Path:
+    """Save a checkpoint of two files whose contents speak of the step."""
+    place = folder / f"step-{step:08d}"
+    storage.save_checkpoint(
+        place,
+        {
+            "model.safetensors": lambda path: storage.save_tensors({"w": torch.full((64,), float(step))}, path),
+            "progress.json": lambda path: storage.write_atomically(path, json.dumps({"step": step}).encode()),
+        },
+        keep=keep,
+    )
+    return place
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that both files of a checkpoint tell of."""
+    step = json.loads((checkpoint / "progress.json").read_text())["step"]
+    weights = storage.load_tensors(checkpoint / "model.safetensors")
+    assert_identical(weights, {"w": torch.full((64,), float(step))})
+    return int(step)
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [step_of(path) for path in storage.valid_checkpoints(folder)]
+
+
+def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "new folder" / "file.bin"
+    storage.write_atomically(target, OLD)
+    storage.write_atomically(target, NEW)
+    assert target.read_bytes() == NEW
+    assert os.listdir(target.parent) == ["file.bin"]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "file.bin"
+    target.write_bytes(OLD)
+    with disk_full_after(len(NEW) // 2), pytest.raises(OSError, match="File too large"):
+        storage.write_atomically(target, NEW)
+    assert target.read_bytes() == OLD
+    assert os.listdir(tmp_path) == ["file.bin"]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_failing_call_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    target = tmp_path / "file.bin"
+    target.write_bytes(OLD)
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(OSError, match="No space left"):
+        storage.write_atomically(target, NEW)
+    assert target.read_bytes() == OLD
+    assert os.listdir(tmp_path) == ["file.bin"]
+
+
+def test_tensors_come_back_bit_for_bit(tmp_path: Path) -> None:
+    tensors = {
+        "plain": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)),
+        "transposed": torch.arange(6.0).reshape(2, 3).T,
+        "half": torch.tensor([0.0, -0.0, 65504.0, 6e-8], dtype=torch.float16),
+        "brain": torch.tensor([[1e30], [-1e-30]], dtype=torch.bfloat16),
+        "number": torch.tensor(7),
+    }
+    storage.save_tensors(tensors, tmp_path / "file.safetensors", {"note": "Grüße"})
+    assert_identical(storage.load_tensors(tmp_path / "file.safetensors"), tensors)
+
+
+def flip_a_byte(checkpoint: Path) -> None:
+    file = checkpoint / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+
+
+def truncate(checkpoint: Path) -> None:
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def lose_a_file(checkpoint: Path) -> None:
+    (checkpoint / "progress.json").unlink()
+
+
+def lose_the_manifest(checkpoint: Path) -> None:
+    (checkpoint / storage.MANIFEST).unlink()
+
+
+def halve_the_manifest(checkpoint: Path) -> None:
+    file = checkpoint / storage.MANIFEST
+    file.write_bytes(file.read_bytes()[:40])
+
+
+def empty_the_manifest(checkpoint: Path) -> None:
+    (checkpoint / storage.MANIFEST).write_text("{}")
+
+
+DAMAGES = [flip_a_byte, truncate, lose_a_file, lose_the_manifest, halve_the_manifest, empty_the_manifest]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    put(tmp_path, 1)
+    newest = put(tmp_path, 2)
+    assert storage.is_valid_checkpoint(newest)
+    damage(newest)
+    assert not storage.is_valid_checkpoint(newest)
+    assert steps_in(tmp_path) == [1]
+
+
+def test_the_newest_is_the_last_by_number(tmp_path: Path) -> None:
+    for step in (9, 100, 20):
+        storage.save_checkpoint(
+            tmp_path / f"step-{step}", {"f": lambda path: storage.write_atomically(path, b"x")}, keep=9
+        )
+    (tmp_path / "step-latest").mkdir()
+    assert [path.name for path in storage.valid_checkpoints(tmp_path)] == ["step-9", "step-20", "step-100"]
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [5]), (2, [4, 5]), (9, [1, 2, 3, 4, 5])])
+def test_only_the_newest_stay(tmp_path: Path, keep: int, left: list[int]) -> None:
+    for step in range(1, 6):
+        put(tmp_path, step, keep=keep)
+    assert steps_in(tmp_path) == left
+    assert sorted(os.listdir(tmp_path)) == [f"step-{step:08d}" for step in left]
+
+
+def test_a_damaged_checkpoint_does_not_count_among_those_kept(tmp_path: Path) -> None:
+    put(tmp_path, 1)
+    flip_a_byte(put(tmp_path, 2))
+    put(tmp_path, 3)
+    assert steps_in(tmp_path) == [1, 3]
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    put(tmp_path, 1, keep=1)
+    with disk_full_after(100), pytest.raises(OSError, match="File too large"):
+        put(tmp_path, 2, keep=1)
+    assert steps_in(tmp_path) == [1]
+    assert not (tmp_path / "step-00000002").exists()
+    put(tmp_path, 2, keep=1)
+    assert steps_in(tmp_path) == [2]
+    assert os.listdir(tmp_path) == ["step-00000002"]
+
+
+def test_a_crash_at_any_call_leaves_a_valid_checkpoint(tmp_path: Path) -> None:
+    seen = set()
+    for call in range(100):
+        folder = tmp_path / str(call)
+        put(folder, 1, keep=1)
+        with pytest.MonkeyPatch.context() as patch:
+            log = crash_at(patch, call)
+            try:
+                put(folder, 2, keep=1)
+            except Crash:
+                finished = False
+            else:
+                finished = True
+        newest = steps_in(folder)[-1]
+        seen.add(newest)
+        assert newest == 2 or "rename" not in log  # once renamed into place, the new one counts
+        if finished:
+            break
+        put(folder, 3, keep=1)
+        assert steps_in(folder) == [3]
+    assert finished and seen == {1, 2}
+
+
+def train(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, steps: range) -> None:
+    """Deterministic steps: the gradient depends on the step's number and on the parameters."""
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in parameters:
+            parameter.grad = parameter.detach() * 0.1 + torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+
+
+def adamw(amsgrad: bool) -> tuple[list[torch.nn.Parameter], torch.optim.AdamW]:
+    parameters = [torch.nn.Parameter(torch.ones(4, 3)), torch.nn.Parameter(torch.zeros(5))]
+    groups = [{"params": parameters[:1], "lr": 1e-2}, {"params": parameters[1:], "lr": 3e-3, "weight_decay": 0.0}]
+    return parameters, torch.optim.AdamW(groups, amsgrad=amsgrad)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_an_optimizer_resumes_bit_for_bit(tmp_path: Path, amsgrad: bool) -> None:
+    whole, whole_optimizer = adamw(amsgrad)
+    train(whole, whole_optimizer, range(10))
+
+    first, first_optimizer = adamw(amsgrad)
+    train(first, first_optimizer, range(6))
+    storage.save_tensors(storage.optimizer_tensors(first_optimizer), tmp_path / "optimizer.safetensors")
+
+    second, second_optimizer = adamw(amsgrad)
+    with torch.no_grad():
+        for new, old in zip(second, first, strict=True):
+            new.copy_(old)
+    storage.load_optimizer_tensors(second_optimizer, storage.load_tensors(tmp_path / "optimizer.safetensors"))
+    assert_identical(storage.optimizer_tensors(second_optimizer), storage.optimizer_tensors(first_optimizer))
+
+    train(second, second_optimizer, range(6, 10))
+    assert_identical(second, whole)
+    assert_identical(storage.optimizer_tensors(second_optimizer), storage.optimizer_tensors(whole_optimizer))
+    assert [group["lr"] for group in second_optimizer.param_groups] == [1e-2, 3e-3]

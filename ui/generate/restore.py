@@ -1,0 +1,226 @@
+"""A picture dropped on the page brings back what it was made of: settings, adapters by hash, the mode.
+
+Adapters are found by the hash of their files alone. What is missing is listed, never put in another's place.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+
+from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
+from dora_diffusion.generation.generate import GenerationSettings
+from dora_diffusion.generation.img2img import Canvas
+from dora_diffusion.generation.png_metadata import AdapterUse, PictureRecord, picture_texts, read_metadata
+from ui.backend.inputs import find_input
+from ui.backend.request import DetailValues, Parts, SlotValues, check_settings
+from ui.backend.session import Session
+from ui.errors import user_errors
+from ui.generate.canvas import canvas_value
+from ui.generate.controls import Controls
+from ui.generate.infotext import Parameters, parse_infotext, settings_of
+from ui.generate.recipes import Recipe, cut_to_rack, placed
+from ui.library.hashes import Missing, Wanted, by_name, find_all
+from ui.library.library import AdapterLibrary
+
+CSS = """
+.kept { font-size: .9rem; overflow-wrap: anywhere; }
+.kept p { margin: .2rem 0; }
+.kept ul { margin: .2rem 0; padding-left: 1.2rem; }
+.kept .lost { border-left: 3px solid #dc2626; padding-left: .6rem; }
+.kept code { font-size: .8rem; }
+"""
+_HINT = '<p class="kept">Drop a PNG of this app, or one with the parameters text of A1111 and its kin.</p>'
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a picture brings back.
+
+    Attributes:
+        settings: of its drawing, its prompt without tags.
+        slots: one for each adapter that was found, in the picture's order.
+        blend: how they were mixed.
+        missing: adapters that were not found.
+        model: the base's name; empty when the picture does not say.
+        notes: what is other than it was, one line each.
+        canvas: what it was drawn on; None without one, or when it is gone (a note says so).
+        tells_canvas: whether None means that it was drawn from noise; a preset says nothing of it.
+    """
+
+    settings: GenerationSettings
+    slots: tuple[SlotValues, ...]
+    blend: str
+    missing: tuple[Missing, ...]
+    model: str
+    notes: tuple[str, ...]
+    canvas: Canvas | None = None
+    tells_canvas: bool = True
+
+    @property
+    def recipe(self) -> Recipe:
+        """What goes into the form and the rack."""
+        return Recipe(self.settings, self.slots, self.blend)
+
+
+def restore_from(path: Path, library: AdapterLibrary, parts: Parts, *, output: Path) -> Restored:
+    """Read what a picture was made of, and find its adapters.
+
+    Args:
+        path: PNG of this app's, or a picture with a `parameters` text.
+        library: where its adapters are looked for.
+        parts: of the base that will draw.
+        output: where canvases and masks of earlier pictures are kept.
+
+    Raises:
+        ValueError: one line: no picture, or one that does not tell what it was made of.
+    """
+    record = read_metadata(path)
+    if record is not None:
+        return _of_record(record, library, parts, output)
+    texts = picture_texts(path)
+    if "parameters" in texts:
+        return _of_parameters(parse_infotext(texts["parameters"]), library, parts)
+    has = "a ComfyUI workflow, which is not read here" if "workflow" in texts or "prompt" in texts else "nothing"
+    raise ValueError(f"{path.name}: tells {has}; expected the text that this app or A1111 writes into a PNG")
+
+
+def _of_record(record: PictureRecord, library: AdapterLibrary, parts: Parts, output: Path) -> Restored:
+    found = find_all([Wanted(use.name, use.sha256) for use in record.adapters], library)
+    slots, missing, notes = [], [], list[str]()
+    for use, answer in zip(record.adapters, found, strict=True):
+        if isinstance(answer, Missing):
+            missing.append(answer)
+            continue
+        place = placed(answer.name, use.weight, parts, curve=use.schedule)
+        slots.append(_masked(place.slot, use, output, notes))
+        notes += [*place.notes, *_renamed(use.name, answer.name)]
+    blend = record.blend if record.blend in MODES else ADDITIVE
+    if blend != record.blend:
+        notes.append(f"The mode {record.blend[:40]!r} is not known here; {ADDITIVE} is taken instead")
+    canvas = _canvas(record, output, notes)
+    notes += _beyond(record.settings)
+    return Restored(record.settings, tuple(slots), blend, tuple(missing), record.model, tuple(notes), canvas)
+
+
+def _of_parameters(parameters: Parameters, library: AdapterLibrary, parts: Parts) -> Restored:
+    settings, notes = settings_of(parameters)
+    tags = {tag.name: tag for tag in parameters.tags}
+    wanted = [Wanted(name, by_name(parameters.hashes, name)) for name in tags]
+    slots, missing, told_ones = [], [], [*notes]
+    for tag, answer in zip(tags.values(), find_all(wanted, library), strict=True):
+        if isinstance(answer, Missing):
+            missing.append(answer)
+            continue
+        place = placed(answer.name, tag.weight, parts)
+        slots.append(place.slot)
+        told_ones += [*place.notes, *_renamed(tag.name, answer.name)]
+    if "Denoising strength" in parameters.facts:
+        told_ones.append("It was drawn from another picture, or enlarged; that picture is not part of the file")
+    model = parameters.facts.get("Model", "")
+    return Restored(settings, tuple(slots), ADDITIVE, tuple(missing), model, tuple(told_ones))
+
+
+def _beyond(settings: GenerationSettings) -> tuple[str, ...]:
+    """A line when the form cannot draw what a picture tells, as one of the command line may."""
+    details = DetailValues(settings.sampler, settings.width, settings.height, settings.strength)
+    try:
+        check_settings(
+            settings.prompt, settings.negative_prompt, settings.seed, settings.steps, settings.guidance_scale, details
+        )
+    except ValueError as error:
+        return (f"Beyond what is drawn here: {error}",)
+    return ()
+
+
+def _masked(slot: SlotValues, use: AdapterUse, output: Path, notes: list[str]) -> SlotValues:
+    if use.mask is None:
+        return slot
+    mask = find_input(output, use.mask)
+    if mask is None:
+        notes.append(f"{slot.file}: its mask is not in {output} any more; without it, it draws everywhere")
+    return replace(slot, mask=mask)
+
+
+def _renamed(before: str, now: str) -> tuple[str, ...]:
+    same = before.rpartition("/")[2].lower() == now.rpartition("/")[2].lower()
+    return () if same else (f"{before} is called {now} here: the same file by its hash",)
+
+
+def _canvas(record: PictureRecord, output: Path, notes: list[str]) -> Canvas | None:
+    origin = record.origin
+    if origin.canvas is None:
+        return None
+    image = find_input(output, origin.canvas)
+    mask = None if origin.canvas_mask is None else find_input(output, origin.canvas_mask)
+    if image is None or (mask is None and origin.canvas_mask is not None):
+        notes.append(f"The picture that it was drawn on is not in {output} any more; put it in again")
+        return None
+    return Canvas(image, mask)
+
+
+def report_html(restored: Restored, *, model: str) -> str:
+    """What came back, what is missing and what is other than it was."""
+    count = len(restored.slots)
+    lines = [f"<p>Restored the settings and {count} adapter{'' if count == 1 else 's'}.</p>"]
+    if restored.model and restored.model != model:
+        lines.append(f"<p>It was drawn with <b>{escape(restored.model)}</b>; the base here is {escape(model)}.</p>")
+    if restored.missing:
+        items = "".join(f"<li>{_missing_html(one)}</li>" for one in restored.missing)
+        lines.append(f'<div class="lost" role="alert">Missing, and left out:<ul>{items}</ul></div>')
+    if restored.notes:
+        lines.append(f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in restored.notes)}</ul>")
+    return f'<div class="kept" role="status">{"".join(lines)}</div>'
+
+
+def _missing_html(one: Missing) -> str:
+    hash = f" <code>{escape(one.hash)}</code>" if one.hash else ""
+    return f"<b>{escape(one.name)}</b>{hash}: {escape(one.reason)}"
+
+
+def restored_updates(restored: Restored, controls: Controls, session: Session, report: gr.HTML) -> dict[Component, Any]:
+    """What shows a restored picture: form, rack and the report below."""
+    recipe, left_out = cut_to_rack(restored.recipe, len(controls.rack.slots))
+    shown = replace(restored, slots=recipe.slots, notes=(*restored.notes, *left_out))
+    changes = {**controls.updates(recipe), report: report_html(shown, model=session.model)}
+    if restored.tells_canvas:
+        changes[controls.form.canvas] = canvas_value(restored.canvas)
+    if restored.canvas is not None:
+        changes[controls.form.fold] = gr.Accordion(open=True)
+    if restored.settings.strength is not None:
+        changes[controls.form.strength] = restored.settings.strength
+    return changes
+
+
+@dataclass(frozen=True)
+class Restore:
+    """The widgets of the drop."""
+
+    picture: gr.File
+    report: gr.HTML
+
+
+def build_restore(session: Session, controls: Controls) -> Restore:
+    """Lay out the drop inside the open block and wire it: a picture dropped fills the form and the rack."""
+    with gr.Row():
+        # not gr.Image: that one encodes what is dropped anew, or leaves its file open
+        picture = gr.File(
+            file_types=[".png", ".jpg", ".jpeg", ".webp"], type="filepath", height=120,
+            label="Restore from a picture", elem_id="restore-drop", min_width=200,
+        )  # fmt: skip
+        report = gr.HTML(_HINT, elem_id="restore-report", min_width=260)
+
+    def restore(path: str | None) -> Mapping[Component, Any]:
+        with user_errors():
+            if not path:
+                raise ValueError("no picture came; drop one")
+            session.library.refresh()
+            restored = restore_from(Path(path), session.library, session.parts, output=session.output)
+            return restored_updates(restored, controls, session, report)
+
+    picture.upload(restore, picture, [*controls.outputs, report], api_visibility="private")
+    return Restore(picture, report)

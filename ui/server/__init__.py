@@ -1,0 +1,1 @@
+"""What strangers meet: documented endpoints, /health, and the guards before both."""
