@@ -1,6 +1,6 @@
 # `make demo` and `make test` are the only two commands needed; each sets up .venv first.
 # Overridable: PYTHON (makes the environment), VENV, MODEL (pocket or pocket-dit), JOBS (test processes), DEMO_FLAGS,
-# PYTEST_FLAGS, BENCH_FLAGS, FULL_SIZE_FLAGS, INTERCHANGE_FLAGS, FUZZ_FLAGS, PAYLOADS_FLAGS.
+# PYTEST_FLAGS, BENCH_FLAGS, COMMANDS_FLAGS, FULL_SIZE_FLAGS, INTERCHANGE_FLAGS, FUZZ_FLAGS, PAYLOADS_FLAGS.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -10,12 +10,13 @@ DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 JOBS ?= auto
 BENCH_FLAGS ?=
+COMMANDS_FLAGS ?=
 FULL_SIZE_FLAGS ?=
 INTERCHANGE_FLAGS ?=
 FUZZ_FLAGS ?=
 PAYLOADS_FLAGS ?=
 
-.PHONY: setup demo test test-quantised families bench interchange fuzz payloads full-size check format docs release-check browser
+.PHONY: setup demo test test-quantised families bench bench-commands interchange fuzz payloads full-size check format docs release-check browser
 
 setup: $(READY)
 
@@ -46,6 +47,10 @@ families: setup
 # Beside PEFT and LyCORIS; about twenty minutes on two cores. Leave the machine alone meanwhile.
 bench: setup
 	$(PY) -m benchmarks.peers $(BENCH_FLAGS)
+
+# Quick commands beside `import torch` -> docs/results/commands.md
+bench-commands: setup
+	$(PY) -m benchmarks.commands $(COMMANDS_FLAGS)
 
 # Files and conversions of a full-size adapter -> docs/results/interchange.md
 interchange: setup

@@ -114,3 +114,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"dora_diffusion.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,6 +1,7 @@
 """AdapterState: what an adapter is, whatever file it came from or goes to."""
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
@@ -21,8 +22,10 @@ from dora_diffusion.functional.lycoris import (
     pair_norm,
     tucker_down,
 )
+from dora_diffusion.utils.checks import check_fields
 
 Algorithm = Literal["loha", "lokr", "full"]
+_NAMES: Mapping[Algorithm, str] = {"loha": "LoHa", "lokr": "LoKr", "full": "whole difference"}
 
 WeightOf = Callable[[str], Tensor]
 """An adapter's path, component first -> the layer's dense W (out, in[, kh, kw]) as stored; ValueError when missing."""
@@ -60,6 +63,17 @@ class ModuleState:
     rank_stabilised: bool = False
     axis: Axis = "out"
     mid: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def __repr__(self) -> str:
+        return _line_of(self)
+
+    @property
+    def kind(self) -> str:
+        """What it is called: "DoRA" or "LoRA"."""
+        return "LoRA" if self.magnitude is None else "DoRA"
 
     @property
     def rank(self) -> int:
@@ -122,6 +136,17 @@ class FactoredState:
     alpha: float | None = None
     magnitude: Tensor | None = None
     axis: Axis = "out"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def __repr__(self) -> str:
+        return _line_of(self)
+
+    @property
+    def kind(self) -> str:
+        """What it is called: "LoHa", "LoKr" or "whole difference", perhaps "with magnitudes"."""
+        return _NAMES[self.algorithm] + ("" if self.magnitude is None else " with magnitudes")
 
     @property
     def rank(self) -> int:
@@ -200,6 +225,23 @@ _PAIRS: Mapping[Algorithm, Callable[[Factors], Pair]] = {
 Module = ModuleState | FactoredState
 
 
+def _line_of(module: Module) -> str:
+    """A module without its numbers, on one line."""
+    rows, columns = module.shape
+    facts = [module.kind, f"rank {module.rank}", f"{rows} x {columns}", f"scale {module.scale:g}"]
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in module.tensors.values()}
+    axis = [f"axis {module.axis}"] if module.magnitude is not None else []
+    return f"{type(module).__name__}({', '.join([*facts, *axis, *sorted(dtypes)])})"
+
+
+def rank_in_words(ranks: Sequence[int]) -> str:
+    """ "rank 8", "ranks 4 to 16"; nothing where there is none."""
+    if not ranks:
+        return ""
+    low, high = min(ranks), max(ranks)
+    return f"rank {low}" if low == high else f"ranks {low} to {high}"
+
+
 def term_of(module: Module, strength: float = 1.0) -> AdapterTerm:
     """A module as `blend_modes` takes it: D dense, in the module's dtype, with its magnitude and a strength."""
     return AdapterTerm(module.delta(), module.magnitude, module.axis, strength)
@@ -238,6 +280,23 @@ class AdapterState:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     origin: str = ""
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def __repr__(self) -> str:
+        kinds = Counter(module.kind for module in self.modules.values())
+        tensors = [tensor for module in self.modules.values() for tensor in module.tensors.values()]
+        count = sum(tensor.numel() for tensor in (*tensors, *self.vectors.values()))
+        family = self.metadata.get("dora_diffusion.family")
+        facts = [
+            *(f"{number} {kind} layers" for kind, number in kinds.most_common()),
+            rank_in_words(self.ranks),
+            *([f"{len(self.vectors)} vectors"] if self.vectors else []),
+            f"{count / 1e6:.1f} M parameters",
+            f"family {family}" if family else " and ".join(self.components),
+        ]
+        return f"AdapterState({', '.join(filter(None, facts))})"
+
     @property
     def is_dora(self) -> bool:
         """Whether any module carries magnitudes."""
@@ -263,10 +322,14 @@ class AdapterState:
 
 
 def cast(adapter: AdapterState, dtype: torch.dtype) -> AdapterState:
-    """The same adapter with its tensors in another dtype; those that belong to no layer stay as they are."""
+    """The same adapter with its pairs, factors and vectors in another dtype.
+
+    Magnitudes stay as they are: m is the length of W's own rows, so that rounding it to 16 bits changes W by as much as
+    an adapter does (one part in 256 in bf16). Tensors that belong to no layer stay, too.
+    """
     return replace(
         adapter,
-        modules={path: module.to(dtype=dtype) for path, module in adapter.modules.items()},
+        modules={path: replace(m.to(dtype=dtype), magnitude=m.magnitude) for path, m in adapter.modules.items()},
         vectors={path: vector.to(dtype) for path, vector in adapter.vectors.items()},
     )
 

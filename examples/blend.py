@@ -6,11 +6,8 @@ python examples/blend.py --model pocket-dit --output blend.png \\
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it says at every start that torchvision is missing
 
 from dora_diffusion import AdapterManager, GenerationSettings, generate, load_pipeline
 from dora_diffusion.utils.image_grid import grid

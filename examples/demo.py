@@ -6,13 +6,10 @@ python examples/demo.py --quick               a shortened run for CI; its pictur
 """
 
 import argparse
-import os
 import shutil
 import sys
 import time
 from pathlib import Path
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it says at every start that torchvision is missing
 
 from dora_diffusion import AdapterManager, GenerationSettings, TrainConfig, generate, load_pipeline, train
 from dora_diffusion.utils.image_grid import grid

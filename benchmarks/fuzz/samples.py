@@ -136,7 +136,7 @@ def sound_files(seed: int = 0) -> dict[str, Parts]:
 
 def _written(state: AdapterState, name: str, folder: Path) -> Parts | None:
     """None where the format cannot hold the adapter; of a folder the first file of weights."""
-    path = folder / f"{name}.{len(list(folder.iterdir()))}"
+    path = folder / f"{len(list(folder.iterdir()))}-{name}{'' if name == 'peft' else '.safetensors'}"
     try:
         save_adapter(state, path, format=name)
     except ValueError:

@@ -34,6 +34,7 @@ from dora_diffusion.layers.fuse import Change, FusedWeights, check_fusable, fuse
 from dora_diffusion.layers.targets import target_paths
 from dora_diffusion.pipelines.modules import PipelineModules
 from dora_diffusion.state import AdapterState, ModuleState, term_of
+from dora_diffusion.utils.checks import check_type
 
 
 class AdapterManager:
@@ -75,6 +76,12 @@ class AdapterManager:
         self._fused: FusedWeights | None = None  # of `fuse`, or of a mode that is not additive
         self._hooks = DenoiserHooks(pipe, self._family, self._set_denoiser_strengths)
 
+    def __repr__(self) -> str:
+        held = {name: self._weights.get(name, 0.0) for name in self._adapters}
+        adapters = ", ".join(f"{name} {weight}" for name, weight in held.items()) or "no adapters"
+        blend = "" if self._blend == ADDITIVE else f"; {self._blend}"
+        return f"AdapterManager({self._family.name}: {adapters}{blend}{'; fused' if self._is_fused else ''})"
+
     @property
     def names(self) -> tuple[str, ...]:
         """Loaded adapters, in the order of loading."""
@@ -112,11 +119,13 @@ class AdapterManager:
 
     @torch.no_grad()
     def load_adapter(self, source: str | Path | AdapterState, *, name: str) -> LoadReport:
-        """Load an adapter under a name, at strength 0 (call `set_adapters` next).
+        """Load an adapter under a name, at strength 0 (call `set_adapters` next); a run's folder will do for its file.
 
         Raises:
             ValueError: the name is taken, or the file is broken or of another base: one line, with a count.
         """
+        check_type("load_adapter: name", name, str)
+        check_type("load_adapter: source", source, str | Path | AdapterState)
         if name in self._adapters:
             raise ValueError(f"an adapter named {name!r} is loaded already; delete it first or choose another name")
         self._refuse_while_fused("load an adapter")
@@ -157,6 +166,7 @@ class AdapterManager:
                 number, or a mode that cannot mix these adapters here. Whatever is raised, nothing has changed then.
         """
         self._refuse_while_fused("change strengths")
+        check_type("set_adapters: strengths by adapter", weights, Mapping)
         for name, weight in weights.items():
             check_strength(name, weight, self._loaded(name).paths)
         if blend == ADDITIVE:
@@ -216,6 +226,7 @@ class AdapterManager:
         """
         if self._adapters:
             raise ValueError("enable_hotswap must come before the first load_adapter: call unload() first")
+        check_type("enable_hotswap: max_rank", max_rank, int)
         if max_rank < 1:
             raise ValueError(f"max_rank must be at least 1, got {max_rank}")
         self._refuse_while_folded("hot swap")

@@ -12,7 +12,7 @@ from torch import Tensor
 from dora_diffusion.functional.dora import GainForm, rows
 from dora_diffusion.layers.base_layers import Base, check_shapes, logical_shape
 from dora_diffusion.pipelines.modules import PipelineModules, at_hand
-from dora_diffusion.state import AdapterState, FactoredState, Module, ModuleState
+from dora_diffusion.state import AdapterState, FactoredState, Module, ModuleState, rank_in_words
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,10 @@ class LoadReport:
     components: tuple[str, ...]
     sha256: str | None
     metadata: Mapping[str, str]
+
+    def __repr__(self) -> str:
+        facts = [self.kind, rank_in_words(self.ranks), f"{self.matched} of {self.total} layers"]
+        return f"LoadReport({self.name}: {', '.join(filter(None, facts))})"
 
 
 @dataclass(frozen=True)
@@ -153,19 +157,9 @@ def _fitted_vector(path: str, vector: Tensor, pipe_modules: PipelineModules) -> 
     return live, vector.to(dtype=torch.float32, device=parameter.device)
 
 
-_NAMES = {"loha": "LoHa", "lokr": "LoKr", "full": "whole difference"}
-
-
-def _kind_of(module: Module) -> str:
-    plain = _NAMES[module.algorithm] if isinstance(module, FactoredState) else "LoRA"
-    if module.magnitude is None:
-        return plain
-    return "DoRA" if plain == "LoRA" else f"{plain} with magnitudes"
-
-
 def kind_in_words(adapter: AdapterState) -> str:
     """ "DoRA", "LoRA", "LoHa with magnitudes" ...; of a mixed adapter "DoRA in 96 layers, LoRA in 32"."""
-    counts = Counter(_kind_of(module) for module in adapter.modules.values())
+    counts = Counter(module.kind for module in adapter.modules.values())
     if len(counts) > 1:
         (first, count), *others = counts.most_common()
         return ", ".join([f"{first} in {count} layers", *(f"{kind} in {count}" for kind, count in others)])

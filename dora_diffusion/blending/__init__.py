@@ -1,6 +1,6 @@
 """Several adapters made into one, saved like any other; and how far adapters get in each other's way."""
 
-from dora_diffusion.blending.blend import blend, blend_with_report
+from dora_diffusion.blending.blend import blend, blend_with_report, needs_base
 from dora_diffusion.blending.interference import Interference, block_of, interference
 from dora_diffusion.blending.reports import (
     BLEND_SENTENCES,
@@ -23,4 +23,5 @@ __all__ = [
     "blend_with_report",
     "block_of",
     "interference",
+    "needs_base",
 ]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.blending.exact import needs_weight
+from dora_diffusion.blending.exact import why_weight
 from dora_diffusion.blending.layer import blend_layer
 from dora_diffusion.blending.layer_inputs import Made, Piece, piece_of
 from dora_diffusion.blending.reports import (
@@ -40,7 +40,7 @@ def blend(
     adapters: Mapping[str, AdapterState],
     weights: Mapping[str, Weight],
     *,
-    base: Any,
+    base: Any = None,
     mode: str = "compose",
     rank: int | None = None,
     options: BlendOptions | None = None,
@@ -56,8 +56,8 @@ def blend(
     Args:
         adapters: name -> adapter. The order counts in the modes `peft`, `comfyui` and `a1111`.
         weights: name -> its strength, or strengths by part: `{"unet": 0.8, "unet.up_blocks": 1.2}`.
-        base: a pipeline, an embedded base's name, a diffusers folder or a single .safetensors file. None
-            will do where plain LoRAs add up.
+        base: a pipeline, an embedded base's name, a diffusers folder or a single .safetensors file. None will do where
+            plain LoRAs (or LoHa, LoKr) make a plain LoRA, in every mode but `direction-magnitude`.
         mode: a key of `BLEND_SENTENCES`.
         rank: of each layer, at most; None for the sum of the adapters' ranks.
         options: what only some modes ask for.
@@ -89,7 +89,7 @@ def blend_with_report(
     adapters: Mapping[str, AdapterState],
     weights: Mapping[str, Weight],
     *,
-    base: Any,
+    base: Any = None,
     mode: str = "compose",
     rank: int | None = None,
     options: BlendOptions | None = None,
@@ -144,6 +144,18 @@ def _check(adapters: Mapping[str, AdapterState], weights: Mapping[str, Weight], 
         check_strength(name, weights[name], (*adapter.modules, *adapter.vectors))
 
 
+def needs_base(
+    adapters: Mapping[str, AdapterState], weights: Mapping[str, Weight], *, mode: str, options: BlendOptions
+) -> bool:
+    """Whether `blend` must know the base."""
+    paths = dict.fromkeys(path for adapter in adapters.values() for path in adapter.modules)
+    return any(
+        why_weight([name for name, module, _ in found if module.magnitude is not None], mode, as_dora=options.as_dora)
+        for found in (_pieces(path, adapters, weights, mode) for path in paths)
+        if found
+    )
+
+
 def _pieces(
     path: str, adapters: Mapping[str, AdapterState], weights: Mapping[str, Weight], mode: str
 ) -> list[tuple[str, Module, float]]:
@@ -167,8 +179,11 @@ def _blend_at(
 ) -> tuple[Made, tuple[str, ...]]:
     weight = None if weight_of is None else weight_of(path).detach()
     pieces: list[Piece] = [piece_of(name, module, strength, weight, path) for name, module, strength in found]
-    if weight is None and needs_weight(pieces, mode, as_dora=options.as_dora):
-        raise ValueError(f"{path}: mode {mode!r} needs the base's weights here; give `base`")
+    why = why_weight([piece.name for piece in pieces if piece.is_dora], mode, as_dora=options.as_dora)
+    if weight is None and why:
+        raise ValueError(
+            f"{path}: {why}; give base= a pipeline, the name of an embedded base, a folder or a file (--base)"
+        )
     try:
         made = blend_layer(path, weight, pieces, mode, rank, options)
     except ValueError as error:

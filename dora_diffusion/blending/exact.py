@@ -34,23 +34,32 @@ class Side:
     axis: Axis
 
 
-def needs_weight(pieces: Sequence[Piece], mode: str, *, as_dora: bool | None) -> bool:
-    """Whether W is needed: not where the mode only adds up plain LoRAs to one."""
-    adds_up = mode in RECIPES and mode != "direction-magnitude"
-    return bool(as_dora) or not adds_up or any(piece.is_dora for piece in pieces)
+def why_weight(names: Sequence[str], mode: str, *, as_dora: bool | None) -> str:
+    """Why W is needed, or nothing: not where plain differences are added up, or merged, to a plain one.
+
+    Args:
+        names: of the adapters with a magnitude.
+        mode: any of `blend`.
+        as_dora: as in `BlendOptions`.
+    """
+    if as_dora:
+        return "as_dora asks for magnitudes, which are lengths of the base's rows"
+    if mode == "direction-magnitude":
+        return "the mode 'direction-magnitude' turns the base's rows"
+    return f"{names[0]!r} is a DoRA, whose difference is reckoned from the base's rows" if names else ""
 
 
 def side_by_side(weight: Tensor | None, pieces: Sequence[Piece], mode: str, *, as_dora: bool | None) -> Side | None:
     """The blend of a layer, or None where it has no such form, or one that divides by almost nothing.
 
     Args:
-        weight: W, any float dtype; may be None where `needs_weight` says so.
+        weight: W, any float dtype; may be None where `why_weight` has no reason.
         pieces: at least one.
         mode: any of `blend`.
         as_dora: as in `BlendOptions`.
     """
     strands = [Strand(piece.pair(), piece.strength) for piece in pieces]
-    if not needs_weight(pieces, mode, as_dora=as_dora):
+    if mode in RECIPES and not why_weight([p.name for p in pieces if p.is_dora], mode, as_dora=as_dora):
         numbers = [torch.tensor(piece.strength, dtype=torch.float64) for piece in pieces]
         return Side(*joined(strands, numbers, "out"), None, "out")
     axes = {strand.pair.axis for strand in strands if strand.pair.magnitude is not None} or {"out"}

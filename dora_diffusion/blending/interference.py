@@ -36,6 +36,10 @@ class Interference:
     overall_cosines: Mapping[Pair, float]
     shared: Mapping[Pair, int]
 
+    def __repr__(self) -> str:
+        angles = [f"{a} ~ {b} {cosine:+.3f}" for (a, b), cosine in self.overall_cosines.items()]
+        return f"Interference({len(self.norms)} adapters; {', '.join(angles) or 'no two of them'})"
+
     def as_json(self) -> dict[str, Any]:
         """Everything, in types that JSON has."""
         pairs = [

@@ -24,7 +24,7 @@ def blend_layer(
 
     Args:
         path: of the layer: part of dare's seed, and for messages.
-        weight: W (out, in[, kh, kw]), any float dtype; None is enough for plain LoRAs that add up.
+        weight: W (out, in[, kh, kw]), any float dtype; None is enough where plain differences make a plain one.
         pieces: at least one.
         mode: a key of MODES or METHODS.
         rank: at most this; None for the sum of the pieces' ranks.
@@ -42,7 +42,8 @@ def blend_layer(
         small = _shrunk(joined, most)
         error = relative_error(small.left @ small.right, joined.left @ joined.right)
         return Made(_module(small, _tail(weight, pieces)), error)
-    assert weight is not None
+    if weight is None:  # differences merged to one: W falls out of them
+        weight = torch.zeros_like(pieces[0].module.delta()).reshape(-1, *_tail(None, pieces))
     goal = _goal(path, weight, pieces, mode, options)
     if joined is not None:
         made = _module(_shrunk(joined, most), weight.shape[1:])

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from dora_diffusion.functional.blend_modes import MODE_SENTENCES
 from dora_diffusion.functional.merge_methods import METHOD_SENTENCES, Election, Sparsity
 from dora_diffusion.state import AdapterState
+from dora_diffusion.utils.checks import check_fields
 
 BLEND_SENTENCES: Mapping[str, str] = {**MODE_SENTENCES, **METHOD_SENTENCES}
 """Every mode of `blend` -> one sentence for people."""
@@ -42,6 +43,7 @@ class BlendOptions:
     extra: Literal["refuse", "drop"] = "refuse"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         Sparsity(self.density, None, self.elect)  # for its checks
         if self.extra not in ("refuse", "drop"):
             raise ValueError(f"extra must be 'refuse' or 'drop', got {self.extra!r}")
@@ -79,6 +81,9 @@ class BlendReport:
     vectors: int = 0
     kept_extra: tuple[str, ...] = ()
     dropped_extra: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"BlendReport({self.sentence()})"
 
     @property
     def exact(self) -> int:

@@ -1,7 +1,6 @@
 """The command line: parse, check, one call. Heavy imports wait until a command runs, so `--help` is quick."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -11,6 +10,7 @@ from dora_diffusion.cli.environment import add_env
 from dora_diffusion.cli.files import add_convert, add_extract, add_inspect, add_resize
 from dora_diffusion.cli.mixes import add_bake, add_blend
 from dora_diffusion.cli.training import add_doctor, add_evaluate, add_train
+from dora_diffusion.utils.quiet import quiet_lines
 
 __all__ = ["main", "split_adapter"]
 
@@ -36,15 +36,14 @@ COMMANDS: Mapping[str, tuple[str, Add]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. A ValueError is one line on stderr and status 2, never a traceback."""
-    # transformers says at every start that it does without torchvision; a user has no use for that
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
     handler: Handler = parsed.handler
     if rest and not parsed.takes_settings:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return handler(parsed, rest)
+        with quiet_lines():
+            return handler(parsed, rest)
     except (ValueError, OSError) as error:
         print(f"dora-diffusion: {error}", file=sys.stderr)
         return 2

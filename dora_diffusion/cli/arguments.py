@@ -39,8 +39,9 @@ def split_adapter(text: str) -> tuple[Path, float]:
     if text.endswith(".safetensors") or Path(text).exists():
         return Path(text), 1.0
     path, colon, strength = text.rpartition(":")
+    is_drive = len(path) == 1 and path.isalpha()  # C:\runs\ink
     try:
-        return (Path(path), float(strength)) if colon else (Path(text), 1.0)
+        return (Path(path), float(strength)) if colon and not is_drive else (Path(text), 1.0)
     except ValueError:
         raise ValueError(f"--adapter {text}: expected FILE or FILE:STRENGTH, such as ink.safetensors:0.8") from None
 
@@ -48,7 +49,7 @@ def split_adapter(text: str) -> tuple[Path, float]:
 def split_part(text: str) -> tuple[str, str, float]:
     """`ink:unet.up_blocks=1.2` -> (ink, unet.up_blocks, 1.2); a ValueError names the option."""
     whole, equals, strength = text.rpartition("=")
-    name, colon, part = whole.partition(":")
+    name, colon, part = whole.rpartition(":")
     try:
         if equals and colon and name and part:
             return name, part, float(strength)
@@ -83,14 +84,12 @@ def check_output(path: Path, format: str | None) -> None:
     Raises:
         ValueError: the name does not suit the format, or what is there is in the way.
     """
-    if format == "peft":
-        if path.suffix == ".safetensors":
-            raise ValueError(f"{path}: the peft format is a folder; give a name without .safetensors")
-        from dora_diffusion.formats.peft import check_place
+    from dora_diffusion.formats import check_name
+    from dora_diffusion.formats.peft import check_place
 
+    check_name(path, format or "diffusers")
+    if format == "peft":
         check_place(path)
-    elif path.suffix != ".safetensors":
-        raise ValueError(f"{path}: expected a name that ends in .safetensors")
     elif path.is_dir():
         raise ValueError(f"{path} is a folder; expected the name of a file")
     parent = next(folder for folder in path.absolute().parents if folder.exists())

@@ -18,7 +18,7 @@ _DTYPES = ("fp32", "bf16", "fp16")
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.description = "What adapter files hold. Several, with a base: also how far they get in each other's way."
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="an adapter file, or a folder of PEFT's")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="a file, a run's folder or one of PEFT's")
     parser.add_argument("--model", "--base", dest="base", help=f"match it against a base: {LOCAL_BASES}")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="magnitudes and directions by block; needs --model")

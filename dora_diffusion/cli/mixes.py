@@ -1,8 +1,10 @@
 """`blend` and `bake`: several adapters into one file, or into a base. What is written is read back and compared."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.cli.arguments import (
     LOCAL_BASES,
@@ -16,6 +18,10 @@ from dora_diffusion.cli.arguments import (
     read_mix,
 )
 
+if TYPE_CHECKING:
+    from dora_diffusion.pipelines.base_weights import BaseWeights
+    from dora_diffusion.state import AdapterState
+
 
 def add_blend(parser: argparse.ArgumentParser) -> None:
     parser.description = (
@@ -24,7 +30,7 @@ def add_blend(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("output", type=Path, metavar="OUT")
     add_mix(parser)
-    parser.add_argument("--base", default="pocket", help=f"{LOCAL_BASES} (default: pocket)")
+    parser.add_argument("--base", help=f"{LOCAL_BASES} (default: none where plain LoRAs make a plain one, else pocket)")
     parser.add_argument("--mode", choices=(*MODES, *MERGES), default="compose")
     parser.add_argument("--rank", type=int, help="of each layer at most (default: the sum of the adapters' ranks)")
     parser.add_argument("--density", type=float, default=0.5, help="what ties, dare and magnitude-prune keep")
@@ -34,30 +40,55 @@ def add_blend(parser: argparse.ArgumentParser) -> None:
 
 
 def _blend(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
-    from dora_diffusion.blending import BlendOptions, blend_with_report
-    from dora_diffusion.formats import load_adapter, save_adapter
-    from dora_diffusion.inspection.verify import verify_blend, verify_copy
+    from dora_diffusion.blending import BlendOptions, blend_with_report, needs_base
+    from dora_diffusion.formats import save_adapter
     from dora_diffusion.utils.atomic import atomic_path
 
     check_output(arguments.output, arguments.to)
-    base = open_base(arguments.base)
+    base = open_base(arguments.base or "pocket")
     states, weights = read_mix(arguments.adapter, arguments.part, base)
     options = BlendOptions(density=arguments.density, seed=arguments.seed)
-    with progress("blending") as advance:
+    is_needed = arguments.base is not None or needs_base(states, weights, mode=arguments.mode, options=options)
+    known = base if is_needed else None
+    with progress("blending") as advance, _pocket_named(arguments.base, known):
         blended = blend_with_report(
-            states, weights, base=base, mode=arguments.mode, rank=arguments.rank, options=options, progress=advance
+            states, weights, base=known, mode=arguments.mode, rank=arguments.rank, options=options, progress=advance
         )
     with atomic_path(arguments.output) as path:
         save_adapter(blended.adapter, path, format=arguments.to)
-        written = load_adapter(path, base=base)
-        if arguments.mode in MODES:
-            with progress("reading back") as advance:
-                found = verify_blend(written, states, weights, base=base, mode=arguments.mode, progress=advance)
-            sentence = f"{found.sentence()} against the live {arguments.mode} mix"
-        else:
-            sentence = verify_copy(written, blended.adapter).sentence()
+        sentence = _read_back(path, blended.adapter, (states, weights), arguments.mode, known)
     print(f"wrote {arguments.output} ({arguments.to})\n{blended.report.sentence()}\n{sentence}")
     return 0
+
+
+@contextmanager
+def _pocket_named(asked: str | None, known: "BaseWeights | None") -> Iterator[None]:
+    """A mistake that may come of the base says that none was named."""
+    try:
+        yield
+    except ValueError as error:
+        if asked is None and known is not None:
+            raise ValueError(f"{error} (the base is pocket, for --base names no other)") from None
+        raise
+
+
+def _read_back(
+    path: Path,
+    blended: "AdapterState",
+    mix: "tuple[Mapping[str, AdapterState], Mapping[str, Any]]",
+    mode: str,
+    base: "BaseWeights | None",
+) -> str:
+    """What was written beside the live mix where there is one and a base, else beside what was to be written."""
+    from dora_diffusion.formats import load_adapter
+    from dora_diffusion.inspection.verify import verify_blend, verify_copy
+
+    written = load_adapter(path, base=base)
+    if mode not in MODES or base is None:
+        return verify_copy(written, blended).sentence()
+    with progress("reading back") as advance:
+        found = verify_blend(written, *mix, base=base, mode=mode, progress=advance)
+    return f"{found.sentence()} against the live {mode} mix"
 
 
 def add_bake(parser: argparse.ArgumentParser) -> None:

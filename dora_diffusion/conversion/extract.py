@@ -16,6 +16,7 @@ from dora_diffusion.functional.dora import master_dtype
 from dora_diffusion.functional.low_rank import extract_dora, low_rank
 from dora_diffusion.pipelines.base_weights import BaseWeights
 from dora_diffusion.state import AdapterState, WeightOf
+from dora_diffusion.utils.checks import check_fields
 from dora_diffusion.utils.progress import LayerProgress
 
 
@@ -50,6 +51,9 @@ class Extraction:
     vectors: bool = False
     negligible: float = 0.0
     dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def extract(

@@ -21,6 +21,9 @@ class Report:
     ranks: Mapping[str, int]
     left_out: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"Report({self.sentence()})"
+
     @property
     def largest(self) -> float:
         """The error of the worst layer; 0 when there is none."""

@@ -88,10 +88,9 @@ def cut_pair(module: Module, rank: int, error: float) -> Pair:
 
 
 def _cut(module: Module, rank: int, error: float) -> Converted:
-    shape = module.to(device="meta").delta().shape
-    new = module_of(cut_pair(module, rank, error), shape, dtype_of(module), module.magnitude, axis=module.axis)
-    fine = torch.float32
-    return Converted(new, relative_error(new.to(dtype=fine).delta(), module.to(dtype=fine).delta()))
+    whole = module.to(dtype=torch.float32).delta()
+    new = module_of(cut_pair(module, rank, error), whole.shape, dtype_of(module), module.magnitude, axis=module.axis)
+    return Converted(new, relative_error(new.to(dtype=torch.float32).delta(), whole))
 
 
 def _sought_anew(module: Module, path: str, weights: WeightOf, rank: int, error: float) -> Converted:

@@ -15,8 +15,9 @@ from dora_diffusion.formats.kohya_hashes import with_hashes
 from dora_diffusion.formats.reading import Reading, read, take_apart, with_origin
 from dora_diffusion.formats.safetensors_reader import Container, read_header
 from dora_diffusion.formats.writing import write
-from dora_diffusion.state import AdapterState, WeightOf
+from dora_diffusion.state import AdapterState, WeightOf, cast
 from dora_diffusion.utils.atomic import save_tensors, sha256_of
+from dora_diffusion.utils.checks import check_type
 from dora_diffusion.utils.text import shown_path
 
 __all__ = [
@@ -30,6 +31,11 @@ __all__ = [
     "save_adapter",
 ]
 
+
+RUN_FILE = "adapter.safetensors"
+"""What training calls an adapter, in the folder of a run and of each checkpoint."""
+_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Those that people ask for first, then the rest.
 _BY_NAME = {dialect.name: dialect for dialect in DIALECTS}
@@ -57,6 +63,30 @@ class Examined:
     layers: int
     sha256: str | None = None
 
+    def __repr__(self) -> str:
+        keys = self.matched + len(self.unknown)
+        return f"Examined({self.format}, {self.layers} layers, {self.matched} of {keys} keys understood)"
+
+
+def place_of(path: str | Path) -> Path:
+    """Where an adapter lies: the file or folder of PEFT's itself, or the file in the folder of a run or a checkpoint.
+
+    Raises:
+        ValueError: a folder that holds none.
+    """
+    check_type("adapter", path, str | Path)
+    path = Path(path)
+    if not path.is_dir() or peft.is_folder(path):
+        return path
+    if (path / RUN_FILE).is_file():
+        return path / RUN_FILE
+    newest = max(path.glob(f"checkpoints/step-*/{RUN_FILE}"), default=None)
+    hint = "an adapter file or a folder with one of them" if newest is None else f"its checkpoint {newest.parent}"
+    raise ValueError(
+        f"{shown_path(path)}: a folder without training's {RUN_FILE} and without PEFT's {peft.CONFIG}; "
+        f"expected {shown_path(hint)}"
+    )
+
 
 def examine(path: str | Path) -> Examined:
     """The format of a file, and how many of its keys are understood.
@@ -73,21 +103,14 @@ def examine(path: str | Path) -> Examined:
         assert found.unknown == ()
         ```
     """
-    path = Path(path)
+    path = place_of(path)
     if path.is_dir():
-        check_folder(path)
         weights = [file for file in sorted(path.rglob(peft.WEIGHTS)) if file.is_file()]
         return _folder_examined(
             [f"{file.parent.name}/{key}" for file in weights for key in read_header(file) if key != "__metadata__"]
         )
     with Container(path) as file:
         return _examined(path, file, _taken_apart(path, file))
-
-
-def check_folder(path: Path) -> None:
-    """A ValueError of one line for a folder that is no adapter's."""
-    if not peft.is_folder(path):
-        raise ValueError(f"{path}: a folder without PEFT's adapter_config.json; expected an adapter file")
 
 
 def _folder_examined(keys: Sequence[str]) -> Examined:
@@ -134,10 +157,10 @@ def detect_format(path: str | Path) -> str:
 
 
 def load_adapter(path: str | Path, *, base: WeightOf | None = None) -> AdapterState:
-    """Read an adapter file, or a folder of PEFT's; the format is detected. Safetensors only, never a pickle.
+    """Read an adapter file; the format is detected. Safetensors only, never a pickle.
 
     Args:
-        path: the file or folder.
+        path: the file, a folder of PEFT's, or the folder of a training run or of one of its checkpoints.
         base: path of a layer -> the base's weight. Asked only where a flat magnitude on a square layer, and metadata
             that say nothing, leave it open whether it is per output or per input.
 
@@ -157,9 +180,8 @@ def load_adapter(path: str | Path, *, base: WeightOf | None = None) -> AdapterSt
 
 def load_examined(path: str | Path, *, base: WeightOf | None = None) -> tuple[AdapterState, Examined]:
     """`load_adapter` and `examine` at once: the file is opened and read once, and hashed as it is read."""
-    path = Path(path)
+    path = place_of(path)
     if path.is_dir():
-        check_folder(path)
         folder = peft.read_folder(path, base)
         found = replace(_folder_examined(folder.keys), sha256=sha256_of(path, known=folder.sha256s))
         return with_origin(folder.adapter, found.format), found
@@ -181,8 +203,16 @@ def _taken_apart(path: Path, file: Container) -> Reading:
         raise ValueError(f"{shown_path(path)}: {error}") from None
 
 
-def save_adapter(adapter: AdapterState, path: str | Path, *, format: str = "diffusers") -> Path:
+def save_adapter(
+    adapter: AdapterState, path: str | Path, *, format: str = "diffusers", dtype: torch.dtype | None = None
+) -> Path:
     """Write an adapter atomically; returns its path. The format `peft` writes a folder, all others one file.
+
+    Args:
+        adapter: its paths begin with the pipeline's component (`injection.state().under("unet")`).
+        path: a name that ends in `.safetensors`; a folder's for `peft`.
+        format: a key of `FORMATS`.
+        dtype: of pairs, factors and vectors; None leaves them as they are. Magnitudes always stay as they are.
 
     Raises:
         ValueError: the format is unknown, or cannot hold this adapter: one line that says what and what to do.
@@ -196,11 +226,17 @@ def save_adapter(adapter: AdapterState, path: str | Path, *, format: str = "diff
         dd.save_adapter(adapter, "ink-peft", format="peft")  # a folder
         ```
     """
+    check_type("save_adapter: adapter", adapter, AdapterState)
+    check_type("save_adapter: path", path, str | Path)
+    check_type("save_adapter: dtype", dtype, torch.dtype | None)
     path = Path(path)
     if format not in FORMATS:
         raise ValueError(f"format {format!r} is unknown: expected one of {', '.join(FORMATS)}")
+    check_name(path, format)
     if not adapter.modules and not adapter.vectors:
         raise ValueError(f"{path}: the adapter has no layers")
+    _check_components(adapter)
+    adapter = adapter if dtype is None else cast(adapter, dtype)
     _check_finite(adapter)
     try:
         if FORMATS[format] is PEFT_FILE:
@@ -211,6 +247,25 @@ def save_adapter(adapter: AdapterState, path: str | Path, *, format: str = "diff
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
     return path
+
+
+def check_name(path: Path, format: str) -> None:
+    """A ValueError of one line when a name does not say what is written under it."""
+    is_folder = FORMATS[format] is PEFT_FILE
+    if is_folder and path.suffix in (".safetensors", *_PICKLES):
+        raise ValueError(f"{path}: the peft format is a folder; give a name without {path.suffix}, {path.stem!r}")
+    if not is_folder and path.suffix != ".safetensors":
+        better = path.stem if path.suffix in _PICKLES else path.name
+        raise ValueError(f"{path}: expected a name that ends in .safetensors, such as {better + '.safetensors'!r}")
+
+
+def _check_components(adapter: AdapterState) -> None:
+    """An injection knows the paths inside its model, and not what the model is to a pipeline."""
+    if strange := [name for name in adapter.components if name not in _COMPONENTS]:
+        raise ValueError(
+            f"{strange[0]!r} is no component of a pipeline, and layers' paths must begin with one; write "
+            'save_adapter(injection.state().under("unet"), ...), or "transformer", "text_encoder" ...'
+        )
 
 
 def _check_finite(adapter: AdapterState) -> None:

@@ -1,6 +1,7 @@
 """An adapter's strength on each layer: one number, or numbers by part of the pipeline."""
 
 import math
+import numbers
 from collections.abc import Iterable, Mapping
 
 Weight = float | Mapping[str, float]
@@ -29,7 +30,7 @@ def check_strength(name: str, weight: Weight, paths: Iterable[str]) -> None:
     A whole component may be named even if the adapter has nothing there.
     """
     for value in weight.values() if isinstance(weight, Mapping) else [weight]:
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise ValueError(f"strength of {name!r} must be a finite number, got {value!r}")
     for part in weight if isinstance(weight, Mapping) else ():
         component = part.split(".")[0]

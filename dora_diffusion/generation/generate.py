@@ -15,6 +15,7 @@ from dora_diffusion.generation.img2img import Canvas as Canvas
 from dora_diffusion.generation.prompts import prompt_arguments
 from dora_diffusion.generation.samplers import DEFAULT as DEFAULT_SAMPLER
 from dora_diffusion.generation.samplers import SAMPLERS, sampling
+from dora_diffusion.utils.checks import check_fields
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class GenerationSettings:
     strength: float | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 1 <= self.steps <= 1000:
             raise ValueError(f"steps must lie in 1..1000, got {self.steps}")
         if not 0 <= self.guidance_scale <= 100:

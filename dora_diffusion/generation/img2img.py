@@ -12,6 +12,7 @@ from torch.nn.functional import interpolate
 
 from dora_diffusion.families import Family
 from dora_diffusion.functional.masks import mask_of
+from dora_diffusion.utils.checks import check_fields
 
 DEFAULT_STRENGTH = 0.75
 
@@ -27,6 +28,9 @@ class Canvas:
 
     image: Image.Image
     mask: Image.Image | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def fitted(self, width: int, height: int) -> "Canvas":
         """Scaled and cropped about the middle to a size in pixels, both in their modes."""

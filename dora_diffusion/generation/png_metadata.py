@@ -17,6 +17,7 @@ from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.generation.samplers import SAMPLERS
 from dora_diffusion.utils.atomic import write_atomically
+from dora_diffusion.utils.checks import check_fields
 
 METADATA_CHUNK = "dora_diffusion"
 MAX_ADAPTERS = 64  # more than that in one picture are not read
@@ -43,6 +44,9 @@ class AdapterUse:
     schedule: tuple[tuple[float, float], ...] | None = None
     mask: str | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True)
 class WordUse:
@@ -50,6 +54,9 @@ class WordUse:
 
     word: str
     sha256: str
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.matching import kind_in_words
-from dora_diffusion.formats import check_folder, format_of, read_header
+from dora_diffusion.formats import format_of, place_of, read_header
 from dora_diffusion.formats.family_detection import family_of
 from dora_diffusion.formats.json_metadata import json_object
 from dora_diffusion.formats.peft import WEIGHTS
@@ -92,7 +92,7 @@ def summarise_header(path: str | Path, known: MutableMapping[bytes, Structure] |
     Raises:
         ValueError: one line: the file is broken, or no adapter's.
     """
-    path, known = Path(path), {} if known is None else known
+    path, known = place_of(path), {} if known is None else known
     quick = None if path.is_dir() else _split_header(path)
     if quick is not None and (key := _structure_key(quick.tensors, quick.metadata)) in known:
         return HeaderSummary(known[key], declared_metadata(quick.metadata))
@@ -126,7 +126,6 @@ def _file_entries(path: Path, quick: "_Quick | None" = None) -> tuple[Entries, d
 
 def _folder_entries(path: Path) -> tuple[Entries, dict[str, str]]:
     """Those of a folder of PEFT's, each key behind its component where its folder is called by it."""
-    check_folder(path)
     entries: dict[str, tuple[str, tuple[int, ...]]] = {}
     metadata: dict[str, str] = {}
     for file in sorted(path.rglob(WEIGHTS)):

@@ -21,7 +21,7 @@ def inspect_adapter(path: str | Path, *, base: BaseWeights | None = None) -> dic
     """Facts about a file, ready for JSON: format, kind, ranks, axis, family, layers by part, norms, size, metadata.
 
     Args:
-        path: an adapter file, or a folder of PEFT's.
+        path: an adapter file, a folder of PEFT's, or of a training run.
         base: a base to match it against; it also tells the axis where nothing else does.
 
     Raises:

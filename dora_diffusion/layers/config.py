@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dora_diffusion.layers.initialisation import INITS, Init
+from dora_diffusion.utils.checks import check_fields
 
 NormGrad = Literal["detached", "exact"]
 NORM_GRADS: tuple[NormGrad, ...] = ("detached", "exact")
@@ -57,6 +58,7 @@ class DoRAConfig:
     train_magnitude: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for rank in (self.rank, *self.rank_pattern.values()):
             if rank < 1:
                 raise ValueError(f"rank must be at least 1, got {rank}")

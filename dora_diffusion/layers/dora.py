@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from dora_diffusion.functional.dora import RowNorms, RowSums, compose, gain, norms_from, row_sums
 from dora_diffusion.layers.base_layers import Base, branch_dtype, dense_weight, kind_of
@@ -104,7 +105,7 @@ class DoRALayer(nn.Module):
             return None
         return gain(magnitude, self._norms())
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo  # torch.compiler.disable itself imports the compiler, which takes longer than torch, here and now
     def _norms(self) -> RowNorms:
         """N(V), a constant in the backward pass when `norm_grad` is "detached" (paper, section 4.3).
 

@@ -16,7 +16,7 @@ from dora_diffusion.layers.dora import Adapter, DoRALayer
 from dora_diffusion.layers.initialisation import embedding_pair, initial_pair, principal_pair
 from dora_diffusion.layers.step_counter import CLOCK
 from dora_diffusion.layers.targets import by_pattern, target_paths
-from dora_diffusion.state import AdapterState, ModuleState
+from dora_diffusion.state import AdapterState, ModuleState, rank_in_words
 
 
 class Injection:
@@ -48,6 +48,10 @@ class Injection:
         self._layers = dict(layers)
         self._trainable = trainable
         self._listening: weakref.finalize[..., DoRALayer] | None = None
+
+    def __repr__(self) -> str:
+        facts = [type(self._model).__name__, f"{len(self._layers)} layers", rank_in_words([*self.matched.values()])]
+        return f"Injection({', '.join(filter(None, facts))})"
 
     @property
     def matched(self) -> dict[str, int]:

@@ -21,6 +21,7 @@ from dora_diffusion.formats.safetensors_reader import read_header
 from dora_diffusion.pipelines.base_weights import EMBEDDED as EMBEDDED
 from dora_diffusion.pipelines.base_weights import POCKET as POCKET
 from dora_diffusion.pipelines.base_weights import POCKET_DIT as POCKET_DIT
+from dora_diffusion.utils.quiet import quietly
 
 Offload = Literal["model", "sequential"]
 OFFLOADS: tuple[Offload, ...] = get_args(Offload)
@@ -68,7 +69,7 @@ def load_pipeline(
         ```
     """
     _check_device(device, offload)
-    with _quiet():
+    with quietly():
         pipe = _load(source, dtype, config)
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
@@ -375,22 +376,6 @@ def _check_filled(path: Path, models: Mapping[str, nn.Module], origin: str) -> N
             raise ValueError(
                 f"{path} lacks {len(missing)} weights of {name} (such as {missing[0]}); has {origin} its architecture?"
             )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Components that load in a moment need no progress bars."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    libraries = (diffusers_logging, transformers_logging)
-    for library in libraries:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in libraries:
-            library.enable_progress_bar()
 
 
 @contextlib.contextmanager

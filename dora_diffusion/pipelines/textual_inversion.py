@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.formats.safetensors_reader import read_tensors
 from dora_diffusion.utils.atomic import save_tensors
+from dora_diffusion.utils.checks import check_fields
 
 # The keys of files for two encoders, as A1111 and ComfyUI name them, in the order of the pipeline's CLIP encoders.
 PAIR_KEYS = ("clip_l", "clip_g")
@@ -51,6 +52,13 @@ class WordState:
     word: str
     vectors: tuple[Tensor, ...]
     sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(" x ".join(map(str, vectors.shape)) for vectors in self.vectors)
+        return f"WordState({self.word!r}, vectors {shapes})"
 
 
 class ExtendedEmbedding(nn.Module):
@@ -108,6 +116,9 @@ class Words:
         self._pipe = pipe
         self._encoders = list(encoders)
         self._counts = dict(counts)
+
+    def __repr__(self) -> str:
+        return f"Words({', '.join(self.names)}; read by {', '.join(self.encoders) or 'no encoder any more'})"
 
     @property
     def names(self) -> tuple[str, ...]:

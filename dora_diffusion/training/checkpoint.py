@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.formats import save_adapter
+from dora_diffusion.formats import RUN_FILE, save_adapter
 from dora_diffusion.state import AdapterState
 from dora_diffusion.training.config import FlowConfig, OptimConfig, TrainConfig, WordsConfig
 from dora_diffusion.utils import atomic as storage
 
-ADAPTER = "adapter.safetensors"  # of a checkpoint, and of a run that is through
+ADAPTER = RUN_FILE
 
 
 @dataclass(frozen=True)

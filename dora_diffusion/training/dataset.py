@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
-from dora_diffusion.training.config import DataConfig
 from dora_diffusion.utils.images import (
     SUFFIXES,
     Crop,
@@ -28,6 +25,11 @@ from dora_diffusion.utils.images import (
     read_image,
 )
 from dora_diffusion.utils.text import shown_path
+
+if TYPE_CHECKING:  # the doctor reads captions and pictures with what is here, and needs no torch
+    from torch import Tensor
+
+    from dora_diffusion.training.config import DataConfig
 
 METADATA = "metadata.jsonl"
 CAPTION_COLUMNS = ("text", "caption", "prompt")
@@ -148,8 +150,8 @@ def _read_text(path: Path) -> str:
 class Sample(NamedTuple):
     """A picture's pixels for training, fp32 (3, height, width) in [-1, 1], and its frame, fp32 (6,); see `frame_of`."""
 
-    pixels: Tensor
-    frame: Tensor
+    pixels: "Tensor"
+    frame: "Tensor"
 
 
 def load_sample(example: Example, *, size: tuple[int, int], crop: Crop, flip: bool, rng: Random) -> Sample:
@@ -165,6 +167,8 @@ def load_sample(example: Example, *, size: tuple[int, int], crop: Crop, flip: bo
     Raises:
         ValueError: the picture cannot be read; see `read_image`.
     """
+    import torch
+
     offset = (rng.random(), rng.random()) if crop == "random" else None
     original = read_image(example.path)
     picture = fit(original, size=size, crop=crop, offset=offset)
@@ -217,7 +221,7 @@ class Split(NamedTuple):
     validation: list[Example]
 
 
-def checked_examples(data: DataConfig, *, seed: int) -> Split:
+def checked_examples(data: "DataConfig", *, seed: int) -> Split:
     """The pictures to train on and to measure, every one of them opened once: better to fail now than in an hour.
 
     Raises:

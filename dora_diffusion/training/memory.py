@@ -73,6 +73,18 @@ class MemoryEstimate:
         return sum(self.weights.values()) + self.adapters + self.gradients + self.optimiser + self.activations
 
 
+def _zero_of(tensor: Tensor) -> float | int | bool:
+    """What a tensor without numbers says where code asks for one: are there rows without a norm?"""
+    return False if tensor.dtype == torch.bool else 0.0 if tensor.is_floating_point() else 0
+
+
+# The device is asked of every tensor by autograd, oftener than all operations together; torch's own answer is slow.
+_ANSWERS: Mapping[Any, Callable[[Any], Any]] = {
+    torch.ops.aten._local_scalar_dense.default: _zero_of,
+    torch.ops.prim.device.default: lambda fake: fake.fake_device,
+}
+
+
 class Watch(TorchDispatchMode):
     """Counts the bytes of storages that are made under it, while they live; views count once.
 
@@ -90,7 +102,9 @@ class Watch(TorchDispatchMode):
             self._note(tensor.untyped_storage(), 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and note what it made."""
+        """Run an operation and note what it made; asked about a tensor without numbers, answer at once."""
+        if func in _ANSWERS and isinstance(args[0], FakeTensor):
+            return _ANSWERS[func](args[0])
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -117,16 +131,6 @@ class Watch(TorchDispatchMode):
         return self.peak
 
 
-class _Answers(TorchDispatchMode):
-    """Where code asks a tensor without numbers for one (are there rows without a norm?), it is told 0."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            dtype = args[0].dtype
-            return False if dtype == torch.bool else 0.0 if dtype.is_floating_point else 0
-        return func(*args, **(kwargs or {}))
-
-
 class _CastsOfCuda(TorchFunctionMode):
     """Under autocast, what CUDA computes in fp32 is computed in fp32 on the CPU too."""
 
@@ -149,7 +153,6 @@ def _shapes_only(models: Iterable[nn.Module]) -> Iterator[None]:
         # a layer asks for its tensors' addresses to know whether they were replaced; it compares them, no more
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(_Answers())
         twins: dict[int, Tensor] = {}
         for model in models:
             for module in model.modules():

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dora_diffusion.pipelines.loading import EMBEDDED, configs_of, load_pipeline, read_index
+from dora_diffusion.utils.quiet import quietly
 
 
 def load_skeleton(source: str | Path, *, dtype: torch.dtype) -> Any:
@@ -21,6 +22,11 @@ def load_skeleton(source: str | Path, *, dtype: torch.dtype) -> Any:
     Raises:
         ValueError: one line that says what was looked for and what is there.
     """
+    with quietly():
+        return _load(source, dtype)
+
+
+def _load(source: str | Path, dtype: torch.dtype) -> Any:
     folder = configs_of(source)
     if folder is None:
         return without_numbers(load_pipeline(source, dtype=dtype))

@@ -21,11 +21,11 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
-from safetensors.torch import load as load_tensors_from_bytes
-from safetensors.torch import save as save_tensors_to_bytes
+if TYPE_CHECKING:  # hashing pictures needs no torch, which takes longer to import than they do to read
+    from torch import Tensor
+    from torch.optim import Optimizer
 
 MANIFEST = "manifest.json"
 _STAGING = re.compile(r"\.(.+)\.[0-9a-f]{8}\.staging", re.DOTALL)
@@ -225,14 +225,16 @@ def sha256_of(path: Path, *, known: Mapping[Path, str] | None = None) -> str:
     return digest.hexdigest()
 
 
-def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file atomically."""
-    write_atomically(path, save_tensors_to_bytes(unshared(tensors), metadata=dict(metadata or {})))
+    from safetensors.torch import save
+
+    write_atomically(path, save(unshared(tensors), metadata=dict(metadata or {})))
 
 
-def unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def unshared(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
     """The same tensors as a file can hold them: on the CPU, contiguous, each with memory of its own."""
-    apart: dict[str, torch.Tensor] = {}
+    apart: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
         moved = tensor.detach().cpu().contiguous()
@@ -241,9 +243,11 @@ def unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return apart
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+def load_tensors(path: Path) -> dict[str, "Tensor"]:
     """Read a safetensors file of our own into memory (bytes are read, not mapped: a mapped file may change)."""
-    return load_tensors_from_bytes(path.read_bytes())
+    from safetensors.torch import load
+
+    return load(path.read_bytes())
 
 
 def save_checkpoint(folder: Path, files: Mapping[str, Callable[[Path], None]], keep: int = 2) -> None:
@@ -283,17 +287,19 @@ def valid_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_tensors(optimizer: "Optimizer") -> dict[str, "Tensor"]:
     """An optimiser's state as flat named tensors: `INDEX.NAME`, in the order of its parameters."""
+    import torch
+
     state = optimizer.state_dict()["state"]
     return {
         f"{index}.{name}": torch.as_tensor(value) for index, values in state.items() for name, value in values.items()
     }
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+def load_optimizer_tensors(optimizer: "Optimizer", tensors: Mapping[str, "Tensor"]) -> None:
     """Put tensors of `optimizer_tensors` back; the parameter groups keep the settings they have now."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value

@@ -1,6 +1,7 @@
 """Adapters for tests of formats: random ones on the layers of a pipeline, of every kind that files know."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,11 @@ from dora_diffusion.functional.dora import dora_weight, squared_row_norms
 from dora_diffusion.state import AdapterState, FactoredState, Module, ModuleState
 
 Make = Callable[[Tensor, torch.Generator], Module]
+
+
+def place(folder: Path, format: str, stem: str = "a") -> Path:
+    """Where a format may be written: PEFT's is a folder, all others a file."""
+    return folder / (stem if format == "peft" else f"{stem}.safetensors")
 
 
 def _random(*shape: int, generator: torch.Generator) -> Tensor:

@@ -14,7 +14,7 @@ from dora_diffusion.formats import FORMATS, load_adapter, save_adapter
 from dora_diffusion.functional.dora import dora_weight
 from dora_diffusion.state import AdapterState, Module
 from tests.families.pipelines import PIPELINES
-from tests.formats.adapters import KINDS, Make, adapter_of, dora, layers_of, lora
+from tests.formats.adapters import KINDS, Make, adapter_of, dora, layers_of, lora, place
 from tests.tolerances import assert_identical
 
 # How far W' may be from that of the fp32 adapter, of the largest number.
@@ -55,7 +55,7 @@ def merged(weight: Tensor, module: Module) -> Tensor:
 @pytest.mark.parametrize("name", DENOISER)
 def test_without_a_scale_every_bit_survives(tmp_path: Path, name: str, format: str, dtype: torch.dtype) -> None:
     original = adapter(name, lora if format == PLAIN else dora, dtype)
-    read = load_adapter(save_adapter(original, tmp_path / "a", format=format))
+    read = load_adapter(save_adapter(original, place(tmp_path, format), format=format))
     assert read.modules.keys() == original.modules.keys()
     for path, module in original.modules.items():
         got = read.modules[path]
@@ -78,7 +78,7 @@ def test_with_a_scale_weights_are_those_of_fp32(tmp_path: Path, name: str, forma
     make = lora if format == PLAIN else dora
     exact = adapter(name, make, torch.float32, alpha=2.9)
     original = adapter(name, make, dtype, alpha=2.9)
-    read = load_adapter(save_adapter(original, tmp_path / "a", format=format))
+    read = load_adapter(save_adapter(original, place(tmp_path, format), format=format))
     for path, module in exact.modules.items():
         got, weight = read.modules[path], weights_of(name)[path]
         assert {tensor.dtype for tensor in got.tensors.values()} == {dtype}
@@ -93,7 +93,7 @@ def test_with_a_scale_weights_are_those_of_fp32(tmp_path: Path, name: str, forma
 def test_other_kinds_keep_their_dtype_and_bits(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     made = adapter_of(weights_of("sd1").items(), KINDS[kind])
     original = AdapterState({path: module.to(dtype=dtype) for path, module in made.modules.items()})
-    read = load_adapter(save_adapter(original, tmp_path / "a", format="lycoris"))
+    read = load_adapter(save_adapter(original, tmp_path / "a.safetensors", format="lycoris"))
     for path, module in original.modules.items():
         assert_identical(read.modules[path].tensors, module.tensors)
 
@@ -101,7 +101,7 @@ def test_other_kinds_keep_their_dtype_and_bits(tmp_path: Path, kind: str, dtype:
 @DTYPES
 def test_a_file_of_one_dtype_is_of_that_dtype_but_for_alpha(tmp_path: Path, dtype: torch.dtype) -> None:
     """Alpha stays fp32: bf16 has three digits, and 2.9 would not be among them."""
-    path = save_adapter(adapter("sd1", dora, dtype, alpha=2.9), tmp_path / "a", format="kohya")
+    path = save_adapter(adapter("sd1", dora, dtype, alpha=2.9), tmp_path / "a.safetensors", format="kohya")
     for key, tensor in load_file(path).items():
         assert tensor.dtype == (torch.float32 if key.endswith(".alpha") else dtype), key
 
@@ -112,7 +112,7 @@ def test_dtypes_may_differ_within_a_layer(tmp_path: Path) -> None:
     whole = adapter("sd1", dora, torch.float32)
     mixed = {path: replace(module, magnitude=whole.modules[path].magnitude) for path, module in half.modules.items()}
     for format in ("diffusers", "kohya", "peft"):
-        read = load_adapter(save_adapter(AdapterState(mixed), tmp_path / format, format=format))
+        read = load_adapter(save_adapter(AdapterState(mixed), place(tmp_path, format, format), format=format))
         for path, module in mixed.items():
             assert_identical(read.modules[path].tensors, module.tensors)
 
@@ -121,6 +121,6 @@ def test_dtypes_may_differ_within_a_layer(tmp_path: Path) -> None:
 def test_a_scale_that_does_not_fit_into_half_precision_is_refused(tmp_path: Path, format: str) -> None:
     original = adapter("sd1", dora, torch.float16, alpha=1e6)
     with pytest.raises(ValueError, match="does not fit into .*float16") as caught:
-        save_adapter(original, tmp_path / "a", format=format)
+        save_adapter(original, place(tmp_path, format), format=format)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())

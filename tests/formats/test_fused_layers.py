@@ -92,7 +92,8 @@ def assert_same(one: Module, other: Module) -> None:
     """Every bit and every field."""
     assert type(one) is type(other)
     assert_identical(one.tensors, other.tensors)
-    blank = {name: None for name in ("magnitude", "mid", "down", "up", "factors") if hasattr(one, name)}
+    tensors = {name: torch.empty(0) for name in ("magnitude", "mid", "down", "up") if hasattr(one, name)}
+    blank = {**tensors, **({"factors": {}} if hasattr(one, "factors") else {})}
     assert replace(one, **blank) == replace(other, **blank)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from dora_diffusion.formats import FORMATS, load_adapter, save_adapter
 from dora_diffusion.state import AdapterState
 from tests.families.pipelines import PIPELINES
-from tests.formats.adapters import Make, dense, dora, layers_of, lora
+from tests.formats.adapters import Make, dense, dora, layers_of, lora, place
 from tests.tolerances import assert_near
 
 ROUNDED = 1e-6  # of the largest number: a scale folded into B is rounded to fp32, all else is fp64
@@ -109,11 +109,11 @@ def test_layers_stay_what_they_are_or_the_format_refuses(tmp_path: Path, name: s
     expected = refusal(name, case, format)
     if expected is not None:
         with pytest.raises(ValueError, match=expected) as caught:
-            save_adapter(original, tmp_path / "a", format=format)
+            save_adapter(original, place(tmp_path, format), format=format)
         assert "\n" not in str(caught.value)
         assert not list(tmp_path.iterdir())
         return
-    read = load_adapter(save_adapter(original, tmp_path / "a", format=format))
+    read = load_adapter(save_adapter(original, place(tmp_path, format), format=format))
     assert read.modules.keys() == original.modules.keys()
     assert not read.extra and not read.vectors
     for path, module in original.modules.items():
@@ -131,6 +131,6 @@ def test_a_t5_alone_is_still_the_encoder_that_it_was(tmp_path: Path, format: str
             {path: module for path, module in whole.modules.items() if path.startswith(f"{component}.")},
             {"dora_diffusion.family": PIPELINES[name].family},
         )
-        read = load_adapter(save_adapter(original, tmp_path / name, format=format))
+        read = load_adapter(save_adapter(original, place(tmp_path, format, name), format=format))
         assert read.components == (component,)
         assert read.modules.keys() == original.modules.keys()

@@ -3,12 +3,13 @@
 import itertools
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from dora_diffusion.blending import BLEND_SENTENCES, BlendOptions, blend, blend_with_report
+from dora_diffusion.blending import BLEND_SENTENCES, BlendOptions, blend, blend_with_report, needs_base
 from dora_diffusion.functional.blend_modes import MODES, AdapterTerm
 from dora_diffusion.functional.dora import Axis, dora_weight
 from dora_diffusion.functional.merge_methods import METHODS, Sparsity
@@ -97,8 +98,44 @@ def test_loras_stay_plain_and_need_no_base(mode: str) -> None:
         assert module.down.shape[1:] == SHAPES[path][1:]
         expected = sum(term.strength * term.delta for term in terms_at(path, adapters, weights))
         assert_close(module.delta(), expected, computed_in=torch.float64)
-    with pytest.raises(ValueError, match="needs the base's weights"):
-        blend({"a": adapter(1)}, {"a": 1.0}, base=None, mode=mode)
+    with_base = blend(adapters, weights, base=base, mode=mode)
+    for path, module in made.modules.items():
+        assert_identical(module.tensors, with_base.modules[path].tensors)
+
+
+@pytest.mark.parametrize("mode", METHODS)
+@pytest.mark.parametrize("rank", [None, 3])
+def test_plain_differences_are_merged_without_a_base(mode: str, rank: int | None) -> None:
+    adapters = {"a": adapter(1, dora=False), "b": adapter(20, dora=False, rank=3)}
+    adapters["b"] = replace(adapters["b"], modules={**adapters["b"].modules, LINEAR: full_module(LINEAR, 7)})
+    weights: dict[str, Weight] = {"a": 0.6, "b": -0.5}
+    assert not needs_base(adapters, weights, mode=mode, options=BlendOptions())
+    one, other = (blend_with_report(adapters, weights, base=b, mode=mode, rank=rank) for b in (None, base))
+    for path, module in one.adapter.modules.items():
+        assert module.as_pair().down.shape == other.adapter.modules[path].as_pair().down.shape
+        assert_close(module.delta(), other.adapter.modules[path].delta(), computed_in=torch.float32)
+        assert one.report.layers[path].error == pytest.approx(other.report.layers[path].error, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, mode, as_dora, why",
+    [
+        ({"a": True}, "additive", None, "'a' is a DoRA, whose difference"),
+        ({"b": True}, "ties", None, "'b' is a DoRA, whose difference"),
+        ({}, "direction-magnitude", None, "the mode 'direction-magnitude' turns"),
+        ({}, "compose", True, "as_dora asks for magnitudes"),
+    ],
+)
+def test_where_a_base_is_needed_it_is_said_why(changes, mode: str, as_dora: bool | None, why: str) -> None:
+    adapters = {name: adapter(number, dora=changes.get(name, False)) for number, name in enumerate("ab", start=1)}
+    weights: dict[str, Weight] = {"a": 1.0, "b": 1.0}
+    options = BlendOptions(as_dora=as_dora)
+    assert needs_base(adapters, weights, mode=mode, options=options)
+    with pytest.raises(ValueError, match=f"^{next(iter(SHAPES))}: {why}.*; give base= .*--base"):
+        blend(adapters, weights, mode=mode, options=options)
+    blend(adapters, weights, base=base, mode=mode, options=options)
+    off: dict[str, Weight] = {name: 0.0 for name in adapters}
+    assert not needs_base(adapters, off, mode="ties", options=options)
 
 
 def test_loras_can_be_saved_as_a_dora_and_doras_as_a_lora() -> None:
