@@ -236,7 +236,7 @@ METHODS = {"load_state", "read_pickle", "load_lora_weights"}
 # Classes that hold no weights.
 WEIGHTLESS = {"CLIPTokenizer", "AutoTokenizer"}
 # What is no torch module: tokenizers, schedulers, image processors.
-LOOKED_AT = {"dora_diffusion/training/skeleton.py": ["kind.from_pretrained without use_safetensors=True"]}
+LOOKED_AT = {"dora_diffusion/training/meta_pipeline.py": ["kind.from_pretrained without use_safetensors=True"]}
 
 
 def _dangers(source: str) -> list[str]:
