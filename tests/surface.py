@@ -87,9 +87,19 @@ def command_line() -> Surface:
         parser.set_defaults(takes_settings=False)
         add(parser)
         for action in parser._actions:
-            choices = f" {{{','.join(map(str, action.choices))}}}" if action.choices else ""
+            known = _choices(action)
+            choices = f" {{{','.join(known)}}}" if known else ""
             found.append(f"{name} {' '.join(action.option_strings) or action.dest}{choices}")
     return {"flags": sorted(found)}
+
+
+def _choices(action: argparse.Action) -> list[str]:
+    """What an argument may be; names of formats are known once one is given, and each is tried."""
+    from dora_diffusion.formats import FORMATS
+
+    if action.dest == "to" and callable(action.type):
+        return [action.type(name) for name in FORMATS]
+    return [str(choice) for choice in action.choices or ()]
 
 
 def app(demo: gr.Blocks) -> Surface:
