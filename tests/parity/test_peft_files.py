@@ -312,7 +312,8 @@ def test_embeddings_are_written_as_peft_names_them(tmp_path: Path, make: Make) -
     folder = save_adapter(original, tmp_path / "a", format="peft")
     after = reloaded(model, folder / "text_encoder")
     assert_means(original, "text_encoder", before, after, ROUNDED)
-    assert_means(load_adapter(folder), "text_encoder", before, after)
+    # with a magnitude PEFT's merge of an embedding differs from fp64 by less than a rounding to fp32 (3.8e-8 here)
+    assert_means(load_adapter(folder), "text_encoder", before, after, TOLERANCE if make is lora else ROUNDED)
 
 
 def test_pairs_of_other_kinds_are_written_where_they_are_exact(tmp_path: Path) -> None:
