@@ -64,7 +64,7 @@ def test_the_in_axis_draws_as_theirs(kind: str) -> None:
     form = f.gain_form(base.weight, down, up, 1.5, theirs.dora_scale.detach().flatten(), axis="in")
     blended = BlendedLayer(base)
     blended.set_terms([form])
-    blended.set_strengths(torch.ones(1))
+    blended.set_strengths(torch.ones(1, dtype=torch.float64))
     assert_close(blended(x), theirs(x).detach(), computed_in=torch.float64)
     merged = theirs.get_merged_weight()[0].detach()
     assert_close(f.apply_gain_form(base.weight, form), merged.reshape(base.weight.shape), computed_in=torch.float64)

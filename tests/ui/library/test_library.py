@@ -42,7 +42,8 @@ def test_lists_usable_and_broken_files(adapters: Path) -> None:
         "broken": "not a safetensors file, or cut short (14 bytes)",
         "dangling": "cannot be read (No such file or directory)",
         "empty": "not a safetensors file, or cut short (0 bytes)",
-        "folder": "a folder without training's adapter.safetensors and without PEFT's adapter_config.json",
+        "folder": "a folder without training's adapter.safetensors and without PEFT's adapter_config.json; "
+        "expected an adapter file or a folder with one of them",
         r"two\nlines": "its name cannot be shown here; rename the file",
     }
 
