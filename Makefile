@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 MODEL ?= pocket
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
-JOBS ?= auto
+JOBS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 BENCH_FLAGS ?=
 COMMANDS_FLAGS ?=
 FULL_SIZE_FLAGS ?=
@@ -31,7 +31,8 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(PY) examples/demo.py --model $(MODEL) $(DEMO_FLAGS)
 
-# One process a core, but no more than four: each may hold a pipeline and a Chromium. JOBS=0 runs all in one.
+# A process a core and one more, since many tests wait for a browser or a process of their own; no more than four: each
+# may hold a pipeline and a Chromium. JOBS=0 runs all in one.
 test: setup browser
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
