@@ -1,6 +1,6 @@
 """The published models at their real size, on the meta device: found, matched whole, and a step runs on shapes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from inspect import signature
@@ -39,8 +39,9 @@ LAYERS = {
     "Z-Image": (136, 238, 274),
     "Qwen-Image": (480, 720, 844),
 }
-DEPTH = 4
+DEPTH = 2
 DEPTHS = (
+    "transformer_layers_per_block",
     "num_layers",
     "num_single_layers",
     "num_mmdit_layers",
@@ -73,7 +74,12 @@ def _cut(part: Part) -> dict[str, Any]:
 def _cut_depths(config: Mapping[str, Any]) -> dict[str, Any]:
     """Configs of models with several towers hold one for each."""
     cut = {name: _cut_depths(value) if isinstance(value, Mapping) else value for name, value in config.items()}
-    return {**cut, **{name: min(DEPTH, cut[name]) for name in DEPTHS if isinstance(cut.get(name), int)}}
+    return {**cut, **{name: _cut_depth(cut[name]) for name in DEPTHS if cut.get(name) is not None}}
+
+
+def _cut_depth(depth: Any) -> Any:
+    """One for each stage of a UNet, or one."""
+    return [_cut_depth(each) for each in depth] if isinstance(depth, Sequence) else min(DEPTH, depth)
 
 
 def test_every_family_of_published_sizes_has_its_model_and_every_model_a_family() -> None:
