@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, TypeVar
 
 import torch
@@ -151,16 +152,19 @@ class FactoredState:
     @property
     def rank(self) -> int:
         """The rank of the pair that `as_pair` makes, found without making it."""
-        return self._shapes.right.shape[0]
+        return self._sizes[1]
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in kh kw) of the weight."""
-        return self._shapes.left.shape[0], self._shapes.right.shape[1]
+        rows, _, columns = self._sizes
+        return rows, columns
 
-    @property
-    def _shapes(self) -> Pair:
-        return _PAIRS[self.algorithm]({name: tensor.to("meta") for name, tensor in self.factors.items()})
+    @cached_property
+    def _sizes(self) -> tuple[int, int, int]:
+        """(out, r, in kh kw) of the pair; kept, for a product of shapes takes torch a millisecond or two."""
+        pair = _PAIRS[self.algorithm]({name: tensor.to("meta") for name, tensor in self.factors.items()})
+        return pair.left.shape[0], pair.right.shape[0], pair.right.shape[1]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
