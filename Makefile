@@ -15,6 +15,8 @@ FULL_SIZE_FLAGS ?=
 INTERCHANGE_FLAGS ?=
 FUZZ_FLAGS ?=
 PAYLOADS_FLAGS ?=
+# Dozens of tests start a process of their own: each would compile the whole package where this is set.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup demo test test-quantised families bench bench-commands interchange fuzz payloads full-size check format docs release-check browser
 

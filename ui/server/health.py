@@ -1,6 +1,7 @@
 """Whether the app is well, as JSON for those who watch it; and ending it so that nothing is left."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -115,12 +116,20 @@ def on_shutdown(demo: gr.Blocks, session: Session, closers: Sequence[Callable[[]
         while demo.is_running and not asked:
             time.sleep(0.2)
         _tell("Closing …", file=sys.stdout)
-        if not close_all([session.stop_all, *closers, session.close, lambda: demo.close(verbose=False)]):
+        if not close_all([session.stop_all, *closers, session.close, lambda: _cut_off(demo)]):
             _tell(f"A drawing did not end within {CLOSING_SECONDS:g} s and was cut off.", file=sys.stderr)
             os._exit(0)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _cut_off(demo: gr.Blocks) -> None:
+    """Stop serving for good. A page that is still open holds a stream, for which gradio would wait five seconds."""
+    if demo.server is not None:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # that a stream was cut off is no error here
+        demo.server.force_exit = True
+    demo.close(verbose=False)
 
 
 def _tell(line: str, *, file: TextIO) -> None:

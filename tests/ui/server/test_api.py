@@ -26,6 +26,7 @@ from dora_diffusion.generation.png_metadata import (
     picture_texts,  # noqa: E402
 )
 from dora_diffusion.state import AdapterState  # noqa: E402
+from tests.failing_disk import contents  # noqa: E402
 from tests.pocket_random import random_adapter  # noqa: E402
 from tests.ui.scripted import PATIENCE, until  # noqa: E402
 from tests.ui.served import Served, free_port, served  # noqa: E402
@@ -55,6 +56,25 @@ def client(app: Served, tmp_path: Path) -> Iterator[Client]:
     client = Client(app.url, verbose=False, download_files=str(tmp_path / "downloads"))
     yield client
     client.close()
+
+
+@pytest.fixture(scope="module")
+def refusing(
+    pipe: StableDiffusionPipeline, adapter_bytes: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Client]:
+    """A client of one app for all calls that are refused: none of them may change anything, and that is looked at."""
+    folder = tmp_path_factory.mktemp("refusing")
+    (folder / "adapters").mkdir()
+    for name, content in {**adapter_bytes, "broken.safetensors": b"not an adapter"}.items():
+        (folder / "adapters" / name).write_bytes(content)
+    session = Session(pipe, model="random", folder=folder / "adapters", output=folder / "out")
+    with served(session, folder) as app:
+        client = Client(app.url, verbose=False, download_files=False)
+        before = contents(folder), session.loaded
+        yield client
+        client.close()
+        assert (contents(folder), session.loaded) == before
+    session.close()
 
 
 def test_the_endpoints_are_documented_and_no_other_is(client: Client) -> None:
@@ -162,11 +182,11 @@ def test_a_mix_is_drawn_and_blended_alike(
     [{"ink": 3}, {"ink": {"blocks": [1, 1]}}, {"ink": {"blocks": [1, 1, "x"]}}, {"nobody": 1}, {"broken": 1}, ["ink"]],
     ids=str,
 )
-def test_a_wrong_mix_is_refused_alike(client: Client, mix: Any) -> None:
+def test_a_wrong_mix_is_refused_alike(refusing: Client, mix: Any) -> None:
     answers = []
     for api_name, values in (("/generate", ("a", mix)), ("/blend", (mix, "x"))):
         with pytest.raises(AppError) as raised:
-            client.predict(*values, api_name=api_name)
+            refusing.predict(*values, api_name=api_name)
         answers.append(str(raised.value))
     assert answers[0] == answers[1]
 
@@ -186,9 +206,9 @@ def test_a_wrong_mix_is_refused_alike(client: Client, mix: Any) -> None:
         ({"prompt": "a", "options": {"picture": {"path": "/etc/hostname"}}}, "picture: not an upload"),
     ],
 )
-def test_mistakes_are_told_in_one_line(client: Client, call: dict, message: str) -> None:
+def test_mistakes_are_told_in_one_line(refusing: Client, call: dict, message: str) -> None:
     with pytest.raises(AppError) as raised:
-        client.predict(**call, api_name="/generate")
+        refusing.predict(**call, api_name="/generate")
     assert str(raised.value).startswith(message) and "\n" not in str(raised.value)
 
 
@@ -270,6 +290,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from ui.server.health import on_shutdown
 class Demo:
+    server = None
     @property
     def is_running(self):  # asked first when the signals have their handlers
         Path({folder!r}, "up").touch()

@@ -79,7 +79,7 @@ trainer.start(config)
 while planner._process is None:
     time.sleep(0.01)
 class Demo:
-    was_told = False
+    server, was_told = None, False
     @property
     def is_running(self):  # asked first when the signals have their handlers
         if not self.was_told:
