@@ -18,7 +18,7 @@ from dora_diffusion.pipelines.loading import load_pipeline
 from ui.backend.session import Session
 from ui.layout import TABS_AT_ONCE, AppPage, build_page
 from ui.options import UiOptions
-from ui.server.health import health_route, on_shutdown
+from ui.server.health import health_route, on_shutdown, stop_serving
 from ui.server.security import security_middleware
 from ui.theme import CSS, HEAD, theme
 
@@ -40,7 +40,7 @@ class RunningApp:
         """Stop training, drawing and serving."""
         self.page.train.close()
         self.session.close()
-        self.demo.close(verbose=False)
+        stop_serving(self.demo)
 
 
 def build_app(session: Session, options: UiOptions) -> tuple[gr.Blocks, AppPage]:

@@ -1,6 +1,6 @@
 """A random pocket with two adapters on disk, and a session over them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,15 +26,24 @@ def adapter_bytes(pipe: StableDiffusionPipeline, tmp_path_factory: pytest.TempPa
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.fixture(scope="session")
+def make_adapters(adapter_bytes: dict[str, bytes]) -> Callable[[Path], Path]:
+    """Makes the folder `adapters` in a given one, with both adapters and a broken file."""
+
+    def make(within: Path) -> Path:
+        folder = within / "adapters"
+        folder.mkdir()
+        for name, content in {**adapter_bytes, "broken.safetensors": b"not an adapter"}.items():
+            (folder / name).write_bytes(content)
+        return folder
+
+    return make
+
+
 @pytest.fixture
-def adapters(adapter_bytes: dict[str, bytes], tmp_path: Path) -> Path:
+def adapters(make_adapters: Callable[[Path], Path], tmp_path: Path) -> Path:
     """A folder with both adapters and a broken file."""
-    folder = tmp_path / "adapters"
-    folder.mkdir()
-    for name, content in adapter_bytes.items():
-        (folder / name).write_bytes(content)
-    (folder / "broken.safetensors").write_bytes(b"not an adapter")
-    return folder
+    return make_adapters(tmp_path)
 
 
 @pytest.fixture

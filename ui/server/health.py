@@ -90,6 +90,19 @@ def close_all(closers: Sequence[Callable[[], object]], *, seconds: float = CLOSI
     return not worker.is_alive()
 
 
+def stop_serving(demo: gr.Blocks) -> None:
+    """Close a launched app at once. For the stream of a page that is still open, gradio would wait five seconds."""
+    log = logging.getLogger("uvicorn.error")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # that a stream was cut off is no error here
+    if demo.server is not None:
+        demo.server.force_exit = True
+    try:
+        demo.close(verbose=False)
+    finally:
+        log.setLevel(level)
+
+
 def on_shutdown(demo: gr.Blocks, session: Session, closers: Sequence[Callable[[], object]] = ()) -> None:
     """Stay until Ctrl+C, SIGTERM or SIGHUP, then end everything: drawings within a step, the server, `closers`.
 
@@ -116,20 +129,12 @@ def on_shutdown(demo: gr.Blocks, session: Session, closers: Sequence[Callable[[]
         while demo.is_running and not asked:
             time.sleep(0.2)
         _tell("Closing …", file=sys.stdout)
-        if not close_all([session.stop_all, *closers, session.close, lambda: _cut_off(demo)]):
+        if not close_all([session.stop_all, *closers, session.close, lambda: stop_serving(demo)]):
             _tell(f"A drawing did not end within {CLOSING_SECONDS:g} s and was cut off.", file=sys.stderr)
             os._exit(0)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _cut_off(demo: gr.Blocks) -> None:
-    """Stop serving for good. A page that is still open holds a stream, for which gradio would wait five seconds."""
-    if demo.server is not None:
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # that a stream was cut off is no error here
-        demo.server.force_exit = True
-    demo.close(verbose=False)
 
 
 def _tell(line: str, *, file: TextIO) -> None:

@@ -3,7 +3,7 @@
 `app` is one for each journey. A module whose journeys leave one another alone overrides it with `shared_app`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -78,14 +78,11 @@ def app(base: Path, adapters: Path, tmp_path: Path) -> Iterator[RunningApp]:
 
 @pytest.fixture(scope="module")
 def shared_app(
-    base: Path, adapter_bytes: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory
+    base: Path, make_adapters: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningApp]:
     """One app for a module: for `app` in a module whose journeys leave one another alone."""
     folder = tmp_path_factory.mktemp("app")
-    (folder / "adapters").mkdir()
-    for name, content in adapter_bytes.items():
-        (folder / "adapters" / name).write_bytes(content)
-    (folder / "adapters" / "broken.safetensors").write_bytes(b"not an adapter")
+    make_adapters(folder)
     with _started(base, folder) as running:
         yield running
 

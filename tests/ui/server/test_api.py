@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,14 +60,11 @@ def client(app: Served, tmp_path: Path) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def refusing(
-    pipe: StableDiffusionPipeline, adapter_bytes: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory
+    pipe: StableDiffusionPipeline, make_adapters: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Client]:
     """A client of one app for all calls that are refused: none of them may change anything, and that is looked at."""
     folder = tmp_path_factory.mktemp("refusing")
-    (folder / "adapters").mkdir()
-    for name, content in {**adapter_bytes, "broken.safetensors": b"not an adapter"}.items():
-        (folder / "adapters" / name).write_bytes(content)
-    session = Session(pipe, model="random", folder=folder / "adapters", output=folder / "out")
+    session = Session(pipe, model="random", folder=make_adapters(folder), output=folder / "out")
     with served(session, folder) as app:
         client = Client(app.url, verbose=False, download_files=False)
         before = contents(folder), session.loaded
@@ -290,13 +287,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from ui.server.health import on_shutdown
 class Demo:
-    server = None
+    server = SimpleNamespace(force_exit=False)
     @property
     def is_running(self):  # asked first when the signals have their handlers
         Path({folder!r}, "up").touch()
         return True
     def close(self, verbose):
-        Path({folder!r}, "demo").touch()
+        Path({folder!r}, "demo" if self.server.force_exit else "waits for open pages").touch()
 twice = Path({folder!r}, "twice")
 session = SimpleNamespace(stop_all=lambda: None, close=lambda: Path({folder!r}, "session").touch())
 def fail():
