@@ -1,5 +1,6 @@
 """The app as users get it, on a free port, over a session of the tests."""
 
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +11,8 @@ from typing import Any
 import gradio as gr
 import httpx
 
-from tests.ui.scripted import PATIENCE
-from ui.app import serve
+from tests.ui.scripted import PATIENCE, until
+from ui.app import RunningApp, serve
 from ui.backend.session import Session
 from ui.options import UiOptions
 
@@ -61,3 +62,20 @@ def served(session: Session, folder: Path) -> Iterator[Served]:
             yield Served(running.demo, session, running.url, http)
     finally:
         running.close()
+
+
+@contextmanager
+def left_as_found(app: RunningApp) -> Iterator[RunningApp]:
+    """Lend a shared app: afterwards nothing draws, its adapters are those of before, and its output folder is empty."""
+    session, folder = app.session, app.session.library.folder
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    yield app
+    until(lambda: not session.busy)
+    for path in {path for path in folder.rglob("*") if path.is_file()} - before.keys():
+        path.unlink()
+    for path, content in before.items():
+        if not path.is_file() or path.read_bytes() != content:
+            path.write_bytes(content)
+    session.library.refresh()
+    shutil.rmtree(session.output)
+    session.output.mkdir()

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -107,12 +106,11 @@ class Tab:
         box.press("Tab")
         expect(self.page.locator(f"#{elem_id} input[type=range]")).to_have_value(value)
 
-    def snap(self, name: str) -> Path:
-        """Keep a screenshot of the whole page; SCREENSHOTS says where (default: a temporary folder)."""
-        folder = Path(os.environ.get("SCREENSHOTS", Path(tempfile.gettempdir()) / "dora-screenshots"))
-        folder.mkdir(parents=True, exist_ok=True)
-        self.page.screenshot(path=folder / f"{name}.png", full_page=True)
-        return folder / f"{name}.png"
+    def snap(self, name: str) -> None:
+        """Keep a screenshot of the whole page in the folder that SCREENSHOTS names; without it nobody would look."""
+        if folder := os.environ.get("SCREENSHOTS"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
 
     def dark(self) -> None:
         """Reload in the dark theme."""

@@ -1,8 +1,10 @@
 """The app as a user gets it, on a free port, and a tab that shows it. Journeys are skipped aloud without a Chromium.
 
-`app` is one for each journey. A module whose journeys leave one another alone overrides it with `shared_app`.
+`app` is one for each journey. A module whose journeys leave one another alone overrides it with `shared_app`, and one
+whose journeys draw, count and remove files with what `served.left_as_found` lends of it.
 """
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,14 +90,20 @@ def shared_app(
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[BrowserContext]:
-    """A browser for a module: its tabs share what they have fetched of the page, and nothing else."""
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext]:
+    """A browser for a module: its tabs share what they have fetched of the page, and nothing else.
+
+    With a folder for it: only so does Chromium keep the scripts as it has compiled them, a third of a page's cost.
+    """
+    profile = tmp_path_factory.mktemp("chromium")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
-        context = browser.new_context(viewport=DESKTOP)
+        context = playwright.chromium.launch_persistent_context(
+            profile, executable_path=CHROMIUM, args=SWITCHES, viewport=DESKTOP
+        )
         context.set_default_timeout(PATIENCE_MS)
         yield context
-        browser.close()
+        context.close()
+    shutil.rmtree(profile, ignore_errors=True)
 
 
 @pytest.fixture

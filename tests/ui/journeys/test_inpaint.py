@@ -1,6 +1,7 @@
 """A part of a picture is painted over and drawn anew; restored, it is there again and draws the same picture."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,19 @@ from playwright.sync_api import FloatRect, Locator, expect
 
 from dora_diffusion.generation.img2img import Canvas
 from dora_diffusion.generation.png_metadata import picture_sha256
+from tests.ui.served import left_as_found
 from tests.ui.tab import PATIENCE_MS, PHONE, Tab
 from ui.app import RunningApp
 from ui.backend.request import DetailValues, DrawRequest, SlotValues, check_adapters, check_settings
 
 _LEVEL = "(c, [x, y]) => c.getContext('2d').getImageData(x * c.width, y * c.height, 1, 1).data[3]"
+
+
+@pytest.fixture
+def app(shared_app: RunningApp) -> Iterator[RunningApp]:
+    """One for all of these journeys, without the pictures of those before."""
+    with left_as_found(shared_app) as app:
+        yield app
 
 
 @pytest.fixture
@@ -86,8 +95,8 @@ def _change_everything(tab: Tab) -> None:
     page.locator("#canvas-fold > button").click()
 
 
-def test_what_was_painted_comes_back_and_draws_the_same(tab: Tab, photo: Path, tmp_path: Path) -> None:
-    page, out = tab.page, tmp_path / "out"
+def test_what_was_painted_comes_back_and_draws_the_same(tab: Tab, app: RunningApp, photo: Path) -> None:
+    page, out = tab.page, app.session.output
     page.locator("#prompt textarea").fill("a cat")
     tab.set_number("steps", "4")
     tab.pick(1, "ink")
@@ -162,7 +171,7 @@ def test_a_mask_of_any_size_survives_until_it_is_painted_on(tab: Tab, app: Runni
     assert same == origin and np.array_equal(before, undone)
 
 
-def test_the_painter_erases_undoes_and_fits_a_phone(tab: Tab, photo: Path, tmp_path: Path) -> None:
+def test_the_painter_erases_undoes_and_fits_a_phone(tab: Tab, app: RunningApp, photo: Path) -> None:
     page = tab.page
     tab.pick(1, "ink")
     canvas = _put_in(tab, photo)
@@ -190,7 +199,7 @@ def test_the_painter_erases_undoes_and_fits_a_phone(tab: Tab, photo: Path, tmp_p
 
     page.locator("#canvas [data-deed=clear]").click()
     tab.set_number("steps", "2")
-    _, origin = _facts(_draw(tab, tmp_path / "out", pictures=1))
+    _, origin = _facts(_draw(tab, app.session.output, pictures=1))
     assert origin["picture"] and not origin["mask"]
 
 

@@ -1,15 +1,25 @@
 """A picture is drawn, found in the history, restored, dropped, kept as a preset, exported and drawn from the file."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Page, expect
 
+from tests.ui.served import left_as_found
 from tests.ui.tab import PATIENCE_MS, Tab
 from ui.app import RunningApp
 from ui.backend.request import DrawRequest, SlotValues, check_adapters, check_settings
 from ui.backend.session import Session
 
 LONG_PATIENCE_MS = 3 * PATIENCE_MS
+
+
+@pytest.fixture
+def app(shared_app: RunningApp) -> Iterator[RunningApp]:
+    """One for all of these journeys, without the pictures, presets and adapters of those before."""
+    with left_as_found(shared_app) as app:
+        yield app
 
 
 def _drawn(session: Session, prompt: str, strength: float) -> Path:

@@ -68,6 +68,7 @@ def test_another_base_and_a_phone(tab: Tab) -> None:
     tab.pick(1, "ink")
     tab.choose("model", "pocket-dit")
     expect(page.locator("#news")).to_contain_text("sd3", timeout=LONG_MS)
+    tab.expect_toast("ink")  # put away: it would cover the button until it goes by itself
     page.locator("#generate").click()
     expect(page.get_by_test_id("toast-body").first).to_contain_text(
         "ink", timeout=PATIENCE_MS

@@ -82,7 +82,9 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     trainer = Trainer()
     fields = replace(FIELDS, samples="a zqx cat", text_encoder=True)
-    run = trainer.start(build_config(fields, model=str(base), roots=_make_roots(folder), runs=folder / "runs"))
+    config = build_config(fields, model=str(base), roots=_make_roots(folder), runs=folder / "runs")
+    quick = config.preview.model_copy(update={"steps": 2})  # how good the samples are is asked nowhere
+    run = trainer.start(config.model_copy(update={"preview": quick}))
     _wait(trainer)
     assert trainer.state().phase == "done", (run / LOG).read_text()
     trainer.close()
