@@ -8,12 +8,16 @@ left that adds to it; until then the sum is written in place, so that a compiled
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dora_diffusion.functional.dora import master_dtype
 from dora_diffusion.functional.strengths import Weight, strength_at
+from dora_diffusion.layers.fuse import on_saving, save_kept
 from dora_diffusion.pipelines.modules import PipelineModules
 
 Values = tuple[tuple[str, float], ...]
@@ -24,6 +28,7 @@ class _Offset:
     """A parameter of the pipeline that adapters may add to.
 
     Attributes:
+        component: the pipeline's component that it is in.
         owner: the module that has it; never a BlendedLayer, but the base inside it.
         name: what it is called there.
         kept: the very tensor that it was.
@@ -31,6 +36,7 @@ class _Offset:
         values: (adapter, strength) of what it holds now, by name; only strengths that are not 0.
     """
 
+    component: nn.Module
     owner: nn.Module
     name: str
     kept: Tensor
@@ -67,6 +73,14 @@ class Offsets:
     def __init__(self, pipe_modules: PipelineModules) -> None:
         self._pipe_modules = pipe_modules
         self._offsets: dict[str, _Offset] = {}
+        self._hooks: dict[str, RemovableHandle] = {}
+        self.are_saved = False
+        """Whether a state dict holds the sums; else it holds what the parameters were."""
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        """The components that hold any, by name."""
+        return {path.split(".", 1)[0]: offset.component for path, offset in self._offsets.items()}
 
     @torch.no_grad()
     def install(self, adapters: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -77,16 +91,24 @@ class Offsets:
         """
         wanted = dict.fromkeys(path for vectors in adapters.values() for path in vectors)
         for path in [path for path in self._offsets if path not in wanted]:
+            self._hooks.pop(path).remove()
             self._offsets.pop(path).restore()
         for path in wanted:
             if path not in self._offsets:
                 _, owner, name = self._pipe_modules.parameter(path)
-                offset = self._offsets[path] = _Offset(owner, name, owner.get_parameter(name).data)
+                model = self._pipe_modules.model(path.split(".", 1)[0])
+                assert model is not None  # the parameter was found in it
+                offset = self._offsets[path] = _Offset(model, owner, name, owner.get_parameter(name).data)
                 offset.parameter.data = offset.kept.clone()
+                self._hooks[path] = on_saving(owner, partial(self._save, offset))
             offset = self._offsets[path]
             offset.vectors = {name: vectors[path] for name, vectors in adapters.items() if path in vectors}
             if any(name not in offset.vectors for name, _ in offset.values):
                 offset.write(())
+
+    def _save(self, offset: _Offset, owner: Any, state: Any, prefix: str, metadata: Any) -> None:
+        if not self.are_saved:
+            save_kept(owner, state, prefix, metadata, name=offset.name, kept=offset.kept)
 
     @torch.no_grad()
     def set_strengths(self, weights: Mapping[str, Weight], factors: Mapping[str, float], *, prefix: str = "") -> None:

@@ -4,15 +4,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dora_diffusion.adapters.matching import Loaded
 from dora_diffusion.functional.dora import GainForm, gain_form, scale_gain_form, sum_gain_forms
 from dora_diffusion.functional.strengths import Weight, strength_at
 from dora_diffusion.layers.base_layers import Base, dense_weight
 from dora_diffusion.layers.blended import BlendedLayer
+from dora_diffusion.layers.offloaded import device_of, move_hook, value_of
 from dora_diffusion.layers.step_counter import stamp
-from dora_diffusion.pipelines.modules import PipelineModules, at_hand
+from dora_diffusion.pipelines.modules import PipelineModules, at_hand, parent_of, put
 from dora_diffusion.state import ModuleState
 
 Adapters = Mapping[str, Loaded]
@@ -24,16 +25,29 @@ class _Slot:
     """A layer of the pipeline that adapters may change.
 
     Attributes:
-        layer: stands in the pipeline for its base.
+        model: the pipeline's component that has it.
+        path: where, without the component.
+        layer: stands in the model for its base.
         names: the adapters that it holds, sorted, so that sums do not depend on the order of loading or naming.
         strengths: theirs, in the same order.
         stamp: of the base's weight when the gain forms were computed.
     """
 
+    model: nn.Module
+    path: str
     layer: BlendedLayer
     names: tuple[str, ...] = ()
     strengths: tuple[float, ...] = ()
     stamp: tuple[int, int, int] = (0, 0, 0)
+
+    def stand_in(self) -> None:
+        """Let the layer stand in the model."""
+        put(self.model, self.path, self.layer)
+
+    def stand_aside(self) -> None:
+        """Let the base stand there."""
+        move_hook(self.layer, self.layer.base)
+        put(self.model, self.path, self.layer.base)
 
 
 class Slots:
@@ -53,6 +67,16 @@ class Slots:
         return {path: self._base(path) for path in self._slots}
 
     @property
+    def components(self) -> dict[str, nn.Module]:
+        """The components that hold any, by name."""
+        return {path.split(".", 1)[0]: slot.model for path, slot in self._slots.items()}
+
+    @property
+    def places(self) -> list[tuple[nn.Module, str]]:
+        """The modules that have blended layers, and what they call them."""
+        return [parent_of(slot.model, slot.path) for slot in self._slots.values()]
+
+    @property
     def has_room(self) -> bool:
         """Whether room is set aside, for hot swap."""
         return self._room is not None
@@ -61,9 +85,9 @@ class Slots:
         """Let blended layers with room for a rank stand at these paths, whatever is loaded."""
         self._room = room
         for path in paths:
-            slot = self._slots[path] = _Slot(BlendedLayer(self._base(path)))
+            slot = self._slots[path] = self._new(path)
             slot.layer.set_terms([], room)
-            self._pipe_modules.put(path, slot.layer)
+            slot.stand_in()
 
     def check_reserved(self, label: str, modules: Mapping[str, ModuleState]) -> None:
         """A ValueError of one line when room is set aside, and some module does not fit in."""
@@ -101,12 +125,17 @@ class Slots:
             return
         wanted = dict.fromkeys(path for loaded in adapters.values() for path in loaded.modules)
         for path in [path for path in self._slots if path not in wanted]:
-            self._pipe_modules.put(path, self._slots.pop(path).layer.base)
+            self._slots.pop(path).stand_aside()
         for path in wanted:
             if path not in self._slots:
-                slot = self._slots[path] = _Slot(BlendedLayer(self._base(path)))
-                slot.stamp = stamp(slot.layer.base.weight)
-                self._pipe_modules.put(path, slot.layer)
+                slot = self._slots[path] = self._new(path)
+                slot.stamp = _stamp(slot.layer.base)
+                slot.stand_in()
+
+    def take_hooks(self) -> None:
+        """Give the bases the hooks that accelerate has put on blended layers since: it offloads what it finds."""
+        for slot in self._slots.values():
+            move_hook(slot.layer, slot.layer.base)
 
     def clear(self) -> None:
         """Take every blended layer out, and forget the room."""
@@ -115,24 +144,24 @@ class Slots:
 
     def stand_in(self) -> None:
         """Let the blended layers stand in the pipeline."""
-        for path, slot in self._slots.items():
-            self._pipe_modules.put(path, slot.layer)
+        for slot in self._slots.values():
+            slot.stand_in()
 
     def stand_aside(self) -> None:
         """Let the bases stand in the pipeline, while a mix is folded into them."""
-        for path, slot in self._slots.items():
-            self._pipe_modules.put(path, slot.layer.base)
+        for slot in self._slots.values():
+            slot.stand_aside()
 
     @torch.no_grad()
     def fill(self, adapters: Adapters, weights: Weights) -> None:
         """Let every slot hold the adapters that now have a strength on it; `set_strengths` must follow."""
         for path, slot in self._slots.items():
             base, active = self._base(path), _active(path, adapters, weights)
-            names, now = tuple(name for name, _ in active), stamp(base.weight)
+            names, now = tuple(name for name, _ in active), _stamp(base)
             if now != slot.stamp:
                 for loaded in adapters.values():
                     if path in loaded.modules:
-                        loaded.terms[path] = _term(loaded.modules[path].to(device=base.weight.device), base)
+                        loaded.terms[path] = _term(loaded.modules[path].to(device=device_of(base)), base)
             if names != slot.names or now != slot.stamp:
                 slot.layer.set_terms([adapters[name].terms[path] for name in names], self._room)
             slot.names, slot.strengths, slot.stamp = names, tuple(strength for _, strength in active), now
@@ -145,7 +174,7 @@ class Slots:
                 continue
             factored = zip(slot.names, slot.strengths, strict=True)
             values = tuple(strength * factors.get(name, 1.0) for name, strength in factored)
-            device = slot.layer.base.weight.device
+            device = device_of(slot.layer.base)
             key = (device, *values)
             if key not in made:
                 made[key] = torch.tensor(values, dtype=torch.float32, device=device)
@@ -156,10 +185,20 @@ class Slots:
         held = {path: slot for path, slot in self._slots.items() if slot.names}
         return {path: (self._base(path), _sum(path, slot, adapters)) for path, slot in held.items()}
 
+    def _new(self, path: str) -> _Slot:
+        component, inner = path.split(".", 1)
+        model = self._pipe_modules.model(component)
+        assert model is not None  # the path was found in it
+        return _Slot(model, inner, BlendedLayer(self._base(path)))
+
     def _base(self, path: str) -> Base:
         base = self._slots[path].layer.base if path in self._slots else self._pipe_modules.layer(path)[1]
-        at_hand(path, base.weight)
+        at_hand(path, value_of(base, "weight"))
         return base
+
+
+def _stamp(base: Base) -> tuple[int, int, int]:
+    return stamp(value_of(base, "weight"))
 
 
 def _active(path: str, adapters: Adapters, weights: Weights) -> list[tuple[str, float]]:

@@ -1,26 +1,31 @@
 """Hooks on a denoiser that change adapters' strengths as a picture is drawn: schedules over the run, masks over it."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dora_diffusion.families import Family
+from dora_diffusion.families import Family, family_of_denoiser
 from dora_diffusion.functional.masks import added_inside, mask_on, prediction_of, with_prediction
-from dora_diffusion.functional.schedules import Schedule, progress_of, timestep_of
+from dora_diffusion.functional.schedules import Schedule, progress_of, scheduler_time, timestep_of
+from dora_diffusion.pipelines.components import denoisers_of, live_model, timed_of
 
-SetStrengths = Callable[[Mapping[str, float]], None]
+SetStrengths = Callable[[str, Mapping[str, float]], None]
 
 
 class DenoiserHooks:
-    """The schedules and masks of a pipeline's adapters. Hooks stand on its denoiser exactly while one needs them."""
+    """The schedules and masks of a pipeline's adapters. Hooks stand on its denoisers exactly while one needs them.
 
-    def __init__(self, pipe: Any, family: Family, set_strengths: SetStrengths) -> None:
-        """`set_strengths` gives the denoiser's layers theirs, times a factor for each adapter that it names."""
+    A schedule is followed by ControlNets, too, which are told the time as denoisers are.
+    """
+
+    def __init__(self, pipe: Any, set_strengths: SetStrengths) -> None:
+        """`set_strengths` gives a component's layers theirs, times a factor for each adapter that it names."""
         self._pipe = pipe
-        self._family = family
         self._set_strengths = set_strengths
         self._schedules: dict[str, Schedule] = {}
         self._masks: dict[str, Tensor] = {}
@@ -36,14 +41,14 @@ class DenoiserHooks:
         self._schedules.pop(name, None)
         if schedule is not None:
             self._schedules[name] = schedule
-        self._stand()
+        self.stand()
 
     def set_mask(self, name: str, mask: Tensor | None) -> None:
         """Set or end an adapter's mask, (1, 1, h, w) in 0..1."""
         self._masks.pop(name, None)
         if mask is not None:
             self._masks[name] = mask
-        self._stand()
+        self.stand()
 
     def forget(self, name: str) -> None:
         """End whatever an adapter has."""
@@ -51,37 +56,84 @@ class DenoiserHooks:
             self._schedules.pop(name, None)
             self.set_mask(name, None)
 
-    def _stand(self) -> None:
+    def stand(self) -> None:
         """Put the hooks where they belong now; between drawings every adapter has its plain strength."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._set_strengths({})
-        if self.is_needed:
-            denoiser = getattr(self._pipe, self._family.denoiser.name)
-            before = denoiser.register_forward_pre_hook(self._before, with_kwargs=True)
-            after = denoiser.register_forward_hook(self._after, with_kwargs=True)
-            self._hooks = [before, after]
+        denoisers = denoisers_of(self._pipe)
+        for component in timed_of(self._pipe):
+            self._set_strengths(component, {})
+            if self.is_needed:
+                self._hook(component, predicts=component in denoisers)
 
-    def _factors(self, arguments: Any, keywords: Any, masked: str | None) -> dict[str, float]:
+    def _hook(self, component: str, *, predicts: bool) -> None:
+        """Stand outside a compiled model."""
+        model = live_model(self._pipe, component)
+        if getattr(model, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"{component} was compiled in place, which leaves no step to change strengths at: compile it as "
+                f"pipe.{component} = torch.compile(pipe.{component})"
+            )
+        call = _Call(component, family_of_denoiser(getattr(model, "_orig_mod", model)))
+        before = partial(self._before, call)
+        self._hooks.append(model.register_forward_pre_hook(before, with_kwargs=True))
+        if predicts:
+            after = partial(self._after, call)
+            self._hooks.append(model.register_forward_hook(after, with_kwargs=True, prepend=True))
+
+    def _factors(self, call: "_Call", arguments: Any, keywords: Any, masked: str | None) -> dict[str, float]:
         """Each adapter's factor at a call of the denoiser: its schedule's, and 0 for masked ones but `masked`."""
         factors: dict[str, float] = {}
         if self._schedules:
-            time = self._family.scheduler_time(torch.as_tensor(timestep_of(arguments, keywords)))
-            progress = progress_of(time, self._pipe.scheduler.timesteps)
+            progress = call.progress(self._pipe, timestep_of(arguments, keywords))
             factors = {name: schedule.at(progress) for name, schedule in self._schedules.items()}
         return {**factors, **dict.fromkeys((name for name in self._masks if name != masked), 0.0)}
 
-    def _before(self, module: nn.Module, arguments: Any, keywords: Any) -> None:
-        self._set_strengths(self._factors(arguments, keywords, None))
+    def _before(self, call: "_Call", module: nn.Module, arguments: Any, keywords: Any) -> None:
+        self._set_strengths(call.component, self._factors(call, arguments, keywords, None))
 
-    def _after(self, module: nn.Module, arguments: Any, keywords: Any, output: Any) -> Any:
+    def _after(self, call: "_Call", module: nn.Module, arguments: Any, keywords: Any, output: Any) -> Any:
         if not self._masks:
             return output
         without = mixed = prediction_of(output)
-        grid = self._family.grid(arguments, keywords)
+        grid = call.grid(without, arguments, keywords)
         for name, mask in self._masks.items():
-            self._set_strengths(self._factors(arguments, keywords, name))
+            self._set_strengths(call.component, self._factors(call, arguments, keywords, name))
             inside = prediction_of(module.forward(*arguments, **keywords))
             mixed = added_inside(mixed, without, inside, mask_on(mask, without, grid))
         return with_prediction(output, mixed)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How a component is called: its name, and its family where one knows the model."""
+
+    component: str
+    family: Family | None
+
+    def progress(self, pipe: Any, timestep: Any) -> float:
+        """How far the run of the pipeline's scheduler is."""
+        scheduler = getattr(pipe, "scheduler", None)
+        timesteps = getattr(scheduler, "timesteps", None)
+        if timesteps is None:
+            raise ValueError("a schedule needs a pipeline with a scheduler, whose timesteps tell how far a run is")
+        time = torch.as_tensor(timestep)
+        if self.family is not None:
+            return progress_of(self.family.scheduler_time(time), timesteps)
+        return progress_of(scheduler_time(time, timesteps), timesteps)
+
+    def grid(self, prediction: Tensor, arguments: Any, keywords: Any) -> tuple[int, int] | None:
+        """Rows and columns of a prediction's tokens; None where it predicts maps.
+
+        Raises:
+            ValueError: it predicts tokens, and nobody here knows in which order.
+        """
+        if self.family is not None:
+            return self.family.grid(arguments, keywords)
+        if prediction.dim() < 4:
+            raise ValueError(
+                f"{self.component}: where its {tuple(prediction.shape)} tokens lie in the picture is not known here, "
+                "so that no mask can be laid on them: set_mask(NAME, None), or use a model of a family with a record"
+            )
+        return None

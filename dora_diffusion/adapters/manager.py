@@ -8,21 +8,22 @@ other modes of `blend_modes` are no such sum: their weights are computed densely
 change.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from dora_diffusion.adapters.bias_offsets import Offsets
 from dora_diffusion.adapters.blended_layers import Slots
+from dora_diffusion.adapters.call_hooks import CallHooks, refuse_fused_projections
 from dora_diffusion.adapters.denoiser_hooks import DenoiserHooks
-from dora_diffusion.adapters.matching import Loaded, LoadReport, fit, kind_in_words
-from dora_diffusion.families import family_of_pipeline
+from dora_diffusion.adapters.matching import Fitted, Loaded, LoadReport, fit, kind_in_words
 from dora_diffusion.formats import load_examined
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.functional.dora import master_dtype
@@ -31,20 +32,35 @@ from dora_diffusion.functional.schedules import schedule_of
 from dora_diffusion.functional.strengths import Weight, check_strength, is_meant, strength_at
 from dora_diffusion.layers.base_layers import dense_weight
 from dora_diffusion.layers.fuse import Change, FusedWeights, check_fusable, fuse_weights, fuse_weights_by
-from dora_diffusion.layers.targets import target_paths
-from dora_diffusion.pipelines.modules import PipelineModules
+from dora_diffusion.layers.targets import preset_paths, target_paths
+from dora_diffusion.pipelines.components import adaptable_models, as_pipeline, denoisers_of, name_of_pipeline
+from dora_diffusion.pipelines.modules import PipelineModules, at_hand
 from dora_diffusion.state import AdapterState, ModuleState, term_of
 from dora_diffusion.utils.checks import check_type
+from dora_diffusion.utils.locks import Lock
+
+Method = Callable[..., Any]
+
+
+def _alone(method: Method) -> Method:
+    """Let a method of the manager run by itself: other threads' calls, and the step that is being drawn, come first."""
+
+    @wraps(method)
+    def locked(self: "AdapterManager", *arguments: Any, **keywords: Any) -> Any:
+        with self._lock:
+            return method(self, *arguments, **keywords)
+
+    return locked
 
 
 class AdapterManager:
     """Adapters of one pipeline. The pipeline stays an ordinary diffusers pipeline throughout.
 
-    Args:
-        pipe: a diffusers pipeline.
+    Any pipeline will do, of whatever class, and a model by itself: layers only ask for its modules. A component that is
+    replaced (`pipe.unet = other`) gets the adapters at the next call that loads or sets something.
 
-    Raises:
-        ValueError: the pipeline is of no family known here.
+    Args:
+        pipe: a diffusers pipeline, a modular one, an object that has models as attributes, or a model.
 
     Examples:
         ```python
@@ -66,21 +82,30 @@ class AdapterManager:
     """
 
     def __init__(self, pipe: Any) -> None:
-        self._family = family_of_pipeline(pipe)
-        self._pipe_modules = PipelineModules(pipe, [part.name for part in self._family.components])
+        pipe = as_pipeline(pipe)
+        if not adaptable_models(pipe):
+            raise ValueError(
+                f"{type(pipe).__name__} has no denoiser, text encoder or ControlNet that adapters could change; "
+                "expected a pipeline that is loaded, or a model"
+            )
+        self._pipe = pipe
+        self._pipe_modules = PipelineModules(pipe)
         self._slots = Slots(self._pipe_modules)
         self._offsets = Offsets(self._pipe_modules)
         self._adapters: dict[str, Loaded] = {}
         self._weights: dict[str, Weight] = {}
         self._blend = ADDITIVE
         self._fused: FusedWeights | None = None  # of `fuse`, or of a mode that is not additive
-        self._hooks = DenoiserHooks(pipe, self._family, self._set_denoiser_strengths)
+        self._lock = Lock()
+        self._scales: dict[str, float] = {}  # of the call that is being drawn, by component
+        self._hooks = DenoiserHooks(pipe, self._set_strengths)
+        self._calls = CallHooks(pipe, self._lock, self._set_scale)
 
     def __repr__(self) -> str:
         held = {name: self._weights.get(name, 0.0) for name in self._adapters}
         adapters = ", ".join(f"{name} {weight}" for name, weight in held.items()) or "no adapters"
         blend = "" if self._blend == ADDITIVE else f"; {self._blend}"
-        return f"AdapterManager({self._family.name}: {adapters}{blend}{'; fused' if self._is_fused else ''})"
+        return f"AdapterManager({name_of_pipeline(self._pipe)}: {adapters}{blend}{'; fused' if self._is_fused else ''})"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -91,6 +116,16 @@ class AdapterManager:
     def weights(self) -> dict[str, Weight]:
         """Strengths as last set; an adapter not named has 0."""
         return dict(self._weights)
+
+    @property
+    def active(self) -> dict[str, Weight]:
+        """The adapters that change what is drawn now, and their strengths."""
+        return {name: weight for name, weight in self._weights.items() if _is_felt(weight)}
+
+    @property
+    def loaded(self) -> dict[str, LoadReport]:
+        """The adapters that are loaded, whatever their strengths: name -> what was loaded; `reports` is the same."""
+        return self.reports
 
     @property
     def blend(self) -> str:
@@ -117,6 +152,7 @@ class AdapterManager:
         """What tells the axis of a magnitude when its file does not."""
         return dense_weight(self._pipe_modules.layer(path)[1])
 
+    @_alone
     @torch.no_grad()
     def load_adapter(self, source: str | Path | AdapterState, *, name: str) -> LoadReport:
         """Load an adapter under a name, at strength 0 (call `set_adapters` next); a run's folder will do for its file.
@@ -129,8 +165,10 @@ class AdapterManager:
         if name in self._adapters:
             raise ValueError(f"an adapter named {name!r} is loaded already; delete it first or choose another name")
         self._refuse_while_fused("load an adapter")
+        self._follow()
         adapter, label, sha256 = self._read(source, name)
         fitted = fit(adapter, label, self._pipe_modules)
+        refuse_fused_projections([self._pipe_modules.place(path) for path in fitted.modules])
         self._slots.check_reserved(label, fitted.modules)
         report = LoadReport(
             name=name,
@@ -150,6 +188,7 @@ class AdapterManager:
             self._install()
         return report
 
+    @_alone
     def set_adapters(self, weights: Mapping[str, Weight], blend: str = ADDITIVE) -> None:
         """Set the strengths: `{"ink": 0.8}` or by part, `{"ink": {"unet": 0.8, "unet.up_blocks": 1.2}}`.
 
@@ -166,6 +205,7 @@ class AdapterManager:
                 number, or a mode that cannot mix these adapters here. Whatever is raised, nothing has changed then.
         """
         self._refuse_while_fused("change strengths")
+        self._follow()
         check_type("set_adapters: strengths by adapter", weights, Mapping)
         for name, weight in weights.items():
             check_strength(name, weight, self._loaded(name).paths)
@@ -180,6 +220,7 @@ class AdapterManager:
             self._mix(*before)
             raise
 
+    @_alone
     def set_schedule(self, name: str, points: Sequence[Sequence[float]] | None) -> None:
         """Let an adapter's strength change over the run: `[(0.0, 0.0), (0.3, 1.0)]` fades it in; None ends it.
 
@@ -193,8 +234,10 @@ class AdapterManager:
         self._refuse_while_fused("set a schedule")
         self._refuse_while_folded("a schedule")
         self._loaded(name)
+        self._follow()
         self._hooks.set_schedule(name, None if points is None else schedule_of(points))
 
+    @_alone
     def set_mask(self, name: str, mask: Image.Image | Tensor | None) -> None:
         """Let an adapter draw in a part of the picture only: 1 (white) inside, 0 outside; None ends it.
 
@@ -208,8 +251,10 @@ class AdapterManager:
         self._refuse_while_fused("set a mask")
         self._refuse_while_folded("a mask")
         self._loaded(name)
+        self._follow()
         self._hooks.set_mask(name, None if mask is None else mask_of(mask))
 
+    @_alone
     def enable_hotswap(self, *, max_rank: int, target_modules: str | list[str] | None = None) -> None:
         """Set aside room at every target layer, so that adapters come and go without recompiling a compiled model.
 
@@ -230,16 +275,16 @@ class AdapterManager:
         if max_rank < 1:
             raise ValueError(f"max_rank must be at least 1, got {max_rank}")
         self._refuse_while_folded("hot swap")
-        for part in self._family.components:
-            model = self._pipe_modules.model(part.name)
-            if model is None:
-                continue
-            is_preset = not isinstance(target_modules, list) and target_modules in (None, *part.presets)
-            if not is_preset and part is not self._family.denoiser:
-                continue
-            inner = target_paths(model, target_modules)
-            self._slots.reserve([f"{part.name}.{path}" for path in inner], max_rank)
+        preset = None if isinstance(target_modules, list) else target_modules or "attention"
+        denoisers = denoisers_of(self._pipe)
+        for component, model in adaptable_models(self._pipe).items():
+            inner = None if preset is None else preset_paths(model, preset)
+            if inner is None and component in denoisers:
+                inner = target_paths(model, target_modules)
+            self._slots.reserve([f"{component}.{path}" for path in inner or ()], max_rank)
+        self._calls.install(self._slots.places, self._touched)
 
+    @_alone
     @torch.no_grad()
     def fuse(self) -> None:
         """Fold the current mix into the base's weights: drawing then costs exactly what the base costs."""
@@ -247,15 +292,22 @@ class AdapterManager:
         self._refuse_while_folded("fuse()")
         if self._hooks.is_needed:
             raise ValueError("cannot fuse while a schedule or mask is set: strengths change as the picture is drawn")
+        self._follow()
+        for path, base in self._slots.bases.items():
+            at_hand(path, base.weight)
+        self._calls.refuse_fused_projections()
         self._fused = fuse_weights(self._slots.forms(self._adapters))
+        self._offsets.are_saved = True
         self._slots.stand_aside()
 
+    @_alone
     def unfuse(self) -> None:
         """Undo `fuse`: the base's weights are again what they were, bit for bit, and the mix runs beside them."""
         if not self._is_fused:
             raise ValueError("nothing is fused")
         self._unfold()
 
+    @_alone
     def delete_adapter(self, name: str) -> None:
         """Forget one adapter; the others keep their strengths."""
         self._loaded(name)
@@ -267,14 +319,15 @@ class AdapterManager:
         self._install()
         self.set_adapters(self._weights, self._blend)
 
+    @_alone
     def unload(self) -> None:
         """Forget all adapters; every module of the pipeline is the very one that was there before."""
         self._unfold()
         for name in self.names:
             self._hooks.forget(name)
         self._adapters, self._weights, self._blend = {}, {}, ADDITIVE
-        self._install()
         self._slots.clear()
+        self._install()
 
     def _loaded(self, name: str) -> Loaded:
         if name not in self._adapters:
@@ -284,22 +337,71 @@ class AdapterManager:
     def _install(self) -> None:
         self._slots.install(self._adapters)
         self._offsets.install({name: loaded.vectors for name, loaded in self._adapters.items()})
+        if self._adapters or self._slots.has_room:
+            self._calls.install(self._slots.places, self._touched)
+        else:
+            self._calls.remove()
+
+    @property
+    def _touched(self) -> dict[str, nn.Module]:
+        """The components that adapters change, or for which room is set aside."""
+        return {**self._offsets.components, **self._slots.components}
+
+    def _follow(self) -> None:
+        """Where a component was replaced since, let the adapters move on to the new one.
+
+        Raises:
+            ValueError: they do not fit it; nothing has changed then.
+        """
+        self._slots.take_hooks()
+        replaced = [name for name, model in self._touched.items() if self._pipe_modules.model(name) is not model]
+        if not replaced:
+            return
+        if self._slots.has_room:
+            raise ValueError(f"{replaced[0]} was replaced, and enable_hotswap's room is in the old one: unload() first")
+        fitted: dict[str, Fitted] = {}
+        for name, loaded in self._adapters.items():
+            label = f"{replaced[0]} was replaced; {name}"
+            fitted[name] = fit(AdapterState(loaded.modules, vectors=loaded.vectors), label, self._pipe_modules)
+        blend = self._blend
+        self._unfold()
+        self._blend = ADDITIVE
+        self._slots.install({})
+        self._offsets.install({})
+        self._adapters = {
+            name: replace(
+                self._adapters[name], modules=f.modules, vectors=f.vectors, terms=self._slots.terms(f.modules)
+            )
+            for name, f in fitted.items()
+        }
+        self._install()
+        self._hooks.stand()
+        self._mix(self._weights, blend)
 
     def _mix(self, weights: dict[str, Weight], blend: str) -> None:
         self._unfold()
         self._weights, self._blend = weights, ADDITIVE
         self._slots.fill(self._adapters, weights if blend == ADDITIVE else {})
-        self._set_strengths("", {})
+        for component in self._touched:
+            self._set_strengths(component, {})
         if blend != ADDITIVE:
             self._fold_as(blend)
 
-    def _set_strengths(self, prefix: str, factors: Mapping[str, float]) -> None:
-        """Give everything under a prefix its strengths: parameters first, for blended layers read their bias."""
-        self._offsets.set_strengths(self._weights, factors, prefix=prefix)
-        self._slots.set_strengths(factors, prefix=prefix)
+    def _set_strengths(self, component: str, factors: Mapping[str, float]) -> None:
+        """Give everything in a component its strengths: parameters first, for blended layers read their bias."""
+        scale = self._scales.get(component, 1.0)
+        scaled = {name: factors.get(name, 1.0) * scale for name in self._adapters}
+        self._offsets.set_strengths(self._weights, scaled, prefix=f"{component}.")
+        self._slots.set_strengths(scaled, prefix=f"{component}.")
 
-    def _set_denoiser_strengths(self, factors: Mapping[str, float]) -> None:
-        self._set_strengths(self._family.denoiser.name + ".", factors)
+    def _set_scale(self, component: str, scale: float) -> None:
+        """Multiply all strengths in a component, while a call is drawn that asks for it."""
+        if scale == self._scales.get(component, 1.0):
+            return
+        if self._fused is not None:
+            raise ValueError(f"the scale {scale:g} of this call cannot act on adapters that are fused into the weights")
+        self._scales[component] = scale
+        self._set_strengths(component, {})
 
     @property
     def _is_fused(self) -> bool:
@@ -346,7 +448,7 @@ class AdapterManager:
             for path, (base, meant) in mixes.items()
             if meant
         }
-        self._fused = fuse_weights_by(changes)
+        self._fused = fuse_weights_by(changes, saves_base=True)
         self._blend = blend
         self._slots.stand_aside()
 
@@ -355,6 +457,7 @@ class AdapterManager:
         if self._fused is not None:
             self._fused.undo()
             self._fused = None
+            self._offsets.are_saved = False
             self._slots.stand_in()
 
     @contextmanager
@@ -367,6 +470,10 @@ class AdapterManager:
         finally:
             if blend != ADDITIVE:
                 self._fold_as(blend)
+
+
+def _is_felt(weight: Weight) -> bool:
+    return any(weight.values()) if isinstance(weight, Mapping) else weight != 0
 
 
 def _mixed(weight: Tensor, *, path: str, blend: str, meant: Sequence[tuple[ModuleState, float]]) -> Tensor:

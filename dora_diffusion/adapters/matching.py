@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dora_diffusion.functional.dora import GainForm, rows
 from dora_diffusion.layers.base_layers import Base, check_shapes, logical_shape
+from dora_diffusion.layers.offloaded import device_of, value_of
 from dora_diffusion.pipelines.modules import PipelineModules, at_hand
 from dora_diffusion.state import AdapterState, FactoredState, Module, ModuleState, rank_in_words
 
@@ -125,11 +126,11 @@ def _take(have: dict[str, T], path: str, thing: T) -> None:
 
 def _fitted_module(path: str, module: Module, pipe_modules: PipelineModules) -> tuple[str, ModuleState]:
     live, base = pipe_modules.layer(path)
-    at_hand(path, base.weight)
+    at_hand(path, value_of(base, "weight"))
     if isinstance(module, FactoredState) or module.mid is not None:
         _check_factors(path, module, base)
     # cast first: products of the factors of a bf16 file would be rounded again
-    pair = module.to(dtype=torch.float32, device=base.weight.device).as_pair()
+    pair = module.to(dtype=torch.float32, device=device_of(base)).as_pair()
     check_shapes(path, pair, base)
     return live, pair
 

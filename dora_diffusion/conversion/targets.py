@@ -8,9 +8,10 @@ from torch import Tensor
 
 from dora_diffusion.families import FAMILIES, Component, ends_with
 from dora_diffusion.formats.base_checkpoint import open_checkpoint
+from dora_diffusion.layers.generic_presets import is_named_attention
 from dora_diffusion.layers.targets import named_paths
-from dora_diffusion.pipelines.base_weights import BaseWeights, base_weights, local_base
-from dora_diffusion.pipelines.modules import adaptable_models
+from dora_diffusion.pipelines.base_weights import BaseWeights, base_weights, is_table, local_base
+from dora_diffusion.pipelines.components import adaptable_models
 
 _PRESETS = ("attention", "all-linear", "all")
 
@@ -32,13 +33,13 @@ def layers_of(source: BaseWeights, targets: str | Sequence[str] | None) -> tuple
     """The layers of a model that `targets` names: a preset, ends of paths, or a regular expression as in `DoRAConfig`.
 
     Raises:
-        ValueError: nothing is matched, or the layers are of no family whose presets are known.
+        ValueError: nothing is matched.
     """
     if targets is not None and not isinstance(targets, str) and source.paths is _no_list:
         return tuple(targets)
     paths = source.paths()
     if targets is None or targets in _PRESETS:
-        found = _of_preset(paths, "attention" if targets is None else str(targets))
+        found = _of_preset(source, "attention" if targets is None else str(targets))
     else:
         found = tuple(named_paths(paths, targets, owner=source.name, inner=lambda path: path.partition(".")[2]))
     if not found:
@@ -81,22 +82,33 @@ def _no_list() -> tuple[str, ...]:
     raise ValueError("a function does not list its layers: name them in full in target_modules")
 
 
-def _of_preset(paths: Iterable[str], preset: str) -> tuple[str, ...]:
+def _of_preset(source: BaseWeights, preset: str) -> tuple[str, ...]:
     inner: dict[str, list[str]] = {}
-    for path in paths:
+    for path in source.paths():
         component, _, rest = path.partition(".")
         inner.setdefault(component, []).append(rest)
-    endings = {name: _component(name, rest).presets[preset] for name, rest in inner.items()}
-    return tuple(f"{name}.{path}" for name, rest in inner.items() for path in rest if _ends(path, endings[name]))
+    return tuple(f"{name}.{path}" for name, rest in inner.items() for path in _named(source, name, rest, preset))
 
 
-def _component(name: str, paths: Sequence[str]) -> Component:
+def _named(source: BaseWeights, name: str, paths: Sequence[str], preset: str) -> list[str]:
+    """The layers of a component in a preset: by its family's record, or by their names where none knows them."""
+    component = _component(name, paths)
+    if component is not None:
+        return [path for path in paths if _ends(path, component.presets[preset])]
+    if preset == "attention":
+        return [path for path in paths if is_named_attention(path)]
+    if preset == "all-linear":
+        return [path for path in paths if not is_table(path) and source.weight(f"{name}.{path}").dim() == 2]
+    return list(paths)
+
+
+def _component(name: str, paths: Sequence[str]) -> Component | None:
     """The first family's component of that name whose record names every one of these layers."""
     for part in (part for family in FAMILIES for part in family.components if part.name == name):
         known = (*part.presets["all"], *part.outside)
         if all(_ends(path, known) for path in paths):
             return part
-    raise ValueError(f"{name}: its {len(paths)} layers are of no family known here: name them in target_modules")
+    return None
 
 
 def _ends(path: str, endings: Iterable[str]) -> bool:

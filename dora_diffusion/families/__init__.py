@@ -28,6 +28,7 @@ __all__ = [
     "coverage",
     "ends_with",
     "family_named",
+    "family_of_denoiser",
     "family_of_pipeline",
     "pixel_multiple",
 ]
@@ -57,13 +58,33 @@ def family_named(name: str | None) -> Family | None:
 
 
 def family_of_pipeline(pipe: Any) -> Family:
-    """The family of a diffusers pipeline, by its class and its denoiser's config; a ValueError names what is known."""
-    name = type(pipe).__name__
-    for family in FAMILIES:
-        if name in family.pipeline_classes and family.is_mine(getattr(pipe, family.denoiser.name).config):
-            return family
-    known = ", ".join(dict.fromkeys(name for family in FAMILIES for name in family.pipeline_classes))
-    raise ValueError(f"{name} belongs to no family known here; expected one of {known}")
+    """The family of a diffusers pipeline that can be trained and drawn with here.
+
+    Told by its class, or one that it derives from, and its denoiser's config.
+
+    Raises:
+        ValueError: there is none; the line says what works with such a pipeline all the same.
+    """
+    for kind in _names_of(type(pipe)):
+        for family in FAMILIES:
+            denoiser = getattr(pipe, family.denoiser.name, None)
+            if kind in family.pipeline_classes and denoiser is not None and family.is_mine(denoiser.config):
+                return family
+    known = ", ".join(family.name for family in FAMILIES)
+    raise ValueError(
+        f"{type(pipe).__name__} belongs to no family that can be trained or drawn with here ({known}); adapters load "
+        "into any pipeline: AdapterManager(pipe), then call the pipeline itself to draw"
+    )
+
+
+def family_of_denoiser(model: nn.Module) -> Family | None:
+    """The family that a denoiser is of, by its class, or one that it derives from, and its config; None if unknown."""
+    config = getattr(model, "config", {})
+    for kind in _names_of(type(model)):
+        for family in FAMILIES:
+            if kind in family.denoiser.model_classes and family.is_mine(config):
+                return family
+    return None
 
 
 def pixel_multiple(pipe: Any, family: Family) -> int:
@@ -72,7 +93,15 @@ def pixel_multiple(pipe: Any, family: Family) -> int:
 
 
 def component_of_model(model: nn.Module) -> Component | None:
-    """The component a bare model can be, by its class, or None."""
-    name = type(model).__name__
-    components = (component for family in FAMILIES for component in family.components)
-    return next((component for component in components if name in component.model_classes), None)
+    """The component a bare model can be, by its class or one that it derives from, or None."""
+    components = [component for family in FAMILIES for component in family.components]
+    for kind in _names_of(type(model)):
+        for component in components:
+            if kind in component.model_classes:
+                return component
+    return None
+
+
+def _names_of(kind: type) -> tuple[str, ...]:
+    """The names of a class and of those that it derives from, itself first."""
+    return tuple(base.__name__ for base in kind.__mro__)

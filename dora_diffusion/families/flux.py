@@ -112,8 +112,9 @@ def native_side(pipe: Any) -> int:
 
 
 def grid(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns of the picture's tokens, from the last one's place."""
-    _, row, column = keywords["img_ids"][-1].tolist()
+    """Rows and columns of the picture's tokens, from the last one's place; Kontext's references come behind."""
+    places = keywords["img_ids"]
+    _, row, column = places[places[:, 0] == places[0, 0]][-1].tolist()
     return int(row) + 1, int(column) + 1
 
 

@@ -52,13 +52,14 @@ def mask_on(mask: Tensor, prediction: Tensor, grid: tuple[int, int] | None) -> T
 
     Args:
         mask: in 0..1.
-        prediction: maps (N, C, h, w) or (N, C, 1, h, w), or tokens (N, rows * columns, C).
+        prediction: maps (N, C, h, w) or (N, C, 1, h, w), or tokens (N, rows * columns or more, C).
         grid: rows and columns of the tokens; None for maps.
     """
     size = prediction.shape[-2:] if grid is None else torch.Size(grid)
     resized = F.interpolate(mask, size=size, mode="bilinear", antialias=True, align_corners=False).to(prediction)
     if grid is not None:
-        return resized.reshape(1, -1, 1)
+        # tokens behind the picture's are of reference pictures; what is predicted for them is thrown away
+        return F.pad(resized.reshape(1, -1, 1), (0, 0, 0, prediction.shape[1] - size.numel()), value=1.0)
     return resized.reshape(1, *[1] * (prediction.dim() - 3), *size)
 
 

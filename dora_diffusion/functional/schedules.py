@@ -59,8 +59,25 @@ def progress_of(timestep: Tensor | float, timesteps: Tensor) -> float:
     return int(distances.argmin()) / max(1, len(distances) - 1)
 
 
+def scheduler_time(timestep: Tensor, timesteps: Tensor) -> Tensor:
+    """The scheduler's own timestep for what a denoiser was told, where nobody knows in which unit it is told.
+
+    Denoisers are told the timestep itself, a thousandth of it, or the one or other counted from the far end: the
+    reading that comes nearest to one of the scheduler's timesteps is taken.
+
+    Args:
+        timestep: what the denoiser was told; its first number counts.
+        timesteps: the scheduler's.
+    """
+    told = float(timestep.flatten()[0])
+    known = timesteps.double().cpu()
+    readings = (told, 1000 * told, 1000 - told, 1000 - 1000 * told)
+    return torch.tensor(min(readings, key=lambda reading: float((known - reading).abs().min())))
+
+
 def timestep_of(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
     """The timestep in a call of a denoiser: named, or the second argument."""
-    if "timestep" in keywords:
-        return keywords["timestep"]
+    for name in ("timestep", "timesteps", "timestep_ratio"):
+        if name in keywords:
+            return keywords[name]
     return arguments[1]

@@ -1,7 +1,8 @@
 """The base layers an adapter can stand beside: what their weight is, and how each applies a low-rank pair.
 
 Every kind is seen as one matrix W (out, in[, kernel]). An embedding's is its table transposed, so that one output is
-one dimension of the embedding, as PEFT has it. A grouped convolution shares A among its groups, as LyCORIS has it.
+one dimension of the embedding, as PEFT has it; so is the weight of transformers' Conv1D (GPT-2), a linear layer kept as
+(in, out). A grouped convolution shares A among its groups, as LyCORIS has it.
 """
 
 import math
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from dora_diffusion.layers.offloaded import value_of
 from dora_diffusion.layers.quantisation import dequantise, is_quantised, refuse_unknown
 from dora_diffusion.state import ModuleState
 
@@ -93,19 +95,36 @@ def kind_of(base: Base) -> Kind:
     return CONVOLUTION if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d) else LINEAR
 
 
+def is_transposed(base: Base) -> bool:
+    """Whether a layer keeps its weight as (in, out)."""
+    return isinstance(base, nn.Embedding) or _is_gpt2_linear(base)
+
+
+def _is_gpt2_linear(base: Base) -> bool:
+    """transformers' Conv1D, known by its name: the library is not imported for it."""
+    kinds = type(base).__mro__
+    return any(kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils" for kind in kinds)
+
+
 def dense_weight(base: Base) -> Tensor:
     """W (out, in[, kernel]), detached: a view of the layer's own weight, or the dequantised one."""
     dense = dequantise(base)
     if dense is not None:
         return dense.detach()
-    weight: Tensor = base.weight.detach()
-    return weight.T if isinstance(base, nn.Embedding) else weight
+    weight = value_of(base, "weight").detach()
+    return weight.T if is_transposed(base) else weight
+
+
+def stored_as(base: Base, weight: Tensor) -> Tensor:
+    """W (out, in[, kernel]) as this layer keeps it."""
+    return weight.T.contiguous() if is_transposed(base) else weight
 
 
 def logical_shape(base: Base) -> tuple[int, ...]:
     """(out, in[, kernel]), without dequantising."""
-    if isinstance(base, nn.Embedding):
-        return base.embedding_dim, base.num_embeddings
+    if is_transposed(base):
+        columns, rows = base.weight.shape
+        return rows, columns
     if kind_of(base) is LINEAR:
         return base.out_features, base.in_features
     return tuple(base.weight.shape)
@@ -122,12 +141,19 @@ def check_adaptable(path: str, module: nn.Module) -> Base:
         raise ValueError(f"{path}: an embedding with max_norm rescales its own weight and cannot be adapted")
     if is_quantised(module):
         return module
+    if is_peft_layer(module):
+        raise ValueError(f"{path}: an adapter of PEFT's stands there: call unload_lora_weights() first")
     refuse_unknown(path, module)
-    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding):
+    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding) or _is_gpt2_linear(module):
         return module
     raise ValueError(
         f"{path}: expected nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d or nn.Embedding, got {type(module).__name__}"
     )
+
+
+def is_peft_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer that PEFT (diffusers' load_lora_weights) has put into a model."""
+    return hasattr(module, "base_layer") and type(module).__module__.startswith("peft.")
 
 
 def check_shapes(path: str, state: ModuleState, base: Base) -> None:

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dora_diffusion.functional.dora import GainForm, rows
 from dora_diffusion.layers.base_layers import Base, branch_dtype, kind_of, logical_shape
+from dora_diffusion.layers.offloaded import device_of, value_of
+from dora_diffusion.layers.transparent import Transparent
 
 
-class BlendedLayer(nn.Module):
+class BlendedLayer(Transparent):
     """A frozen base layer under a sum of adapters in gain form. For drawing, not training.
 
         y = base(x) + (c - 1)(base(x) - b) + P (mix * Q x)          and  + W (c_in - 1) x  for magnitudes of the in axis
@@ -21,8 +23,7 @@ class BlendedLayer(nn.Module):
     """
 
     def __init__(self, base: Base) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self._kind = kind_of(base)
         for name in ("offset", "shift", "mix", "left", "right", "in_offset"):
             self.register_buffer(name, None, persistent=False)
@@ -55,7 +56,7 @@ class BlendedLayer(nn.Module):
             return base
         extra: Tensor = self.base(pulled)
         if self.bias is not None:
-            extra = extra - self._kind.per_output(self.base, self.bias)
+            extra = extra - self._kind.per_output(self.base, self.bias).to(extra.dtype)
         return self._scale_outputs(self.base(x)) + extra
 
     def _scale_outputs(self, base: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ class BlendedLayer(nn.Module):
         flat = [1] * (len(rest) - 1)
 
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=weight.device)
+            return torch.zeros(*shape, dtype=dtype, device=device_of(self.base))
 
         self.left, self.right = zeros(out, total, *flat), zeros(total, *rest)
         self.mix = zeros(total * getattr(self.base, "groups", 1))
@@ -118,19 +119,9 @@ class BlendedLayer(nn.Module):
             offset = strengths @ held.offsets
             self.offset.copy_(offset)
             if self.shift is not None and self.bias is not None:
-                self.shift.copy_(-offset * self.bias)
+                self.shift.copy_(-offset * value_of(self.base, "bias").to(offset))
         if self.in_offset is not None:
             self.in_offset.copy_(strengths @ held.in_offsets)
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight (some model code asks a layer for its dtype)."""
-        return self.base.weight  # type: ignore[no-any-return]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias."""
-        return getattr(self.base, "bias", None)
 
 
 def _keep_all(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from dora_diffusion.layers.base_layers import Base, branch_dtype, dense_weight, 
 from dora_diffusion.layers.config import NormGrad
 from dora_diffusion.layers.initialisation import InitialPair
 from dora_diffusion.layers.step_counter import CLOCK, stamp
+from dora_diffusion.layers.transparent import Transparent
 from dora_diffusion.state import ModuleState
 
 
@@ -70,7 +71,7 @@ class _KeptNorm:
     norms: RowNorms
 
 
-class DoRALayer(nn.Module):
+class DoRALayer(Transparent):
     """y = g (x W^T + s B(A x)) + b,  g = m / N(W + s B A); plain LoRA when the adapter has no magnitude.
 
     Any kind of base that `base_layers` knows. Dropout acts on the low-rank branch only. The output has the base's shape
@@ -78,8 +79,7 @@ class DoRALayer(nn.Module):
     """
 
     def __init__(self, base: Base, adapter: Adapter, *, dropout: float, norm_grad: NormGrad) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.adapter = adapter
         self.dropout = dropout
         self.norm_grad = norm_grad
@@ -95,7 +95,7 @@ class DoRALayer(nn.Module):
         g = self.gain()
         if g is None:
             return base + low
-        bias = None if self.bias is None else kind.per_output(self.base, self.bias)
+        bias = None if self.bias is None else kind.per_output(self.base, self.bias).to(base.dtype)
         return compose(base, low, kind.per_output(self.base, g), bias)
 
     def gain(self) -> Tensor | None:
@@ -143,15 +143,5 @@ class DoRALayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DoRALayer":
         self.forget_norm()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         return self
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight (some model code asks a layer for its dtype)."""
-        return self.base.weight  # type: ignore[no-any-return]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias."""
-        return getattr(self.base, "bias", None)

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from dora_diffusion.functional.dora import GainForm, apply_gain_form
-from dora_diffusion.layers.base_layers import Base, dense_weight
+from dora_diffusion.layers.base_layers import Base, dense_weight, stored_as
 from dora_diffusion.layers.quantisation import is_quantised
 
 
@@ -17,17 +19,35 @@ class FusedWeights:
     Until then a layer says so itself (`is_fused`): who reads its weight as the base's would be misled.
     """
 
-    def __init__(self, kept: Mapping[str, tuple[Base, Tensor]]) -> None:
+    def __init__(self, kept: Mapping[str, tuple[Base, Tensor]], *, saves_base: bool = False) -> None:
+        """`saves_base`: state dicts hold the base's weights meanwhile, not the mix."""
         self._kept = dict(kept)
-        for layer, _ in self._kept.values():
+        self._hooks: list[RemovableHandle] = []
+        for layer, weight in self._kept.values():
             layer.is_fused = True
+            if saves_base:
+                self._hooks.append(on_saving(layer, partial(save_kept, name="weight", kept=weight)))
 
     def undo(self) -> None:
         """Put the kept weights back: nothing is computed, or copied but for a model that has since moved."""
         for layer, weight in self._kept.values():
             layer.weight.data = weight.to(layer.weight.device)
             layer.is_fused = False
+        for hook in self._hooks:
+            hook.remove()
         self._kept.clear()
+
+
+def on_saving(layer: Any, change: Callable[[Any, Any, str, Any], None]) -> RemovableHandle:
+    """Let a function (layer, state dict, prefix, metadata) change what is saved of a layer."""
+    handle: RemovableHandle = layer.register_state_dict_post_hook(change)
+    return handle
+
+
+def save_kept(layer: Any, state: Any, prefix: str, metadata: Any, *, name: str, kept: Tensor) -> None:
+    """A hook that puts a parameter's own value into a state dict; the live one holds a mix."""
+    live = state[prefix + name]
+    state[prefix + name] = kept.to(live.device, live.dtype)
 
 
 Change = Callable[[Tensor], Tensor]  # W (out, in[, kernel]) in the layer's dtype -> W', rounded to it when fused
@@ -47,19 +67,21 @@ def check_fusable(path: str, layer: Base) -> None:
 
 
 @torch.no_grad()
-def fuse_weights_by(layers: Mapping[str, tuple[Base, Change]]) -> FusedWeights:
-    """Replace each layer's weight by what its change makes of it.
+def fuse_weights_by(layers: Mapping[str, tuple[Base, Change]], *, saves_base: bool = False) -> FusedWeights:
+    """Replace each layer's weight by what its change makes of it; `saves_base` as in `FusedWeights`.
 
     Raises:
         ValueError: a layer is quantised. Whatever is raised, no weight has changed then.
     """
     for path, (layer, _) in layers.items():
         check_fusable(path, layer)
-    undoable = FusedWeights({path: (layer, layer.weight.data) for path, (layer, _) in layers.items()})
+    undoable = FusedWeights(
+        {path: (layer, layer.weight.data) for path, (layer, _) in layers.items()}, saves_base=saves_base
+    )
     try:
         for layer, change in layers.values():
             fused = change(dense_weight(layer)).to(layer.weight.dtype)
-            layer.weight.data = fused.T.contiguous() if isinstance(layer, nn.Embedding) else fused
+            layer.weight.data = stored_as(layer, fused)
     except BaseException:  # out of memory, or stopped: all of it or nothing
         undoable.undo()
         raise

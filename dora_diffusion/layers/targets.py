@@ -7,6 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from dora_diffusion.families import component_of_model, ends_with
+from dora_diffusion.layers.generic_presets import GENERIC
 
 Number = TypeVar("Number", int, float)
 
@@ -24,16 +25,33 @@ def by_pattern(name: str, patterns: Mapping[str, Number], paths: list[str], defa
 
 def target_paths(model: nn.Module, targets: str | list[str] | None) -> list[str]:
     """The paths of a model's layers that `DoRAConfig.target_modules` names, in its order; a ValueError when none."""
+    if targets is None or isinstance(targets, str):
+        found = preset_paths(model, targets or "attention")
+        if found is not None:
+            return _some(found, targets, model)
     paths = [path for path, _ in model.named_modules() if path]
-    preset = None if isinstance(targets, list) else _preset(model, targets)
-    if preset is not None:
-        found = [path for path in paths if any(ends_with(path, end) for end in preset)]
-    else:
-        assert targets is not None  # without a preset a ValueError was raised
-        found = named_paths(paths, targets, owner=type(model).__name__)
+    return _some(named_paths(paths, targets or (), owner=type(model).__name__), targets, model)
+
+
+def _some(found: list[str], targets: str | list[str] | None, model: nn.Module) -> list[str]:
     if not found:
-        raise ValueError(f"target_modules={targets!r} matches no layer of {type(model).__name__}")
+        hint = "" if isinstance(targets, list) else ": name its layers in target_modules"
+        raise ValueError(f"target_modules={targets!r} matches no layer of {type(model).__name__}{hint}")
     return found
+
+
+def preset_paths(model: nn.Module, preset: str) -> list[str] | None:
+    """The paths of the layers in a preset, by the model's family or, without one, by `generic_presets`.
+
+    None when this is no preset of the model's, but a regular expression.
+    """
+    component = component_of_model(model)
+    if component is None:
+        return GENERIC[preset](model) if preset in GENERIC else None
+    if preset not in component.presets:
+        return None
+    endings = component.presets[preset]
+    return [path for path, _ in model.named_modules() if path and any(ends_with(path, end) for end in endings)]
 
 
 def named_paths(
@@ -63,11 +81,3 @@ def _pattern(name: str, text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise ValueError(f"{name}: {text!r} is no regular expression ({error})") from None
-
-
-def _preset(model: nn.Module, name: str | None) -> tuple[str, ...] | None:
-    """Path endings of a family's preset; None when `name` is no preset, but a regular expression."""
-    component = component_of_model(model)
-    if component is None and name is None:
-        raise ValueError(f"{type(model).__name__} is of no family known here: name its layers in target_modules")
-    return None if component is None else component.presets.get(name or "attention")

@@ -11,10 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from dora_diffusion.formats.base_checkpoint import Checkpoint, Place, open_checkpoint
-from dora_diffusion.layers.base_layers import check_adaptable, dense_weight, logical_shape
+from dora_diffusion.layers.base_layers import check_adaptable, dense_weight, is_peft_layer, logical_shape
 from dora_diffusion.layers.blended import BlendedLayer
 from dora_diffusion.layers.dora import DoRALayer
-from dora_diffusion.pipelines.modules import adaptable_models, at_hand, find_module
+from dora_diffusion.layers.offloaded import value_of
+from dora_diffusion.pipelines.components import adaptable_models
+from dora_diffusion.pipelines.modules import at_hand, base_beneath, find_module
 from dora_diffusion.state import WeightOf
 
 _ASSETS = Path(__file__).parents[1] / "assets"
@@ -121,11 +123,11 @@ def _of_pipeline(pipe: Any) -> BaseWeights:
         found = find_module(models[component], inner) if component in models else None
         if found is None:
             raise ValueError(f"{name}: layer {path} is not there; is the adapter for another base model?")
-        return _refuse_fused(path, _unwrapped(found[1]))
+        return _refuse_fused(path, base_beneath(path, found[1]))
 
     def weight(path: str) -> Tensor:
         base = check_adaptable(path, layer_at(path))
-        at_hand(path, base.weight)
+        at_hand(path, value_of(base, "weight"))
         return dense_weight(base)
 
     def parameter(path: str) -> Tensor:
@@ -140,25 +142,21 @@ def _of_pipeline(pipe: Any) -> BaseWeights:
 
 def _layers(models: Mapping[str, nn.Module]) -> Iterator[str]:
     for component, model in models.items():
-        wrappers: list[str] = []
+        inside = ""
         for path, module in model.named_modules():
-            if any(path.startswith(wrapper) for wrapper in wrappers[-1:]):
+            if inside and path.startswith(inside):
                 continue
-            if isinstance(module, BlendedLayer | DoRALayer):
-                wrappers.append(path + ".")
-            if _is_adaptable(path, _unwrapped(module)):
+            if isinstance(module, BlendedLayer | DoRALayer) or is_peft_layer(module):
+                inside = path + "."
+            if _is_adaptable(path, module):
                 yield f"{component}.{path.removeprefix('text_model.')}"
 
 
 def _is_adaptable(path: str, module: nn.Module) -> bool:
     try:
-        return len(logical_shape(check_adaptable(path, module))) in (2, 4)
+        return len(logical_shape(check_adaptable(path, base_beneath(path, module)))) in (2, 4)
     except ValueError:
         return False
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    return module.base if isinstance(module, BlendedLayer | DoRALayer) else module
 
 
 def _refuse_fused(path: str, layer: nn.Module) -> nn.Module:

@@ -1,25 +1,24 @@
 """The modules of a pipeline, found by component and path, past whatever wraps them."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from dora_diffusion.families import FAMILIES
-from dora_diffusion.layers.base_layers import Base, check_adaptable
+from dora_diffusion.layers.base_layers import Base, check_adaptable, is_peft_layer
 from dora_diffusion.layers.blended import BlendedLayer
+from dora_diffusion.layers.dora import DoRALayer
+from dora_diffusion.pipelines.components import model_of
 
 
 class PipelineModules:
     """The layers and parameters of a pipeline, by component and path, past whatever wraps them."""
 
-    def __init__(self, pipe: Any, components: Sequence[str]) -> None:
+    def __init__(self, pipe: Any) -> None:
         self._pipe = pipe
-        self._components = tuple(components)
 
     def model(self, component: str) -> nn.Module | None:
-        """A component; None when the pipeline has none of that name."""
-        return model_of(self._pipe, component) if component in self._components else None
+        """A component; None when the pipeline has no model of that name."""
+        return model_of(self._pipe, component)
 
     def find(self, path: str) -> tuple[str, nn.Module]:
         """The path as this pipeline spells it, and the module there; never a BlendedLayer, but the base inside it.
@@ -32,13 +31,21 @@ class PipelineModules:
         if found is None:
             raise ValueError(f"layer {path} is not in this pipeline; is the adapter for another base model?")
         live, module = found
-        base = module.base if isinstance(module, BlendedLayer) else module
-        return f"{component}.{live}".removesuffix("."), base
+        if isinstance(module, DoRALayer):
+            raise ValueError(f"{path}: an adapter is in training there: eject() the injection first")
+        return f"{component}.{live}".removesuffix("."), base_beneath(path, module)
 
     def layer(self, path: str) -> tuple[str, Base]:
         """As `find`, for a layer that can carry an adapter; a ValueError for one that cannot."""
         live, found = self.find(path)
         return live, check_adaptable(path, found)
+
+    def place(self, path: str) -> tuple[nn.Module, str]:
+        """Where a layer stands that `layer` has found: the module that has it, and what that calls it."""
+        component, _, inner = path.partition(".")
+        model = self.model(component)
+        assert model is not None
+        return parent_of(model, inner)
 
     def parameter(self, path: str) -> tuple[str, nn.Module, str]:
         """As `find`, for a parameter that a vector can be added to: its path, owner and name there."""
@@ -55,25 +62,45 @@ class PipelineModules:
             raise ValueError(f"{path}: a parameter of {parameter.dtype} cannot be added to")
         return f"{live}.{name}", owner, name
 
-    def put(self, path: str, module: nn.Module) -> None:
-        """Let a module stand at a path that `find` has given."""
-        component, inner = path.split(".", 1)
-        model = self.model(component)
-        assert model is not None
-        model.set_submodule(inner, module)
+
+def parent_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that has another, and what it calls it."""
+    parent, _, name = path.rpartition(".")
+    return model.get_submodule(parent), name
 
 
-def model_of(pipe: Any, component: str) -> nn.Module | None:
-    """A pipeline's component, out of the wrapper that torch.compile puts around it; None when it is no model."""
-    model = getattr(pipe, component, None)
-    model = getattr(model, "_orig_mod", model)
-    return model if isinstance(model, nn.Module) else None
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Let a module stand at a path; beneath PEFT's layer, where one stands there."""
+    there = model.get_submodule(path)
+    if is_peft_layer(there):
+        there.base_layer = module
+    else:
+        model.set_submodule(path, module)
 
 
-def adaptable_models(pipe: Any) -> dict[str, nn.Module]:
-    """The components of a pipeline that some family's adapters change, by name."""
-    names = dict.fromkeys(part.name for family in FAMILIES for part in family.components)
-    return {name: model for name in names if (model := model_of(pipe, name)) is not None}
+def base_beneath(path: str, module: nn.Module) -> nn.Module:
+    """The base of a layer, beneath ours and PEFT's.
+
+    A plain LoRA of PEFT's adds to whatever lies beneath it, so that both act side by side.
+
+    Raises:
+        ValueError: PEFT's layer scales what lies beneath, or is merged into it.
+    """
+    if is_peft_layer(module):
+        _check_adds(path, module)
+        module = cast(nn.Module, module.base_layer)
+    return module.base if isinstance(module, BlendedLayer | DoRALayer) else module
+
+
+def _check_adds(path: str, layer: Any) -> None:
+    if not type(layer).__module__.startswith("peft.tuners.lora.") or getattr(layer, "lora_magnitude_vector", None):
+        what = "a DoRA" if getattr(layer, "lora_magnitude_vector", None) else f"a {type(layer).__name__}"
+        raise ValueError(
+            f"{path} carries {what} of PEFT's, which scales what lies beneath it: call unload_lora_weights() and load "
+            "both adapters here"
+        )
+    if layer.merged:
+        raise ValueError(f"{path}: a LoRA of PEFT's is fused into its weight: call unfuse_lora() first")
 
 
 def find_module(model: nn.Module, path: str) -> tuple[str, nn.Module] | None:
@@ -92,5 +119,7 @@ def find_module(model: nn.Module, path: str) -> tuple[str, nn.Module] | None:
 def at_hand(path: str, tensor: Tensor) -> Tensor:
     """The tensor; a ValueError when it is away."""
     if tensor.is_meta:
-        raise ValueError(f"{path}: its weight is away (sequential CPU offload); use offload='model' or none")
+        raise ValueError(
+            f"{path}: its weight is away (sequential CPU offload); do this before it, or use offload='model'"
+        )
     return tensor

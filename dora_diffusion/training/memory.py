@@ -171,7 +171,9 @@ def _move(module: nn.Module, twins: dict[int, Tensor]) -> None:
         return twins[id(tensor)]
 
     for name, value in vars(module).items():
-        if name in ("_parameters", "_buffers") or isinstance(value, Tensor | list | tuple):
+        if name in ("_parameters", "_buffers"):
+            value.update(tree_map_only(Tensor, fake, value))  # in place: a stand-in shares them with its base
+        elif isinstance(value, Tensor | list | tuple):
             vars(module)[name] = tree_map_only(Tensor, fake, value)
 
 

@@ -61,11 +61,11 @@ def manager(shared, pipe):
 
 
 def weights_of(pipe) -> dict[str, Tensor]:
-    """Every tensor of the parts that adapters change, copied, by its path without the layers around it."""
+    """Every parameter of the parts that adapters change, copied: what draws, which a state dict need not be."""
     return {
-        f"{part}.{name}".replace(".base.", "."): tensor.detach().clone()
+        f"{part}.{name}": parameter.detach().clone()
         for part in ("unet", "text_encoder")
-        for name, tensor in getattr(pipe, part).state_dict().items()
+        for name, parameter in getattr(pipe, part).named_parameters()
     }
 
 

@@ -196,8 +196,11 @@ def test_layers_are_chosen_as_for_training() -> None:
         chosen("nothing")
     with pytest.raises(ValueError, match=r"is no regular expression"):
         chosen("(")
-    with pytest.raises(ValueError, match=r"unet: its 4 layers are of no family known here: name them"):
-        chosen(None)
+    assert chosen(None) == ["text_encoder.k_proj"]  # a family's; a UNet that none knows has nothing called attention
+    with pytest.raises(ValueError, match="matches none of the 1 layers"):
+        extract({"unet.mid.ff": BASE["unet.mid.ff"]}, BASE, rank=1, options=Extraction(None))
+    assert "unet.mid.ff" in chosen("all-linear") and "unet.mid.conv" not in chosen("all-linear")
+    assert chosen("all") == list(BASE)
     with pytest.raises(ValueError, match="a function does not list its layers: name them in full"):
         extract(weight_at, weight_at, rank=1)
     with pytest.raises(ValueError, match=r"unet.mid.other is not among the 5 tensors given"):
