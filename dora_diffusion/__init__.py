@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dora_diffusion._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from dora_diffusion.adapters.attach import attach, detach
     from dora_diffusion.adapters.manager import AdapterManager
     from dora_diffusion.adapters.matching import LoadReport
     from dora_diffusion.blending import BlendOptions, blend, blend_with_report, interference
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "AdapterManager": "adapters.manager",
     "LoadReport": "adapters.matching",
+    "attach": "adapters.attach",
+    "detach": "adapters.attach",
     "BlendOptions": "blending",
     "blend": "blending",
     "blend_with_report": "blending",
@@ -86,9 +89,11 @@ __all__ = [
     "WordState",
     "Words",
     "add_words",
+    "attach",
     "bake",
     "blend",
     "blend_with_report",
+    "detach",
     "examine",
     "extract",
     "generate",

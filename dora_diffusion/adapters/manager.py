@@ -9,7 +9,7 @@ change.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
@@ -23,13 +23,15 @@ from dora_diffusion.adapters.bias_offsets import Offsets
 from dora_diffusion.adapters.blended_layers import Slots
 from dora_diffusion.adapters.call_hooks import CallHooks, refuse_fused_projections
 from dora_diffusion.adapters.denoiser_hooks import DenoiserHooks
+from dora_diffusion.adapters.diffusers_names import locate_with
 from dora_diffusion.adapters.matching import Fitted, Loaded, LoadReport, fit, kind_in_words
 from dora_diffusion.formats import load_examined
+from dora_diffusion.formats.layer_lookup import Locate
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.functional.dora import master_dtype
 from dora_diffusion.functional.masks import mask_of
 from dora_diffusion.functional.schedules import schedule_of
-from dora_diffusion.functional.strengths import Weight, check_strength, is_meant, strength_at
+from dora_diffusion.functional.strengths import Weight, check_strength, is_felt, is_meant, strength_at
 from dora_diffusion.layers.base_layers import dense_weight
 from dora_diffusion.layers.fuse import Change, FusedWeights, check_fusable, fuse_weights, fuse_weights_by
 from dora_diffusion.layers.targets import preset_paths, target_paths
@@ -120,7 +122,7 @@ class AdapterManager:
     @property
     def active(self) -> dict[str, Weight]:
         """The adapters that change what is drawn now, and their strengths."""
-        return {name: weight for name, weight in self._weights.items() if _is_felt(weight)}
+        return {name: weight for name, weight in self._weights.items() if is_felt(weight)}
 
     @property
     def loaded(self) -> dict[str, LoadReport]:
@@ -141,12 +143,22 @@ class AdapterManager:
         """Everything that a loaded adapter changes: layers and parameters, by their full paths."""
         return self._loaded(name).paths
 
-    def _read(self, source: str | Path | AdapterState, name: str) -> tuple[AdapterState, str, str | None]:
-        """An adapter, what an error calls it, and the SHA-256 of its file."""
+    def _read(self, source: str | Path | AdapterState, name: str) -> tuple[AdapterState, Fitted, str | None]:
+        """An adapter, the same as this pipeline has it, and the SHA-256 of its file."""
         if isinstance(source, AdapterState):
-            return source, name, None
-        adapter, examined = load_examined(source, base=self._base_weight)
-        return adapter, str(source), examined.sha256
+            return source, fit(source, name, self._pipe_modules), None
+        try:
+            return self._read_file(source, None)
+        except ValueError:
+            find = locate_with(self._pipe)  # the newest models' names are known to diffusers alone
+            if find is not None:
+                with suppress(ValueError):
+                    return self._read_file(source, find)
+            raise
+
+    def _read_file(self, source: str | Path, find: Locate | None) -> tuple[AdapterState, Fitted, str | None]:
+        adapter, examined = load_examined(source, base=self._base_weight, find=find)
+        return adapter, fit(adapter, str(source), self._pipe_modules), examined.sha256
 
     def _base_weight(self, path: str) -> Tensor:
         """What tells the axis of a magnitude when its file does not."""
@@ -166,8 +178,8 @@ class AdapterManager:
             raise ValueError(f"an adapter named {name!r} is loaded already; delete it first or choose another name")
         self._refuse_while_fused("load an adapter")
         self._follow()
-        adapter, label, sha256 = self._read(source, name)
-        fitted = fit(adapter, label, self._pipe_modules)
+        adapter, fitted, sha256 = self._read(source, name)
+        label = name if isinstance(source, AdapterState) else str(source)
         refuse_fused_projections([self._pipe_modules.place(path) for path in fitted.modules])
         self._slots.check_reserved(label, fitted.modules)
         report = LoadReport(
@@ -470,10 +482,6 @@ class AdapterManager:
         finally:
             if blend != ADDITIVE:
                 self._fold_as(blend)
-
-
-def _is_felt(weight: Weight) -> bool:
-    return any(weight.values()) if isinstance(weight, Mapping) else weight != 0
 
 
 def _mixed(weight: Tensor, *, path: str, blend: str, meant: Sequence[tuple[ModuleState, float]]) -> Tensor:

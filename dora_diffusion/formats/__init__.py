@@ -12,6 +12,7 @@ import torch
 from dora_diffusion.formats import peft
 from dora_diffusion.formats.dialects import DIALECTS, PEFT_FILE, Dialect, Signs
 from dora_diffusion.formats.kohya_hashes import with_hashes
+from dora_diffusion.formats.layer_lookup import Locate
 from dora_diffusion.formats.reading import Reading, read, take_apart, with_origin
 from dora_diffusion.formats.safetensors_reader import Container, read_header
 from dora_diffusion.formats.writing import write
@@ -178,15 +179,20 @@ def load_adapter(path: str | Path, *, base: WeightOf | None = None) -> AdapterSt
     return load_examined(path, base=base)[0]
 
 
-def load_examined(path: str | Path, *, base: WeightOf | None = None) -> tuple[AdapterState, Examined]:
-    """`load_adapter` and `examine` at once: the file is opened and read once, and hashed as it is read."""
+def load_examined(
+    path: str | Path, *, base: WeightOf | None = None, find: Locate | None = None
+) -> tuple[AdapterState, Examined]:
+    """`load_adapter` and `examine` at once: the file is opened and read once, and hashed as it is read.
+
+    `find` says where the layers of a file lie, for models whose names are not known here.
+    """
     path = place_of(path)
     if path.is_dir():
         folder = peft.read_folder(path, base)
         found = replace(_folder_examined(folder.keys), sha256=sha256_of(path, known=folder.sha256s))
         return with_origin(folder.adapter, found.format), found
     with Container(path) as file:  # a large file of another kind is known by its header
-        reading = _taken_apart(path, file)
+        reading = _taken_apart(path, file, find)
         found = _examined(path, file, reading)
         contents = file.contents()
     try:
@@ -196,9 +202,9 @@ def load_examined(path: str | Path, *, base: WeightOf | None = None) -> tuple[Ad
         raise ValueError(f"{shown_path(path)}: {error}") from None
 
 
-def _taken_apart(path: Path, file: Container) -> Reading:
+def _taken_apart(path: Path, file: Container, find: Locate | None = None) -> Reading:
     try:
-        return take_apart({key: file.header[key]["shape"] for key in file.keys}, file.metadata)
+        return take_apart({key: file.header[key]["shape"] for key in file.keys}, file.metadata, find)
     except ValueError as error:
         raise ValueError(f"{shown_path(path)}: {error}") from None
 

@@ -5,7 +5,7 @@ or its makers'. Which makers' is decided for the whole file: the layout that kno
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -56,6 +56,10 @@ class Place:
     def paths(self) -> tuple[str, ...]:
         """Layers with the component before them."""
         return tuple(f"{self.component}.{path}" for path in self.fusion.paths)
+
+
+Locate = Callable[[Mapping[str, Shape | None]], dict[str, Place]]
+"""Names of a file's layers, with rows and columns of their weights where these are told -> where they lie."""
 
 
 @dataclass(frozen=True)

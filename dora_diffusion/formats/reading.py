@@ -17,7 +17,7 @@ from dora_diffusion.formats.family_detection import told_families
 from dora_diffusion.formats.fused_layers import split
 from dora_diffusion.formats.json_metadata import json_object
 from dora_diffusion.formats.keys import Key, parse_key
-from dora_diffusion.formats.layer_lookup import Place, locate
+from dora_diffusion.formats.layer_lookup import Locate, Place, locate
 from dora_diffusion.formats.peft_alphas import Scales
 from dora_diffusion.functional.dora import Axis
 from dora_diffusion.state import AdapterState, Module, WeightOf
@@ -45,8 +45,8 @@ class Reading:
         return key in self.keys and self.keys[key].name in self.places
 
 
-def take_apart(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> Reading:
-    """Keys of a file and their tensors' shapes, from its header alone."""
+def take_apart(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str], find: Locate | None = None) -> Reading:
+    """Keys of a file and their tensors' shapes, from its header alone; `find` says where layers lie in place of us."""
     parsed = {key: found for key in shapes if (found := parse_key(key)) is not None}
     _check_halves(parsed.values())
     rows, columns = _sizes(parsed, shapes, "up", 0), _sizes(parsed, shapes, "down", 1)
@@ -54,6 +54,8 @@ def take_apart(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str])
         name: (rows[name], columns[name]) if name in rows.keys() & columns.keys() else None
         for name in dict.fromkeys(found.name for found in parsed.values())
     }
+    if find is not None:
+        return Reading(parsed, find(names))
     return Reading(parsed, locate(names, encoders=_told_encoders(metadata)))
 
 

@@ -19,6 +19,11 @@ def strength_at(path: str, weight: Weight) -> float:
     return float(weight[max(parts, key=len)]) if parts else 0.0
 
 
+def is_felt(weight: Weight) -> bool:
+    """Whether a strength changes anything: it, or that of some part, is not 0."""
+    return any(weight.values()) if isinstance(weight, Mapping) else weight != 0
+
+
 def is_meant(path: str, weight: Weight) -> bool:
     """Whether a strength speaks of a layer at all, be it 0: a number always does, parts do where one of them fits."""
     return not isinstance(weight, Mapping) or any(_under(path, part) for part in weight)

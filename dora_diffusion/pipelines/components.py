@@ -91,7 +91,7 @@ def name_of_model(model: nn.Module) -> str:
     if known is not None:
         return known.name
     kind = type(model).__name__.lower()
-    if "controlnet" in kind:
+    if "controlnet" in kind and not kind.startswith("unet"):
         return "controlnet"
     if "unet" in kind:
         return "unet"

@@ -1,0 +1,124 @@
+"""Every pipeline of diffusers that loads LoRAs: our manager in each, and PEFT's LoRA beside it on the same model.
+
+A pipeline is built of its denoiser alone, without its __init__: layers ask for nothing else.
+"""
+
+import inspect
+import re
+from functools import cache
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import ModularPipeline
+from diffusers.loaders.lora_base import LoraBaseMixin
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from dora_diffusion.adapters.manager import AdapterManager
+from dora_diffusion.state import ModuleState
+from tests.denoisers import DENOISERS, UNBUILDABLE, prediction
+from tests.pipelines.adapters import trained
+from tests.tolerances import assert_identical, assert_near
+
+ROUNDED = 1e-5  # of the largest number: fp32's 6e-8 through some ten layers
+pytestmark = [  # of diffusers' own models
+    pytest.mark.filterwarnings("ignore:.FluxPosEmbed:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
+    pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),
+]
+
+
+@cache
+def loaders() -> dict[str, type]:
+    """The classes of pipelines that mix in a LoRA loader, by name."""
+    found = {name: getattr(diffusers, name) for name in dir(diffusers) if "Pipeline" in name}
+    return {name: kind for name, kind in found.items() if isinstance(kind, type) and issubclass(kind, LoraBaseMixin)}
+
+
+def models_of(kind: type) -> dict[str, str]:
+    """The models beside text encoders that a pipeline's LoRAs are for: component -> the first class it may be."""
+    if issubclass(kind, ModularPipeline):
+        specs = kind().blocks.expected_components
+        hints = {spec.name: spec.type_hint for spec in specs}
+    else:
+        hints = {name: parameter.annotation for name, parameter in inspect.signature(kind.__init__).parameters.items()}
+    loaders_of = ("transformer", *kind._lora_loadable_modules)  # PRX has a transformer, and the loader of a UNet
+    wanted = [name for name in dict.fromkeys(loaders_of) if not name.startswith("text_encoder")]
+    return {name: _class_name(hints[name]) for name in wanted if name in hints}
+
+
+def _class_name(hint: Any) -> str:
+    """Of an annotation: a class, a union's first, or its name."""
+    kinds = getattr(hint, "__args__", (hint,))
+    return kinds[0] if isinstance(kinds[0], str) else kinds[0].__name__
+
+
+BUILDABLE = [
+    name for name, kind in loaders().items() if models_of(kind) and set(models_of(kind).values()) <= DENOISERS.keys()
+]
+LEFT_OUT = {  # pipeline -> why
+    name: next(
+        (UNBUILDABLE[model] for model in models_of(kind).values() if model in UNBUILDABLE), "no denoiser of its own"
+    )
+    for name, kind in loaders().items()
+    if name not in BUILDABLE
+}
+
+
+def pipeline(name: str) -> tuple[Any, dict[str, nn.Module]]:
+    """A pipeline with nothing but tiny models for its LoRAs."""
+    kind = loaders()[name]
+    models = {part: DENOISERS[model].make() for part, model in models_of(kind).items()}
+    if issubclass(kind, ModularPipeline):
+        pipe = kind()
+        pipe.update_components(**models)
+    else:
+        pipe = kind.__new__(kind)
+        for part, model in models.items():
+            object.__setattr__(pipe, part, model)
+    return pipe, models
+
+
+def predict(models: dict[str, nn.Module]) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([prediction(model(**DENOISERS[type(model).__name__].inputs())) for model in models.values()])
+
+
+def test_all_that_can_be_built_are_walked() -> None:
+    assert len(loaders()) > 200  # of diffusers 0.42
+    assert set(LEFT_OUT) <= {"RFD4ProteinaPipeline"}, LEFT_OUT
+
+
+@pytest.mark.parametrize("name", BUILDABLE)
+def test_load_blend_fuse_and_unload(name: str) -> None:
+    pipe, models = pipeline(name)
+    before = predict(models)
+    adapter = trained(pipe, size=1.0, use_dora=False)
+    manager = AdapterManager(pipe)
+    report = manager.load_adapter(adapter, name="a")
+    assert set(report.components) == set(models)
+    assert_identical(predict(models), before)
+    manager.set_adapters({"a": 1.0})
+    ours = predict(models)
+    manager.fuse()
+    assert_near(predict(models), ours, ROUNDED)
+    manager.unfuse()
+    manager.unload()
+    assert_identical(predict(models), before)
+    assert float((ours - before).abs().max()) > 10 * ROUNDED * float(ours.abs().max())
+    for part, model in models.items():
+        _inject_peft(
+            model, {path.partition(".")[2]: m for path, m in adapter.modules.items() if path.startswith(part + ".")}
+        )
+    assert_near(predict(models), ours, ROUNDED)
+
+
+def _inject_peft(model: nn.Module, modules: dict[str, ModuleState]) -> None:
+    """The same adapter by PEFT."""
+    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=2, target_modules="|".join(map(re.escape, modules))), model)
+    for path, module in modules.items():
+        layer = model.get_submodule(path)
+        layer.lora_A["default"].weight.data.copy_(module.down)
+        layer.lora_B["default"].weight.data.copy_(module.up)
