@@ -78,12 +78,10 @@ def _place(name: str, parts: list[tuple[int, str, Tensor]]) -> Place:
     """A layer's place, its parts in the order of its rows."""
     components = {path.partition(".")[0] for _, path, _ in parts}
     rows = torch.cat([part for _, _, part in parts])
-    expected = torch.arange(len(rows))
-    is_swapped = len(parts) == 1 and torch.equal(rows, torch.cat(expected.chunk(2)[::-1]))
-    if len(components) > 1 or not (is_swapped or torch.equal(rows, expected)):
+    if len(components) > 1 or not torch.equal(rows, torch.arange(len(rows))):
         raise ValueError(f"{name}: diffusers orders its rows in a way that is not read here")
     paths = tuple(path.partition(".")[2] for _, path, _ in parts)
-    fusion = Fusion(name, paths, tuple(len(part) for _, _, part in parts), swapped=is_swapped)
+    fusion = Fusion(name, paths, tuple(len(part) for _, _, part in parts))
     return Place(components.pop(), fusion, prefix="", is_flat=_is_flat(name), is_original=True)
 
 

@@ -11,6 +11,12 @@ from dora_diffusion.families.signature import Signature
 
 Presets = Mapping[str, tuple[str, ...]]
 
+OTHER_COMPONENTS = (
+    *("transformer_2", "transformer_ref", "unet_2", "prior", "controlnet", "text_encoder_4"),
+    *("text_conditioner", "connectors"),
+)
+"""Models of pipelines that adapters change, beside a denoiser and three text encoders."""
+
 
 @dataclass(frozen=True)
 class Component:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from dora_diffusion.formats import peft
-from dora_diffusion.formats.dialects import DIALECTS, PEFT_FILE, Dialect, Signs
+from dora_diffusion.formats.dialects import COMPONENTS, DIALECTS, PEFT_FILE, Dialect, Signs
 from dora_diffusion.formats.kohya_hashes import with_hashes
 from dora_diffusion.formats.layer_lookup import Locate
 from dora_diffusion.formats.reading import Reading, read, take_apart, with_origin
@@ -35,7 +35,6 @@ __all__ = [
 
 RUN_FILE = "adapter.safetensors"
 """What training calls an adapter, in the folder of a run and of each checkpoint."""
-_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Those that people ask for first, then the rest.
@@ -267,7 +266,7 @@ def check_name(path: Path, format: str) -> None:
 
 def _check_components(adapter: AdapterState) -> None:
     """An injection knows the paths inside its model, and not what the model is to a pipeline."""
-    if strange := [name for name in adapter.components if name not in _COMPONENTS]:
+    if strange := [name for name in adapter.components if name not in COMPONENTS]:
         raise ValueError(
             f"{strange[0]!r} is no component of a pipeline, and layers' paths must begin with one; write "
             'save_adapter(injection.state().under("unet"), ...), or "transformer", "text_encoder" ...'

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from dora_diffusion.families import family_named
+from dora_diffusion.families.record import OTHER_COMPONENTS
 from dora_diffusion.formats.keys import AI_TOOLKIT, KOHYA, MIXED, OLD_DIFFUSERS, PEFT, Suffixes
 
 Prefixes = Mapping[str, str]
@@ -79,7 +80,8 @@ class Dialect:
         return self.original_for is None or family in self.original_for
 
 
-_DIFFUSERS = {name: f"{name}." for name in ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")}
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", *OTHER_COMPONENTS)
+_DIFFUSERS = {name: f"{name}." for name in COMPONENTS}
 _NUMBERED = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
 _FLAT_ENCODERS = {**_NUMBERED, "te": "lora_te_", "te3": "lora_te3_"}
 

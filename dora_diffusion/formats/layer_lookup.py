@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from dora_diffusion.families import FAMILIES, family_named
+from dora_diffusion.families.record import OTHER_COMPONENTS
 from dora_diffusion.formats.dialects import DIALECTS
 from dora_diffusion.formats.family_detection import has_paths
 from dora_diffusion.formats.flat_names import choices, unflatten
@@ -20,8 +21,12 @@ _ROLES = {
     **{"unet": "denoiser", "transformer": "denoiser"},
     **{"text_encoder": "te1", "text_encoder_2": "te2", "text_encoder_3": "te3", "te": "te1", "te3": "te3"},
     **{"clip_l": "te1", "clip_h": "te1", "clip_g": "te2", "t5xxl": "t5", "t5": "t5"},
+    **{name: name for name in OTHER_COMPONENTS},
 }
-_ENCODERS = {"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3", "t5": "text_encoder_3"}
+_ENCODERS = {
+    **{"te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3", "t5": "text_encoder_3"},
+    **{name: name for name in OTHER_COMPONENTS},
+}
 # First words of layers in transformers' models.
 _ENCODER_ROOTS = ("text_model", "encoder", "embeddings", "shared", "model", "language_model", "text_projection")
 _MOST_LOOKED_AT = 3000

@@ -13,7 +13,7 @@ from torch import nn
 from dora_diffusion.families import component_of_model, family_of_pipeline
 
 COMPONENT = re.compile(
-    r"(unet|transformer|prior|decoder|denoiser|controlnet|text_encoder|text_conditioner|text_model|connectors)(_\w+)?"
+    r"(prior_)?(unet|transformer|prior|controlnet|text_encoder|text_conditioner|connectors)(_\d+|_ref)?"
 )
 """What pipelines call the models that adapters change."""
 
@@ -29,9 +29,12 @@ class BareModel:
 
 
 def as_pipeline(pipe: Any) -> Any:
-    """The pipeline itself; a model that holds none of a pipeline's parts by name becomes one of a single part."""
-    is_bare = isinstance(pipe, nn.Module) and not any(COMPONENT.fullmatch(name) for name, _ in pipe.named_children())
-    return BareModel(_unwrapped(pipe)) if is_bare else pipe
+    """The pipeline itself; a model becomes one of a single part, unless it is a pipeline's models under their names."""
+    if not isinstance(pipe, nn.Module):
+        return pipe
+    holds_models = any(COMPONENT.fullmatch(name) for name, _ in pipe.named_children())
+    is_model = _is_timed(pipe) or component_of_model(_unwrapped(pipe)) is not None
+    return pipe if holds_models and not is_model else BareModel(_unwrapped(pipe))
 
 
 def name_of_pipeline(pipe: Any) -> str:
