@@ -446,6 +446,7 @@ class AdapterManager:
         for path, base in self._slots.bases.items():
             if self._meant(path, weights):
                 check_fusable(path, base)
+                at_hand(path, base.weight)
 
     def _meant(self, path: str, weights: Mapping[str, Weight]) -> list[tuple[ModuleState, float]]:
         """The adapters on a layer and their strengths, 0 or not, in the order that `weights` names them."""

@@ -67,10 +67,22 @@ def _from_tensor_subclass(module: Any) -> Tensor:
     return dense
 
 
+def _is_gguf(module: Any) -> bool:
+    return any(
+        kind.__name__ == "GGUFLinear" and kind.__module__.startswith("diffusers.") for kind in type(module).__mro__
+    )
+
+
+def _from_gguf(module: Any) -> Tensor:
+    dense: Tensor = import_module("diffusers.quantizers.gguf.utils").dequantize_gguf_tensor(module.weight)
+    return dense
+
+
 QUANTISATIONS: tuple[Quantisation, ...] = (
     Quantisation("bitsandbytes 4-bit", _is_4bit, _from_4bit),
     Quantisation("bitsandbytes 8-bit", _is_8bit, _from_8bit),
     Quantisation("torchao", _is_tensor_subclass, _from_tensor_subclass),
+    Quantisation("GGUF", _is_gguf, _from_gguf),
 )
 
 

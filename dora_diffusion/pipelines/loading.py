@@ -8,7 +8,8 @@ import contextlib
 import importlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,6 +22,7 @@ from dora_diffusion.formats.safetensors_reader import read_header
 from dora_diffusion.pipelines.base_weights import EMBEDDED as EMBEDDED
 from dora_diffusion.pipelines.base_weights import POCKET as POCKET
 from dora_diffusion.pipelines.base_weights import POCKET_DIT as POCKET_DIT
+from dora_diffusion.pipelines.component_files import load_component
 from dora_diffusion.utils.quiet import quietly
 
 Offload = Literal["model", "sequential"]
@@ -41,19 +43,27 @@ def load_pipeline(
     device: str = "cpu",
     config: str | Path | None = None,
     offload: Offload | None = None,
+    transformer: str | Path | None = None,
+    unet: str | Path | None = None,
+    vae: str | Path | None = None,
 ) -> Any:
     """A diffusers pipeline, ready to draw.
 
     Args:
         source: the name of an embedded base ("pocket", "pocket-dit"), a folder in diffusers' layout, a single
-            `.safetensors` file in its original layout, or a hub id such as `owner/name`.
+            `.safetensors` file in its original layout, or a hub id such as `owner/name` or `owner/name@revision`. Of
+            weights in several variants (fp16, bf16, fp32) the one that fits `dtype` is taken.
         dtype: of the weights in memory.
         device: "cpu", "cuda", "mps".
         config: for a single file only: a diffusers folder or hub id of the same architecture, whose configs and
             tokenizers are used, and whose weights where the file has none (a file of the denoiser alone). None asks
             the hub for the base that the file's tensors look like.
         offload: None keeps everything on `device`. "model" keeps weights in main memory and brings one component at a
-            time over; "sequential" one layer at a time, far slower, and without adapters.
+            time over; "sequential" one layer at a time, far slower; adapters cannot be fused then.
+        transformer: a file with the transformer's weights, in place of the base's own: `.safetensors` in diffusers'
+            names or the makers', fp8 with scales too, or `.gguf` (pip install gguf), which stays quantised.
+        unet: the same for a UNet.
+        vae: the same for a VAE.
 
     Raises:
         ValueError: one line that says what was looked for, what is there and how to mend it.
@@ -69,8 +79,10 @@ def load_pipeline(
         ```
     """
     _check_device(device, offload)
+    files = {"transformer": transformer, "unet": unet, "vae": vae}
+    given = {name: Path(file) for name, file in files.items() if file is not None}
     with quietly():
-        pipe = _load(source, dtype, config)
+        pipe = _load(source, dtype, config, given)
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "sequential":
@@ -93,15 +105,17 @@ def _check_device(device: str, offload: str | None) -> None:
         )
 
 
-def _load(source: str | Path, dtype: torch.dtype, config: str | Path | None) -> Any:
+def _load(source: str | Path, dtype: torch.dtype, config: str | Path | None, files: Mapping[str, Path]) -> Any:
     name = str(source)
     path = EMBEDDED.get(name, Path(source))
     if path.is_file() or (path.suffix in (".safetensors", *_PICKLES) and not path.is_dir()):
+        if files:
+            raise ValueError(f"model {name!r}: {min(files)} beside a single file; give a folder as the base")
         return _from_file(path, dtype, config)
     if config is not None:
         raise ValueError(f"model {name!r} takes no config: only a single .safetensors file needs one, got {config}")
     if path.is_dir():
-        return _from_folder(path, dtype)
+        return _from_folder(path, dtype, files)
     if name in EMBEDDED:
         raise ValueError(f"model {name!r}: {path} is not there; this installation came without that base")
     if not _may_be_hub_id(name):
@@ -109,7 +123,7 @@ def _load(source: str | Path, dtype: torch.dtype, config: str | Path | None) -> 
             f"model {name!r}: no such folder; expected {', '.join(map(repr, EMBEDDED))}, a diffusers folder, "
             "a .safetensors file or a hub id"
         )
-    return _from_folder(_from_hub(name, configs_only=False), dtype)
+    return _from_folder(_from_hub(name, variants_for(dtype)), dtype, files)
 
 
 def configs_of(source: str | Path) -> Path | None:
@@ -123,11 +137,13 @@ def configs_of(source: str | Path) -> Path | None:
         return path
     is_file = path.is_file() or path.suffix in (".safetensors", *_PICKLES)
     is_hub_id = str(source) not in EMBEDDED and not is_file and _may_be_hub_id(str(source))
-    return _from_hub(str(source), configs_only=True) if is_hub_id else None
+    return _from_hub(str(source), ()) if is_hub_id else None
 
 
 def _may_be_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~", "-")) and "\\" not in name
+    repository, at, revision = name.partition("@")
+    is_id = repository.count("/") == 1 and not name.startswith((".", "/", "~", "-")) and "\\" not in name
+    return is_id and bool(revision) == bool(at)
 
 
 def _first_line(error: BaseException) -> str:
@@ -135,10 +151,11 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _from_folder(folder: Path, dtype: torch.dtype) -> Any:
+def _from_folder(folder: Path, dtype: torch.dtype, files: Mapping[str, Path]) -> Any:
     from diffusers import DiffusionPipeline
 
-    read_index(folder)
+    index = read_index(folder)
+    given = {name: _from_own_file(folder, name, file, index, dtype) for name, file in files.items()}
     try:
         return DiffusionPipeline.from_pretrained(
             str(folder),
@@ -146,10 +163,55 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Any:
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            variant=variant_of(folder, dtype),
             **dict.fromkeys(_left_out(folder)),
+            **given,
         )
     except _LOAD_ERRORS as error:
         raise ValueError(f"model {str(folder)!r} could not be loaded from the folder: {_first_line(error)}") from None
+
+
+def _from_own_file(
+    folder: Path, name: str, file: Path, index: Mapping[str, tuple[str, str]], dtype: torch.dtype
+) -> nn.Module:
+    import diffusers
+
+    if name not in index:
+        known = ", ".join(part for part in index if part in ("transformer", "unet", "vae"))
+        raise ValueError(f"model {str(folder)!r} has no {name}, got {name}={file}; it has {known}")
+    return load_component(getattr(diffusers, index[name][1]), file, folder / name, dtype)
+
+
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<named>\w+))?(?:-\d+-of-\d+)?\.safetensors"
+    r"(?:\.index(?:\.(?P<index>\w+))?\.json)?"
+)
+_OWN_VARIANT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+def variants_for(dtype: torch.dtype) -> tuple[str | None, ...]:
+    """The variants of weights that may be loaded in a dtype, the best first; None is the one without a name."""
+    own = _OWN_VARIANT.get(dtype)
+    others = ("fp32", "bf16", "fp16")  # rounded once more is worse than rounded once
+    order = (None, "fp32", *others) if own in (None, "fp32") else (own, None, *others)
+    return tuple(dict.fromkeys(order))
+
+
+def variant_of(folder: Path, dtype: torch.dtype) -> str | None:
+    """Which variant of a folder's weights to load: the best that some component has, where the others have it or plain.
+
+    Most downloads hold one alone, `*.fp16.safetensors`; some hold several beside each other.
+    """
+    found: dict[str, set[str | None]] = {}
+    for file in folder.glob("*/*"):
+        if named := _WEIGHTS.fullmatch(file.name):
+            found.setdefault(file.parent.name, set()).add(named["named"] or named["index"])
+    there = set().union(*found.values())
+    others = sorted(name for name in there if name is not None)  # "ema", "non_ema" ...
+    for variant in dict.fromkeys((*variants_for(dtype), *others)):
+        if variant in there and all(variant in have or None in have for have in found.values()):
+            return variant
+    return None
 
 
 def _left_out(folder: Path) -> list[str]:
@@ -211,8 +273,12 @@ def _names_code(folder: Path) -> bool:
     return False
 
 
-def _from_hub(name: str, *, configs_only: bool) -> Path:
+def _from_hub(name: str, variants: Sequence[str | None]) -> Path:
     """The local copy of a hub repository, fetched when it is not there yet.
+
+    Args:
+        name: `owner/name`, or `owner/name@revision`.
+        variants: of the weights, the first that is there is fetched, and no other; empty for the configs alone.
 
     Raises:
         ValueError: one line, whether offline, refused or unknown.
@@ -220,11 +286,19 @@ def _from_hub(name: str, *, configs_only: bool) -> Path:
     from diffusers import DiffusionPipeline
     from huggingface_hub import snapshot_download
 
+    repository, _, revision = name.partition("@")
+    chosen = {"revision": revision or None}
     try:
-        if configs_only:
-            return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model"]))
+        if not variants:
+            return Path(snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*.model"], **chosen))
         with _errors_only("diffusers.pipelines.pipeline_utils"):  # that the hub is away is said once, by us
-            return Path(DiffusionPipeline.download(name, use_safetensors=True, trust_remote_code=False))
+            for variant in variants:
+                with contextlib.suppress(ValueError):  # "no such modeling files are available"
+                    options = {"use_safetensors": True, "trust_remote_code": False, "variant": variant, **chosen}
+                    folder = Path(DiffusionPipeline.download(repository, **options))
+                    if any(_WEIGHTS.fullmatch(file.name) for file in folder.glob("*/*")):
+                        return folder
+        raise ValueError("it holds no safetensors weights")
     except _LOAD_ERRORS as error:
         raise ValueError(f"model {name!r}: no such folder here, and {_hub_trouble(error)}") from None
 
@@ -322,7 +396,7 @@ def _config_folder(path: Path, origin: str, *, is_given: bool) -> Path:
     if not _may_be_hub_id(origin):
         raise ValueError(f"config {origin!r}: no such folder; expected a diffusers folder or a hub id")
     try:
-        return _from_hub(origin, configs_only=True)
+        return _from_hub(origin, ())
     except ValueError as error:
         if is_given:
             raise

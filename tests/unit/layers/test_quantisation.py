@@ -62,12 +62,25 @@ def _torchao(linear: nn.Linear) -> nn.Module:
     return model[0]
 
 
+def _gguf(linear: nn.Linear) -> nn.Module:
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+    from gguf import GGMLQuantizationType, quants
+
+    kind = GGMLQuantizationType.Q8_0
+    layer = GGUFLinear(IN, OUT, bias=True, compute_dtype=linear.weight.dtype)
+    packed = quants.quantize(linear.weight.detach().float().numpy(), kind)
+    layer.weight = GGUFParameter(torch.from_numpy(packed), quant_type=kind)
+    layer.bias = linear.bias
+    return layer
+
+
 # name -> (library, from a dense linear to a quantised one, largest relative error of its own forward)
 MAKERS = {
     "stand-in": (None, Halved, 1e-2),
     "nf4": ("bitsandbytes", _nf4, 1e-2),
     "int8": ("bitsandbytes", _int8, 3e-2),  # this one quantises its input too
     "torchao": ("torchao", _torchao, 1e-2),
+    "gguf": ("gguf", _gguf, 1e-2),
 }
 pytestmark = pytest.mark.filterwarnings("ignore")  # these libraries warn of kernels that a CPU lacks
 

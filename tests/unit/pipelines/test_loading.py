@@ -299,25 +299,20 @@ def test_strengths_follow_a_layer_that_moved() -> None:
     assert layer._held.offsets.device.type == layer._held.owners.device.type == "meta"
 
 
-@pytest.mark.parametrize("action", ["load_adapter", "set_adapters", "fuse"])
-def test_sequential_offload_refuses_adapters_in_one_line(action: str) -> None:
+@pytest.mark.parametrize("action", ["fuse", "mode"])
+def test_sequential_offload_refuses_to_fold_in_one_line(action: str) -> None:
     from accelerate import cpu_offload
 
     pipe = random_pocket_pipeline()
-    adapter = random_adapter(pipe)
     manager = AdapterManager(pipe)
-    if action != "load_adapter":
-        manager.load_adapter(adapter, name="ink")
-        manager.set_adapters({"ink": 1.0})
+    manager.load_adapter(random_adapter(pipe), name="ink")
+    manager.set_adapters({"ink": 1.0})
     offloaded(pipe, lambda part: cpu_offload(part, torch.device("cpu")))
-    calls = {
-        "load_adapter": lambda: manager.load_adapter(adapter, name="ink"),
-        "set_adapters": lambda: manager.set_adapters({"ink": 0.5}),
-        "fuse": manager.fuse,
-    }
+    calls = {"fuse": manager.fuse, "mode": lambda: manager.set_adapters({"ink": 0.5}, blend="compose")}
     with pytest.raises(ValueError, match="sequential CPU offload.*offload='model'") as caught:
         calls[action]()
     assert "\n" not in str(caught.value)
+    manager.set_adapters({"ink": 0.5})
 
 
 def test_the_command_line_says_these_things_in_one_line(
