@@ -16,6 +16,8 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.description = "Draw a picture. Several --adapter options blend: --adapter ink.safetensors:0.8"
     parser.add_argument("--model", default="pocket", help=BASES)
     parser.add_argument("--model-config", metavar="FOLDER", help="configs for a .safetensors file: a diffusers folder")
+    for part in ("transformer", "unet", "vae"):
+        parser.add_argument(f"--{part}", metavar="FILE", help=f"the base's {part} from a .safetensors or .gguf file")
     add_mix(parser)
     parser.add_argument("--blend", choices=MODES, default="additive", help="how adapters mix (default: additive)")
     parser.add_argument("--words", action="append", default=[], metavar="FILE", help="a new word; may be repeated")
@@ -66,6 +68,9 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         device=arguments.device,
         config=arguments.model_config,
         offload=arguments.offload,
+        transformer=arguments.transformer,
+        unet=arguments.unet,
+        vae=arguments.vae,
     )
     words = [load_word(path) for path in arguments.words]
     if words:

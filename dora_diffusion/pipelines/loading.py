@@ -36,7 +36,7 @@ _LOAD_ERRORS = (
 )
 
 
-def load_pipeline(
+def load_pipeline(  # noqa: PLR0913 -- each is one fact of a base, by the names that diffusers gives its components
     source: str | Path = "pocket",
     *,
     dtype: torch.dtype = torch.float32,
@@ -287,14 +287,14 @@ def _from_hub(name: str, variants: Sequence[str | None]) -> Path:
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
-    chosen = {"revision": revision or None}
+    at = revision or None
     try:
         if not variants:
-            return Path(snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*.model"], **chosen))
+            return Path(snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*.model"], revision=at))
         with _errors_only("diffusers.pipelines.pipeline_utils"):  # that the hub is away is said once, by us
             for variant in variants:
                 with contextlib.suppress(ValueError):  # "no such modeling files are available"
-                    options = {"use_safetensors": True, "trust_remote_code": False, "variant": variant, **chosen}
+                    options = {"use_safetensors": True, "trust_remote_code": False, "variant": variant, "revision": at}
                     folder = Path(DiffusionPipeline.download(repository, **options))
                     if any(_WEIGHTS.fullmatch(file.name) for file in folder.glob("*/*")):
                         return folder

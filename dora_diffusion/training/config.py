@@ -17,7 +17,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from dora_diffusion.training import yaml_config
 
 # Paths in the file are relative to the file; `output_dir` is relative to the current directory.
-_PATHS_BESIDE_FILE = ("data.instance_dir", "data.validation_dir", "prior.class_dir", "evaluation.truth_dir")
+_PATHS_BESIDE_FILE = (
+    *("base.transformer", "base.unet", "base.vae"),
+    *("data.instance_dir", "data.validation_dir", "prior.class_dir", "evaluation.truth_dir"),
+)
 
 
 def _to_path(value: Any) -> Any:
@@ -284,6 +287,25 @@ class EvaluationConfig(_Section):
         return self
 
 
+class BaseConfig(_Section):
+    """Components of the base in files of their own: `.safetensors`, fp8 with scales too, or `.gguf`."""
+
+    transformer: Location | None = None
+    """Weights of the transformer; null = the base's own."""
+    unet: Location | None = None
+    """Weights of the UNet; null = the base's own."""
+    vae: Location | None = None
+    """Weights of the VAE; null = the base's own."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "BaseConfig":
+        for name in ("transformer", "unet", "vae"):
+            file = getattr(self, name)
+            if file is not None and not os.path.isfile(file):
+                raise ValueError(f"base.{name}: got {str(file)!r}, expected an existing .safetensors or .gguf file")
+        return self
+
+
 class TrainConfig(_Section):
     """A whole training run. Paths are absolute once it is built.
 
@@ -299,6 +321,8 @@ class TrainConfig(_Section):
 
     model: Text = "pocket"
     """The base: "pocket", "pocket-dit", a diffusers folder, a .safetensors checkpoint or a hub id."""
+    base: BaseConfig = BaseConfig()
+    """Files in place of the base's own components."""
     output_dir: Location
     """The run's folder; relative to the current directory."""
     data: DataConfig

@@ -97,7 +97,7 @@ def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
     )
     instances, held_out = checked_examples(config.data, seed=config.optim.seed)
     check_words(config.words.starts, instances)
-    pipe = load_base(config.model, PRECISIONS[config.optim.mixed_precision], accelerator.device)
+    pipe = load_base(config.model, PRECISIONS[config.optim.mixed_precision], accelerator.device, config.base)
     objective = _objective(pipe, config)  # raises for a scheduler that cannot be trained, before anything is drawn
     with accelerator.main_process_first():  # one process draws the class images, the others find them
         classes = ensure_class_examples(pipe, config)

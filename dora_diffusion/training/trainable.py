@@ -19,7 +19,7 @@ from dora_diffusion.layers.injection import Injection, inject
 from dora_diffusion.pipelines.loading import load_pipeline
 from dora_diffusion.pipelines.textual_inversion import Words, add_words
 from dora_diffusion.state import AdapterState, join
-from dora_diffusion.training.config import AdapterConfig, OptimConfig, TrainConfig, WordsConfig
+from dora_diffusion.training.config import AdapterConfig, BaseConfig, OptimConfig, TrainConfig, WordsConfig
 
 Own = TypeVar("Own", int, float)
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -104,9 +104,12 @@ class TrainablePipeline:
             self.train(True)
 
 
-def load_base(model: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """The base pipeline, frozen."""
-    pipe = load_pipeline(model, dtype=dtype, device=str(device))
+def load_base(model: str, dtype: torch.dtype, device: torch.device, files: BaseConfig | None = None) -> Any:
+    """The base pipeline, frozen, with components from files of their own."""
+    own = files or BaseConfig()
+    pipe = load_pipeline(
+        model, dtype=dtype, device=str(device), transformer=own.transformer, unet=own.unet, vae=own.vae
+    )
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False)

@@ -12,6 +12,7 @@ from diffusers import (
     QwenImage21Transformer2DModel,
     WanAnimate2Transformer3DModel,
 )
+from diffusers.models.transformers.transformer_rfd4_proteina import RFD4ProteinaTransformer
 from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
@@ -140,7 +141,28 @@ def wan_animate_2() -> WanAnimate2Transformer3DModel:
     )
 
 
+def proteina() -> RFD4ProteinaTransformer:
+    """Four of its thirty features of molecules."""
+    return RFD4ProteinaTransformer(
+        nlayers=2,
+        token_dim=16,
+        nheads=2,
+        dim_cond=8,
+        pair_repr_dim=8,
+        latent_dim=4,
+        token_type_emb_dim=4,
+        t_emb_dim=8,
+        xt_pair_dist_dim=6,
+        feats_seq=("xt_bb_ca", "xt_local_latents", "token_type"),
+        feats_cond_seq=("time_emb_bb_ca", "time_emb_local_latents"),
+        feats_pair_repr=("xt_bb_ca_pair_dists",),
+        tri_mult_c=8,
+        num_sequence_classes=8,
+    )
+
+
 TIME, HALF = torch.tensor([500]), torch.tensor([0.5])
+ALL = torch.ones(1, 4, dtype=torch.bool)
 
 BY_HAND: dict[str, TinyDenoiser] = {
     "UNet2DConditionModel": TinyDenoiser(
@@ -208,6 +230,8 @@ BY_HAND: dict[str, TinyDenoiser] = {
             "timestep": HALF,
             "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0), torch.zeros(1)),
             "txt_ids": torch.cartesian_prod(torch.zeros(1), torch.zeros(1), torch.zeros(1), torch.arange(6.0)),
+            "image_cond_hidden_states": normal(1, 16, 8, seed=2),
+            "image_cond_ids": torch.cartesian_prod(torch.ones(1), torch.arange(4.0), torch.arange(4.0), torch.zeros(1)),
         },
     ),
     "AnimaTextConditioner": TinyDenoiser(
@@ -240,9 +264,17 @@ BY_HAND: dict[str, TinyDenoiser] = {
         lambda: WuerstchenPrior(c_in=4, c=16, c_cond=8, c_r=8, depth=1, nhead=2),
         lambda: {"x": normal(1, 4, 8, 8), "r": HALF, "c": normal(1, 6, 8, seed=1)},
     ),
+    "RFD4ProteinaTransformer": TinyDenoiser(
+        proteina,
+        lambda: {
+            "bb_ca": normal(1, 4, 3),
+            "local_latents": normal(1, 4, 4, seed=1),
+            "bb_ca_time": HALF,
+            "local_latents_time": HALF,
+            "padding_mask": ALL,
+            "token_type": torch.tensor([[0, 0, 3, 3]]),
+            "conditioning": {"is_in_context_conditioning": ~ALL, "supports_local_latent": ALL},
+            "recycle_depth": 2,
+        },
+    ),
 }
-
-UNBUILDABLE: dict[str, str] = {
-    "RFD4ProteinaTransformer": "it draws proteins: its 30 features are of molecules, no pictures",
-}
-"""Class -> why no tiny one is here."""

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.pipelines import loading
 from dora_diffusion.pipelines.loading import load_pipeline, variant_of
+from dora_diffusion.training.config import BaseConfig
+from dora_diffusion.training.trainable import load_base
 from tests import original_layouts
 from tests.families.pipelines import PIPELINES
 from tests.pipelines.adapters import trained
@@ -222,3 +224,13 @@ def test_a_gguf_stays_quantised_and_takes_adapters(tmp_path) -> None:
     assert not torch.allclose(draws(loaded, prompt="a cat", height=32, width=32)(), before, atol=1e-2)
     with pytest.raises(ValueError, match="a quantised GGUFLinear cannot be folded"):
         manager.fuse()
+
+
+def test_training_starts_from_such_a_file(pipe, tmp_path) -> None:
+    folder = saved(pipe, tmp_path / "base", None)
+    other = PIPELINES["sd1"].build(seed=1)
+    save_file(other.unet.state_dict(), tmp_path / "unet.safetensors")
+    files = BaseConfig(unet=tmp_path / "unet.safetensors")
+    loaded = load_base(str(folder), torch.float32, torch.device("cpu"), files)
+    assert_identical(weights(loaded.unet), weights(other.unet))
+    assert not any(parameter.requires_grad for parameter in loaded.unet.parameters())

@@ -262,3 +262,10 @@ def test_a_built_configuration_cannot_change(file: Path) -> None:
     config = TrainConfig.from_yaml(file)
     with pytest.raises(ValidationError, match="frozen"):
         config.optim.steps = 3
+
+
+def test_a_component_s_file_starts_at_the_config_and_must_be_there(file: Path) -> None:
+    text = MINIMAL + "base: {unet: tuned.safetensors}\n"
+    assert "base.unet: got 'tuned.safetensors', expected an existing .safetensors or .gguf file" in error_of(file, text)
+    (file.parent / "tuned.safetensors").write_bytes(b"")
+    assert TrainConfig.from_yaml(file).base.unet == file.parent / "tuned.safetensors"
