@@ -11,7 +11,7 @@ from dora_diffusion.formats.base_checkpoint import open_checkpoint
 from dora_diffusion.layers.generic_presets import is_named_attention
 from dora_diffusion.layers.targets import named_paths
 from dora_diffusion.pipelines.base_weights import BaseWeights, base_weights, is_table, local_base
-from dora_diffusion.pipelines.components import adaptable_models
+from dora_diffusion.pipelines.components import adaptable_models, as_pipeline, is_pipeline
 
 _PRESETS = ("attention", "all-linear", "all")
 
@@ -24,7 +24,7 @@ def source_of(model: Any) -> BaseWeights:
     """
     if isinstance(model, Mapping):
         return _of_mapping(model)
-    if callable(model) and not isinstance(model, BaseWeights) and not hasattr(model, "components"):
+    if callable(model) and not isinstance(model, BaseWeights) and not is_pipeline(model):
         return BaseWeights("a function", model, model, _no_list)
     return base_weights(model)
 
@@ -55,13 +55,13 @@ def vectors_of(model: Any) -> tuple[str, ...]:
         checkpoint = open_checkpoint(local_base(model))
         places = ((name, checkpoint.find(name)) for name in checkpoint.names())
         return tuple(dict.fromkeys(name for name, place in places if place is not None and len(place.shape) == 1))
-    if not hasattr(model, "components"):
+    if not is_pipeline(model):
         raise ValueError("vectors: expected a pipeline, a folder, a file or a mapping to list them; got a function")
     return tuple(_vectors_of_pipeline(model))
 
 
 def _vectors_of_pipeline(pipe: Any) -> Iterable[str]:
-    for name, model in adaptable_models(pipe).items():
+    for name, model in adaptable_models(as_pipeline(pipe)).items():
         for path, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 yield f"{name}.{path.removeprefix('text_model.')}"
@@ -74,7 +74,13 @@ def _of_mapping(tensors: Mapping[str, Tensor]) -> BaseWeights:
             raise ValueError(f"{path} is not among the {len(tensors)} tensors given")
         return found
 
-    matrices = tuple(path.removesuffix(".weight") for path, tensor in tensors.items() if tensor.dim() in (2, 4))
+    # where layers are spelt out as parameters, what is no weight is a table that no layer has
+    ending = ".weight" if any(path.endswith(".weight") for path in tensors) else ""
+    matrices = tuple(
+        path.removesuffix(ending)
+        for path, tensor in tensors.items()
+        if path.endswith(ending) and tensor.dim() in (2, 4)
+    )
     return BaseWeights("a mapping", at, at, lambda: matrices)
 
 

@@ -15,7 +15,7 @@ from dora_diffusion.layers.base_layers import check_adaptable, dense_weight, is_
 from dora_diffusion.layers.blended import BlendedLayer
 from dora_diffusion.layers.dora import DoRALayer
 from dora_diffusion.layers.offloaded import value_of
-from dora_diffusion.pipelines.components import adaptable_models
+from dora_diffusion.pipelines.components import adaptable_models, as_pipeline, is_pipeline
 from dora_diffusion.pipelines.modules import at_hand, base_beneath, find_module
 from dora_diffusion.state import WeightOf
 
@@ -63,7 +63,7 @@ def weights_of(base: Any) -> WeightOf:
     Raises:
         ValueError: one line that says what was looked for and what is there.
     """
-    return base if callable(base) and not hasattr(base, "components") else base_weights(base)
+    return base if callable(base) and not is_pipeline(base) else base_weights(base)
 
 
 def base_weights(base: Any) -> BaseWeights:
@@ -72,8 +72,8 @@ def base_weights(base: Any) -> BaseWeights:
         return base
     if isinstance(base, str | Path):
         return _of_checkpoint(open_checkpoint(local_base(base)))
-    if hasattr(base, "components"):
-        return _of_pipeline(base)
+    if is_pipeline(base):
+        return _of_pipeline(as_pipeline(base))
     raise ValueError(f"a base must be a pipeline, an embedded name, a folder or a file, got {type(base).__name__}")
 
 

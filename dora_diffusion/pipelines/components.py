@@ -37,6 +37,11 @@ def as_pipeline(pipe: Any) -> Any:
     return pipe if holds_models and not is_model else BareModel(_unwrapped(pipe))
 
 
+def is_pipeline(thing: Any) -> bool:
+    """Whether something holds models as a pipeline does, or is one; a function that gives weights does not."""
+    return isinstance(thing, nn.Module) or bool(models_of(thing))
+
+
 def name_of_pipeline(pipe: Any) -> str:
     """Its family where it has one, else its class."""
     if isinstance(pipe, BareModel):

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.manager import AdapterManager
+from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.injection import inject
 from dora_diffusion.pipelines import loading
 from dora_diffusion.pipelines.loading import load_pipeline, variant_of
 from dora_diffusion.training.config import BaseConfig
@@ -234,3 +236,35 @@ def test_training_starts_from_such_a_file(pipe, tmp_path) -> None:
     loaded = load_base(str(folder), torch.float32, torch.device("cpu"), files)
     assert_identical(weights(loaded.unet), weights(other.unet))
     assert not any(parameter.requires_grad for parameter in loaded.unet.parameters())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao: make test-quantised")
+@pytest.mark.filterwarnings("ignore")  # the library warns of kernels that a CPU lacks
+def test_a_folder_that_was_quantised_beforehand(tmp_path) -> None:
+    from diffusers import TorchAoConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    base = PIPELINES["sd3"].build()
+    base.save_pretrained(tmp_path / "base")
+    adapter, kind = trained(base), type(base.transformer)
+    how = TorchAoConfig(Int8WeightOnlyConfig())
+    base.register_modules(
+        transformer=kind.from_pretrained(
+            tmp_path / "base" / "transformer", quantization_config=how, dtype=torch.bfloat16
+        )
+    )
+    base.save_pretrained(tmp_path / "quantised")
+    loaded = load_pipeline(tmp_path / "quantised", dtype=torch.bfloat16)
+    draw = draws(loaded, prompt="a cat", height=32, width=32)
+    before = draw()
+    manager = AdapterManager(loaded)
+    manager.load_adapter(adapter, name="a")
+    assert_identical(draw(), before)
+    manager.set_adapters({"a": 1.0})
+    assert not torch.allclose(draw(), before, atol=1e-2)
+    with pytest.raises(ValueError, match="a quantised Linear cannot be folded"):
+        manager.fuse()
+    manager.unload()
+    injection = inject(loaded.transformer, DoRAConfig(rank=2))
+    assert_identical(draw(), before)
+    injection.eject()
