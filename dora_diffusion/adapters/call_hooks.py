@@ -89,6 +89,7 @@ class CallHooks:
         self._lock.acquire()
         self.refuse_fused_projections()
         told = [encoded for encoded in self._encoded.values() if encoded != scale]
+        self._encoded.clear()  # further steps, and calls with embeds made before, encode nothing
         if told:
             raise ValueError(
                 f"the scale {scale:g} of this call did not reach the text encoder, which has adapters, too, and was "

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dora_diffusion.families import Family, family_of_denoiser
 from dora_diffusion.functional.masks import added_inside, mask_on, prediction_of, with_prediction
-from dora_diffusion.functional.schedules import Schedule, progress_of, scheduler_time, timestep_of
+from dora_diffusion.functional.schedules import Reading, Schedule, progress_of, reading_of, timestep_of
 from dora_diffusion.pipelines.components import denoisers_of, live_model, timed_of
 
 SetStrengths = Callable[[str, Mapping[str, float]], None]
@@ -105,12 +105,13 @@ class DenoiserHooks:
         return with_prediction(output, mixed)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Call:
-    """How a component is called: its name, and its family where one knows the model."""
+    """How a component is called: its name, its family where one knows the model, else how its time is read."""
 
     component: str
     family: Family | None
+    reading: Reading | None = None
 
     def progress(self, pipe: Any, timestep: Any) -> float:
         """How far the run of the pipeline's scheduler is."""
@@ -121,7 +122,8 @@ class _Call:
         time = torch.as_tensor(timestep)
         if self.family is not None:
             return progress_of(self.family.scheduler_time(time), timesteps)
-        return progress_of(scheduler_time(time, timesteps), timesteps)
+        self.reading = reading_of(time, timesteps, self.reading)
+        return progress_of(self.reading(float(time.flatten()[0])), timesteps)
 
     def grid(self, prediction: Tensor, arguments: Any, keywords: Any) -> tuple[int, int] | None:
         """Rows and columns of a prediction's tokens; None where it predicts maps.

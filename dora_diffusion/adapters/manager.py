@@ -64,6 +64,9 @@ class AdapterManager:
     Args:
         pipe: a diffusers pipeline, a modular one, an object that has models as attributes, or a model.
 
+    Raises:
+        ValueError: there is no model in it that adapters could change.
+
     Examples:
         ```python
         import dora_diffusion as dd
@@ -308,6 +311,7 @@ class AdapterManager:
         for path, base in self._slots.bases.items():
             at_hand(path, base.weight)
         self._calls.refuse_fused_projections()
+        self._scales = {}
         self._fused = fuse_weights(self._slots.forms(self._adapters))
         self._offsets.are_saved = True
         self._slots.stand_aside()
@@ -392,7 +396,7 @@ class AdapterManager:
 
     def _mix(self, weights: dict[str, Weight], blend: str) -> None:
         self._unfold()
-        self._weights, self._blend = weights, ADDITIVE
+        self._weights, self._blend, self._scales = weights, ADDITIVE, {}
         self._slots.fill(self._adapters, weights if blend == ADDITIVE else {})
         for component in self._touched:
             self._set_strengths(component, {})

@@ -1,7 +1,7 @@
 """Strength over a drawing's run: piecewise-linear factors, and how far a run is."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -59,25 +59,36 @@ def progress_of(timestep: Tensor | float, timesteps: Tensor) -> float:
     return int(distances.argmin()) / max(1, len(distances) - 1)
 
 
-def scheduler_time(timestep: Tensor, timesteps: Tensor) -> Tensor:
-    """The scheduler's own timestep for what a denoiser was told, where nobody knows in which unit it is told.
+Reading = Callable[[float], float]
+READINGS: tuple[Reading, ...] = (
+    lambda told: 1000 * told,
+    lambda told: told,
+    lambda told: 1000 - 1000 * told,
+    lambda told: 1000 - told,
+)
+"""What a denoiser is told -> the scheduler's timestep: a thousandth of it, itself, or either from the far end."""
 
-    Denoisers are told the timestep itself, a thousandth of it, or the one or other counted from the far end: the
-    reading that comes nearest to one of the scheduler's timesteps is taken.
+
+def reading_of(timestep: Tensor | float, timesteps: Tensor, known: Reading | None = None) -> Reading:
+    """In which unit a denoiser is told the time, where nobody knows: the reading nearest to one of the timesteps.
+
+    A 1.0 may be the first step's thousand or the last step's one: then the reading that was right before counts (a run
+    that is told timesteps themselves starts high), or, at the start of a run, a thousandth.
 
     Args:
         timestep: what the denoiser was told; its first number counts.
         timesteps: the scheduler's.
+        known: the reading of the call before, or None.
     """
-    told = float(timestep.flatten()[0])
-    known = timesteps.double().cpu()
-    readings = (told, 1000 * told, 1000 - told, 1000 - 1000 * told)
-    return torch.tensor(min(readings, key=lambda reading: float((known - reading).abs().min())))
+    told = float(torch.as_tensor(timestep).flatten()[0])
+    times = timesteps.double().cpu()
+    candidates = (known, *READINGS) if known is not None else READINGS
+    return min(candidates, key=lambda reading: round(float((times - reading(told)).abs().min()), 3))
 
 
 def timestep_of(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
     """The timestep in a call of a denoiser: named, or the second argument."""
-    for name in ("timestep", "timesteps", "timestep_ratio"):
+    for name in ("timestep", "timesteps", "timestep_ratio", "t"):
         if name in keywords:
             return keywords[name]
     return arguments[1]

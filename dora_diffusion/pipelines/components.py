@@ -18,7 +18,7 @@ COMPONENT = re.compile(
 """What pipelines call the models that adapters change."""
 
 # What a denoiser's forward calls the time.
-TIMES = ("timestep", "timesteps", "timestep_ratio", "t", "sigma")
+TIMES = ("timestep", "timesteps", "timestep_ratio", "t")
 
 
 class BareModel:

@@ -150,6 +150,22 @@ def test_a_scale_that_cannot_act_is_refused(pipe) -> None:
         draw(pipe, cross_attention_kwargs={"scale": 0.5})
 
 
+def test_a_scale_is_of_one_call(pipe) -> None:
+    manager = loaded(pipe)
+    text = pipe.text_encoder(torch.arange(16)[None])[0].detach()
+    given = {"prompt": None, "prompt_embeds": text, "negative_prompt_embeds": text}
+    full, by_embeds = draw(pipe), draw(pipe, **given)
+    scaled = draw(pipe, cross_attention_kwargs={"scale": 0.5})
+    assert_identical(draw(pipe, **given), by_embeds)  # no text was encoded since the scaled call
+    draw(pipe, cross_attention_kwargs={"scale": 0.5})
+    manager.fuse()
+    assert_near(draw(pipe), full, ROUNDED)
+    manager.unfuse()
+    assert_identical(draw(pipe, cross_attention_kwargs={"scale": 0.5}), scaled)
+    manager.set_adapters({"a": 1.0}, blend="compose")
+    assert_near(draw(pipe), full, ROUNDED)
+
+
 def test_a_replaced_model_gets_the_adapters_at_the_next_call(pipe) -> None:
     manager, other = loaded(pipe), PIPELINES["sd1"].build(seed=1)
     old, adapter = pipe.unet, trained(PIPELINES["sd1"].build())
