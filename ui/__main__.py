@@ -15,6 +15,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", default=default.model, help="base: pocket, pocket-dit, a folder, a file, a hub id (%(default)s)"
     )
+    for part in ("transformer", "unet", "vae"):
+        parser.add_argument(f"--{part}", type=Path, metavar="FILE", help=f"the base's {part} from a file of its own")
     parser.add_argument("--adapters", type=Path, default=default.adapters, help="folder of *.safetensors (%(default)s)")
     parser.add_argument("--output", type=Path, default=default.output, help="where pictures go (%(default)s)")
     parser.add_argument("--host", default=default.host, help="address to listen on (%(default)s)")
@@ -46,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             datasets=tuple(given.datasets),
             runs=given.runs,
             models=given.models,
+            transformer=given.transformer,
+            unet=given.unet,
+            vae=given.vae,
         )
         from ui.app import launch
 

@@ -107,9 +107,16 @@ def launch(options: UiOptions, *, block: bool = True) -> RunningApp:
     Raises:
         ValueError: the base cannot be loaded, or the port is taken.
     """
-    pipe = load_pipeline(options.model)
+    pipe = load_pipeline(options.model, transformer=options.transformer, unet=options.unet, vae=options.vae)
     gc.freeze()  # what has been loaded stays: looking through it again and again is what made ten thousand files slow
-    session = Session(pipe, model=options.model, folder=options.adapters, output=options.output, models=options.models)
+    session = Session(
+        pipe,
+        model=options.model,
+        folder=options.adapters,
+        output=options.output,
+        models=options.models,
+        files=options.files,
+    )
     app = serve(session, options)
     print(f"DoRA diffusion is at {app.url} (Ctrl+C ends it)", flush=True)
     if block:

@@ -17,6 +17,9 @@ class UiOptions:
         datasets: folders under which pictures to train on, and recipes, are looked for; those not there are left out.
         runs: the folder of training runs.
         models: a folder of further bases to switch to, or None: diffusers folders and `.safetensors` files.
+        transformer: a file with the base's transformer, in place of its own; None = its own.
+        unet: the same for its UNet.
+        vae: the same for its VAE.
     """
 
     model: str = "pocket"
@@ -27,6 +30,15 @@ class UiOptions:
     datasets: tuple[Path, ...] = (Path("examples"), Path("datasets"))
     runs: Path = Path("runs")
     models: Path | None = None
+    transformer: Path | None = None
+    unet: Path | None = None
+    vae: Path | None = None
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Components of the base that come from files of their own."""
+        files = {"transformer": self.transformer, "unet": self.unet, "vae": self.vae}
+        return {name: file for name, file in files.items() if file is not None}
 
     def __post_init__(self) -> None:
         if not self.adapters.is_dir():

@@ -16,8 +16,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.description = "Draw a picture. Several --adapter options blend: --adapter ink.safetensors:0.8"
     parser.add_argument("--model", default="pocket", help=BASES)
     parser.add_argument("--model-config", metavar="FOLDER", help="configs for a .safetensors file: a diffusers folder")
-    for part in ("transformer", "unet", "vae"):
-        parser.add_argument(f"--{part}", metavar="FILE", help=f"the base's {part} from a .safetensors or .gguf file")
+    _add_files(parser)
     add_mix(parser)
     parser.add_argument("--blend", choices=MODES, default="additive", help="how adapters mix (default: additive)")
     parser.add_argument("--words", action="append", default=[], metavar="FILE", help="a new word; may be repeated")
@@ -33,6 +32,13 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offload", choices=["model", "sequential"], help="keep weights in main memory until needed")
     parser.add_argument("--output", type=Path, default=Path("out.png"), help="a PNG; metadata goes inside")
     parser.set_defaults(handler=_generate)
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    """Components of the base in files of their own."""
+    for part in ("transformer", "unet", "vae"):
+        about = f"the base's {part} from a .safetensors or .gguf file"
+        parser.add_argument(f"--{part}", type=Path, metavar="FILE", help=about)
 
 
 def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -110,6 +116,7 @@ def _blend(
 def add_ui(parser: argparse.ArgumentParser) -> None:
     parser.description = "Start the app in the browser. Needs the `ui` extra: pip install 'dora-diffusion[ui]'"
     parser.add_argument("--model", default="pocket", help=BASES)
+    _add_files(parser)
     parser.add_argument("--adapters", type=Path, default=Path("."), help="folder to pick adapters from")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder for pictures")
     parser.add_argument(
@@ -140,6 +147,9 @@ def _ui(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
             datasets=tuple(arguments.datasets or UiOptions.datasets),
             runs=arguments.runs,
             models=arguments.models,
+            transformer=arguments.transformer,
+            unet=arguments.unet,
+            vae=arguments.vae,
         )
     )
     return 0

@@ -339,7 +339,7 @@ def test_weights_that_are_stored_in_fp8(pipe, order: str) -> None:
         assert_identical(draw(pipe), before)
 
 
-def test_regional_and_whole_compilation(pipe) -> None:
+def test_compilation_in_place_and_whole(pipe) -> None:
     loaded(pipe)
     expected = draw(pipe)
     pipe.unet.compile(backend="eager")
@@ -453,3 +453,34 @@ def test_gpt2_s_own_linear_layer_as_peft_has_it(use_dora: bool) -> None:
     assert_close(model(ids).last_hidden_state.detach(), learnt)
     manager.fuse()
     assert_close(model(ids).last_hidden_state.detach(), learnt)
+
+
+def test_blocks_that_answer_from_a_cache(pipe) -> None:
+    """As DeepCache: a block's forward is replaced on the instance, and its answer kept for the second step."""
+    block = pipe.unet.mid_block
+    plain, kept = block.forward, []
+
+    def cached(*arguments: Any, **keywords: Any) -> Any:
+        if not kept:
+            kept.append(plain(*arguments, **keywords))
+        return kept[0]
+
+    with in_training(pipe) as adapter:
+        block.forward = cached
+        learnt = draw(pipe)
+        kept.clear()
+    before = draw(pipe)
+    kept.clear()
+    manager = loaded(pipe, adapter=adapter)
+    assert_near(draw(pipe), learnt, ROUNDED)
+    kept.clear()
+    manager.unload()
+    assert_identical(draw(pipe), before)
+
+
+def test_compiled_blocks(pipe) -> None:
+    loaded(pipe)
+    expected = draw(pipe)
+    pipe.unet.compile_repeated_blocks(backend="eager", fullgraph=True)
+    assert_near(draw(pipe), expected, ROUNDED)
+    torch._dynamo.reset()

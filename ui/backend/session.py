@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,16 @@ ShouldStop = Callable[[], bool]
 class Session:
     """Shared by every tab. Turns guard the base; a mix of adapters belongs to one request only."""
 
-    def __init__(self, pipe: Any, *, model: str, folder: Path, output: Path, models: Path | None = None) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        model: str,
+        folder: Path,
+        output: Path,
+        models: Path | None = None,
+        files: Mapping[str, Path] | None = None,
+    ) -> None:
         """
         Args:
             pipe: the base to begin with.
@@ -40,6 +49,7 @@ class Session:
             folder: of adapters.
             output: where pictures are saved.
             models: a folder of further bases to switch to: folders in diffusers' layout and `.safetensors` files.
+            files: components of that base which come from files of their own, as `load_pipeline` takes them.
         """
         self.library = AdapterLibrary(folder)
         self.library.refresh()
@@ -47,6 +57,7 @@ class Session:
         self._pictures = PictureStore(output)
         self._engine = Engine(pipe, model=model, library=self.library)
         self._first = model
+        self._files = dict(files or {})
         self._models_folder = models
         self._turns = DrawQueue()
         self._runs: dict[str, Run] = {}
@@ -63,6 +74,14 @@ class Session:
     def source(self) -> str | Path:
         """Where the present base lies, as `load_pipeline` takes it."""
         return bases_offered(self._first, self._models_folder)[self._engine.model]
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Component -> file of its own, of the present base."""
+        return self._files_of(self._engine.model)
+
+    def _files_of(self, model: str) -> dict[str, Path]:
+        return self._files if model == self._first else {}
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -130,7 +149,15 @@ class Session:
                 return {}
             wanted = old.loaded if adapters is None else tuple(adapters)
             device = str(getattr(old.pipe, "device", "cpu"))
-            pipe = load_pipeline(sources[model], dtype=old.pipe.dtype, device=device)
+            files = self._files_of(model)
+            pipe = load_pipeline(
+                sources[model],
+                dtype=old.pipe.dtype,
+                device=device,
+                transformer=files.get("transformer"),
+                unet=files.get("unet"),
+                vae=files.get("vae"),
+            )
             self._engine = Engine(pipe, model=model, library=self.library)
             old.close()
             return self._misfits(wanted)

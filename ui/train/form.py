@@ -139,4 +139,10 @@ def wire_form(form: TrainForm, planner: Planner, session: Session, options: UiOp
 
 def config_of(form: TrainForm, values: Values, session: Session, options: UiOptions) -> TrainConfig:
     """The run that the fields describe, on the base that the app has; `ValueError` names the field that is wrong."""
-    return build_config(form.read(values), model=str(session.source), roots=options.datasets, runs=options.runs)
+    return build_config(
+        form.read(values),
+        model=str(session.source),
+        files=session.files,
+        roots=options.datasets,
+        runs=options.runs,
+    )

@@ -1,6 +1,6 @@
 """From a recipe and the fields of the tab to a checked configuration of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,14 @@ def recipe_settings(name: object, roots: Sequence[Path]) -> dict[str, Any]:
     return settings
 
 
-def build_config(fields: Fields, *, model: str, roots: Sequence[Path], runs: Path) -> TrainConfig:
+def build_config(
+    fields: Fields,
+    *,
+    model: str,
+    roots: Sequence[Path],
+    runs: Path,
+    files: Mapping[str, Path] | None = None,
+) -> TrainConfig:
     """The recipe with the fields put in, checked whole.
 
     Args:
@@ -106,12 +113,13 @@ def build_config(fields: Fields, *, model: str, roots: Sequence[Path], runs: Pat
         model: the base of the app, which is what is trained on.
         roots: where data sets and recipes lie.
         runs: where run folders go.
+        files: components of that base which come from files of their own.
 
     Raises:
         ValueError: one line that names the field.
     """
     settings = recipe_settings(fields.recipe, roots)
-    settings["model"] = model
+    settings |= {"model": model, "base": dict(files or {})}
     settings["output_dir"] = str(runs / check_name("run name", fields.name))
     settings["data"] |= {
         "instance_dir": str(find_dataset(fields.dataset, roots)),

@@ -15,6 +15,8 @@ from dora_diffusion.generation.generate import Canvas, GenerationSettings, Gener
 from dora_diffusion.generation.png_metadata import metadata_text, read_metadata
 from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.utils.atomic import sha256_of
+from tests.pocket_random import random_pocket_pipeline
+from tests.tolerances import assert_identical
 from tests.ui.scripted import until
 from ui.backend import engine as engine_module
 from ui.backend.inputs import find_input
@@ -423,3 +425,20 @@ def test_closing_stops_variations_too(pipe: StableDiffusionPipeline, adapters: P
     session.close()
     with pytest.raises(GenerationStopped):
         session.draw(DrawRequest(SETTINGS))
+
+
+def test_a_base_keeps_the_files_it_came_with(
+    pipe: StableDiffusionPipeline, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Back from another base, its UNet is again the one of the file; the other base has its own."""
+    other = random_pocket_pipeline(seed=3)
+    other.unet.save_pretrained(tmp_path / "tuned")
+    file = tmp_path / "tuned" / "diffusion_pytorch_model.safetensors"
+    options = {"model": "pocket", "folder": adapters, "output": tmp_path / "out", "files": {"unet": file}}
+    session = Session(pipe, **options)
+    assert session.files == {"unet": file}
+    session.switch("pocket-dit")
+    assert session.files == {}
+    session.switch("pocket")
+    assert_identical(session._engine.pipe.unet.state_dict(), other.unet.state_dict())
+    session.close()

@@ -362,3 +362,11 @@ def test_broken_pictures_do_not_stop_the_gallery(roots: tuple[Path, ...]) -> Non
     assert len(gallery.value) == 4
     with pytest.raises(ValueError, match="^page: got 2"):
         _page_of(roots[0] / "cats", 2)
+
+
+def test_a_run_starts_from_the_files_of_the_app_s_base(tmp_path: Path) -> None:
+    file = tmp_path / "unet.safetensors"
+    file.touch()
+    fields = replace(FIELDS, dataset="examples/subject-robot/images", recipe="subject-robot/subject")
+    config = build_config(fields, model="pocket", roots=[EXAMPLES], runs=tmp_path, files={"unet": file})
+    assert config.base.unet == file and config.base.vae is None
