@@ -294,8 +294,10 @@ def _from_hub(name: str, variants: Sequence[str | None]) -> Path:
         with _errors_only("diffusers.pipelines.pipeline_utils"):  # that the hub is away is said once, by us
             for variant in variants:
                 with contextlib.suppress(ValueError):  # "no such modeling files are available"
-                    options = {"use_safetensors": True, "trust_remote_code": False, "variant": variant, "revision": at}
-                    folder = Path(DiffusionPipeline.download(repository, **options))
+                    fetched = DiffusionPipeline.download(
+                        repository, use_safetensors=True, trust_remote_code=False, variant=variant, revision=at
+                    )
+                    folder = Path(fetched)
                     if any(_WEIGHTS.fullmatch(file.name) for file in folder.glob("*/*")):
                         return folder
         raise ValueError("it holds no safetensors weights")
