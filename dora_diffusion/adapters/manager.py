@@ -311,7 +311,8 @@ class AdapterManager:
         for path, base in self._slots.bases.items():
             at_hand(path, base.weight)
         self._calls.refuse_fused_projections()
-        self._scales = {}
+        for component in list(self._scales):  # text encoders keep a call's scale until they are asked again
+            self._set_scale(component, 1.0)
         self._fused = fuse_weights(self._slots.forms(self._adapters))
         self._offsets.are_saved = True
         self._slots.stand_aside()
@@ -370,7 +371,8 @@ class AdapterManager:
             ValueError: they do not fit it; nothing has changed then.
         """
         self._slots.take_hooks()
-        replaced = [name for name, model in self._touched.items() if self._pipe_modules.model(name) is not model]
+        now = {name: self._pipe_modules.model(name) for name in self._touched}  # None: put away to save memory
+        replaced = [name for name, model in self._touched.items() if now[name] not in (None, model)]
         if not replaced:
             return
         if self._slots.has_room:

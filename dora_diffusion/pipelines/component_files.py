@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dora_diffusion.formats.safetensors_reader import read_tensors
 
-_SCALES = (".scale_weight", ".weight_scale", "_scale_inv")
+_SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
 _OF_TOOLS = ("scaled_fp8", ".scale_input", ".input_scale", ".comfy_quant")
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
@@ -37,9 +37,14 @@ def load_component(kind: Any, path: Path, folder: Path, dtype: torch.dtype) -> n
         return _from_gguf(kind, path, folder, dtype)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: expected a .safetensors or .gguf file of a {kind.__name__}; convert it first")
-    tensors = dense(read_tensors(path).tensors, dtype)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model = _with_own_names(kind, tensors, config, dtype) or _with_makers_names(kind, path, tensors, folder, dtype)
+    tensors = read_tensors(path).tensors
+    try:
+        tensors = dense(tensors, dtype)
+        model = _with_own_names(kind, tensors, config, dtype)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    model = model or _with_makers_names(kind, path, tensors, folder, dtype)
     model.eval()
     return model
 
@@ -51,6 +56,10 @@ def dense(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
         if key.endswith(_SCALES) or key.endswith(_OF_TOOLS):
             continue
         scale = next((tensors[name] for name in _scale_names(key) if name in tensors), None)
+        if scale is not None and scale.numel() not in (1, tensor.shape[0]):
+            raise ValueError(
+                f"{key}: scales of shape {tuple(scale.shape)} are not read here; expected one, or one a row"
+            )
         if scale is not None:
             tensor = tensor.float() * scale.float().reshape(-1, *[1] * (tensor.dim() - 1))
         found[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -60,17 +69,21 @@ def dense(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
 def _scale_names(key: str) -> list[str]:
     """What tools call the scale of a weight: ComfyUI's and BFL's."""
     layer = key.removesuffix(".weight")
-    return [] if layer == key else [f"{layer}.scale_weight", f"{layer}.weight_scale"]
+    return [] if layer == key else [layer + ending for ending in _SCALES]
 
 
 def _with_own_names(kind: Any, tensors: Mapping[str, Tensor], config: Any, dtype: torch.dtype) -> nn.Module | None:
     """The model, where the file has diffusers' own names: every one of them; what else it holds is left."""
     with torch.device("meta"):
-        model: nn.Module = kind.from_config(config)
-    names = model.state_dict().keys()
+        own = kind.from_config(config).state_dict()
+    names = own.keys()
     for prefix in ("", *_PREFIXES):
         found = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         if names <= found.keys():
+            if wrong := [name for name in names if found[name].shape != own[name].shape]:
+                got, expected = tuple(found[wrong[0]].shape), tuple(own[wrong[0]].shape)
+                raise ValueError(f"{wrong[0]} is {got}, expected {expected}: the weights of another {kind.__name__}")
+            model: nn.Module = kind.from_config(config)  # not of the meta device: it has buffers that no file holds
             model.load_state_dict({name: found[name] for name in names}, assign=True)
             return model.to(dtype)
     return None

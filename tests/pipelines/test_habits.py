@@ -161,6 +161,7 @@ def test_a_scale_is_of_one_call(pipe) -> None:
     manager.fuse()
     assert_near(draw(pipe), full, ROUNDED)
     manager.unfuse()
+    assert_identical(draw(pipe), full)
     assert_identical(draw(pipe, cross_attention_kwargs={"scale": 0.5}), scaled)
     manager.set_adapters({"a": 1.0}, blend="compose")
     assert_near(draw(pipe), full, ROUNDED)
@@ -189,6 +190,19 @@ def test_a_replaced_model_that_does_not_fit_is_refused(pipe) -> None:
         manager.set_adapters({"a": 1.0})
     manager.unload()
     assert not manager.names
+
+
+def test_an_encoder_that_is_put_away(pipe) -> None:
+    manager = loaded(pipe)
+    text = pipe.text_encoder(torch.arange(16)[None])[0].detach()
+    given = {"prompt": None, "prompt_embeds": text, "negative_prompt_embeds": text}
+    expected = draw(pipe, **given)
+    pipe.text_encoder = None
+    manager.set_adapters({"a": 0.0})
+    assert not torch.allclose(draw(pipe, **given), expected, atol=1e-3)
+    manager.set_adapters({"a": 1.0})
+    assert_identical(draw(pipe, **given), expected)
+    manager.unload()
 
 
 def test_threads_that_set_strengths_and_draw(pipe) -> None:

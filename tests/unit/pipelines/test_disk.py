@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,14 +15,16 @@ from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.layers.config import DoRAConfig
 from dora_diffusion.layers.injection import inject
 from dora_diffusion.pipelines import loading
+from dora_diffusion.pipelines.component_files import load_component
 from dora_diffusion.pipelines.loading import load_pipeline, variant_of
 from dora_diffusion.training.config import BaseConfig
 from dora_diffusion.training.trainable import load_base
 from tests import original_layouts
+from tests.denoisers import DENOISERS, prediction
 from tests.families.pipelines import PIPELINES
 from tests.pipelines.adapters import trained
 from tests.pipelines.kinds import draws
-from tests.tolerances import assert_identical
+from tests.tolerances import assert_identical, assert_near
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -268,3 +271,36 @@ def test_a_folder_that_was_quantised_beforehand(tmp_path) -> None:
     injection = inject(loaded.transformer, DoRAConfig(rank=2))
     assert_identical(draw(), before)
     injection.eject()
+
+
+@pytest.mark.parametrize("name", [name for name in DENOISERS if "UNet" not in name and hasattr(diffusers, name)])
+@pytest.mark.filterwarnings("ignore")  # diffusers' own models warn of old names
+def test_every_denoiser_comes_from_a_file_as_it_was(name: str, tmp_path: Path) -> None:
+    model = DENOISERS[name].make()
+    model.save_config(tmp_path)
+    save_file({key: t.contiguous() for key, t in model.state_dict().items()}, tmp_path / "own.safetensors")
+    loaded = load_component(type(model), tmp_path / "own.safetensors", tmp_path, torch.float32)
+    with torch.no_grad():
+        found, expected = (prediction(each(**DENOISERS[name].inputs())) for each in (loaded, model))
+    assert_identical(weights(loaded), weights(model))
+    assert_near(found, expected, 1e-5)  # the same numbers at other addresses: some kernels sum in another order
+
+
+def test_scales_that_are_not_known_and_other_shapes_are_one_line(pipe, tmp_path) -> None:
+    folder = saved(pipe, tmp_path / "base", None)
+    state = scaled_fp8(pipe.unet.state_dict(), per_row=True)
+    inverse = {key.replace(".scale_weight", ".weight_scale_inv"): t for key, t in state.items()}
+    save_file(inverse, tmp_path / "inverse.safetensors")
+    named = weights(load_pipeline(folder, unet=tmp_path / "inverse.safetensors").unet)
+    save_file(state, tmp_path / "plain.safetensors")
+    assert_identical(named, weights(load_pipeline(folder, unet=tmp_path / "plain.safetensors").unet))
+    blocks = {key: t[:, None].repeat(1, 2) if key.endswith("scale_weight") else t for key, t in state.items()}
+    save_file(blocks, tmp_path / "blocks.safetensors")
+    save_file({k: torch.cat([t, t]) for k, t in pipe.unet.state_dict().items()}, tmp_path / "wide.safetensors")
+    for file, line in (
+        ("blocks", "are not read here; expected one, or one a row"),
+        ("wide", "the weights of another UNet"),
+    ):
+        with pytest.raises(ValueError, match=line) as refused:
+            load_pipeline(folder, unet=tmp_path / f"{file}.safetensors")
+        assert "\n" not in str(refused.value)
