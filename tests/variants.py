@@ -6,6 +6,7 @@ the libraries read themselves.
 """
 
 import os
+import tempfile
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ def apply() -> None:
     """What the environment asks for, before anything is drawn."""
     if os.environ.get("TEST_MKLDNN") == "0":
         torch.backends.mkldnn.set_flags(False)
+    if capability := os.environ.get("ATEN_CPU_CAPABILITY"):  # code compiled for other registers must not be taken up
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/inductor-{capability}")
     if _SEED:
         _shift_seeds(_SEED)
 

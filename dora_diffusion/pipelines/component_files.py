@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.formats.safetensors_reader import read_tensors
+from dora_diffusion.utils.text import first_line
 
 _SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
 _OF_TOOLS = ("scaled_fp8", ".scale_input", ".input_scale", ".comfy_quant")
@@ -103,7 +104,7 @@ def _with_makers_names(
             model = read(given, config=str(folder), dtype=dtype, local_files_only=True)
             break
         except Exception as error:  # converters are written for whole files of this model's makers
-            why = why or _first_line(error)
+            why = why or first_line(error)
     if model is None:
         raise ValueError(f"{path}: not the weights of this {kind.__name__}: {why}")
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
@@ -124,12 +125,7 @@ def _from_gguf(kind: Any, path: Path, folder: Path, dtype: torch.dtype) -> nn.Mo
             local_files_only=True,
         )
     except ImportError as error:
-        raise ValueError(f"{path}: GGUF needs a library: pip install gguf ({_first_line(error)})") from None
+        raise ValueError(f"{path}: GGUF needs a library: pip install gguf ({first_line(error)})") from None
     except Exception as error:  # as above
-        raise ValueError(f"{path}: not the weights of this {kind.__name__}: {_first_line(error)}") from None
+        raise ValueError(f"{path}: not the weights of this {kind.__name__}: {first_line(error)}") from None
     return model
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -7,14 +7,11 @@ found later, from the pipeline's class and config; no name of a file, folder or 
 import contextlib
 import importlib
 import json
-import logging
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from dora_diffusion.families import FAMILIES
@@ -23,17 +20,16 @@ from dora_diffusion.pipelines.base_weights import EMBEDDED as EMBEDDED
 from dora_diffusion.pipelines.base_weights import POCKET as POCKET
 from dora_diffusion.pipelines.base_weights import POCKET_DIT as POCKET_DIT
 from dora_diffusion.pipelines.component_files import load_component
-from dora_diffusion.utils.quiet import quietly
+from dora_diffusion.pipelines.hub import from_hub, may_be_hub_id
+from dora_diffusion.pipelines.load_errors import LOAD_ERRORS
+from dora_diffusion.pipelines.variants import variant_of, variants_for
+from dora_diffusion.utils.quiet import errors_only, quietly
+from dora_diffusion.utils.text import first_line
 
 Offload = Literal["model", "sequential"]
 OFFLOADS: tuple[Offload, ...] = get_args(Offload)
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-# What diffusers and transformers raise on folders and files that are not what they should be.
-_LOAD_ERRORS = (
-    *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError),
-    SafetensorError,
-)
 
 
 def load_pipeline(  # noqa: PLR0913 -- each is one fact of a base, by the names that diffusers gives its components
@@ -96,7 +92,7 @@ def _check_device(device: str, offload: str | None) -> None:
     try:
         kind = torch.empty(0, device=device).device.type
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used here: {_first_line(error)}") from None
+        raise ValueError(f"device {device!r} cannot be used here: {first_line(error)}") from None
     if offload is not None and offload not in OFFLOADS:
         raise ValueError(f"offload {offload!r} is unknown: expected None or one of {', '.join(OFFLOADS)}")
     if offload is not None and kind == "cpu":
@@ -118,12 +114,12 @@ def _load(source: str | Path, dtype: torch.dtype, config: str | Path | None, fil
         return _from_folder(path, dtype, files)
     if name in EMBEDDED:
         raise ValueError(f"model {name!r}: {path} is not there; this installation came without that base")
-    if not _may_be_hub_id(name):
+    if not may_be_hub_id(name):
         raise ValueError(
             f"model {name!r}: no such folder; expected {', '.join(map(repr, EMBEDDED))}, a diffusers folder, "
             "a .safetensors file or a hub id"
         )
-    return _from_folder(_from_hub(name, variants_for(dtype)), dtype, files)
+    return _from_folder(from_hub(name, variants_for(dtype)), dtype, files)
 
 
 def configs_of(source: str | Path) -> Path | None:
@@ -136,19 +132,8 @@ def configs_of(source: str | Path) -> Path | None:
     if path.is_dir():
         return path
     is_file = path.is_file() or path.suffix in (".safetensors", *_PICKLES)
-    is_hub_id = str(source) not in EMBEDDED and not is_file and _may_be_hub_id(str(source))
-    return _from_hub(str(source), ()) if is_hub_id else None
-
-
-def _may_be_hub_id(name: str) -> bool:
-    repository, at, revision = name.partition("@")
-    is_id = repository.count("/") == 1 and not name.startswith((".", "/", "~", "-")) and "\\" not in name
-    return is_id and bool(revision) == bool(at)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    is_hub_id = str(source) not in EMBEDDED and not is_file and may_be_hub_id(str(source))
+    return from_hub(str(source), ()) if is_hub_id else None
 
 
 def _from_folder(folder: Path, dtype: torch.dtype, files: Mapping[str, Path]) -> Any:
@@ -167,8 +152,8 @@ def _from_folder(folder: Path, dtype: torch.dtype, files: Mapping[str, Path]) ->
             **dict.fromkeys(_left_out(folder)),
             **given,
         )
-    except _LOAD_ERRORS as error:
-        raise ValueError(f"model {str(folder)!r} could not be loaded from the folder: {_first_line(error)}") from None
+    except LOAD_ERRORS as error:
+        raise ValueError(f"model {str(folder)!r} could not be loaded from the folder: {first_line(error)}") from None
 
 
 def _from_own_file(
@@ -180,38 +165,6 @@ def _from_own_file(
         known = ", ".join(part for part in index if part in ("transformer", "unet", "vae"))
         raise ValueError(f"model {str(folder)!r} has no {name}, got {name}={file}; it has {known}")
     return load_component(getattr(diffusers, index[name][1]), file, folder / name, dtype)
-
-
-_WEIGHTS = re.compile(
-    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<named>\w+))?(?:-\d+-of-\d+)?\.safetensors"
-    r"(?:\.index(?:\.(?P<index>\w+))?\.json)?"
-)
-_OWN_VARIANT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-
-
-def variants_for(dtype: torch.dtype) -> tuple[str | None, ...]:
-    """The variants of weights that may be loaded in a dtype, the best first; None is the one without a name."""
-    own = _OWN_VARIANT.get(dtype)
-    others = ("fp32", "bf16", "fp16")  # rounded once more is worse than rounded once
-    order = (None, "fp32", *others) if own in (None, "fp32") else (own, None, *others)
-    return tuple(dict.fromkeys(order))
-
-
-def variant_of(folder: Path, dtype: torch.dtype) -> str | None:
-    """Which variant of a folder's weights to load: the best that some component has, where the others have it or plain.
-
-    Most downloads hold one alone, `*.fp16.safetensors`; some hold several beside each other.
-    """
-    found: dict[str, set[str | None]] = {}
-    for file in folder.glob("*/*"):
-        if named := _WEIGHTS.fullmatch(file.name):
-            found.setdefault(file.parent.name, set()).add(named["named"] or named["index"])
-    there = set().union(*found.values())
-    others = sorted(name for name in there if name is not None)  # "ema", "non_ema" ...
-    for variant in dict.fromkeys((*variants_for(dtype), *others)):
-        if variant in there and all(variant in have or None in have for have in found.values()):
-            return variant
-    return None
 
 
 def _left_out(folder: Path) -> list[str]:
@@ -235,7 +188,7 @@ def read_index(folder: Path) -> Mapping[str, tuple[str, str]]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({_first_line(error)})") from None
+        raise ValueError(f"{path}: not readable as JSON ({first_line(error)})") from None
     name = index.get("_class_name") if isinstance(index, dict) else None
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
@@ -273,58 +226,6 @@ def _names_code(folder: Path) -> bool:
     return False
 
 
-def _from_hub(name: str, variants: Sequence[str | None]) -> Path:
-    """The local copy of a hub repository, fetched when it is not there yet.
-
-    Args:
-        name: `owner/name`, or `owner/name@revision`.
-        variants: of the weights, the first that is there is fetched, and no other; empty for the configs alone.
-
-    Raises:
-        ValueError: one line, whether offline, refused or unknown.
-    """
-    from diffusers import DiffusionPipeline
-    from huggingface_hub import snapshot_download
-
-    repository, _, revision = name.partition("@")
-    at = revision or None
-    try:
-        if not variants:
-            return Path(snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*.model"], revision=at))
-        with _errors_only("diffusers.pipelines.pipeline_utils"):  # that the hub is away is said once, by us
-            for variant in variants:
-                with contextlib.suppress(ValueError):  # "no such modeling files are available"
-                    fetched = DiffusionPipeline.download(
-                        repository, use_safetensors=True, trust_remote_code=False, variant=variant, revision=at
-                    )
-                    folder = Path(fetched)
-                    if any(_WEIGHTS.fullmatch(file.name) for file in folder.glob("*/*")):
-                        return folder
-        raise ValueError("it holds no safetensors weights")
-    except _LOAD_ERRORS as error:
-        raise ValueError(f"model {name!r}: no such folder here, and {_hub_trouble(error)}") from None
-
-
-def _hub_trouble(error: BaseException) -> str:
-    """Why the hub gave nothing, in words."""
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-
-    if HF_HUB_OFFLINE:
-        return "the hub may not be asked (HF_HUB_OFFLINE is set): unset it, or give a local folder"
-    causes = [error]
-    while (before := causes[-1].__cause__ or causes[-1].__context__) is not None:
-        causes.append(before)
-    if any(isinstance(cause, GatedRepoError) for cause in causes):
-        return "the hub wants its licence accepted and a login first: hf auth login"
-    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
-        return "the hub has none of that name, or none that this login may see"
-    offline = isinstance(causes[-1], OSError) and not any(isinstance(cause, HfHubHTTPError) for cause in causes)
-    if offline:
-        return f"the hub cannot be reached (offline): {_first_line(causes[-1])}"
-    return f"the hub did not give it: {_first_line(error)}"
-
-
 def _from_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Any:
     """A pipeline from one file: what the file holds comes from it, everything else from `config`."""
     import diffusers
@@ -340,11 +241,11 @@ def _from_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Any
         raise ValueError(f"{path}: diffusers loads no {pipeline.__name__} from a single file; give a diffusers folder")
     try:
         others = _components_beside(header, index, origin, dtype)
-        with _errors_only("diffusers.models.modeling_utils"):  # it warns of an empty list of modules kept in fp32
+        with errors_only("diffusers.models.modeling_utils"):  # it warns of an empty list of modules kept in fp32
             pipe = pipeline.from_single_file(
                 str(path), config=str(folder), dtype=dtype, local_files_only=True, **others
             )
-    except (*_LOAD_ERRORS, SingleFileComponentError) as error:
+    except (*LOAD_ERRORS, SingleFileComponentError) as error:
         raise ValueError(f"{path} is no {pipeline.__name__} like {origin}: {_misfit(error)}") from None
     models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     _check_filled(path, models, origin)
@@ -357,7 +258,7 @@ def _misfit(error: BaseException) -> str:
     """What diffusers found wrong, without its advice, which is for those who call it."""
     if isinstance(error, NotImplementedError):  # a weight still on the meta device is to be moved
         return "it lacks weights that this architecture has"
-    return _first_line(error).split(" If you want")[0]
+    return first_line(error).split(" If you want")[0]
 
 
 def _checked_header(path: Path) -> Mapping[str, Any]:
@@ -395,10 +296,10 @@ def _origin(path: Path, header: Mapping[str, Any]) -> str:
 def _config_folder(path: Path, origin: str, *, is_given: bool) -> Path:
     if Path(origin).is_dir():
         return Path(origin)
-    if not _may_be_hub_id(origin):
+    if not may_be_hub_id(origin):
         raise ValueError(f"config {origin!r}: no such folder; expected a diffusers folder or a hub id")
     try:
-        return _from_hub(origin, ())
+        return from_hub(origin, ())
     except ValueError as error:
         if is_given:
             raise
@@ -441,7 +342,7 @@ def _pretrained(kind: Any, origin: str, name: str, dtype: torch.dtype) -> nn.Mod
         model: nn.Module = kind.from_pretrained(origin, subfolder=name, dtype=dtype, use_safetensors=True)
         return model
     except OSError as error:
-        raise ValueError(f"the file holds no {name}, nor does its config: {_first_line(error)}") from None
+        raise ValueError(f"the file holds no {name}, nor does its config: {first_line(error)}") from None
 
 
 def _check_filled(path: Path, models: Mapping[str, nn.Module], origin: str) -> None:
@@ -452,15 +353,3 @@ def _check_filled(path: Path, models: Mapping[str, nn.Module], origin: str) -> N
             raise ValueError(
                 f"{path} lacks {len(missing)} weights of {name} (such as {missing[0]}); has {origin} its architecture?"
             )
-
-
-@contextlib.contextmanager
-def _errors_only(module: str) -> Iterator[None]:
-    """Let a module of diffusers speak of errors only."""
-    logger = logging.getLogger(module)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

@@ -12,6 +12,7 @@ from torch import nn
 
 from dora_diffusion.pipelines.loading import EMBEDDED, configs_of, load_pipeline, read_index
 from dora_diffusion.utils.quiet import quietly
+from dora_diffusion.utils.text import first_line
 
 
 def load_skeleton(source: str | Path, *, dtype: torch.dtype) -> Any:
@@ -42,8 +43,9 @@ def _load(source: str | Path, dtype: torch.dtype) -> Any:
         settings = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         return pipeline_on_meta(kind, components, settings)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"model {str(source)!r}: a base could not be built from its configs: {first_line}") from None
+        raise ValueError(
+            f"model {str(source)!r}: a base could not be built from its configs: {first_line(error)}"
+        ) from None
 
 
 def without_numbers(pipe: Any) -> Any:

@@ -51,3 +51,15 @@ def _quiet_bars() -> Iterator[None]:
     finally:
         for library, was_active in zip(libraries, before, strict=True):
             library._tqdm_active = was_active
+
+
+@contextmanager
+def errors_only(module: str) -> Iterator[None]:
+    """Let a module of diffusers speak of errors only."""
+    logger = logging.getLogger(module)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -23,3 +23,9 @@ def shown_path(path: object) -> str:
 def shown_value(value: object) -> str:
     """A value that was sent, in quotes if it is text, short enough for one line."""
     return "nothing" if value is None else repr(value)[:40]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

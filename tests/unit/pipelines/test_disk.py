@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.layers.config import DoRAConfig
 from dora_diffusion.layers.injection import inject
-from dora_diffusion.pipelines import loading
 from dora_diffusion.pipelines.component_files import load_component
-from dora_diffusion.pipelines.loading import load_pipeline, variant_of
+from dora_diffusion.pipelines.hub import may_be_hub_id
+from dora_diffusion.pipelines.loading import load_pipeline
+from dora_diffusion.pipelines.variants import variant_of
 from dora_diffusion.training.config import BaseConfig
 from dora_diffusion.training.trainable import load_base
 from tests import original_layouts
@@ -175,7 +176,7 @@ def test_the_hub_is_asked_for_one_variant_and_a_revision(pipe, tmp_path, monkeyp
     asked.clear()
     load_pipeline("owner/name")
     assert asked == [("owner/name", variant, None) for variant in (None, "fp32", "bf16", "fp16")]
-    assert not loading._may_be_hub_id("owner/name@")
+    assert not may_be_hub_id("owner/name@")
 
 
 def test_a_checkpoint_with_averages_beside_its_weights(pipe, tmp_path) -> None:
