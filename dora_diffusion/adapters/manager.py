@@ -45,7 +45,7 @@ Method = Callable[..., Any]
 
 
 def _alone(method: Method) -> Method:
-    """Let a method of the manager run by itself: other threads' calls, and the step that is being drawn, come first."""
+    """Let a method of the manager run by itself: other threads' calls come first."""
 
     @wraps(method)
     def locked(self: "AdapterManager", *arguments: Any, **keywords: Any) -> Any:
@@ -311,8 +311,6 @@ class AdapterManager:
         for path, base in self._slots.bases.items():
             at_hand(path, base.weight)
         self._calls.refuse_fused_projections()
-        for component in list(self._scales):  # text encoders keep a call's scale until they are asked again
-            self._set_scale(component, 1.0)
         self._fused = fuse_weights(self._slots.forms(self._adapters))
         self._offsets.are_saved = True
         self._slots.stand_aside()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class BlendedLayer(Transparent):
     def __init__(self, base: Base) -> None:
         super().__init__(base)
         self._kind = kind_of(base)
-        for name in ("offset", "shift", "mix", "left", "right", "in_offset"):
+        for name in _Mix._fields:
             self.register_buffer(name, None, persistent=False)
         self.offset: Tensor | None  # c - 1, (out,); None when no adapter scales outputs
         self.shift: Tensor | None  # -(c - 1) b, (out,): the bias never scales
@@ -36,33 +37,40 @@ class BlendedLayer(Transparent):
         self._held = _HeldTerms(*[torch.empty(0)] * 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.left is None or self.right is None or self.mix is None:
+        mix = self._now()
+        if mix.left is None or mix.right is None or mix.mix is None:
             base: Tensor = self.base(x)
             return base
-        kind, y = self._kind, self._scaled(x)
-        h = kind.shrink(self.base, x, self.right.to(branch_dtype(x, y)), _keep_all)
-        h = h * kind.per_output(self.base, self.mix).to(h.dtype)
-        shift = None if self.shift is None else self.shift.to(h.dtype)
-        return y + kind.expand(self.base, h, self.left.to(h.dtype), shift)
+        kind, y = self._kind, self._scaled(x, mix)
+        h = kind.shrink(self.base, x, mix.right.to(branch_dtype(x, y)), _keep_all)
+        h = h * kind.per_output(self.base, mix.mix).to(h.dtype)
+        shift = None if mix.shift is None else mix.shift.to(h.dtype)
+        return y + kind.expand(self.base, h, mix.left.to(h.dtype), shift)
 
-    def _scaled(self, x: Tensor) -> Tensor:
+    def _now(self) -> "_Mix":
+        """The buffers at one look: another thread may let the layer take up other adapters meanwhile."""
+        if torch.compiler.is_compiling():
+            return _Mix(self.offset, self.shift, self.mix, self.left, self.right, self.in_offset)
+        return _Mix(**self._buffers.copy())
+
+    def _scaled(self, x: Tensor, mix: "_Mix") -> Tensor:
         """base(x) + (c - 1) base(x) + W (c_in - 1) x; the bias is put right by `shift`."""
         base: Tensor
-        if self.in_offset is None or self._kind.per_input is None:
-            return self._scale_outputs(self.base(x))
-        pulled = x * self._kind.per_input(self.base, self.in_offset).to(x.dtype)
-        if self.offset is None:
+        if mix.in_offset is None or self._kind.per_input is None:
+            return self._scale_outputs(self.base(x), mix)
+        pulled = x * self._kind.per_input(self.base, mix.in_offset).to(x.dtype)
+        if mix.offset is None:
             base = self.base(x + pulled)
             return base
         extra: Tensor = self.base(pulled)
         if self.bias is not None:
             extra = extra - self._kind.per_output(self.base, self.bias).to(extra.dtype)
-        return self._scale_outputs(self.base(x)) + extra
+        return self._scale_outputs(self.base(x), mix) + extra
 
-    def _scale_outputs(self, base: Tensor) -> Tensor:
-        if self.offset is None:
+    def _scale_outputs(self, base: Tensor, mix: "_Mix") -> Tensor:
+        if mix.offset is None:
             return base
-        return torch.addcmul(base, base, self._kind.per_output(self.base, self.offset).to(base.dtype))
+        return torch.addcmul(base, base, self._kind.per_output(self.base, mix.offset).to(base.dtype))
 
     @torch.no_grad()
     def set_terms(self, terms: Sequence[GainForm], room: int | None = None) -> None:
@@ -76,21 +84,20 @@ class BlendedLayer(Transparent):
         if room is not None and sum(ranks) > room:
             raise ValueError(f"adapters of rank {sum(ranks)} in all do not fit the {room} that were set aside")
         if not terms and room is None:
-            self.offset = self.shift = self.mix = self.left = self.right = self.in_offset = None
+            self._buffers.update(dict.fromkeys(self._buffers))
             return
-        if room is None or self.left is None:
-            self._allocate(terms, room)
-        left, right = self.left, self.right
-        assert left is not None and right is not None
-        left.zero_()
-        right.zero_()
+        mix = self._allocated(terms, room) if room is None or self.left is None else self._now()
+        assert mix.left is not None and mix.right is not None
+        mix.left.zero_()
+        mix.right.zero_()
         if terms:
-            rows(left)[:, : sum(ranks)] = torch.cat([term.left for term in terms], dim=1)
-            rows(right)[: sum(ranks)] = torch.cat([term.right for term in terms])
-        self._held = _held(terms, left)
+            rows(mix.left)[:, : sum(ranks)] = torch.cat([term.left for term in terms], dim=1)
+            rows(mix.right)[: sum(ranks)] = torch.cat([term.right for term in terms])
+        self._held = _held(terms, mix.left)
+        self._buffers.update(mix._asdict())
 
-    def _allocate(self, terms: Sequence[GainForm], room: int | None) -> None:
-        """Buffers in the dtype that the base computes in."""
+    def _allocated(self, terms: Sequence[GainForm], room: int | None) -> "_Mix":
+        """Buffers in the dtype that the base computes in, all zero."""
         (out, *rest), weight = logical_shape(self.base), self.base.weight
         total = room if room is not None else sum(term.right.shape[0] for term in terms)
         computes = weight.is_floating_point() and weight.dtype.itemsize > 1  # fp8 only stores
@@ -100,12 +107,15 @@ class BlendedLayer(Transparent):
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device_of(self.base))
 
-        self.left, self.right = zeros(out, total, *flat), zeros(total, *rest)
-        self.mix = zeros(total * getattr(self.base, "groups", 1))
         scales_outputs = room is not None or any(bool(term.gain_offset.any()) for term in terms)
-        self.offset = zeros(out) if scales_outputs else None
-        self.shift = zeros(out) if scales_outputs and self.bias is not None else None
-        self.in_offset = zeros(rest[0]) if any(term.in_offset is not None for term in terms) else None
+        return _Mix(
+            offset=zeros(out) if scales_outputs else None,
+            shift=zeros(out) if scales_outputs and self.bias is not None else None,
+            mix=zeros(total * getattr(self.base, "groups", 1)),
+            left=zeros(out, total, *flat),
+            right=zeros(total, *rest),
+            in_offset=zeros(rest[0]) if any(term.in_offset is not None for term in terms) else None,
+        )
 
     @torch.no_grad()
     def set_strengths(self, strengths: Tensor) -> None:
@@ -122,6 +132,17 @@ class BlendedLayer(Transparent):
                 self.shift.copy_(-offset * value_of(self.base, "bias").to(offset))
         if self.in_offset is not None:
             self.in_offset.copy_(strengths @ held.in_offsets)
+
+
+class _Mix(NamedTuple):
+    """The buffers of a blended layer; see there."""
+
+    offset: Tensor | None
+    shift: Tensor | None
+    mix: Tensor | None
+    left: Tensor | None
+    right: Tensor | None
+    in_offset: Tensor | None
 
 
 def _keep_all(x: Tensor) -> Tensor:

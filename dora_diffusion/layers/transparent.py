@@ -20,6 +20,15 @@ class Transparent(nn.Module):
         object.__setattr__(self, "base", base)
         self._parameters = base._parameters
 
+    def __getattr__(self, name: str) -> Any:
+        """What models ask a layer beside its parameters: `in_features`, `kernel_size`, `num_embeddings`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "base" not in vars(self):
+                raise
+            return getattr(self.base, name)
+
     @property
     def weight(self) -> Any:
         """The base's weight."""

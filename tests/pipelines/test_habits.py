@@ -18,7 +18,7 @@ from dora_diffusion.layers.injection import inject
 from dora_diffusion.state import AdapterState
 from tests.families.pipelines import PIPELINES
 from tests.pipelines.adapters import in_training, trained
-from tests.pipelines.kinds import SIDE, draws
+from tests.pipelines.kinds import SIDE, controlnet, draws
 from tests.tolerances import assert_close, assert_identical, assert_near
 
 ROUNDED = 1e-4  # as in test_kinds
@@ -143,7 +143,7 @@ def test_a_scale_that_cannot_act_is_refused(pipe) -> None:
     manager = loaded(pipe)
     text = pipe.text_encoder(torch.arange(16)[None])[0]
     asked = {"prompt": None, "prompt_embeds": text, "negative_prompt_embeds": text}
-    with pytest.raises(ValueError, match="the scale 0.5 of this call did not reach the text encoder"):
+    with pytest.raises(ValueError, match="the scale 0.5 of this call did not reach text_encoder"):
         draw(pipe, **asked, cross_attention_kwargs={"scale": 0.5})
     manager.fuse()
     with pytest.raises(ValueError, match="cannot act on adapters that are fused"):
@@ -165,6 +165,72 @@ def test_a_scale_is_of_one_call(pipe) -> None:
     assert_identical(draw(pipe, cross_attention_kwargs={"scale": 0.5}), scaled)
     manager.set_adapters({"a": 1.0}, blend="compose")
     assert_near(draw(pipe), full, ROUNDED)
+
+
+def test_a_scale_leaves_no_trace_in_what_is_encoded(pipe) -> None:
+    loaded(pipe)
+    asked = {"device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    plain, _ = pipe.encode_prompt("a cat", **asked)
+    draw(pipe, cross_attention_kwargs={"scale": 0.0})
+    assert_identical(pipe.encode_prompt("a cat", **asked)[0], plain)
+    none, _ = pipe.encode_prompt("a cat", lora_scale=0.0, **asked)
+    assert_identical(none, PIPELINES["sd1"].build().encode_prompt("a cat", **asked)[0])
+    sibling = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    draws(sibling, prompt="a cat", image=torch.zeros(1, 3, SIDE, SIDE), strength=1.0)()
+
+
+def test_a_scale_beside_a_controlnet() -> None:
+    drawn = controlnet()
+    image = {"image": torch.zeros(1, 3, SIDE, SIDE)}
+    adapter = trained(drawn.pipe)
+    elsewhere = {path: module for path, module in adapter.modules.items() if not path.startswith("controlnet")}
+    manager = loaded(drawn.pipe, 0.5, AdapterState(elsewhere))
+    expected = draw(drawn.pipe, **image)
+    manager.set_adapters({"a": 1.0})
+    assert_identical(draw(drawn.pipe, **image, cross_attention_kwargs={"scale": 0.5}), expected)
+    manager.unload()
+    loaded(drawn.pipe, 1.0, adapter)
+    with pytest.raises(ValueError, match="did not reach controlnet, which has adapters, too"):
+        draw(drawn.pipe, **image, cross_attention_kwargs={"scale": 0.5})
+    draw(drawn.pipe, **image)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), "0.5"])
+def test_a_scale_that_is_no_number_is_refused(pipe, scale: Any) -> None:
+    loaded(pipe)
+    with pytest.raises(ValueError, match="the scale of a call must be a finite number"):
+        draw(pipe, cross_attention_kwargs={"scale": scale})
+    pipe.unet(torch.ones(1, 4, 16, 16), 500, torch.ones(1, 16, 16), cross_attention_kwargs={"scale": None})
+
+
+def test_an_interrupted_drawing_keeps_nobody_waiting(pipe) -> None:
+    manager = loaded(pipe)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = pipe.unet.conv_out.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        draw(pipe)
+    hook.remove()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(manager.set_adapters, {"a": 0.0}).result(timeout=600)
+    assert_identical(draw(pipe), draw(PIPELINES["sd1"].build()))
+
+
+def test_layers_that_the_pipeline_asks_for_their_sizes() -> None:
+    pipe = PIPELINES["sdxl"].build()
+    injection = inject(pipe.unet, DoRAConfig(rank=2, target_modules=["add_embedding.linear_1"]))
+    injection.ups()[0].data.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    learnt, adapter = draw(pipe), injection.state().under("unet")
+    injection.eject()
+    manager = loaded(pipe, 1.0, adapter)
+    assert_near(draw(pipe), learnt, ROUNDED)
+    layer = pipe.unet.add_embedding.linear_1
+    assert (layer.in_features, layer.out_features) == (layer.base.in_features, layer.base.out_features)
+    with pytest.raises(AttributeError, match="no attribute 'nowhere'"):
+        layer.nowhere  # noqa: B018
+    manager.unload()
 
 
 def test_a_replaced_model_gets_the_adapters_at_the_next_call(pipe) -> None:
