@@ -6,9 +6,12 @@ from typing import Any
 
 from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.formats.reading import read, take_apart
+from dora_diffusion.functional.blend_modes import ADDITIVE
 from dora_diffusion.functional.strengths import Weight, is_felt
 
 Names = str | Sequence[str]
+Strengths = tuple[dict[str, Weight], str]
+"""What `AdapterManager.set_adapters` was told: strengths, and the mode."""
 
 
 def attach(pipe: Any) -> AdapterManager:
@@ -75,7 +78,8 @@ class _Verbs:
 
     def __init__(self, manager: AdapterManager) -> None:
         self.manager = manager
-        self._paused: dict[str, Weight] | None = None
+        self._paused: Strengths | None = None  # of adapters that are disabled
+        self._unfused: Strengths | None = None  # of before `fuse_lora`
 
     def load_lora_weights(
         self,
@@ -83,13 +87,14 @@ class _Verbs:
         adapter_name: str | None = None,
         *,
         weight_name: str | None = None,
+        subfolder: str | None = None,
     ) -> None:
-        """Load an adapter, which alone is active then, at 1; `weight_name` is a file in a folder."""
+        """Load an adapter, which alone is active then, at 1; `subfolder` and `weight_name` are in a folder."""
         source = pretrained_model_name_or_path_or_dict
         if isinstance(source, Mapping):
             source = read(source, {}, take_apart({key: tensor.shape for key, tensor in source.items()}, {}))
-        elif weight_name is not None:
-            source = Path(source) / weight_name
+        elif weight_name is not None or subfolder is not None:
+            source = Path(source, subfolder or "", weight_name or "")
         name = adapter_name or self._free_name()
         self.manager.load_adapter(source, name=name)
         self._set({name: 1.0})
@@ -108,7 +113,7 @@ class _Verbs:
 
     def get_active_adapters(self) -> list[str]:
         """Those with a strength, also while they are disabled."""
-        weights = self.manager.weights if self._paused is None else self._paused
+        weights = self.manager.weights if self._paused is None else self._paused[0]
         return [name for name, weight in weights.items() if is_felt(weight)]
 
     def get_list_adapters(self) -> dict[str, list[str]]:
@@ -120,38 +125,60 @@ class _Verbs:
     def disable_lora(self) -> None:
         """Draw as the base, until `enable_lora`."""
         if self._paused is None:
-            self._paused = self.manager.weights
+            before = self._strengths()
             self.manager.set_adapters({})
+            self._paused = before
 
     def enable_lora(self) -> None:
         """Undo `disable_lora`."""
         if self._paused is not None:
-            self._set(self._paused)
+            self._set(*self._paused)
 
-    def fuse_lora(self, components: Any = None, *, lora_scale: float = 1.0, adapter_names: Names | None = None) -> None:
-        """Fold the active adapters into the weights; every component that they change."""
+    def fuse_lora(
+        self,
+        components: Any = None,
+        *,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: Names | None = None,
+    ) -> None:
+        """Fold the active adapters into the weights, in every component that they change; all numbers are finite."""
         if components is not None:
             raise ValueError("fuse_lora: all components are fused; give strengths by part: set_adapters(NAME, [{...}])")
-        weights = self.manager.weights if adapter_names is None else dict.fromkeys(_list(adapter_names), 1.0)
-        self._set({name: _times(weight, lora_scale) for name, weight in weights.items()})
-        self.manager.fuse()
+        before = self._strengths()
+        weights = before[0] if adapter_names is None else dict.fromkeys(_list(adapter_names), 1.0)
+        try:
+            self._set({name: _times(weight, lora_scale) for name, weight in weights.items()})
+            self.manager.fuse()
+        except ValueError:
+            self._set(*before)
+            raise
+        self._unfused = before
 
     def unfuse_lora(self, components: Any = None) -> None:
-        """Undo `fuse_lora`, bit for bit."""
+        """Undo `fuse_lora`, bit for bit; strengths are those of before it."""
         self.manager.unfuse()
+        if self._unfused is not None:
+            self._set(*self._unfused)
+            self._unfused = None
 
     def delete_adapters(self, adapter_names: Names) -> None:
         """Forget adapters."""
         for name in _list(adapter_names):
             self.manager.delete_adapter(name)
+            if self._paused is not None:
+                self._paused[0].pop(name, None)
 
     def unload_lora_weights(self) -> None:
         """Forget all adapters."""
-        self._paused = None
+        self._paused = self._unfused = None
         self.manager.unload()
 
-    def _set(self, weights: Mapping[str, Any]) -> None:
-        self.manager.set_adapters(weights)
+    def _strengths(self) -> "Strengths":
+        return self.manager.weights, self.manager.blend
+
+    def _set(self, weights: Mapping[str, Any], blend: str = ADDITIVE) -> None:
+        self.manager.set_adapters(weights, blend)
         self._paused = None
 
     def _free_name(self) -> str:

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dora_diffusion.functional.dora import master_dtype
 from dora_diffusion.functional.strengths import Weight, strength_at
-from dora_diffusion.layers.fuse import on_saving, save_kept
+from dora_diffusion.layers.fuse import on_saving, refuse_loading, save_kept
 from dora_diffusion.pipelines.modules import PipelineModules
 
 Values = tuple[tuple[str, float], ...]
@@ -37,7 +37,7 @@ class _Offset:
     """
 
     component: nn.Module
-    owner: nn.Module
+    owner: Any
     name: str
     kept: Tensor
     vectors: dict[str, Tensor] = field(default_factory=dict)
@@ -65,6 +65,7 @@ class _Offset:
     def restore(self) -> None:
         """Put the kept tensor back: no copy, but for a model that has since moved or been cast."""
         self.parameter.data = self.kept.to(self.parameter.device, self.parameter.dtype)
+        self.owner.holds_offset = False
 
 
 class Offsets:
@@ -73,7 +74,7 @@ class Offsets:
     def __init__(self, pipe_modules: PipelineModules) -> None:
         self._pipe_modules = pipe_modules
         self._offsets: dict[str, _Offset] = {}
-        self._hooks: dict[str, RemovableHandle] = {}
+        self._hooks: dict[str, list[RemovableHandle]] = {}
         self.are_saved = False
         """Whether a state dict holds the sums; else it holds what the parameters were."""
 
@@ -91,7 +92,8 @@ class Offsets:
         """
         wanted = dict.fromkeys(path for vectors in adapters.values() for path in vectors)
         for path in [path for path in self._offsets if path not in wanted]:
-            self._hooks.pop(path).remove()
+            for hook in self._hooks.pop(path):
+                hook.remove()
             self._offsets.pop(path).restore()
         for path in wanted:
             if path not in self._offsets:
@@ -100,7 +102,9 @@ class Offsets:
                 assert model is not None  # the parameter was found in it
                 offset = self._offsets[path] = _Offset(model, owner, name, owner.get_parameter(name).data)
                 offset.parameter.data = offset.kept.clone()
-                self._hooks[path] = on_saving(owner, partial(self._save, offset))
+                offset.owner.holds_offset = True  # a copy of it knows that its parameter is a sum
+                saving = on_saving(owner, partial(self._save, offset))
+                self._hooks[path] = [saving, refuse_loading(owner, f"one adds to its {name}: unload() first")]
             offset = self._offsets[path]
             offset.vectors = {name: vectors[path] for name, vectors in adapters.items() if path in vectors}
             if any(name not in offset.vectors for name, _ in offset.values):

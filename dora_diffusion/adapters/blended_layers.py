@@ -83,9 +83,10 @@ class Slots:
 
     def reserve(self, paths: Iterable[str], room: int) -> None:
         """Let blended layers with room for a rank stand at these paths, whatever is loaded."""
+        slots = {path: self._new(path) for path in paths}  # all can carry one, or nothing has changed
         self._room = room
-        for path in paths:
-            slot = self._slots[path] = self._new(path)
+        for path, slot in slots.items():
+            self._slots[path] = slot
             slot.layer.set_terms([], room)
             slot.stand_in()
 

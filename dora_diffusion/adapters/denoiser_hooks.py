@@ -1,9 +1,10 @@
 """Hooks on a denoiser that change adapters' strengths as a picture is drawn: schedules over the run, masks over it."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from dora_diffusion.functional.masks import added_inside, mask_on, prediction_of
 from dora_diffusion.functional.schedules import Reading, Schedule, progress_of, reading_of, timestep_of
 from dora_diffusion.pipelines.components import denoisers_of, live_model, timed_of
 
+T = TypeVar("T")
 SetStrengths = Callable[[str, Mapping[str, float]], None]
 
 
@@ -38,23 +40,27 @@ class DenoiserHooks:
 
     def set_schedule(self, name: str, schedule: Schedule | None) -> None:
         """Set or end an adapter's schedule."""
-        self._schedules.pop(name, None)
-        if schedule is not None:
-            self._schedules[name] = schedule
-        self.stand()
+        self._change(self._schedules, name, schedule)
 
     def set_mask(self, name: str, mask: Tensor | None) -> None:
         """Set or end an adapter's mask, (1, 1, h, w) in 0..1."""
-        self._masks.pop(name, None)
-        if mask is not None:
-            self._masks[name] = mask
-        self.stand()
+        self._change(self._masks, name, mask)
 
     def forget(self, name: str) -> None:
         """End whatever an adapter has."""
         if name in self._schedules or name in self._masks:
             self._schedules.pop(name, None)
             self.set_mask(name, None)
+
+    def _change(self, have: dict[str, T], name: str, value: T | None) -> None:
+        """Set or end one, once it is sure that hooks can stand."""
+        if value is None:
+            have.pop(name, None)
+        else:
+            for component in timed_of(self._pipe):
+                _check_hookable(component, live_model(self._pipe, component))
+            have[name] = value
+        self.stand()
 
     def stand(self) -> None:
         """Put the hooks where they belong now; between drawings every adapter has its plain strength."""
@@ -70,12 +76,10 @@ class DenoiserHooks:
     def _hook(self, component: str, *, predicts: bool) -> None:
         """Stand outside a compiled model."""
         model = live_model(self._pipe, component)
-        if getattr(model, "_compiled_call_impl", None) is not None:
-            raise ValueError(
-                f"{component} was compiled in place, which leaves no step to change strengths at: compile it as "
-                f"pipe.{component} = torch.compile(pipe.{component})"
-            )
-        call = _Call(component, family_of_denoiser(getattr(model, "_orig_mod", model)))
+        _check_hookable(component, model)
+        itself = getattr(model, "_orig_mod", model)
+        names = tuple(inspect.signature(type(itself).forward).parameters)[1:]
+        call = _Call(component, predicts, names, family_of_denoiser(itself))
         before = partial(self._before, call)
         self._hooks.append(model.register_forward_pre_hook(before, with_kwargs=True))
         if predicts:
@@ -86,9 +90,10 @@ class DenoiserHooks:
         """Each adapter's factor at a call of the denoiser: its schedule's, and 0 for masked ones but `masked`."""
         factors: dict[str, float] = {}
         if self._schedules:
-            progress = call.progress(self._pipe, timestep_of(arguments, keywords))
+            progress = call.progress(self._pipe, timestep_of(arguments, keywords, call.names))
             factors = {name: schedule.at(progress) for name, schedule in self._schedules.items()}
-        return {**factors, **dict.fromkeys((name for name in self._masks if name != masked), 0.0)}
+        others = [name for name in self._masks if name != masked] if call.predicts else []
+        return {**factors, **dict.fromkeys(others, 0.0)}
 
     def _before(self, call: "_Call", module: nn.Module, arguments: Any, keywords: Any) -> None:
         self._set_strengths(call.component, self._factors(call, arguments, keywords, None))
@@ -105,11 +110,30 @@ class DenoiserHooks:
         return with_prediction(output, mixed)
 
 
+def _check_hookable(component: str, model: Any) -> None:
+    """A ValueError of one line for a model compiled in place."""
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            f"{component} was compiled in place, which leaves no step to change strengths at: compile it as "
+            f"pipe.{component} = torch.compile(pipe.{component})"
+        )
+
+
 @dataclass
 class _Call:
-    """How a component is called: its name, its family where one knows the model, else how its time is read."""
+    """How a component is called.
+
+    Attributes:
+        component: its name.
+        predicts: whether masks act on it; a ControlNet, like a text encoder, knows no places.
+        names: of its forward's parameters.
+        family: where one knows the model.
+        reading: where none does, how its time was read last.
+    """
 
     component: str
+    predicts: bool
+    names: tuple[str, ...]
     family: Family | None
     reading: Reading | None = None
 

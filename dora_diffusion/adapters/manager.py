@@ -11,7 +11,7 @@ change.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,21 @@ from dora_diffusion.adapters.blended_layers import Slots
 from dora_diffusion.adapters.call_hooks import CallHooks, refuse_fused_projections
 from dora_diffusion.adapters.denoiser_hooks import DenoiserHooks
 from dora_diffusion.adapters.diffusers_names import locate_with
+from dora_diffusion.adapters.holders import refuse_held, take_over
 from dora_diffusion.adapters.matching import Fitted, Loaded, LoadReport, fit, kind_in_words
+from dora_diffusion.adapters.mode_weights import mode_changes
 from dora_diffusion.formats import load_examined
 from dora_diffusion.formats.layer_lookup import Locate
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
-from dora_diffusion.functional.dora import master_dtype
 from dora_diffusion.functional.masks import mask_of
 from dora_diffusion.functional.schedules import schedule_of
-from dora_diffusion.functional.strengths import Weight, check_strength, is_felt, is_meant, strength_at
+from dora_diffusion.functional.strengths import Weight, check_strength, is_felt
 from dora_diffusion.layers.base_layers import dense_weight
-from dora_diffusion.layers.fuse import Change, FusedWeights, check_fusable, fuse_weights, fuse_weights_by
+from dora_diffusion.layers.fuse import FusedWeights, check_fusable, fuse_weights, fuse_weights_by
 from dora_diffusion.layers.targets import preset_paths, target_paths
 from dora_diffusion.pipelines.components import adaptable_models, as_pipeline, denoisers_of, name_of_pipeline
 from dora_diffusion.pipelines.modules import PipelineModules, at_hand
-from dora_diffusion.state import AdapterState, ModuleState, term_of
+from dora_diffusion.state import AdapterState
 from dora_diffusion.utils.checks import check_type
 from dora_diffusion.utils.locks import Lock
 
@@ -197,6 +198,7 @@ class AdapterManager:
             sha256=sha256,
             metadata=adapter.metadata,
         )
+        take_over(self, {part: self._pipe_modules.model(part) for part in adapter.components})
         with self._unfolded():  # gain forms are of the base's own weights
             terms = self._slots.terms(fitted.modules)
             self._adapters[name] = Loaded(fitted.modules, fitted.vectors, terms, report)
@@ -291,12 +293,13 @@ class AdapterManager:
             raise ValueError(f"max_rank must be at least 1, got {max_rank}")
         self._refuse_while_folded("hot swap")
         preset = None if isinstance(target_modules, list) else target_modules or "attention"
-        denoisers = denoisers_of(self._pipe)
+        denoisers, paths = denoisers_of(self._pipe), []
         for component, model in adaptable_models(self._pipe).items():
             inner = None if preset is None else preset_paths(model, preset)
             if inner is None and component in denoisers:
                 inner = target_paths(model, target_modules)
-            self._slots.reserve([f"{component}.{path}" for path in inner or ()], max_rank)
+            paths += [f"{component}.{path}" for path in inner or ()]
+        self._slots.reserve(paths, max_rank)
         self._calls.install(self._slots.places, self._touched)
 
     @_alone
@@ -369,15 +372,22 @@ class AdapterManager:
             ValueError: they do not fit it; nothing has changed then.
         """
         self._slots.take_hooks()
-        now = {name: self._pipe_modules.model(name) for name in self._touched}  # None: put away to save memory
-        replaced = [name for name, model in self._touched.items() if now[name] not in (None, model)]
+        now = {name: self._pipe_modules.model(name) for name in self._touched}
+        replaced = {
+            name: model  # one that is None was put away to save memory
+            for name, model in now.items()
+            if model is not None and model is not self._touched[name]
+        }
         if not replaced:
             return
+        for name, model in replaced.items():
+            refuse_held(name, model)
+        first = next(iter(replaced))
         if self._slots.has_room:
-            raise ValueError(f"{replaced[0]} was replaced, and enable_hotswap's room is in the old one: unload() first")
+            raise ValueError(f"{first} was replaced, and enable_hotswap's room is in the old one: unload() first")
         fitted: dict[str, Fitted] = {}
         for name, loaded in self._adapters.items():
-            label = f"{replaced[0]} was replaced; {name}"
+            label = f"{first} was replaced; {name}"
             fitted[name] = fit(AdapterState(loaded.modules, vectors=loaded.vectors), label, self._pipe_modules)
         blend = self._blend
         self._unfold()
@@ -447,24 +457,13 @@ class AdapterManager:
                 f"blend {blend!r} is folded into the weights, which enable_hotswap leaves alone: unload() first, "
                 "or blend='additive'"
             )
-        for path, base in self._slots.bases.items():
-            if self._meant(path, weights):
-                check_fusable(path, base)
-                at_hand(path, base.weight)
-
-    def _meant(self, path: str, weights: Mapping[str, Weight]) -> list[tuple[ModuleState, float]]:
-        """The adapters on a layer and their strengths, 0 or not, in the order that `weights` names them."""
-        here = [(self._adapters[name].modules.get(path), weight) for name, weight in weights.items()]
-        return [(module, strength_at(path, weight)) for module, weight in here if module and is_meant(path, weight)]
+        for path, (base, _) in mode_changes(blend, self._slots.bases, self._adapters, weights).items():
+            check_fusable(path, base)
+            at_hand(path, base.weight)
 
     def _fold_as(self, blend: str) -> None:
         """Fold a mode's weights in, by the strengths last set."""
-        mixes = {path: (base, self._meant(path, self._weights)) for path, base in self._slots.bases.items()}
-        changes: dict[str, tuple[Any, Change]] = {
-            path: (base, partial(_mixed, path=path, blend=blend, meant=meant))
-            for path, (base, meant) in mixes.items()
-            if meant
-        }
+        changes = mode_changes(blend, self._slots.bases, self._adapters, self._weights)
         self._fused = fuse_weights_by(changes, saves_base=True)
         self._blend = blend
         self._slots.stand_aside()
@@ -487,12 +486,3 @@ class AdapterManager:
         finally:
             if blend != ADDITIVE:
                 self._fold_as(blend)
-
-
-def _mixed(weight: Tensor, *, path: str, blend: str, meant: Sequence[tuple[ModuleState, float]]) -> Tensor:
-    """W' of a mode, fp32 (fp64 stays fp64), from the layer's own weight."""
-    terms = [term_of(module.to(device=weight.device), strength) for module, strength in meant]
-    try:
-        return MODES[blend](weight.to(master_dtype(weight.dtype)), terms)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None

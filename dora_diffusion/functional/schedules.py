@@ -86,9 +86,23 @@ def reading_of(timestep: Tensor | float, timesteps: Tensor, known: Reading | Non
     return min(candidates, key=lambda reading: round(float((times - reading(told)).abs().min()), 3))
 
 
-def timestep_of(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
-    """The timestep in a call of a denoiser: named, or the second argument."""
-    for name in ("timestep", "timesteps", "timestep_ratio", "t"):
-        if name in keywords:
-            return keywords[name]
-    return arguments[1]
+TIME_NAMES = ("timestep", "timesteps", "timestep_ratio", "t")
+"""What denoisers' forwards call the time."""
+
+
+def timestep_of(arguments: Sequence[Any], keywords: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """The time in a call of a denoiser, named or in its place.
+
+    Args:
+        arguments: by place.
+        keywords: by name.
+        names: of the forward's parameters, in order.
+
+    Raises:
+        ValueError: the call gives none.
+    """
+    given = {**dict(zip(names, arguments, strict=False)), **keywords}
+    found = next((given[name] for name in TIME_NAMES if given.get(name) is not None), None)
+    if found is None:
+        raise ValueError(f"a schedule needs the time of a step, and this call has none; expected one of {TIME_NAMES}")
+    return found

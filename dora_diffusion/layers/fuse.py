@@ -25,6 +25,7 @@ class FusedWeights:
         self._hooks: list[RemovableHandle] = []
         for layer, weight in self._kept.values():
             layer.is_fused = True
+            self._hooks.append(refuse_loading(layer, "they are folded into its weights: undo that first"))
             if saves_base:
                 self._hooks.append(on_saving(layer, partial(save_kept, name="weight", kept=weight)))
 
@@ -41,6 +42,17 @@ class FusedWeights:
 def on_saving(layer: Any, change: Callable[[Any, Any, str, Any], None]) -> RemovableHandle:
     """Let a function (layer, state dict, prefix, metadata) change what is saved of a layer."""
     handle: RemovableHandle = layer.register_state_dict_post_hook(change)
+    return handle
+
+
+def refuse_loading(layer: Any, why: str) -> RemovableHandle:
+    """Let `load_state_dict` say that what it loads would be lost again."""
+
+    def refuse(module: Any, state: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
+        if any(key.startswith(prefix) for key in state):
+            raise ValueError(f"a state dict cannot be loaded into {prefix.rstrip('.')} under adapters: {why}")
+
+    handle: RemovableHandle = layer.register_load_state_dict_pre_hook(refuse)
     return handle
 
 

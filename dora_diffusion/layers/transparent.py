@@ -46,6 +46,12 @@ class Transparent(nn.Module):
             module.state_dict(destination=destination, prefix=f"{prefix}{name}.", keep_vars=keep_vars)
         return destination
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """As every module does; who watches the base's loading is asked as well."""
+        for hook in self.base._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def train(self, mode: bool = True) -> Self:
         """Train or evaluate, the base too."""
         self.base.train(mode)

@@ -11,14 +11,12 @@ from typing import Any
 from torch import nn
 
 from dora_diffusion.families import component_of_model, family_of_pipeline
+from dora_diffusion.functional.schedules import TIME_NAMES
 
 COMPONENT = re.compile(
     r"(prior_)?(unet|transformer|prior|controlnet|text_encoder|text_conditioner|connectors)(_\d+|_ref)?"
 )
 """What pipelines call the models that adapters change."""
-
-# What a denoiser's forward calls the time.
-TIMES = ("timestep", "timesteps", "timestep_ratio", "t")
 
 
 class BareModel:
@@ -112,7 +110,7 @@ def _is_adaptable(name: str, model: nn.Module) -> bool:
 
 def _is_timed(model: nn.Module) -> bool:
     try:
-        return any(name in TIMES for name in inspect.signature(type(model).forward).parameters)
+        return any(name in TIME_NAMES for name in inspect.signature(type(model).forward).parameters)
     except (TypeError, ValueError):
         return False
 

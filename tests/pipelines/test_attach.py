@@ -1,5 +1,6 @@
 """diffusers' verbs on one pipeline: as diffusers does with a LoRA, and for a DoRA as we draw it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,3 +82,40 @@ def test_mistakes_are_one_line(files) -> None:
         with pytest.raises(ValueError, match=line) as refused:
             call()
         assert "\n" not in str(refused.value)
+
+
+def test_strengths_survive_fusing_disabling_and_deleting(files) -> None:
+    pipe = PIPELINES["sd1"].build()
+    manager = dd.attach(pipe)
+    pipe.load_lora_weights(files["a"], adapter_name="a")
+    pipe.load_lora_weights(files["b"], adapter_name="b")
+    pipe.set_adapters(["a", "b"])
+    for _ in range(2):
+        pipe.fuse_lora(lora_scale=0.5, safe_fusing=True)
+        assert manager.weights == {"a": 0.5, "b": 0.5}
+        with pytest.raises(ValueError, match="call unfuse"):
+            pipe.disable_lora()
+        pipe.unfuse_lora()
+        assert manager.weights == {"a": 1.0, "b": 1.0}
+    pipe.disable_lora()
+    assert not manager.active
+    pipe.delete_adapters("a")
+    pipe.enable_lora()
+    assert manager.weights == {"b": 1.0}
+    manager.set_adapters({"b": 0.5}, blend="compose")
+    pipe.disable_lora()
+    pipe.enable_lora()
+    assert (manager.weights, manager.blend) == ({"b": 0.5}, "compose")
+    with pytest.raises(ValueError, match="no adapter named 'nobody' is loaded"):
+        pipe.fuse_lora(adapter_names=["nobody"])
+    assert (manager.weights, manager.blend) == ({"b": 0.5}, "compose")
+
+
+def test_a_file_in_a_subfolder(files, tmp_path) -> None:
+    folder = tmp_path / "hub" / "loras"
+    folder.mkdir(parents=True)
+    (folder / "a.safetensors").write_bytes(Path(files["a"]).read_bytes())
+    pipe = PIPELINES["sd1"].build()
+    dd.attach(pipe)
+    pipe.load_lora_weights(tmp_path / "hub", subfolder="loras", weight_name="a.safetensors", adapter_name="a")
+    assert pipe.get_active_adapters() == ["a"]

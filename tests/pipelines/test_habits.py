@@ -249,6 +249,56 @@ def test_a_replaced_model_gets_the_adapters_at_the_next_call(pipe) -> None:
     assert not any(type(module).__name__ == "BlendedLayer" for module in old.modules())
 
 
+def test_a_copy_that_holds_adapters_is_refused_as_a_replacement(pipe) -> None:
+    own, manager = pipe.unet.conv_in.bias.clone(), AdapterManager(pipe)
+    manager.load_adapter(AdapterState({}, vectors={"unet.conv_in.bias": torch.ones_like(own)}), name="v")
+    manager.set_adapters({"v": 1.0})
+    first, pipe.unet = pipe.unet, copy.deepcopy(pipe.unet)
+    with pytest.raises(ValueError, match=r"unet was replaced by a model that holds adapters \(a copy\?\)"):
+        manager.set_adapters({"v": 1.0})
+    pipe.unet = first
+    manager.unload()
+    assert_identical(pipe.unet.conv_in.bias, own)
+
+
+def test_a_second_manager_takes_over(pipe) -> None:
+    adapters = trained(pipe, 0), trained(pipe, 1)
+    first = loaded(pipe, 1.0, adapters[0])
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    with pytest.warns(UserWarning, match=r"another AdapterManager had adapters on unet \(a\): they are unloaded"):
+        second = loaded(other, 1.0, adapters[1])
+    assert not first.names and not first.active and second.active == {"a": 1.0}
+    both = draw(pipe)
+    second.unload()
+    loaded(pipe, 1.0, adapters[1])
+    assert_identical(draw(pipe), both)
+
+
+@pytest.mark.parametrize("state", ["a bias", "a mode", "fused"])
+def test_a_state_dict_that_would_be_lost_is_refused(pipe, state: str) -> None:
+    bias = torch.ones_like(pipe.unet.conv_in.bias)
+    vectors = AdapterState({}, vectors={"unet.conv_in.bias": bias})
+    manager = loaded(pipe, adapter=vectors if state == "a bias" else None)
+    if state == "a mode":
+        manager.set_adapters({"a": 1.0}, blend="compose")
+    elif state == "fused":
+        manager.fuse()
+    with pytest.raises(ValueError, match="a state dict cannot be loaded into .* under adapters") as refused:
+        pipe.unet.load_state_dict(PIPELINES["sd1"].build(seed=1).unet.state_dict())
+    assert "\n" not in str(refused.value)
+    manager.unload()
+    pipe.unet.load_state_dict(PIPELINES["sd1"].build(seed=1).unet.state_dict())
+
+
+def test_a_bias_under_a_layer_refuses_it_as_well(pipe) -> None:
+    path = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    adapter = trained(pipe)
+    both = AdapterState({path: adapter.modules[path]}, vectors={f"{path}.bias": torch.ones(8)})
+    loaded(pipe, adapter=both)
+    with pytest.raises(ValueError, match=r"one adds to its bias: unload\(\) first"):
+        pipe.unet.load_state_dict(PIPELINES["sd1"].build().unet.state_dict())
+
+
 def test_a_replaced_model_that_does_not_fit_is_refused(pipe) -> None:
     manager = loaded(pipe)
     pipe.unet = PIPELINES["sdxl"].build().unet

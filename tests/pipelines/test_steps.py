@@ -6,7 +6,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.functional.schedules import reading_of
+from dora_diffusion.state import AdapterState
 from tests.denoisers import DENOISERS, prediction
+from tests.families.pipelines import PIPELINES
 from tests.parity.test_lora_pipelines import pipeline
 from tests.pipelines.adapters import trained
 from tests.pipelines.kinds import KINDS
@@ -111,3 +113,50 @@ def test_a_mask_and_a_schedule_in_known_models_of_other_pipelines(kind: str) -> 
     assert_identical(drawn.draw(), before)
     manager.set_schedule("a", [(0.0, 1.0)])
     assert_identical(drawn.draw(), full)
+
+
+def test_the_time_is_found_in_its_place() -> None:
+    """An SD3 transformer takes it fourth; a call by place is as one by name."""
+    pipe = PIPELINES["sd3"].build()
+    pipe.scheduler.set_timesteps(5)
+    manager = AdapterManager(pipe)
+    manager.load_adapter(trained(pipe), name="a")
+    manager.set_adapters({"a": 1.0})
+    manager.set_schedule("a", [(0.0, 0.0), (1.0, 1.0)])
+    latents, text, pooled = torch.ones(1, 4, 16, 16), torch.ones(1, 6, 48), torch.ones(1, 40)
+    with torch.no_grad():
+        for time in pipe.scheduler.timesteps[:, None]:
+            named = pipe.transformer(latents, encoder_hidden_states=text, pooled_projections=pooled, timestep=time)
+            placed = pipe.transformer(latents, text, pooled, time)
+            assert_identical(placed.sample, named.sample)
+    with pytest.raises(ValueError, match="a schedule needs the time of a step, and this call has none"):
+        pipe.transformer(latents, text, pooled)
+
+
+def test_a_controlnet_s_adapters_know_no_mask() -> None:
+    drawn = KINDS["ControlNet"]()
+    adapter = trained(drawn.pipe)
+    net = {path: module for path, module in adapter.modules.items() if path.startswith("controlnet")}
+    manager = AdapterManager(drawn.pipe)
+    manager.load_adapter(AdapterState(net), name="a")
+    manager.set_adapters({"a": 1.0})
+    full = drawn.draw()
+    manager.set_mask("a", torch.ones(4, 4))
+    assert_near(drawn.draw(), full, 1e-4)
+
+
+def test_what_is_refused_leaves_nothing() -> None:
+    pipe = PIPELINES["sd1"].build()
+    manager = AdapterManager(pipe)
+    adapter = trained(pipe)
+    with pytest.raises(ValueError, match="norm1"):
+        manager.enable_hotswap(max_rank=4, target_modules=["attn1.to_q", "norm1"])
+    manager.load_adapter(adapter, name="a")
+    manager.set_adapters({"a": 1.0})
+    pipe.unet.compile(backend="eager")
+    with pytest.raises(ValueError, match="unet was compiled in place"):
+        manager.set_schedule("a", [(0.0, 0.0), (1.0, 1.0)])
+    with pytest.raises(ValueError, match="unet was compiled in place"):
+        manager.set_mask("a", torch.ones(4, 4))
+    manager.fuse()
+    torch._dynamo.reset()
