@@ -46,7 +46,8 @@ class _Offset:
     @property
     def parameter(self) -> nn.Parameter:
         """Looked up every time: some ways to move a model replace it."""
-        return self.owner.get_parameter(self.name)
+        live: nn.Parameter = self.owner.get_parameter(self.name)
+        return live
 
     def write(self, values: Values) -> None:
         """Let the parameter hold this sum; nothing happens when it does already."""
