@@ -192,6 +192,7 @@ def test_a_second_denoiser_s_layers_are_read_and_written(tmp_path: Path) -> None
         report = manager.load_adapter(file, name="a")
         assert report.components == ("transformer", "transformer_2")
         assert report.matched == len(adapter.modules)
+        manager.unload()
     with pytest.raises(ValueError, match="transformer_2"):
         save_adapter(adapter, tmp_path / "kohya.safetensors", format="kohya")
 
