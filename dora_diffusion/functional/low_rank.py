@@ -28,6 +28,10 @@ STEADY = 1e-6
 # ||T - W||^2, what is left has too few digits to tell.
 STALLED = 1e-4
 FLOOR = 1e-3
+# The gains of a round are mixed from so many rounds before it.
+MEMORY = 5
+# What D leaves, squared, is told apart to so many roundings of ||T - W||^2.
+ROUNDINGS = 16
 # g stays within this factor of its start: a row of V that is all but 0, or against T, is no direction.
 FARTHEST = 100.0
 
@@ -104,8 +108,11 @@ def extract_dora(
         D = diag(1 / g) SVD_r(T - diag(g) W),   g_i = <T_i, V_i> / <V_i, V_i>,   V = W + D
 
     Each half is the best for the other, so ||T - diag(g) V|| only falls: all that W' misses, for m / N(V) is this g but
-    for the cosine between T_i and V_i. A row of W that is zero has no magnitude (its gain is 1), so its g is 1; for a
-    row of T that is zero m = 0 is enough, and D leaves it alone.
+    for the cosine between T_i and V_i. In turn they near their end by about a third a round, and much slower where rows
+    are few; so the next g is mixed from those of the rounds before (Anderson acceleration: Walker and Ni, 2011,
+    doi:10.1137/10078356X), and where a mixed one does not fall, the round is taken back and goes on unmixed. A row of W
+    that is zero has no magnitude (its gain is 1), so its g is 1; for a row of T that is zero m = 0 is enough, and D
+    leaves it alone.
 
     Args:
         tuned: T, (out, in[, kh, kw]), any float dtype.
@@ -198,10 +205,13 @@ class _Problem:
     def best_gains(self, with_delta: Tensor, with_base: Tensor, own: Tensor) -> Tensor:
         """g - 1 = <T_i - V_i, V_i> / <V_i, V_i>, from the products of D with T - W, with W and with itself."""
         squares = self.squares + 2 * with_base + own
-        best = (self.shared + with_delta - with_base - own) / squares.clamp(min=TINY_NORM**2)
+        return self.within((self.shared + with_delta - with_base - own) / squares.clamp(min=TINY_NORM**2))
+
+    def within(self, offset: Tensor) -> Tensor:
+        """g - 1 where g may be: as it starts in the fixed rows, near its start in the others."""
         first = 1 + self.start
-        best = torch.minimum(torch.maximum(best, first / FARTHEST - 1), first * FARTHEST - 1)
-        return torch.where(self.fixed, self.start, best)
+        near = torch.minimum(torch.maximum(offset, first / FARTHEST - 1), first * FARTHEST - 1)
+        return torch.where(self.fixed, self.start, near)
 
     def growth(self, offset: Tensor) -> Tensor:
         """||T - diag(g) W||^2 - ||T - W||^2, from g - 1."""
@@ -242,20 +252,62 @@ def _alternate(problem: _Problem, right: Tensor, rank: int, rounds: int) -> _Sca
     """
     w, delta, offset = problem.base, problem.delta, problem.start
     whole, norms, least = delta.square().sum(), problem.squares.sqrt(), math.inf
+    rounding, mixing = ROUNDINGS * torch.finfo(w.dtype).eps * float(whole), _Mixing(norms)
     changed, base = delta @ right, w @ right
     for _ in range(rounds):
         left = torch.linalg.qr(changed - offset[:, None] * base).Q
         found = _rotated(left, delta.T @ left - w.T @ (offset[:, None] * left))
         remaining = float(whole + problem.growth(offset) - found.values[:rank].square().sum())
-        changed, base, before = delta @ found.right, w @ found.right, offset
-        own = (found.left * found.values)[:, :rank] / (1 + before[:, None])  # D in the basis of its rows
+        changed, base = delta @ found.right, w @ found.right
+        if remaining > least + rounding:
+            if not mixing.is_mixed:
+                break
+            offset = mixing.restart()
+            continue
+        best = _Scaled(found, 1 + offset)
+        own = (found.left * found.values)[:, :rank] / best.gains[:, None]  # D in the basis of its rows
         products = ((changed[:, :rank] * own).sum(1), (base[:, :rank] * own).sum(1), own.square().sum(1))
-        offset = problem.best_gains(*products)
-        is_steady = torch.linalg.vector_norm((offset - before) * norms) <= STEADY * whole.sqrt()
+        image = problem.best_gains(*products)
+        is_steady = torch.linalg.vector_norm((image - offset) * norms) <= STEADY * whole.sqrt()
         if bool(is_steady) or (1 - STALLED) * least < remaining and remaining > FLOOR * whole:
             break
-        least = remaining
-    return _Scaled(found, 1 + before)
+        offset, least = problem.within(mixing.next(offset, image)), min(least, remaining)
+    return best
+
+
+class _Mixing:
+    """Anderson acceleration of x -> f(x): the mix of the last f(x), summing to 1, whose f(x) - x is least.
+
+    Args:
+        weights: of the entries of x in the norm, of its shape.
+    """
+
+    def __init__(self, weights: Tensor) -> None:
+        self._weights = weights
+        self._images: list[Tensor] = []
+        self._residuals: list[Tensor] = []
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the last `next` came from more than one f(x)."""
+        return len(self._images) > 1
+
+    def next(self, point: Tensor, image: Tensor) -> Tensor:
+        """The next x, from x and f(x)."""
+        self._images = [*self._images, image][-MEMORY:]
+        self._residuals = [*self._residuals, ((image - point) * self._weights).double().cpu()][-MEMORY:]
+        if not self.is_mixed:
+            return image
+        steps = torch.stack(self._residuals).diff(dim=0)
+        shares = torch.linalg.pinv(steps.T) @ self._residuals[-1]
+        turned: Tensor = torch.stack(self._images).diff(dim=0).T @ shares.to(image)
+        return image - turned
+
+    def restart(self) -> Tensor:
+        """The last f(x) unmixed, and nothing before it is looked at again."""
+        last = self._images[-1]
+        self._images, self._residuals = [], []
+        return last
 
 
 def _leading(matrix: Tensor, right: Tensor) -> _Triplets:
