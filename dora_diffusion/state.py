@@ -264,6 +264,7 @@ class AdapterState:
         vectors: parameter -> what is added to it: biases, and weights of normalisations (`unet...norm1.weight`).
         extra: tensors that belong to no layer, by their keys in the file: kept, written back, reported.
         origin: the name of the format that it was read from; empty for one that came from no file.
+        families: the only ones that it can be for, where the file called layers as their makers do; empty for any.
 
     Examples:
         ```python
@@ -283,6 +284,7 @@ class AdapterState:
     vectors: Mapping[str, Tensor] = field(default_factory=dict)
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     origin: str = ""
+    families: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)

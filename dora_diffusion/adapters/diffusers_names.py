@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.formats.layer_lookup import Locate, Place, Shape
+from dora_diffusion.formats.layer_lookup import Locate, Place
 from dora_diffusion.formats.layouts.record import Fusion
+from dora_diffusion.formats.weight_shapes import Shape
 from dora_diffusion.pipelines.components import denoisers_of, model_of
 
 _LOADER = "LoraLoaderMixin"

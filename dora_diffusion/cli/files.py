@@ -100,7 +100,9 @@ def _convert(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _format(adapter: "AdapterState", arguments: argparse.Namespace) -> str:
     """The format to write, its place checked before any work."""
-    format = str(arguments.to or adapter.origin or "diffusers")
+    from dora_diffusion.formats import FORMATS
+
+    format = str(arguments.to or (adapter.origin if adapter.origin in FORMATS else "diffusers"))
     check_output(arguments.output, format)
     return format
 

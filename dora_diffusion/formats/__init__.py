@@ -9,17 +9,19 @@ from pathlib import Path
 
 import torch
 
+from dora_diffusion.families import FAMILIES, family_named
 from dora_diffusion.formats import peft
 from dora_diffusion.formats.dialects import COMPONENTS, DIALECTS, PEFT_FILE, Dialect, Signs
 from dora_diffusion.formats.kohya_hashes import with_hashes
 from dora_diffusion.formats.layer_lookup import Locate
-from dora_diffusion.formats.reading import Reading, read, take_apart, with_origin
+from dora_diffusion.formats.other_kinds import other_kinds, refusal
+from dora_diffusion.formats.reading import FAMILY_KEY, Reading, read, take_apart, with_origin
 from dora_diffusion.formats.safetensors_reader import Container, read_header
 from dora_diffusion.formats.writing import write
 from dora_diffusion.state import AdapterState, WeightOf, cast
 from dora_diffusion.utils.atomic import save_tensors, sha256_of
 from dora_diffusion.utils.checks import check_type
-from dora_diffusion.utils.text import shown_path
+from dora_diffusion.utils.text import shown, shown_path
 
 __all__ = [
     "FORMATS",
@@ -38,7 +40,7 @@ RUN_FILE = "adapter.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Those that people ask for first, then the rest.
-_BY_NAME = {dialect.name: dialect for dialect in DIALECTS}
+_BY_NAME = {dialect.name: dialect for dialect in DIALECTS if dialect.is_written}
 FORMATS: dict[str, Dialect] = {
     name: _BY_NAME[name]
     for name in dict.fromkeys(("diffusers", "peft", "kohya", "comfyui", "lycoris", *sorted(_BY_NAME)))
@@ -55,6 +57,7 @@ class Examined:
         unknown: the other keys.
         layers: layers in the file, fused ones counted once.
         sha256: of the bytes that were read, hex; None where nothing but the header was.
+        debris: what stood before layers beside their prefix, and was not looked at: a prefix once more.
     """
 
     format: str
@@ -62,6 +65,7 @@ class Examined:
     unknown: tuple[str, ...]
     layers: int
     sha256: str | None = None
+    debris: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         keys = self.matched + len(self.unknown)
@@ -76,6 +80,8 @@ def place_of(path: str | Path) -> Path:
     """
     check_type("adapter", path, str | Path)
     path = Path(path)
+    if path.name == peft.WEIGHTS and (path.parent / peft.CONFIG).is_file():
+        return path.parent  # its scale stands in the config beside it
     if not path.is_dir() or peft.is_folder(path):
         return path
     if (path / RUN_FILE).is_file():
@@ -120,7 +126,9 @@ def _folder_examined(keys: Sequence[str]) -> Examined:
 def _examined(path: Path, file: Container, reading: Reading) -> Examined:
     unknown = tuple(key for key in file.keys if not reading.is_known(key))
     matched = len(file.keys) - len(unknown)
-    return Examined(format_of(path, reading, file.keys), matched, unknown, len(reading.places))
+    debris = sorted({place.prefix + place.debris for place in reading.places.values() if place.debris})
+    name = format_of(path, reading, file.keys)
+    return Examined(name, matched, unknown, len(reading.places), debris=tuple(debris))
 
 
 def format_of(path: Path, reading: Reading, keys: list[str]) -> str:
@@ -130,6 +138,8 @@ def format_of(path: Path, reading: Reading, keys: list[str]) -> str:
         for dialect in DIALECTS:
             if dialect.recognises(signs):
                 return dialect.name
+    if kinds := other_kinds(keys):
+        raise ValueError(f"{path}: {refusal(kinds, is_partial=False)}")
     plain = sum(key.endswith((".weight", ".bias")) for key in keys)
     if len(keys) > 1 and not reading.keys and 5 * plain > 4 * len(keys):
         raise ValueError(
@@ -137,7 +147,8 @@ def format_of(path: Path, reading: Reading, keys: list[str]) -> str:
             "an adapter out of it: dora-diffusion extract"
         )
     example = f", first key {keys[0][:100]!r}" if keys else ", no tensors"
-    raise ValueError(f"{path}: no adapter format known here ({', '.join(FORMATS)}) fits its {len(keys)} keys{example}")
+    known = ", ".join(sorted({dialect.name for dialect in DIALECTS}))
+    raise ValueError(f"{path}: no adapter format known here ({known}) fits its {len(keys)} keys{example}")
 
 
 def _signs(reading: Reading) -> Signs:
@@ -156,13 +167,18 @@ def detect_format(path: str | Path) -> str:
     return examine(path).format
 
 
-def load_adapter(path: str | Path, *, base: WeightOf | None = None) -> AdapterState:
+def load_adapter(
+    path: str | Path, *, base: WeightOf | None = None, family: str | None = None, strict: bool = True
+) -> AdapterState:
     """Read an adapter file; the format is detected. Safetensors only, never a pickle.
 
     Args:
         path: the file, a folder of PEFT's, or the folder of a training run or of one of its checkpoints.
-        base: path of a layer -> the base's weight. Asked only where a flat magnitude on a square layer, and metadata
-            that say nothing, leave it open whether it is per output or per input.
+        base: path of a layer -> the base's weight. Asked only for changes that are made of it (OFT, BOFT, GLoRA,
+            (IA)^3), and where a flat magnitude on a square layer, and metadata that say nothing, leave it open whether
+            it is per output or per input.
+        family: the name of the model family, where names and sizes of layers are several's.
+        strict: False loads the layers that can be computed of a file that holds others beside them.
 
     Raises:
         ValueError: one line that names the file and what is wrong.
@@ -175,35 +191,52 @@ def load_adapter(path: str | Path, *, base: WeightOf | None = None) -> AdapterSt
         print(adapter.origin, adapter.is_dora, adapter.ranks, adapter.components)
         ```
     """
-    return load_examined(path, base=base)[0]
+    return load_examined(path, base=base, family=family, strict=strict)[0]
 
 
 def load_examined(
-    path: str | Path, *, base: WeightOf | None = None, find: Locate | None = None
+    path: str | Path,
+    *,
+    base: WeightOf | None = None,
+    family: str | None = None,
+    strict: bool = True,
+    find: Locate | None = None,
 ) -> tuple[AdapterState, Examined]:
     """`load_adapter` and `examine` at once: the file is opened and read once, and hashed as it is read.
 
     `find` says where the layers of a file lie, for models whose names are not known here.
     """
+    if family is not None and family_named(family) is None:
+        raise ValueError(f"family {family!r} is unknown: expected one of {', '.join(each.name for each in FAMILIES)}")
     path = place_of(path)
     if path.is_dir():
         folder = peft.read_folder(path, base)
         found = replace(_folder_examined(folder.keys), sha256=sha256_of(path, known=folder.sha256s))
         return with_origin(folder.adapter, found.format), found
     with Container(path) as file:  # a large file of another kind is known by its header
-        reading = _taken_apart(path, file, find)
+        reading = _taken_apart(path, file, family, find)
         found = _examined(path, file, reading)
+        kinds = other_kinds(found.unknown)
+        if strict and kinds:
+            raise ValueError(f"{shown_path(path)}: {refusal(kinds, is_partial=True)}")
         contents = file.contents()
     try:
-        adapter = read(contents.tensors, contents.metadata, reading, base)
+        adapter = read(contents.tensors, {**contents.metadata, **_told(family)}, reading, base)
+        if not adapter.modules and not adapter.vectors:
+            raise ValueError(f"none of its {len(file.keys)} tensors changes a layer, such as {shown(file.keys[0])}")
         return with_origin(adapter, found.format), replace(found, sha256=contents.sha256)
     except ValueError as error:
         raise ValueError(f"{shown_path(path)}: {error}") from None
 
 
-def _taken_apart(path: Path, file: Container, find: Locate | None = None) -> Reading:
+def _told(family: str | None) -> dict[str, str]:
+    return {} if family is None else {FAMILY_KEY: family}
+
+
+def _taken_apart(path: Path, file: Container, family: str | None = None, find: Locate | None = None) -> Reading:
+    shapes = {key: file.header[key]["shape"] for key in file.keys}
     try:
-        return take_apart({key: file.header[key]["shape"] for key in file.keys}, file.metadata, find)
+        return take_apart(shapes, {**file.metadata, **_told(family)}, find)
     except ValueError as error:
         raise ValueError(f"{shown_path(path)}: {error}") from None
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dora_diffusion.formats.keys import FACTORS, Suffixes
-from dora_diffusion.functional.dora import TINY_NORM, Axis, squared_row_norms
+from dora_diffusion.formats import base_made
+from dora_diffusion.formats.keys import BASE_MADE, FACTORS, GLORA, IA3, ROTATION, Suffixes
+from dora_diffusion.functional.dora import TINY_NORM, Axis, master_dtype, squared_row_norms
 from dora_diffusion.state import Algorithm, FactoredState, Module, ModuleState
 
 Parts = Mapping[str, Tensor]
@@ -68,7 +69,7 @@ def assemble(layer: str, parts: Parts, scale: Scale, hint: Callable[[], AxisHint
     module = _module(layer, parts, scale, hint)
     used = {"w_norm", "b_norm", "diff_b"} & parts.keys() | ({"diff"} if weight is not None else set())
     if module is not None:
-        used |= {*FACTORS, "down", "up", "mid", "alpha", "magnitude", "dora_scale"}
+        used |= {*FACTORS, *BASE_MADE, "down", "up", "mid", "alpha", "magnitude", "dora_scale"}
         if "up_bias" in parts:
             used.add("up_bias")
             bias = parts["up_bias"] * module.scale
@@ -83,6 +84,9 @@ def _check_stored_once(layer: str, parts: Parts) -> None:
         "a LoHa": {part for part in parts if part.startswith("hada_")},
         "a LoKr": {part for part in parts if part.startswith("lokr_")},
         "a whole difference": whole,
+        "an OFT": parts.keys() & set(ROTATION),
+        "a GLoRA": parts.keys() & set(GLORA),
+        "an (IA)^3": parts.keys() & set(IA3),
     }
     found = [form for form, there in forms.items() if there]
     twice = [("magnitude", "dora_scale"), ("b_norm", "diff_b")]
@@ -94,6 +98,9 @@ def _check_stored_once(layer: str, parts: Parts) -> None:
 def _module(layer: str, parts: Parts, scale: Scale, hint: Callable[[], AxisHint]) -> Module | None:
     if "down" in parts or "up" in parts:
         return _with_magnitude(layer, _pair(layer, parts, scale), parts, hint)
+    if parts.keys() & set(BASE_MADE):
+        alpha = _number(layer, parts["alpha"]) if "alpha" in parts else None
+        return _with_magnitude(layer, base_made.module_of(layer, parts, alpha, hint().weight), parts, hint)
     factors = {name: parts[name] for name in FACTORS if name in parts and parts[name].dim() > 1}
     if not factors:
         return None
@@ -153,6 +160,17 @@ def _factor_rank(algorithm: Algorithm, factors: Parts) -> int | None:
     """The r of alpha / r; None where the scale is 1 whatever alpha says: a LoKr of two whole factors, a whole D."""
     halves = [name for name in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b") if name in factors]
     return factors[halves[0]].shape[0] if halves and algorithm != "full" else None
+
+
+def scaled_to(module: FactoredState, scale: float) -> FactoredState:
+    """The same factors at another scale, as an alpha where there are halves that give it a rank, else in a factor."""
+    rank = _factor_rank(module.algorithm, module.factors)
+    if rank is not None:
+        return replace(module, scale=scale, alpha=scale * rank)
+    first = next(iter(module.factors))
+    dtype = master_dtype(module.factors[first].dtype)
+    factors = {**module.factors, first: module.factors[first].to(dtype) * scale}
+    return replace(module, factors=factors, scale=1.0, alpha=None)
 
 
 def _with_magnitude(layer: str, module: Module, parts: Parts, hint: Callable[[], AxisHint]) -> Module:

@@ -55,6 +55,7 @@ class Dialect:
             that has such names.
         has_pieces: original fused layers are written piece by piece, numbered.
         keeps_text_model: CLIP's layers carry `text_model.`.
+        is_written: whether files are written so, too; the tools of the others read diffusers' format as well.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Dialect:
     original_for: frozenset[str] | None = frozenset()
     has_pieces: bool = False
     keeps_text_model: bool = True
+    is_written: bool = True
 
     def prefix(self, component: str, family: str | None) -> str | None:
         """What stands before a component's layers; None where it cannot be written."""
@@ -168,6 +170,22 @@ OMI = Dialect(
     original_for=None,
     has_pieces=True,
 )
+BARE = Dialect(
+    name="bare",
+    about="diffusers' names without a prefix: Qwen-Image-Lightning, DiffSynth, state dicts of scripts",
+    recognises=lambda signs: signs.prefixes == {""},
+    suffixes=KOHYA,
+    prefixes={},
+    is_written=False,
+)
+XLABS = Dialect(
+    name="xlabs",
+    about="XLabs' FLUX.1: processors of attention",
+    recognises=lambda signs: "xlabs" in signs.styles,
+    suffixes=KOHYA,
+    prefixes={},
+    is_written=False,
+)
 PEFT_FILE = Dialect(
     name="peft",
     about="PEFT's save_pretrained, a folder for each component",
@@ -176,8 +194,9 @@ PEFT_FILE = Dialect(
     prefixes={},  # `peft` writes the folders
 )
 
-# In the order in which they are tried; the last two fit what the others left.
+# In the order in which they are tried; the last three fit what the others left.
 DIALECTS: tuple[Dialect, ...] = (
+    XLABS,
     OLD,
     OSTRIS,
     PEFT_FILE,
@@ -188,4 +207,5 @@ DIALECTS: tuple[Dialect, ...] = (
     COMFYUI,
     ORIGINAL,
     DIFFUSERS,
+    BARE,
 )

@@ -38,7 +38,8 @@ def family_of(adapter: AdapterState) -> str | None:
     if _is_lookalike(adapter.metadata):
         return None
     layers = _layers(adapter)
-    fitting = [family for family in FAMILIES if _fits(family.signature, layers)]
+    named = [family for family in FAMILIES if not adapter.families or family.name in adapter.families]
+    fitting = [family for family in named if _fits(family.signature, layers)]
     # of another text encoder's size, a denoiser is what it is all the same
     denoiser = {part: found for part, found in layers.items() if not part.startswith("text_encoder")}
     exact = [family for family in fitting if _is_published(family.signature, layers)]
@@ -54,11 +55,18 @@ def has_paths(signature: Signature, paths: Mapping[str, Iterable[str]]) -> bool:
     """Whether layers have a family's names: component -> their paths."""
     if not paths.keys() <= signature.parts.keys():
         return False
-    return all(
-        _paths(signature.parts[component]).fullmatch(path) is not None
-        for component, found in paths.items()
-        for path in found
-    )
+    return all(has_path(signature.parts[component], path) for component, found in paths.items() for path in found)
+
+
+def has_path(part: PartSignature, path: str) -> bool:
+    """Whether a layer has a name of a component's."""
+    return _paths(part).fullmatch(path) is not None
+
+
+def is_published(part: PartSignature, inputs: Mapping[str, int | None]) -> bool:
+    """Whether a published model has all these layers: path -> its input features, None for any."""
+    layers = [_Layer(path, width) for path, width in inputs.items()]
+    return any(all(_has_size(size, layer) for layer in layers) for size in part.sizes)
 
 
 def _layers(adapter: AdapterState) -> dict[str, list[_Layer]]:
@@ -78,7 +86,7 @@ def _layer(path: str, module: Module) -> _Layer:
         return _Layer(path, module.down.shape[1], module.down.dim() == 4)
     # a flat factorisation does not say whether the weight has taps
     is_convolution = module.factors["diff"].dim() == 4 if "diff" in module.factors else None
-    return _Layer(path, module.shape[1], is_convolution)
+    return _Layer(path, module.shape[1] or None, is_convolution)  # 0 where only the base tells
 
 
 def _fits(signature: Signature, layers: Mapping[str, list[_Layer]]) -> bool:

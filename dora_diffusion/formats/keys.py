@@ -4,7 +4,7 @@ Every tool's spellings are read, whatever the format; which of them a format wri
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 # Parts that are kept under LyCORIS' own names.
@@ -13,7 +13,12 @@ FACTORS = (
     *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_t1", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
     "diff",
 )
-_PARTS = (*FACTORS, "diff_b", "w_norm", "b_norm", "alpha", "dora_scale", "magnitude")
+# Parts of changes that are made of the base's weight: OFT and BOFT, GLoRA, (IA)^3 (whose gains end in `.weight`).
+ROTATION = ("oft_blocks", "rescale")
+GLORA = ("glora_a1", "glora_a2", "glora_b1", "glora_b2", "glora_bm")
+IA3 = ("ia3_weight", "on_input")
+BASE_MADE = (*ROTATION, *GLORA, *IA3)
+_PARTS = (*FACTORS, *ROTATION, "on_input", "diff_b", "w_norm", "b_norm", "alpha", "dora_scale", "magnitude")
 _PAIR = {"A": "down", "B": "up", "down": "down", "up": "up", "mid": "mid"}
 
 
@@ -24,7 +29,7 @@ class Key:
     Attributes:
         name: the layer, as the file spells it, prefix included.
         part: down, up, mid, alpha, magnitude (PEFT's and ai-toolkit's), dora_scale, up_bias, or a name of LyCORIS'.
-        style: whose spelling it is: "peft", "kohya", "old", "ai-toolkit"; "any" for what several write.
+        style: whose spelling it is: "peft", "kohya", "old", "xlabs", "ai-toolkit"; "any" for what several write.
     """
 
     name: str
@@ -33,17 +38,21 @@ class Key:
 
 
 # (pattern, style); the groups are the layer, and what follows decides the part. The first that fits counts.
+_XLABS = re.compile(r"^(.*\b(?:double|single)_blocks\.\d+\.processor\.(?:qkv|proj)_lora[12]?)\.(down|up)\.weight$")
 _OLD_PROCESSOR = re.compile(r"^(.+)\.processor\.(\w+)_lora\.(down|up)\.weight$")
 _OLD_LAYER = re.compile(r"^(.+)\.(?:lora_linear_layer|lora)\.(down|up)\.weight$")
 _LOW_RANK = re.compile(r"^(.+)\.lora_(A|B|down|up|mid)(?:\.(?!weight$)\w+)?\.weight$")
 _EMBEDDING = re.compile(r"^(.+)\.lora_embedding_(A|B)(?:\.\w+)?$")
 _MAGNITUDE = re.compile(r"^(.+)\.lora_magnitude_vector(?:\.(?!weight$)\w+)?(?:\.weight)?$")
 _BIAS = re.compile(r"^(.+)\.lora_(?:B|up)(?:\.(?!bias$)\w+)?\.bias$")
+_GLORA = re.compile(r"^(.+)\.(a1|a2|b1|b2|bm)\.weight$")
 _PART = re.compile(rf"^(.+)\.({'|'.join(_PARTS)})$")
 
 
 def parse_key(key: str) -> Key | None:
     """The layer and part that a key names; None for a key of no adapter."""
+    if found := _XLABS.match(key):
+        return Key(found[1], found[2], "xlabs")
     if found := _OLD_PROCESSOR.match(key):
         path, layer, half = found.groups()
         return Key(f"{path}.{'to_out.0' if layer == 'to_out' else layer}", half, "old")
@@ -57,10 +66,20 @@ def parse_key(key: str) -> Key | None:
         return Key(found[1], "magnitude", "peft")
     if found := _BIAS.match(key):
         return Key(found[1], "up_bias", "any")
+    if found := _GLORA.match(key):
+        return Key(found[1], f"glora_{found[2]}", "any")
     if found := _PART.match(key):
         style = {"magnitude": "ai-toolkit", "alpha": "alpha"}.get(found[2], "any")
         return Key(found[1], found[2], style)
     return None
+
+
+def parse_keys(keys: Iterable[str]) -> dict[str, Key]:
+    """Key -> layer and part, of the keys of one file that are an adapter's."""
+    keys = list(keys)
+    parsed = {key: found for key in keys if (found := parse_key(key)) is not None}
+    gains = {f"{found.name}.weight": found.name for found in parsed.values() if found.part == "on_input"}
+    return {**parsed, **{key: Key(gains[key], "ia3_weight", "any") for key in keys if key in gains}}
 
 
 @dataclass(frozen=True)

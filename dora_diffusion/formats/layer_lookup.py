@@ -14,7 +14,9 @@ from dora_diffusion.families.record import OTHER_COMPONENTS
 from dora_diffusion.formats.dialects import DIALECTS
 from dora_diffusion.formats.family_detection import has_paths
 from dora_diffusion.formats.flat_names import choices, unflatten
-from dora_diffusion.formats.layouts import LAYOUTS, Fusion, Layout
+from dora_diffusion.formats.layout_detection import Chosen, fusion_of, layout_of
+from dora_diffusion.formats.layouts import Fusion, Layout
+from dora_diffusion.formats.weight_shapes import Shape
 
 # What a dialect calls a component, or a family a text encoder -> what lies behind the prefix.
 _ROLES = {
@@ -29,12 +31,11 @@ _ENCODERS = {
 }
 # First words of layers in transformers' models.
 _ENCODER_ROOTS = ("text_model", "encoder", "embeddings", "shared", "model", "language_model", "text_projection")
-_MOST_LOOKED_AT = 3000
+# A prefix that a script put before names that had one.
+_FLAT_AGAIN = re.compile(r"(?:(?:lora_)?(?:unet|transformer|te[123]?|text_encoder(?:_[23])?)_){1,3}")
+_AGAIN = re.compile(r"(?:(?:unet|transformer|(?:model\.)?diffusion_model)\.){1,3}")
 _T5 = re.compile(r"^(?:encoder\.block\.|shared$)")
 _CLIP = ("text_model.", "encoder.layers.", "embeddings.", "text_projection")
-
-
-Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Place:
         is_flat: whether it was flattened with underscores.
         is_original: whether the layer is called as its makers call it, not as diffusers does.
         is_piece: whether it is a numbered piece of an original layer (`qkv.0`).
+        debris: what stood between the prefix and the layer, and tells nothing: a prefix once more.
+        families: the only ones that call a layer so; empty for any.
     """
 
     component: str
@@ -56,6 +59,8 @@ class Place:
     is_flat: bool
     is_original: bool
     is_piece: bool = False
+    debris: str = ""
+    families: tuple[str, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -75,23 +80,32 @@ class _Read:
     layer: str
     prefix: str
     is_flat: bool
+    debris: str = ""
 
 
-def locate(names: Mapping[str, Shape | None], *, encoders: Mapping[str, str] | None = None) -> dict[str, Place]:
+def locate(names: Mapping[str, Shape | None], *, told: frozenset[str] = frozenset()) -> dict[str, Place]:
     """Name -> place, of those that are understood.
 
     Args:
         names: every layer name of a file, and the rows and columns of its weight where its tensors tell.
-        encoders: role of a text encoder ("te3", "t5") -> component, where the file's metadata tell the family.
+        told: names of the families that the file's metadata, or people, allow.
+
+    Raises:
+        ValueError: the names are those of several families, which call the layers differently, and nothing tells which.
     """
     read = {name: found for name in names if (found := _read(name)) is not None}
-    layout = _layout_of({found.layer: names[name] for name, found in read.items() if _role(found) == "denoiser"})
-    by_family = _encoders_of(layout, tuple(read.values()))
-    return {
-        name: place
-        for name, found in read.items()
-        if (place := _place(found, layout, {**_ENCODERS, **by_family, **(encoders or {})})) is not None
-    }
+    denoiser = {found.layer: names[name] for name, found in read.items() if _role(found) == "denoiser"}
+    others = [found for found in read.values() if _role(found) != "denoiser"]
+    chosen = layout_of(denoiser, told, lambda family: has_paths(family, _by_component(others, family.encoders)))
+    layout = None if chosen is None else chosen.layout
+    encoders = {**_ENCODERS, **_encoders_of(layout, tuple(read.values())), **_told_encoders(told)}
+    return {name: place for name, found in read.items() if (place := _place(found, chosen, encoders)) is not None}
+
+
+def _told_encoders(told: frozenset[str]) -> Mapping[str, str]:
+    """What the family that is told calls its text encoders: a T5 alone is one's second and another's third."""
+    families = [family for name in told if (family := family_named(name)) is not None]
+    return families[0].signature.encoders if len(families) == 1 else {}
 
 
 def clean(name: str) -> str:
@@ -104,12 +118,19 @@ def clean(name: str) -> str:
 def _read(name: str) -> _Read | None:
     for prefix, role in _prefixes(is_flat=True).items():
         if name.startswith(prefix):
-            layer = unflatten(name.removeprefix(prefix))
-            return None if layer is None else _Read(role, layer, prefix, True)
+            rest = name.removeprefix(prefix)
+            if (layer := unflatten(rest)) is not None:
+                return _Read(role, layer, prefix, True)
+            doubled = _FLAT_AGAIN.match(rest)
+            layer = unflatten(rest[doubled.end() :]) if doubled else None
+            return None if doubled is None or layer is None else _Read(role, layer, prefix, True, doubled[0])
     cleaned = clean(name)
     for prefix, role in _prefixes(is_flat=False).items():
         if cleaned.startswith(prefix):
-            return _Read(role, cleaned.removeprefix(prefix), prefix, False)
+            rest = cleaned.removeprefix(prefix)
+            again = _AGAIN.match(rest) if role == "denoiser" else re.match(f"(?:{re.escape(prefix)})+", rest)
+            debris = again[0] if again else ""
+            return _Read(role, rest.removeprefix(debris), prefix, False, debris)
     return _Read("any", cleaned, "", False)
 
 
@@ -151,40 +172,6 @@ def _role(read: _Read) -> str:
     return "te1" if read.layer.startswith(_CLIP) else "denoiser"
 
 
-def _layout_of(layers: Mapping[str, Shape | None]) -> Layout | None:
-    """The makers' layout of a denoiser that knows most of a file's layers; None where they are called as in diffusers.
-
-    Some names, such as `x_embedder`, are layers of several models: the layout has to know more than half of them, and
-    more than any would if they were diffusers' own.
-    """
-    denoisers = [layout for layout in LAYOUTS if layout.component in ("unet", "transformer")]
-    # a file of more layers than any model has is judged by some of them
-    looked_at = list(layers.items())[:: 1 + len(layers) // _MOST_LOOKED_AT]
-    known = [sum(_knows(layout, layer, shape) for layer, shape in looked_at) for layout in denoisers]
-    in_diffusers = [sum(layout.of_path(layer) is not None for layer, _ in looked_at) for layout in denoisers]
-    most = max(known, default=0)
-    if not looked_at or 2 * most <= len(looked_at) or most <= max(in_diffusers):
-        return None
-    return denoisers[known.index(most)]
-
-
-def _knows(layout: Layout, layer: str, shape: Shape | None) -> bool:
-    return _fusion(layout, layer) is not None and (shape is None or layout.fits(layer, *shape))
-
-
-def _fusion(layout: Layout, layer: str) -> Fusion | None:
-    return layout.of_original(layer) or _piece(layout, layer)
-
-
-def _piece(layout: Layout, layer: str) -> Fusion | None:
-    """`double_blocks.0.img_attn.qkv.1`: the second of the layers that qkv is, on its own."""
-    stem, _, number = layer.rpartition(".")
-    whole = layout.of_original(stem) if number.isascii() and number.isdigit() else None
-    if whole is None or len(whole.paths) < 2 or int(number[:4]) >= len(whole.paths):
-        return None
-    return Fusion(layer, (whole.paths[int(number[:4])],))
-
-
 def _encoders_of(layout: Layout | None, read: Sequence[_Read]) -> Mapping[str, str]:
     """What the layers tell of the text encoders' numbers: the words of the one family that fits them."""
     if layout is not None:
@@ -207,20 +194,22 @@ def _by_component(read: Sequence[_Read], encoders: Mapping[str, str]) -> dict[st
     return found
 
 
-def _place(read: _Read, layout: Layout | None, encoders: Mapping[str, str]) -> Place | None:
+def _place(read: _Read, chosen: Chosen | None, encoders: Mapping[str, str]) -> Place | None:
     role = _role(read)
     if role != "denoiser":
         if not read.prefix and not _is_layer(read.layer):
             return None
         path = read.layer.removeprefix("text_model.")
-        return Place(encoders[role], Fusion(path, (path,)), read.prefix, read.is_flat, False)
-    fusion = None if layout is None else _fusion(layout, read.layer)
-    if layout is not None and fusion is not None:
-        renamed, piece = fusion.paths != (read.layer,), layout.of_original(read.layer) is None
-        return Place(layout.component, fusion, read.prefix, read.is_flat, renamed, piece)
+        return Place(encoders[role], Fusion(path, (path,)), read.prefix, read.is_flat, False, debris=read.debris)
+    fusion = None if chosen is None else fusion_of(chosen.layout, read.layer)
+    if chosen is not None and fusion is not None:
+        renamed, piece = fusion.paths != (read.layer,), chosen.layout.of_original(read.layer) is None
+        families = chosen.families if renamed else ()
+        return Place(chosen.layout.component, fusion, read.prefix, read.is_flat, renamed, piece, read.debris, families)
     if not read.prefix and not _is_layer(read.layer):
         return None
-    return Place(_denoiser(read), Fusion(read.layer, (read.layer,)), read.prefix, read.is_flat, False)
+    fusion = Fusion(read.layer, (read.layer,))
+    return Place(_denoiser(read), fusion, read.prefix, read.is_flat, False, debris=read.debris)
 
 
 def _denoiser(read: _Read) -> str:

@@ -15,14 +15,14 @@ from typing import Any
 from torch import Tensor
 
 from dora_diffusion.families import family_named
-from dora_diffusion.formats.assembly import parts_of
+from dora_diffusion.formats.assembly import parts_of, scaled_to
 from dora_diffusion.formats.family_detection import family_of
 from dora_diffusion.formats.json_metadata import LONGEST, json_object
 from dora_diffusion.formats.keys import PEFT
-from dora_diffusion.formats.peft_alphas import METADATA_KEY, peft_config
+from dora_diffusion.formats.peft_alphas import METADATA_KEY, Scales, peft_config
 from dora_diffusion.formats.reading import read, take_apart
 from dora_diffusion.formats.safetensors_reader import read_tensors
-from dora_diffusion.state import AdapterState, Module, WeightOf, join
+from dora_diffusion.state import AdapterState, Module, ModuleState, WeightOf, join
 from dora_diffusion.utils.atomic import atomic_path, save_tensors, write_atomically
 from dora_diffusion.utils.text import shown
 
@@ -31,6 +31,7 @@ _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_en
 _CLIP = re.compile(r"^(encoder\.layers|embeddings|final_layer_norm)\b")
 _NOTE = "dora_diffusion.json"  # metadata and facts that PEFT's config has no place for
 _EXTRA = "extra.safetensors"  # tensors that belong to no layer
+_TYPES = ("LORA", "LOHA", "LOKR")
 _UNREADABLE = (".bin", ".pt", ".pth", ".pkl")
 # Ways of PEFT to start that take the pair out of the base: what is saved is right beside that other base only.
 _MOVING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -91,20 +92,46 @@ def _read_one(folder: Path, component: str | None, weight_of: WeightOf | None) -
         components = {place.component for place in reading.places.values()}
         with_config = {**contents.metadata, METADATA_KEY: json.dumps(_by_component(config, components))}
         keys = tuple(f"{folder.name}/{key}" for key in contents.tensors)
-        return Folder(read(named, with_config, reading, weight_of), keys, {folder / WEIGHTS: contents.sha256})
+        adapter = read(named, with_config, reading, weight_of)
+        adapter = adapter if _type_of(config) == "LORA" else _with_scales(adapter, config)
+        return Folder(adapter, keys, {folder / WEIGHTS: contents.sha256})
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
-    if str(config.get("peft_type", "LORA")).upper() != "LORA":
-        raise ValueError(f"{path}: peft_type is {shown(config['peft_type'], 40)!r}, expected LORA")
+    if _type_of(config) not in _TYPES:
+        raise ValueError(
+            f"{path}: peft_type is {shown(config['peft_type'], 40)!r}, expected {', '.join(_TYPES)}; merge it with "
+            "PEFT (merge_and_unload) and take an adapter out of the model: dora-diffusion extract"
+        )
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_MOVING_STARTS):
         raise ValueError(
             f"{path}: init_lora_weights is {shown(start, 40)!r}, which changed the base's weights as well; expected a "
             "LoRA for the base as it was (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
         )
+
+
+def _type_of(config: Mapping[str, Any]) -> str:
+    return str(config.get("peft_type", "LORA")).upper()
+
+
+def _with_scales(adapter: AdapterState, config: Mapping[str, Any]) -> AdapterState:
+    """LoHa and LoKr as PEFT draws them: its scale is alpha / r of the config, whatever rank the factors have."""
+    components = adapter.components
+    alphas = _by_component(
+        {"lora_alpha": config.get("alpha"), "alpha_pattern": config.get("alpha_pattern")}, components
+    )
+    ranks = _by_component({"lora_alpha": config.get("r"), "alpha_pattern": config.get("rank_pattern")}, components)
+    alpha_of, rank_of = (Scales({METADATA_KEY: json.dumps(each)}) for each in (alphas, ranks))
+    scaled = {
+        path: module
+        if isinstance(module, ModuleState)
+        else scaled_to(module, alpha_of.of(path, 8)[0] / rank_of.of(path, 8)[0])
+        for path, module in adapter.modules.items()
+    }
+    return replace(adapter, modules=scaled, metadata={k: v for k, v in adapter.metadata.items() if k != METADATA_KEY})
 
 
 def _with_component(key: str, component: str | None) -> str:

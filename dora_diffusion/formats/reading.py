@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_diffusion.families import family_named
 from dora_diffusion.formats.assembly import Assembled, AxisHint, assemble
 from dora_diffusion.formats.bias_vectors import split_vector
 from dora_diffusion.formats.family_detection import told_families
 from dora_diffusion.formats.fused_layers import split
 from dora_diffusion.formats.json_metadata import json_object
-from dora_diffusion.formats.keys import Key, parse_key
+from dora_diffusion.formats.keys import Key, parse_keys
 from dora_diffusion.formats.layer_lookup import Locate, Place, locate
+from dora_diffusion.formats.other_models import other_model
 from dora_diffusion.formats.peft_alphas import Scales
+from dora_diffusion.formats.weight_shapes import weight_shape
 from dora_diffusion.functional.dora import Axis
 from dora_diffusion.state import AdapterState, Module, WeightOf
 from dora_diffusion.utils.text import shown
@@ -40,6 +41,11 @@ class Reading:
     keys: Mapping[str, Key]
     places: Mapping[str, Place]
 
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The only families that call the layers so; empty for any."""
+        return next((place.families for place in self.places.values() if place.families), ())
+
     def is_known(self, key: str) -> bool:
         """Whether a key belongs to a layer that was found."""
         return key in self.keys and self.keys[key].name in self.places
@@ -47,16 +53,20 @@ class Reading:
 
 def take_apart(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str], find: Locate | None = None) -> Reading:
     """Keys of a file and their tensors' shapes, from its header alone; `find` says where layers lie in place of us."""
-    parsed = {key: found for key in shapes if (found := parse_key(key)) is not None}
+    parsed = parse_keys(shapes)
     _check_halves(parsed.values())
-    rows, columns = _sizes(parsed, shapes, "up", 0), _sizes(parsed, shapes, "down", 1)
-    names = {
-        name: (rows[name], columns[name]) if name in rows.keys() & columns.keys() else None
-        for name in dict.fromkeys(found.name for found in parsed.values())
-    }
+    layers: dict[str, dict[str, Sequence[int]]] = {}
+    for key, found in parsed.items():
+        layers.setdefault(found.name, {})[found.part] = shapes[key]
+    names = {name: weight_shape(parts) for name, parts in layers.items()}
     if find is not None:
         return Reading(parsed, find(names))
-    return Reading(parsed, locate(names, encoders=_told_encoders(metadata)))
+    if (model := other_model(names)) is not None:
+        raise ValueError(
+            f"a {model} adapter, by its makers' names; no {model} is drawn here: load it into a pipeline of that "
+            "model, AdapterManager(pipe).load_adapter"
+        )
+    return Reading(parsed, locate(names, told=told_families(metadata)))
 
 
 def _check_halves(keys: Iterable[Key]) -> None:
@@ -65,18 +75,6 @@ def _check_halves(keys: Iterable[Key]) -> None:
     ups = {key.name for key in keys if key.part == "up"}
     if len(halves := downs ^ ups) > _MOST_HALVES:
         raise ValueError(f"{len(halves)} layers lack half of their pair, such as {shown(min(halves))}")
-
-
-def _sizes(parsed: Mapping[str, Key], shapes: Mapping[str, Sequence[int]], part: str, dimension: int) -> dict[str, int]:
-    """Layer -> one side of one of its parts."""
-    found = {key.name: shapes[name] for name, key in parsed.items() if key.part == part}
-    return {name: shape[dimension] for name, shape in found.items() if len(shape) > dimension}
-
-
-def _told_encoders(metadata: Mapping[str, str]) -> Mapping[str, str]:
-    """What the family in the metadata calls its text encoders: a T5 alone is one's second and another's third."""
-    told = [family for name in told_families(metadata) if (family := family_named(name)) is not None]
-    return told[0].signature.encoders if len(told) == 1 else {}
 
 
 def read(
@@ -112,7 +110,7 @@ def read(
         extra.update({keys[part]: tensors[keys[part]] for part in found.spare})
         _put(modules, _modules(place, found))
         _put(vectors, _vectors(place, found))
-    return AdapterState(modules, dict(metadata), vectors, extra)
+    return AdapterState(modules, dict(metadata), vectors, extra, families=reading.families)
 
 
 def _by_layer(reading: Reading) -> dict[str, dict[str, str]]:

@@ -93,6 +93,10 @@ def notes_of(adapter: AdapterState, examined: Examined) -> list[str]:
     words = {key.split(".")[1] for key in adapter.extra if key.startswith("bundle_emb.") and key.count(".") > 1}
     if words:
         notes.append(f"{len(words)} new words are bundled, such as {min(words)!r}; they are kept, not used")
+    if examined.debris:
+        notes.append(
+            f"a prefix stands twice, {', '.join(examined.debris)}, as broken scripts write it; read without it"
+        )
     others = len(examined.unknown) - len([key for key in examined.unknown if key.startswith("bundle_emb.")])
     if others:
         example = next(key for key in examined.unknown if not key.startswith("bundle_emb."))

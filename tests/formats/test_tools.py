@@ -87,8 +87,15 @@ FILES: Mapping[str, tuple[str, dict[str, Tensor], set[str]]] = {
     ),
     "OneTrainer original": (
         "original",
-        {**mixed("double_blocks.0.img_attn.proj"), **mixed("single_blocks.1.linear2")},
-        {"transformer.transformer_blocks.0.attn.to_out.0", "transformer.single_transformer_blocks.1.proj_out"},
+        {
+            **mixed("double_blocks.0.img_attn.proj"),
+            **mixed("double_blocks.0.img_mod.lin"),  # FLUX.2 has the other two as well
+            **mixed("single_blocks.1.linear2"),
+        },
+        {
+            *("transformer.transformer_blocks.0.attn.to_out.0", "transformer.transformer_blocks.0.norm1.linear"),
+            "transformer.single_transformer_blocks.1.proj_out",
+        },
     ),
     "OneTrainer comfy": (
         "comfyui",

@@ -4,6 +4,7 @@ from dora_diffusion.formats.layouts.aura_flow import AURA_FLOW
 from dora_diffusion.formats.layouts.clip import CLIP, CLIP_2, OPEN_CLIP_G, OPEN_CLIP_H
 from dora_diffusion.formats.layouts.flux import FLUX
 from dora_diffusion.formats.layouts.flux2 import FLUX_2
+from dora_diffusion.formats.layouts.flux_xlabs import FLUX_XLABS
 from dora_diffusion.formats.layouts.lumina2 import LUMINA_2
 from dora_diffusion.formats.layouts.record import Fusion, Layout
 from dora_diffusion.formats.layouts.sana import SANA
@@ -11,7 +12,7 @@ from dora_diffusion.formats.layouts.sd3 import SD3
 from dora_diffusion.formats.layouts.unet import LDM, SGM
 from dora_diffusion.formats.layouts.z_image import Z_IMAGE
 
-__all__ = ["LAYOUTS", "Fusion", "Layout"]
+__all__ = ["LAYOUTS", "OTHER_NAMES", "Fusion", "Layout"]
 
 LAYOUTS: tuple[Layout, ...] = (
     LDM,
@@ -28,3 +29,6 @@ LAYOUTS: tuple[Layout, ...] = (
     Z_IMAGE,
     SANA,
 )
+
+OTHER_NAMES: tuple[Layout, ...] = (FLUX_XLABS,)
+"""Further names of a component that has a layout, which are read and not written."""

@@ -53,7 +53,13 @@ _TABLE = table(
 
 
 def fits(original: str, rows: int, columns: int) -> bool:
-    """Unlike FLUX.1, whose feed-forward is narrower."""
+    """Unlike FLUX.1, whose feed-forward is four times as wide, and not gated."""
+    if original.endswith("_mlp.0"):
+        return rows == 6 * columns
+    if original.endswith("_mlp.2"):
+        return columns == 3 * rows
+    if original.endswith(".linear2"):
+        return columns == 4 * rows
     return not original.endswith(".linear1") or rows == 9 * columns
 
 
