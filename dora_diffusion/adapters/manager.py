@@ -9,7 +9,7 @@ change.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -23,12 +23,10 @@ from dora_diffusion.adapters.bias_offsets import Offsets
 from dora_diffusion.adapters.blended_layers import Slots
 from dora_diffusion.adapters.call_hooks import CallHooks, refuse_fused_projections
 from dora_diffusion.adapters.denoiser_hooks import DenoiserHooks
-from dora_diffusion.adapters.diffusers_names import locate_with
+from dora_diffusion.adapters.files import AdapterReader
 from dora_diffusion.adapters.holders import refuse_held, take_over
 from dora_diffusion.adapters.matching import Fitted, Loaded, LoadReport, fit, kind_in_words
 from dora_diffusion.adapters.mode_weights import mode_changes
-from dora_diffusion.formats import load_examined
-from dora_diffusion.formats.layer_lookup import Locate
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.functional.masks import mask_of
 from dora_diffusion.functional.schedules import schedule_of
@@ -96,6 +94,7 @@ class AdapterManager:
             )
         self._pipe = pipe
         self._pipe_modules = PipelineModules(pipe)
+        self._reader = AdapterReader(pipe, self._pipe_modules, self._base_weight)
         self._slots = Slots(self._pipe_modules)
         self._offsets = Offsets(self._pipe_modules)
         self._adapters: dict[str, Loaded] = {}
@@ -147,31 +146,16 @@ class AdapterManager:
         """Everything that a loaded adapter changes: layers and parameters, by their full paths."""
         return self._loaded(name).paths
 
-    def _read(self, source: str | Path | AdapterState, name: str) -> tuple[AdapterState, Fitted, str | None]:
-        """An adapter, the same as this pipeline has it, and the SHA-256 of its file."""
-        if isinstance(source, AdapterState):
-            return source, fit(source, name, self._pipe_modules), None
-        try:
-            return self._read_file(source, None)
-        except ValueError:
-            find = locate_with(self._pipe)  # the newest models' names are known to diffusers alone
-            if find is not None:
-                with suppress(ValueError):
-                    return self._read_file(source, find)
-            raise
-
-    def _read_file(self, source: str | Path, find: Locate | None) -> tuple[AdapterState, Fitted, str | None]:
-        adapter, examined = load_examined(source, base=self._base_weight, find=find)
-        return adapter, fit(adapter, str(source), self._pipe_modules), examined.sha256
-
     def _base_weight(self, path: str) -> Tensor:
         """What tells the axis of a magnitude when its file does not."""
         return dense_weight(self._pipe_modules.layer(path)[1])
 
     @_alone
     @torch.no_grad()
-    def load_adapter(self, source: str | Path | AdapterState, *, name: str) -> LoadReport:
+    def load_adapter(self, source: str | Path | AdapterState, *, name: str, strict: bool = True) -> LoadReport:
         """Load an adapter under a name, at strength 0 (call `set_adapters` next); a run's folder will do for its file.
+
+        `strict=False` loads the layers that can be computed of a file that holds others beside them.
 
         Raises:
             ValueError: the name is taken, or the file is broken or of another base: one line, with a count.
@@ -182,7 +166,7 @@ class AdapterManager:
             raise ValueError(f"an adapter named {name!r} is loaded already; delete it first or choose another name")
         self._refuse_while_fused("load an adapter")
         self._follow()
-        adapter, fitted, sha256 = self._read(source, name)
+        adapter, fitted, sha256 = self._reader.read(source, name, strict=strict)
         label = name if isinstance(source, AdapterState) else str(source)
         refuse_fused_projections([self._pipe_modules.place(path) for path in fitted.modules])
         self._slots.check_reserved(label, fitted.modules)

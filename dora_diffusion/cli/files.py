@@ -21,6 +21,7 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="a file, a run's folder or one of PEFT's")
     parser.add_argument("--model", "--base", dest="base", help=f"match it against a base: {LOCAL_BASES}")
     parser.add_argument("--json", action="store_true", help="for programs")
+    _add_reading(parser)
     parser.add_argument("--plot", type=Path, metavar="PNG", help="magnitudes and directions by block; needs --model")
     parser.set_defaults(handler=_inspect)
 
@@ -33,7 +34,8 @@ def _inspect(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from dora_diffusion.inspection.report import describe, facts_of
 
     base = None if arguments.base is None else open_base(arguments.base)
-    loaded = {path: load_examined(path, base=base) for path in arguments.files}
+    family, strict = arguments.family, not arguments.partial
+    loaded = {path: load_examined(path, base=base, family=family, strict=strict) for path in arguments.files}
     found = [facts_of(path, *loaded[path], base=base) for path in arguments.files]
     states = {label: loaded[path][0] for label, path in _labels(arguments.files).items()}
     crossed = interference(states, base=base) if base is not None and len(found) > 1 else None
@@ -66,12 +68,20 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, metavar="OUT", help="a .safetensors file; a folder for peft")
     _add_to(parser)
     parser.add_argument("--base", help=LOCAL_BASES)
+    _add_reading(parser)
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--lora", action="store_true", help="make a plain LoRA of a DoRA (with --rank; else whole)")
     kind.add_argument("--dora", action="store_true", help="give every plain layer magnitudes; exact")
     kind.add_argument("--axis", choices=["out"], help="make magnitudes per input magnitudes per output")
     parser.add_argument("--rank", type=int, help="of the new pairs")
     parser.set_defaults(handler=_convert)
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--family", help="the model that the file is for, where its names are those of several")
+    parser.add_argument(
+        "--partial", action="store_true", help="take the layers that can be computed, where others are beside them"
+    )
 
 
 def _add_to(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +98,7 @@ def _convert(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from dora_diffusion.formats import FORMATS, load_adapter
 
     base = None if arguments.base is None else open_base(arguments.base)
-    original = load_adapter(arguments.source, base=base)
+    original = load_adapter(arguments.source, base=base, family=arguments.family, strict=not arguments.partial)
     format = _format(original, arguments)
     if arguments.lora and arguments.rank is None and not FORMATS[format].suffixes.holds("diff"):
         able = ", ".join(name for name, dialect in FORMATS.items() if dialect.suffixes.holds("diff"))
@@ -164,7 +174,7 @@ def _resize(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from dora_diffusion.formats import load_adapter
 
     base = None if arguments.base is None else open_base(arguments.base)
-    original = load_adapter(arguments.source, base=base)
+    original = load_adapter(arguments.source, base=base, family=arguments.family, strict=not arguments.partial)
     format = _format(original, arguments)
     reports: list[Report] = []
     with progress("resizing") as advance:

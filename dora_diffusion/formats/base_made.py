@@ -40,9 +40,7 @@ def module_of(layer: str, parts: Parts, alpha: float | None, weight: Tensor | No
     """
     kind = kind_of(parts)
     if weight is None:
-        raise ValueError(
-            f"{layer}: {kind} changes the base's own weight; load it with its base at hand (base=, --base)"
-        )
+        raise ValueError(f"{layer}: {kind} is made of the base's weight; load it with its base at hand (base=, --base)")
     found = sorted(parts.keys() & {*ROTATION, *GLORA, *IA3})
     dtype = parts[found[0]].dtype
     try:

@@ -1,8 +1,8 @@
 """Whose names a denoiser's layers have in a file: its makers', and which makers'.
 
 Some names are several models': evidence is weighed. First how many layers a layout knows by name, then how many have
-shapes that fit it, then whether a published model has these very sizes and blocks, what the text encoders beside it are
-called, and last what the metadata or people say. What is left open is left open: where the layouts that remain take the
+shapes that fit it, then what the metadata or people say, whether a published model has these very sizes and blocks, and
+what the text encoders beside it are called. What is left open is left open: where the layouts that remain take the
 layers for the same ones, only the families stay several; where they do not, it is an error that asks.
 """
 
@@ -92,9 +92,9 @@ def _one_of(
     fitting = [sum(_fits(layout, layer, shape) for layer, shape in layers.items()) for layout in layouts]
     layouts = [layout for layout, count in zip(layouts, fitting, strict=True) if count == max(fitting)]
     families = {family.name: layout for layout in layouts for family in _families(layout)}
+    families = _left(families, lambda name: name in told)
     families = _left(families, lambda name: _has_size(_named(name), families[name], layers))
     families = _left(families, lambda name: fits_encoders(_named(name).signature))
-    families = _left(families, lambda name: name in told)
     if len({_paths_of(layout, layers) for layout in families.values()}) > 1:
         raise ValueError(
             f"its {len(layers)} layers may be those of {' or '.join(families)}: say which (family=, --family), or load "

@@ -37,7 +37,7 @@ def scale_of(alpha: float, rank: int, *, rank_stabilised: bool = False) -> float
 
 def rows(weight: Tensor) -> Tensor:
     """(out, ...) -> (out, rest), a view where it can be."""
-    return weight.reshape(weight.shape[0], -1)
+    return weight if weight.dim() == 2 else weight.reshape(weight.shape[0], -1)
 
 
 def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.formats import detect_format, examine, load_adapter, save_adapter
+from dora_diffusion.formats.flat_names import flatten
+from dora_diffusion.inspection.header import summarise_header
 from dora_diffusion.state import AdapterState, Module, ModuleState
 from tests.formats.adapters import KINDS, adapter_of, layers_of
 from tests.pocket_random import random_pocket_pipeline
@@ -34,7 +36,7 @@ ALGORITHMS = {
 
 def network(unet: nn.Module, settings: dict) -> LycorisNetwork:
     LycorisNetwork.LORA_PREFIX = "lycoris"
-    made = create_lycoris(unet, 1.0, linear_dim=4, linear_alpha=2, preset="full", **settings)
+    made = create_lycoris(unet, 1.0, **{"linear_dim": 4, "linear_alpha": 2, "preset": "full", **settings})
     made.apply_to()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -86,6 +88,61 @@ def test_ours_draws_what_lycoris_draws(tmp_path: Path, kind: str) -> None:
     manager.load_adapter(again, name="ours")
     manager.set_adapters({"ours": 1.0})
     near(predicted(fresh.unet), expected, base)
+
+
+BASE_MADE = {
+    "GLoRA": {"algo": "glora"},
+    "(IA)^3 of outputs": {"algo": "ia3"},
+    "(IA)^3 of inputs": {"algo": "ia3", "train_on_input": True},
+    "OFT": {"algo": "diag-oft"},
+    "OFT, limited and rescaled": {"algo": "diag-oft", "constraint": 1e-3, "rescaled": True},
+    "BOFT": {"algo": "boft", "linear_dim": 8},
+    "BOFT, limited and rescaled": {"algo": "boft", "linear_dim": 8, "constraint": 1e-3, "rescaled": True},
+}
+
+
+@pytest.mark.parametrize("kind", BASE_MADE)
+def test_what_is_made_of_the_base_s_weight_is_read_beside_it(tmp_path: Path, kind: str) -> None:
+    pipe = random_pocket_pipeline()
+    theirs = network(pipe.unet, BASE_MADE[kind]).float()  # it takes its rotations in fp32
+    expected = {module.lora_name: module.get_diff_weight(1.0)[0] for module in theirs.loras}
+    path = tmp_path / "theirs.safetensors"
+    theirs.save_weights(str(path), torch.float32, {})
+    theirs.restore()
+    assert detect_format(path) == "lycoris" and not examine(path).unknown
+    assert summarise_header(path).structure.layers == len(expected)  # what a library shows, without a base
+    with pytest.raises(ValueError, match="is made of the base's weight; load it with its base at hand"):
+        load_adapter(path)
+    layers = dict(pipe.unet.named_modules())
+    read = load_adapter(path, base=lambda layer: layers[layer.removeprefix("unet.")].weight)
+    assert len(read.modules) == len(expected)
+    for name, module in read.modules.items():
+        delta = expected["lycoris_" + flatten(name.removeprefix("unet."))]
+        assert delta.norm() > 0
+        assert (module.delta().reshape(delta.shape) - delta).norm() < 2e-5 * delta.norm(), name
+
+
+@pytest.mark.parametrize("kind", BASE_MADE)
+@torch.no_grad()
+def test_what_is_made_of_the_base_s_weight_is_drawn_with(tmp_path: Path, kind: str) -> None:
+    pipe = random_pocket_pipeline()
+    base = predicted(pipe.unet)
+    theirs = network(pipe.unet, BASE_MADE[kind]).float()
+    path = tmp_path / "theirs.safetensors"
+    theirs.save_weights(str(path), torch.float32, {})
+    theirs.restore()
+    manager = AdapterManager(pipe)
+    manager.load_adapter(path, name="theirs")
+    manager.set_adapters({"theirs": 1.0})
+    drawn = predicted(pipe.unet)
+    manager.unload()
+    assert torch.equal(predicted(pipe.unet), base)
+    layers = dict(pipe.unet.named_modules())
+    read = load_adapter(path, base=lambda layer: layers[layer.removeprefix("unet.")].weight)
+    for name, module in read.modules.items():
+        weight = layers[name.removeprefix("unet.")].weight
+        weight += module.delta().reshape(weight.shape)
+    near(drawn, predicted(pipe.unet), base)
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA", "Tucker", "LoHa", "full"])
