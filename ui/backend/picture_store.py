@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image
 
 from dora_diffusion.generation.generate import Canvas, GenerationSettings
+from dora_diffusion.generation.inputs import keep_input
 from dora_diffusion.generation.png_metadata import AdapterUse, Origin, picture_sha256, save_picture
 from dora_diffusion.generation.prompts import LoraTag
-from ui.backend.inputs import keep_input
 
 MAX_BASES = 64
 

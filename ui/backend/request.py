@@ -8,6 +8,7 @@ from typing import Any, Self
 from PIL import Image
 
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
+from dora_diffusion.generation.curves import Curve, parse_curve
 from dora_diffusion.generation.generate import Canvas, GenerationSettings
 from dora_diffusion.generation.samplers import DEFAULT as DEFAULT_SAMPLER
 from dora_diffusion.utils.text import shown_value
@@ -23,7 +24,6 @@ from ui.backend.checks import (
     check_text,
     check_whole,
 )
-from ui.backend.curve_text import Curve, parse_curve
 from ui.backend.picture_checks import check_picture
 
 

@@ -11,14 +11,15 @@ import gradio as gr
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.generation.img2img import Canvas
+from dora_diffusion.generation.infotext import Parameters, parse_infotext, settings_of
+from dora_diffusion.generation.inputs import find_input
 from dora_diffusion.generation.png_metadata import AdapterUse, PictureRecord, picture_texts, read_metadata
-from ui.backend.inputs import find_input
+from ui.backend.checks import LIMITS
 from ui.backend.request import BaseParts, DetailValues, SlotValues, check_settings
 from ui.backend.session import Session
 from ui.errors import WITH_PROGRESS, wire
 from ui.generate.canvas import canvas_value
 from ui.generate.controls import Controls
-from ui.generate.infotext import Parameters, parse_infotext, settings_of
 from ui.generate.recipes import DrawRecipe, cut_to_rack, placed
 from ui.generate.values import Updates
 from ui.library.hashes import Missing, Wanted, by_name, find_all
@@ -106,7 +107,7 @@ def _of_record(record: PictureRecord, library: AdapterLibrary, parts: BaseParts,
 
 
 def _of_parameters(parameters: Parameters, library: AdapterLibrary, parts: BaseParts) -> Restored:
-    settings, notes = settings_of(parameters)
+    settings, notes = settings_of(parameters, LIMITS)
     tags = {tag.name: tag for tag in parameters.tags}
     wanted = [Wanted(name, by_name(parameters.hashes, name)) for name in tags]
     slots, missing, told_ones = [], [], [*notes]

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.generation.generate import Canvas, GenerationSettings, GenerationStopped, generate
+from dora_diffusion.generation.inputs import find_input
 from dora_diffusion.generation.png_metadata import metadata_text, read_metadata
 from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.utils.atomic import sha256_of
@@ -19,7 +20,6 @@ from tests.pocket_random import random_pocket_pipeline
 from tests.tolerances import assert_identical
 from tests.ui.scripted import until
 from ui.backend import engine as engine_module
-from ui.backend.inputs import find_input
 from ui.backend.request import AdapterChoice, DrawRequest
 from ui.backend.run import Update
 from ui.backend.session import Session
