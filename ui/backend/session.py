@@ -12,11 +12,14 @@ from PIL import Image
 
 from dora_diffusion.adapters.matching import LoadReport
 from dora_diffusion.families import family_of_pipeline
+from dora_diffusion.generation.base_use import BaseUse, hash_of_source, hashed_parts
 from dora_diffusion.generation.generate import GenerationSettings, GenerationStopped, StepReport, generate
+from dora_diffusion.generation.inputs import kept_name
 from dora_diffusion.generation.png_metadata import AdapterUse, picture_sha256
 from dora_diffusion.generation.samplers import sampler_names
 from dora_diffusion.pipelines.base_weights import BaseWeights, base_weights
 from dora_diffusion.pipelines.loading import load_pipeline
+from dora_diffusion.utils.hardware import dtype_name
 from ui.backend.draw_queue import DrawQueue
 from ui.backend.engine import Engine, LoadedAdapter, bases_offered
 from ui.backend.picture_store import Drawn, PictureStore, base_key, origin_of
@@ -59,6 +62,7 @@ class Session:
         self._first = model
         self._files = dict(files or {})
         self._models_folder = models
+        self._base = self._described(pipe, model)
         self._turns = DrawQueue()
         self._runs: dict[str, Run] = {}
         self._runs_lock = threading.Lock()
@@ -158,7 +162,8 @@ class Session:
                 unet=files.get("unet"),
                 vae=files.get("vae"),
             )
-            self._engine = Engine(pipe, model=model, library=self.library)
+            described = self._described(pipe, model)
+            self._engine, self._base = Engine(pipe, model=model, library=self.library), described
             old.close()
             return self._misfits(wanted)
 
@@ -307,7 +312,16 @@ class Session:
 
     def _use(self, choice: AdapterChoice, report: LoadReport, blend: str) -> AdapterUse:
         mask = None if choice.mask is None else picture_sha256(choice.mask)
-        return AdapterUse(choice.file, report.sha256, choice.weight, blend, choice.curve, mask)
+        return AdapterUse(
+            choice.file,
+            report.sha256,
+            choice.weight,
+            blend,
+            choice.curve,
+            mask,
+            file=str(self.library.find(choice.file).path),
+            mask_file=None if mask is None else kept_name(mask),
+        )
 
     def _draw_and_save(
         self,
@@ -348,8 +362,18 @@ class Session:
             preview_every=preview_every,
         )
         seconds = time.perf_counter() - started
-        return Drawn(
-            image, settings, uses, origin_of(canvas, wanted.tags), self.model, seconds, _inputs(wanted.request)
+        origin = replace(origin_of(canvas, wanted.tags), base=self._base)
+        return Drawn(image, settings, uses, origin, self.model, seconds, _inputs(wanted.request))
+
+    def _described(self, pipe: Any, model: str) -> BaseUse:
+        """A base that was just loaded, as pictures name it; its files are hashed."""
+        source = bases_offered(self._first, self._models_folder)[model]
+        return BaseUse(
+            str(source),
+            dtype_name(pipe.dtype),
+            pipe.device.type,
+            sha256=hash_of_source(source),
+            parts=hashed_parts(self._files_of(model)),
         )
 
 
