@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from PIL import Image
 
+from dora_diffusion.adapters.mixing import without_empty_blocks
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.generation.curves import Curve, parse_curve
 from dora_diffusion.generation.generate import Canvas, GenerationSettings
@@ -111,14 +112,8 @@ class AdapterChoice:
 
         The rack and the API name every block of the base; an adapter of text encoders, say, has nothing there.
         """
-        if not isinstance(self.weight, dict):
-            return self.weight
         blocks = {prefix for block in parts.blocks for prefix in block.prefixes}
-        return {
-            part: strength
-            for part, strength in self.weight.items()
-            if part not in blocks or any(path.startswith(f"{part}.") for path in paths)
-        }
+        return without_empty_blocks(self.weight, paths, blocks)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from PIL import Image
 from dora_diffusion.adapters.matching import LoadReport
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.generation.base_use import BaseUse, hash_of_source, hashed_parts
-from dora_diffusion.generation.generate import GenerationSettings, GenerationStopped, StepReport, generate
+from dora_diffusion.generation.generate import GenerationSettings, GenerationStopped, StepReport, each_seed, generate
 from dora_diffusion.generation.inputs import kept_name
 from dora_diffusion.generation.png_metadata import AdapterUse, picture_sha256
 from dora_diffusion.generation.samplers import sampler_names
@@ -220,7 +220,7 @@ class Session:
             with engine.mixed(wanted.request):
                 return [
                     self._drawn(settings, wanted, uses, should_stop=asked, on_step=on_step)
-                    for settings in _each_seed(wanted.request)
+                    for settings in each_seed(wanted.request.settings, wanted.request.count)
                 ]
 
     def save(self, drawn: Drawn, folder: Path | None = None) -> Path:
@@ -279,7 +279,7 @@ class Session:
 
     def _draw_both(self, wanted: Resolved, run: Run) -> None:
         request = wanted.request
-        every = _each_seed(request)
+        every = each_seed(request.settings, request.count)
         known = self._pictures.known_base(base_key(self.model, every[-1], request.canvas))
         run.post(replace(run.latest, phase="loading", ahead=0, base=known, count=request.count))
         started = time.perf_counter()
@@ -379,10 +379,6 @@ class Session:
 
 def _tell(run: Run, picture: Path) -> None:
     run.post(replace(run.latest, picture=picture, pictures=(*run.latest.pictures, picture)))
-
-
-def _each_seed(request: DrawRequest) -> list[GenerationSettings]:
-    return [replace(request.settings, seed=request.settings.seed + offset) for offset in range(request.count)]
 
 
 def _inputs(request: DrawRequest) -> tuple[Image.Image, ...]:
