@@ -2,10 +2,12 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
 from dora_diffusion.adapters.manager import AdapterManager
+from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.functional.blend_modes import IN_ORDER
 from dora_diffusion.functional.strengths import Weight
 
@@ -69,3 +71,13 @@ def without_empty_blocks(
         return not is_block or any(path.startswith(f"{part}.") for path in paths)
 
     return {part: strength for part, strength in weight.items() if stays(part)}
+
+
+def by_own_names(weight: Weight, pipe: Any) -> Weight:
+    """A strength whose parts "denoiser" and "text_encoders" are the pipeline's own; any other part stays as it is."""
+    if not isinstance(weight, Mapping):
+        return weight
+    family = family_of_pipeline(pipe)
+    encoders = tuple(part.name for part in family.text_encoders if getattr(pipe, part.name, None) is not None)
+    own: Mapping[str, tuple[str, ...]] = {"denoiser": (family.denoiser.name,), "text_encoders": encoders}
+    return {name: value for part, value in weight.items() for name in own.get(part, (part,))}

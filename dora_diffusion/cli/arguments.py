@@ -72,10 +72,10 @@ def add_mix(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """--device."""
+def add_device(parser: argparse.ArgumentParser, *, default: str | None = "auto") -> None:
+    """--device; a `default` of None tells a command that none was named."""
     about = "what draws: cpu, cuda, mps, or auto, the best that is here (default: auto)"
-    parser.add_argument("--device", default="auto", metavar="DEVICE", help=about)
+    parser.add_argument("--device", default=default, metavar="DEVICE", help=about)
 
 
 def free_name(stem: str, taken: Container[str]) -> str:

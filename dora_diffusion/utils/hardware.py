@@ -21,3 +21,12 @@ def dtype_name(dtype: torch.dtype) -> str:
     """`fp32` and the like; torch's own name for one that has no short one."""
     short = {known: name for name, known in DTYPES.items()}
     return short.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def is_here(device: str) -> bool:
+    """Whether this machine has a device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        return False
+    return True
