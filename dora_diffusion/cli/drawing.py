@@ -92,6 +92,7 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from dora_diffusion.utils.hardware import DTYPES
 
     plan = plan_of(arguments)
+    print(f"base: {plan.base.source} on {plan.base.device}, {plan.base.dtype}")
     pipe = load_pipeline(
         plan.base.source,
         dtype=DTYPES[plan.base.dtype],
@@ -169,7 +170,7 @@ def _install(pipe: Any, plan: "DrawingPlan") -> "list[WordUse]":
 
     states = [load_word(word.path) for word in plan.words]
     for word, state in zip(plan.words, states, strict=True):
-        check_same(word.path, word.sha256, state.sha256, flag="--words FILE")
+        check_same(word.path, word.sha256, state.sha256, flag="--words")
     if states:
         install_words(pipe, states)
     return [
@@ -209,7 +210,7 @@ def _loaded(manager: "AdapterManager", pipe: Any, plan: "AdapterPlan") -> "Weigh
     from dora_diffusion.generation.recipes import check_same
 
     report = manager.load_adapter(plan.path, name=plan.name)
-    check_same(plan.path, plan.sha256, report.sha256, flag="--adapter FILE")
+    check_same(plan.path, plan.sha256, report.sha256, flag="--adapter")
     ranks = "/".join(map(str, report.ranks))
     print(f"{plan.name}: {report.kind} rank {ranks}, {report.matched} of {report.total} layers")
     return without_empty_blocks(by_own_names(plan.weight, pipe), manager.paths(plan.name))

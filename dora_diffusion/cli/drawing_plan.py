@@ -183,7 +183,7 @@ def _base(arguments: argparse.Namespace, told: PictureRecord) -> BaseUse:
 
 def _found_part(use: PartUse, recipe: Path) -> PartUse:
     path = find_named(use.file, recipe)
-    return PartUse(use.part, str(path), checked_file(path, use.sha256, flag=f"--{use.part} FILE"))
+    return PartUse(use.part, str(path), checked_file(path, use.sha256, flag=f"--{use.part}"))
 
 
 def _device(given: str | None, recorded: str) -> str:
@@ -215,12 +215,12 @@ def _canvas(arguments: argparse.Namespace, told: PictureRecord) -> tuple[Canvas 
 def _picture(
     given: Path | None, sha256: str | None, file: str | None, recipe: Path
 ) -> tuple[Image.Image | None, str | None]:
-    path = given if given is not None or sha256 is None else _recorded(sha256, file, recipe, "--image FILE")
+    path = given if given is not None or sha256 is None else _recorded(sha256, file, recipe, "--image")
     if path is None:
         return None, None
     image = read_picture(path, flag="--image")
     if given is None:
-        check_picture_same(path, image, sha256, flag="--image FILE")
+        check_picture_same(path, image, sha256, flag="--image")
     return image, str(path)
 
 
@@ -284,7 +284,7 @@ class _Given:
 
 
 def _of_recipe(use: AdapterUse, instead: _Given | None, recipe: Path, mask_file: Path | None) -> AdapterPlan:
-    mask, mask_name = _mask(f"--mask-for {use.name}=FILE", mask_file, use.mask, use.mask_file, recipe)
+    mask, mask_name = _mask(f"--mask-for {use.name}", mask_file, use.mask, use.mask_file, recipe)
     if instead is not None:
         weight: Weight = instead.strength if instead.is_told else use.weight
         return AdapterPlan(use.name, instead.path, weight, None, use.schedule, mask, mask_name)
@@ -292,7 +292,7 @@ def _of_recipe(use: AdapterUse, instead: _Given | None, recipe: Path, mask_file:
         raise ValueError(f"{recipe.name}: names the adapter {use.name[:60]!r} and not its file; give --adapter FILE")
     path = find_named(use.file, recipe)
     if not path.exists():
-        raise ValueError(f"{shown_path(path)}: no such file, and the recipe needs it; name another by --adapter FILE")
+        raise ValueError(f"{shown_path(path)}: no such file, and the recipe needs it; name another by --adapter")
     return AdapterPlan(use.name, path, use.weight, use.sha256, use.schedule, mask, mask_name)
 
 
@@ -327,6 +327,6 @@ def _words(arguments: argparse.Namespace, told: PictureRecord) -> tuple[WordPlan
                 f"{arguments.recipe.name}: names the word {use.word!r} and not its file; give --words FILE"
             )
         path = find_named(use.file, arguments.recipe)
-        checked_file(path, use.sha256 or None, flag="--words FILE")
+        checked_file(path, use.sha256 or None, flag="--words")
         plans.append(WordPlan(path, use.sha256 or None))
     return tuple(plans)

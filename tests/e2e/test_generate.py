@@ -29,14 +29,9 @@ FADE = ((0.0, 0.0), (0.3, 1.0))
 
 
 @pytest.fixture(scope="module")
-def pipe() -> StableDiffusionPipeline:
-    return random_pocket_pipeline()
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, pipe: StableDiffusionPipeline) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base, two adapters, another UNet, a picture and a mask."""
-    folder = tmp_path_factory.mktemp("place")
+    folder, pipe = tmp_path_factory.mktemp("place"), random_pocket_pipeline()
     pipe.save_pretrained(folder / "base")
     save_adapter(random_adapter(pipe, 1), folder / "ink.safetensors")
     save_adapter(random_adapter(pipe, 2, use_dora=False), folder / "lego.safetensors")
@@ -48,6 +43,12 @@ def place(tmp_path_factory: pytest.TempPathFactory, pipe: StableDiffusionPipelin
     left.paste(255, (0, 0, 32, 64))
     left.save(folder / "left.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(place: Path) -> StableDiffusionPipeline:
+    """Read from its files, for where weights lie in memory shows in the last bit."""
+    return load_pipeline(place / "base")
 
 
 @pytest.fixture
@@ -238,16 +239,17 @@ def test_options_go_before_a_recipe(draw, place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "flag"),
     [
-        ("ink.safetensors", "--adapter FILE"),
-        ("unet.safetensors", "--unet FILE"),
-        ("photo.png", "--image FILE"),
-        ("left.png", "--mask FILE"),
+        ("ink.safetensors", "--adapter"),
+        ("unet.safetensors", "--unet"),
+        ("photo.png", "--image"),
+        ("left.png", "--mask"),
     ],
 )
 def test_files_that_are_gone_or_others_are_one_line(
     draw, fails, place: Path, tmp_path: Path, name: str, flag: str
 ) -> None:
-    first, kept = draw(*ALL), tmp_path / name
+    first, kept = draw(*ALL), tmp_path / "elsewhere" / name
+    kept.parent.mkdir()
     shutil.move(place / name, kept)
     try:
         gone = fails("--recipe", str(first))
