@@ -18,6 +18,7 @@ from dora_diffusion.formats import save_adapter
 from dora_diffusion.generation.generate import Canvas, GenerationSettings, generate
 from dora_diffusion.generation.png_metadata import PictureRecord, read_metadata
 from dora_diffusion.pipelines.loading import load_pipeline
+from dora_diffusion.pipelines.textual_inversion import add_words, save_words
 from dora_diffusion.utils.hardware import device_of
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 from ui.backend.request import AdapterChoice, DrawRequest
@@ -323,3 +324,46 @@ def test_a_picture_of_an_older_version_is_a_recipe_as_far_as_it_tells(draw, fail
     assert fails("--recipe", str(old)).startswith("old.png: names the adapter 'ink' and not its file; give --adapter")
     again = draw("--recipe", str(old), "--adapter", "ink.safetensors", name="again.png")
     np.testing.assert_array_equal(_pixels(again), _pixels(path))
+
+
+def test_a_recipe_knows_its_words(draw, fails, place: Path, pipe: StableDiffusionPipeline) -> None:
+    for folder, start in (("words", "cat"), ("others", "castle")):
+        words = add_words(pipe, {"<zqx>": start})
+        save_words(words.state(), place / folder)
+        words.remove()
+    rest = ("--model", "base", *DRAW[2:], "--prompt", "a <zqx>")
+    first = draw(*rest, "--words", "words/zqx.safetensors")
+    again = draw("--recipe", str(first), name="again.png")
+    np.testing.assert_array_equal(_pixels(again), _pixels(first))
+    assert not np.array_equal(_pixels(draw(*rest, name="without.png")), _pixels(first))
+    other = draw("--recipe", str(first), "--words", "others/zqx.safetensors", name="other.png")
+    assert not np.array_equal(_pixels(other), _pixels(first))
+    shutil.copy(place / "others" / "zqx.safetensors", place / "words" / "zqx.safetensors")
+    assert fails("--recipe", str(first)).startswith("words/zqx.safetensors: its SHA-256 is ")
+
+
+def test_a_base_of_one_file_is_known_by_its_hash(draw, fails, place: Path, tmp_path: Path) -> None:
+    """Stands for any: the base is not loaded before its hash is looked at."""
+    path = draw("--model", "base", *DRAW)
+    with Image.open(path) as picture:
+        record = json.loads(picture.info["dora_diffusion"])
+    record["base"] |= {"source": "unet.safetensors", "sha256": "ab" * 32}
+    info = PngInfo()
+    info.add_itxt("dora_diffusion", json.dumps(record))
+    told = tmp_path / "told.png"
+    Image.new("RGB", (8, 8)).save(told, pnginfo=info)
+    assert fails("--recipe", str(told)).startswith("unet.safetensors: its SHA-256 is ")
+    record["base"] |= {"sha256": "no hash"}
+    info = PngInfo()
+    info.add_itxt("dora_diffusion", json.dumps(record))
+    Image.new("RGB", (8, 8)).save(told, pnginfo=info)
+    assert fails("--recipe", str(told)) == "told.png: its metadata is not as this app writes it (a hash is no SHA-256)"
+
+
+def test_the_device_of_a_recipe_that_is_not_here_is_told(draw, monkeypatch, capsys) -> None:
+    from dora_diffusion.cli import drawing_plan
+
+    path = draw("--model", "base", *DRAW)
+    monkeypatch.setattr(drawing_plan, "is_here", lambda device: False)
+    draw("--recipe", str(path), name="again.png")
+    assert "recipe: drawn on cpu, which is not here: " in capsys.readouterr().err

@@ -229,9 +229,13 @@ class Session:
 
     @contextmanager
     def weights(self) -> Iterator[BaseWeights]:
-        """The base's own weights, to be read within the block; drawings wait until it ends."""
+        """The base's own weights in main memory, to be read within the block; drawings wait until it ends."""
         with self._turns.turn(is_short=True):
-            yield base_weights(self._engine.pipe)
+            base = base_weights(self._engine.pipe)
+            # beside adapters as their files have them, wherever the base draws
+            yield replace(
+                base, weight=lambda path: base.weight(path).cpu(), parameter=lambda path: base.parameter(path).cpu()
+            )
 
     def stop_all(self) -> None:
         """Stop whatever draws, within a step, for good: nothing is drawn afterwards."""
