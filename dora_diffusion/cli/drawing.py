@@ -92,6 +92,8 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from dora_diffusion.utils.hardware import DTYPES
 
     plan = plan_of(arguments)
+    paths = _outputs(arguments.output, len(plan.lines))
+    _check_outputs(paths, (arguments.recipe, plan.origin.canvas_file, plan.origin.canvas_mask_file))
     print(f"base: {plan.base.source} on {plan.base.device}, {plan.base.dtype}")
     pipe = load_pipeline(
         plan.base.source,
@@ -104,7 +106,6 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     _check_lines(pipe, plan)
     words = _install(pipe, plan)
     uses = _mix(AdapterManager(pipe), pipe, plan, arguments.part)
-    paths = _outputs(arguments.output, len(plan.lines))
     for number, (line, path) in enumerate(zip(plan.lines, paths, strict=True), start=1):
         label = "drawing" if len(paths) == 1 else f"drawing {number}/{len(paths)}"
         with _steps(line.settings, label) as advance:
@@ -146,6 +147,14 @@ def _outputs(path: Path, count: int) -> list[Path]:
     if count == 1:
         return [path]
     return [path.with_name(f"{path.stem}-{number:0{len(str(count))}}{path.suffix}") for number in range(1, count + 1)]
+
+
+def _check_outputs(paths: Sequence[Path], inputs: Sequence[Path | str | None]) -> None:
+    """A ValueError when a picture would be written over one that it is drawn from."""
+    sources = {Path(path).resolve() for path in inputs if path is not None}
+    taken = next((path for path in paths if path.resolve() in sources), None)
+    if taken is not None:
+        raise ValueError(f"--output {taken}: would replace a picture that is drawn from; name another")
 
 
 @contextmanager

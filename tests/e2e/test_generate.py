@@ -367,3 +367,29 @@ def test_the_device_of_a_recipe_that_is_not_here_is_told(draw, monkeypatch, caps
     monkeypatch.setattr(drawing_plan, "is_here", lambda device: False)
     draw("--recipe", str(path), name="again.png")
     assert "recipe: drawn on cpu, which is not here: " in capsys.readouterr().err
+
+
+def test_strengths_of_a_tag_go_to_the_base_s_own_parts(draw, tmp_path: Path) -> None:
+    text = "a cat <lora:ink:0.25:0.8>\nSteps: 2, CFG scale: 4, Seed: 3, Size: 64x64"
+    told = _with_text(tmp_path / "told.png", text)
+    path = draw("--recipe", str(told), "--model", "base", "--adapter", "ink.safetensors", "--device", "cpu")
+    mix = ("--adapter", "ink.safetensors", "--part", "ink:unet=0.8", "--part", "ink:text_encoder=0.25")
+    np.testing.assert_array_equal(_pixels(path), _pixels(draw("--model", "base", *DRAW, *mix, name="same.png")))
+    assert _record(path).adapters[0].weight == {"text_encoder": 0.25, "unet": 0.8}
+
+
+def test_what_is_drawn_from_is_not_written_over(
+    draw, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = draw("--model", "base", *DRAW, "--image", "photo.png", "--denoise", "1")
+    before = first.read_bytes(), (place / "photo.png").read_bytes()
+    for arguments, output in (
+        (("--recipe", str(first)), first),
+        (("--recipe", str(first)), place / "photo.png"),
+        (("--model", "base", *DRAW, "--image", "photo.png"), place / "photo.png"),
+    ):
+        capsys.readouterr()
+        assert main(["generate", *arguments, "--output", str(output)]) == 2
+        line = f"--output {output}: would replace a picture that is drawn from; name another"
+        assert capsys.readouterr().err.strip() == f"dora-diffusion: {line}"
+    assert (first.read_bytes(), (place / "photo.png").read_bytes()) == before
