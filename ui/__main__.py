@@ -29,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
         help="where pictures to train on lie (examples datasets)",
     )
     parser.add_argument("--models", type=Path, help="folder of further bases to switch to")
+    parser.add_argument("--device", default=default.device, help="what draws: cpu, cuda, mps or auto (%(default)s)")
     parser.add_argument("--runs", type=Path, default=default.runs, help="where training runs go (%(default)s)")
     return parser
 
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             transformer=given.transformer,
             unet=given.unet,
             vae=given.vae,
+            device=given.device,
         )
         from ui.app import launch
 

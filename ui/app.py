@@ -107,7 +107,13 @@ def launch(options: UiOptions, *, block: bool = True) -> RunningApp:
     Raises:
         ValueError: the base cannot be loaded, or the port is taken.
     """
-    pipe = load_pipeline(options.model, transformer=options.transformer, unet=options.unet, vae=options.vae)
+    pipe = load_pipeline(
+        options.model,
+        device=options.device,
+        transformer=options.transformer,
+        unet=options.unet,
+        vae=options.vae,
+    )
     gc.freeze()  # what has been loaded stays: looking through it again and again is what made ten thousand files slow
     session = Session(
         pipe,

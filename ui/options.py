@@ -20,6 +20,7 @@ class UiOptions:
         transformer: a file with the base's transformer, in place of its own; None = its own.
         unet: the same for its UNet.
         vae: the same for its VAE.
+        device: what draws: "cpu", "cuda", "mps", or "auto" for the best that is here.
     """
 
     model: str = "pocket"
@@ -33,6 +34,7 @@ class UiOptions:
     transformer: Path | None = None
     unet: Path | None = None
     vae: Path | None = None
+    device: str = "auto"
 
     @property
     def files(self) -> dict[str, Path]:

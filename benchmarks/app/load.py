@@ -24,11 +24,11 @@ from typing import Any
 from PIL import Image
 
 from dora_diffusion.formats import save_adapter
+from dora_diffusion.generation.curves import NAMED_CURVES
 from dora_diffusion.generation.generate import Canvas, GenerationSettings
 from dora_diffusion.generation.png_metadata import read_metadata
 from dora_diffusion.utils.atomic import sha256_of, write_atomically
 from tests.pocket_random import random_adapter, random_pocket_pipeline
-from ui.backend.curve_text import NAMED_CURVES
 from ui.backend.request import AdapterChoice, DrawRequest
 from ui.backend.run import Update
 from ui.backend.session import Session

@@ -72,6 +72,12 @@ def add_mix(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device(parser: argparse.ArgumentParser, *, default: str | None = "auto") -> None:
+    """--device; a `default` of None tells a command that none was named."""
+    about = "what draws: cpu, cuda, mps, or auto, the best that is here (default: auto)"
+    parser.add_argument("--device", default=default, metavar="DEVICE", help=about)
+
+
 def free_name(stem: str, taken: Container[str]) -> str:
     """`ink`, or `ink-2`, `ink-3` ... where that is taken."""
     names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))

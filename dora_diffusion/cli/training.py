@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from dora_diffusion.cli.arguments import add_device
+
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.description = "Check an image set. Exit status 1 when something would be lost in training."
@@ -63,6 +65,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         "Score the adapter that a config trained against its truth pictures; writes a report and a grid."
     )
     parser.add_argument("config", type=Path, help="the YAML it was trained with; needs evaluation.truth_dir")
+    add_device(parser)
     parser.set_defaults(handler=_evaluate, takes_settings=True)
 
 
@@ -90,6 +93,7 @@ def _evaluate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         model=config.model,
         seeds=config.evaluation.seeds,
         words=words,
+        device=arguments.device,
     )
     print(
         f"likeness to the truth: {scores.before:.2f} before, {scores.after:.2f} after "

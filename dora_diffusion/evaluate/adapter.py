@@ -59,10 +59,12 @@ def evaluate_adapter(
     model: str = "pocket",
     seeds: int = 4,
     words: Sequence[Path] = (),
+    device: str = "cpu",
 ) -> AdapterScores:
     """Draw every truth's caption with and without the adapter; write `report.json` and `grid.png` into `output`.
 
-    `words` are files of new words, which belong to the adapter, or stand alone.
+    `words` are files of new words, which belong to the adapter, or stand alone; `device` is as
+    `load_pipeline` takes it.
 
     The grid's rows: truth, base, adapter.
 
@@ -71,7 +73,7 @@ def evaluate_adapter(
     """
     if not truths:
         raise ValueError("nothing to evaluate against: the truth folder holds no pictures")
-    pipe = load_pipeline(model)
+    pipe = load_pipeline(model, device=device)
     manager = AdapterManager(pipe)
     if adapter is not None:
         manager.load_adapter(adapter, name="adapter")
@@ -125,7 +127,7 @@ def _mean_likeness(drawn: list[list[Image.Image]], truths: list[Truth]) -> float
 @torch.no_grad()
 def _through_vae(pipe: Any, picture: Image.Image) -> Image.Image:
     """What the base's autoencoder makes of a picture: no adapter can draw it better than that."""
-    pixels = pipe.image_processor.preprocess(picture)
+    pixels = pipe.image_processor.preprocess(picture).to(pipe.device)
     codec = family_of_pipeline(pipe).codec
     decoded: Image.Image = pipe.image_processor.postprocess(codec.decode(pipe, codec.encode(pipe, pixels)))[0]
     return decoded

@@ -12,9 +12,9 @@ from torch import Tensor
 from dora_diffusion.families import Family, family_of_pipeline, pixel_multiple
 from dora_diffusion.generation.img2img import DEFAULT_STRENGTH, Start, start_on
 from dora_diffusion.generation.img2img import Canvas as Canvas
-from dora_diffusion.generation.prompts import prompt_arguments
+from dora_diffusion.generation.prompts import checked_prompts, prompt_arguments
 from dora_diffusion.generation.samplers import DEFAULT as DEFAULT_SAMPLER
-from dora_diffusion.generation.samplers import SAMPLERS, sampling
+from dora_diffusion.generation.samplers import SAMPLERS, made_from, sampling
 from dora_diffusion.utils.checks import check_fields
 
 
@@ -68,6 +68,11 @@ class GenerationSettings:
             raise ValueError(f"sampler {self.sampler!r} is unknown: expected one of {', '.join(SAMPLERS)}")
         if self.strength is not None and not 0 < self.strength <= 1:
             raise ValueError(f"strength must lie above 0 and up to 1, got {self.strength}")
+
+
+def each_seed(settings: GenerationSettings, count: int) -> list[GenerationSettings]:
+    """The settings of so many pictures, each with the seed after the one before; a ValueError beyond the last seed."""
+    return [replace(settings, seed=settings.seed + offset) for offset in range(count)]
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,22 @@ def generate(
     return picture if canvas is None else canvas.kept_outside(picture)
 
 
+def check_drawable(pipe: Any, settings: GenerationSettings, *, has_canvas: bool = False) -> None:
+    """A ValueError of one line, as `generate` raises it, for what this model cannot draw; nothing is drawn.
+
+    Args:
+        pipe: the pipeline that will draw.
+        settings: what it is to draw.
+        has_canvas: whether it is to start from a picture.
+    """
+    family = family_of_pipeline(pipe)
+    _sides(pipe, family, settings)
+    made_from(pipe.scheduler, settings.sampler)
+    checked_prompts(family, settings.prompt, settings.negative_prompt)
+    if has_canvas:
+        _strength(settings)
+
+
 def _words(pipe: Any, family: Family, settings: GenerationSettings) -> dict[str, Any]:
     """Prompts and guidance as the pipeline's arguments."""
     prompt, negative, embeddings = prompt_arguments(pipe, family, settings.prompt, settings.negative_prompt)
@@ -159,10 +180,15 @@ def _start(
     """The pipeline that draws and what it starts from; `canvas` is fitted to `sides`, (height, width)."""
     if canvas is None:
         return Start(pipe, {"width": sides[1], "height": sides[0]})
+    return start_on(pipe, family, canvas, strength=_strength(settings), seed=settings.seed)
+
+
+def _strength(settings: GenerationSettings) -> float:
+    """How much of a canvas is drawn anew; a ValueError when that is no step."""
     strength = DEFAULT_STRENGTH if settings.strength is None else settings.strength
     if int(settings.steps * strength) < 1:
         raise ValueError(f"strength {strength:g} of {settings.steps} steps leaves no step to draw; raise one of them")
-    return start_on(pipe, family, canvas, strength=strength, seed=settings.seed)
+    return strength
 
 
 def _sides(pipe: Any, family: Family, settings: GenerationSettings) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dora_diffusion._version import __version__
+from dora_diffusion.generation.base_use import BaseUse, base_of_entry
 from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.generation.samplers import SAMPLERS
@@ -35,6 +36,8 @@ class AdapterUse:
         mode: how adapters were mixed, a key of `blend_modes.MODES`.
         schedule: (progress, factor) points, or None for a constant strength.
         mask: `picture_sha256` of where it drew, or None for everywhere.
+        file: where its file lay; None when the picture does not say.
+        mask_file: the same of its mask.
     """
 
     name: str
@@ -43,6 +46,8 @@ class AdapterUse:
     mode: str = "additive"
     schedule: tuple[tuple[float, float], ...] | None = None
     mask: str | None = None
+    file: str | None = None
+    mask_file: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -50,10 +55,11 @@ class AdapterUse:
 
 @dataclass(frozen=True)
 class WordUse:
-    """A new word that a picture was drawn with."""
+    """A new word that a picture was drawn with, and where its file lay."""
 
     word: str
     sha256: str
+    file: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -66,11 +72,16 @@ class Origin:
     Attributes:
         canvas, canvas_mask: `picture_sha256` of what it was drawn on, and of where; None without one.
         tags: of the prompt, whose adapters are among the picture's.
+        canvas_file, canvas_mask_file: where these lay: paths, or beside the picture as `inputs.kept_name` has it.
+        base: what it was drawn with; None when that is not known.
     """
 
     canvas: str | None = None
     canvas_mask: str | None = None
     tags: tuple[LoraTag, ...] = ()
+    canvas_file: str | None = None
+    canvas_mask_file: str | None = None
+    base: BaseUse | None = None
 
 
 NOTHING_ELSE = Origin()
@@ -121,13 +132,23 @@ def picture_metadata(
         "adapters": [{**asdict(use), "weight": _plain(use.weight)} for use in adapters],
         "words": [asdict(use) for use in words],
         "blend": adapters[0].mode if adapters else "additive",
-        "canvas": {"picture": origin.canvas, "mask": origin.canvas_mask} if origin.canvas else None,
+        "canvas": _canvas_entry(origin) if origin.canvas else None,
+        "base": None if origin.base is None else asdict(origin.base),
         "tags": [{"name": tag.name, "weight": _plain(tag.weight)} for tag in origin.tags],
     }
     info = PngInfo()
     info.add_itxt("parameters", parameters_text(settings, model=model, adapters=adapters))
     info.add_itxt(METADATA_CHUNK, json.dumps(record, ensure_ascii=False))
     return info
+
+
+def _canvas_entry(origin: Origin) -> dict[str, str | None]:
+    return {
+        "picture": origin.canvas,
+        "mask": origin.canvas_mask,
+        "picture_file": origin.canvas_file,
+        "mask_file": origin.canvas_mask_file,
+    }
 
 
 def _plain(weight: float | Mapping[str, float]) -> float | dict[str, float]:
@@ -170,8 +191,9 @@ class PictureRecord:
         model: the base's name.
         adapters: who took part, in order.
         blend: how they were mixed.
-        origin: hashes of canvas and its mask (see `find_input`), and the prompt's tags.
+        origin: hashes of canvas and its mask (see `find_input`), the prompt's tags, and the base in full.
         parameters: the text that A1111 and its kin read.
+        words: new words that were in the base.
     """
 
     settings: GenerationSettings
@@ -180,6 +202,7 @@ class PictureRecord:
     blend: str
     origin: Origin
     parameters: str
+    words: tuple[WordUse, ...] = ()
 
 
 def metadata_text(path: Path) -> str:
@@ -241,16 +264,40 @@ def _record_of(record: Mapping[str, Any], parameters: str) -> PictureRecord:
         if not isinstance(getattr(settings, name), str):
             raise ValueError(f"{name} is no text")
     adapters = tuple(_use_of(entry) for entry in record["adapters"][:MAX_ADAPTERS])
-    canvas = record.get("canvas") or {}
     tags = tuple(LoraTag(str(tag["name"]), _weight_of(tag["weight"])) for tag in record.get("tags", ())[:MAX_ADAPTERS])
     return PictureRecord(
         settings=settings,
         model=str(record["model"]),
         adapters=adapters,
         blend=str(record.get("blend", adapters[0].mode if adapters else "additive")),
-        origin=Origin(check_sha256(canvas.get("picture")), check_sha256(canvas.get("mask")), tags),
+        origin=_origin_of(record, tags),
         parameters=parameters,
+        words=tuple(_word_of(entry) for entry in record.get("words", ())[:MAX_ADAPTERS]),
     )
+
+
+def _origin_of(record: Mapping[str, Any], tags: tuple[LoraTag, ...]) -> Origin:
+    canvas = record.get("canvas") or {}
+    base = base_of_entry(record.get("base"))
+    for sha256 in () if base is None else (base.sha256, *(use.sha256 for use in base.parts)):
+        check_sha256(sha256)
+    return Origin(
+        check_sha256(canvas.get("picture")),
+        check_sha256(canvas.get("mask")),
+        tags,
+        _text_of(canvas.get("picture_file")),
+        _text_of(canvas.get("mask_file")),
+        base,
+    )
+
+
+def _word_of(entry: Mapping[str, Any]) -> WordUse:
+    # of a word that came from memory there is no hash
+    return WordUse(str(entry["word"]), check_sha256(entry["sha256"] or None) or "", _text_of(entry.get("file")))
+
+
+def _text_of(value: Any) -> str | None:
+    return None if value is None else str(value)
 
 
 def _use_of(entry: Mapping[str, Any]) -> AdapterUse:
@@ -262,6 +309,8 @@ def _use_of(entry: Mapping[str, Any]) -> AdapterUse:
         mode=str(entry.get("mode", "additive")),
         schedule=None if points is None else tuple((float(progress), float(factor)) for progress, factor in points),
         mask=check_sha256(entry.get("mask")),
+        file=_text_of(entry.get("file")),
+        mask_file=_text_of(entry.get("mask_file")),
     )
 
 

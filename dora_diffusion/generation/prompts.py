@@ -152,6 +152,18 @@ def prompt_arguments(pipe: Any, family: Family, prompt: str, negative: str) -> t
     Raises:
         ValueError: a tag, which only the app can load, or a weight in a family that has none.
     """
+    wanted, avoided = checked_prompts(family, prompt, negative)
+    if not family.embeds:
+        return wanted.text, avoided.text, {}
+    if not (wanted.is_weighted or avoided.is_weighted):
+        return wanted.plain, avoided.plain, {}
+    embeddings = _embeddings(pipe, family, wanted)
+    negatives = {f"negative_{name}": value for name, value in _embeddings(pipe, family, avoided).items()}
+    return wanted.plain, avoided.plain, {**embeddings, **negatives}
+
+
+def checked_prompts(family: Family, prompt: str, negative: str) -> tuple[Prompt, Prompt]:
+    """Both prompts taken apart; ValueErrors as `prompt_arguments`."""
     wanted, avoided = parse_prompt(prompt), parse_prompt(negative)
     for parsed in (wanted, avoided):
         if parsed.tags:
@@ -161,12 +173,7 @@ def prompt_arguments(pipe: Any, family: Family, prompt: str, negative: str) -> t
             )
     if not family.embeds:
         _refuse_numbers(family, (wanted, avoided))
-        return wanted.text, avoided.text, {}
-    if not (wanted.is_weighted or avoided.is_weighted):
-        return wanted.plain, avoided.plain, {}
-    embeddings = _embeddings(pipe, family, wanted)
-    negatives = {f"negative_{name}": value for name, value in _embeddings(pipe, family, avoided).items()}
-    return wanted.plain, avoided.plain, {**embeddings, **negatives}
+    return wanted, avoided
 
 
 def _refuse_numbers(family: Family, prompts: Sequence[Prompt]) -> None:

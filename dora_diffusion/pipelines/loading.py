@@ -23,6 +23,7 @@ from dora_diffusion.pipelines.component_files import load_component
 from dora_diffusion.pipelines.hub import from_hub, may_be_hub_id
 from dora_diffusion.pipelines.load_errors import LOAD_ERRORS
 from dora_diffusion.pipelines.variants import variant_of, variants_for
+from dora_diffusion.utils.hardware import device_of
 from dora_diffusion.utils.quiet import errors_only, quietly
 from dora_diffusion.utils.text import first_line
 
@@ -50,7 +51,7 @@ def load_pipeline(  # noqa: PLR0913 -- each is one fact of a base, by the names 
             `.safetensors` file in its original layout, or a hub id such as `owner/name` or `owner/name@revision`. Of
             weights in several variants (fp16, bf16, fp32) the one that fits `dtype` is taken.
         dtype: of the weights in memory.
-        device: "cpu", "cuda", "mps".
+        device: "cpu", "cuda", "mps", or "auto": the first of cuda, mps and cpu that is here.
         config: for a single file only: a diffusers folder or hub id of the same architecture, whose configs and
             tokenizers are used, and whose weights where the file has none (a file of the denoiser alone). None asks
             the hub for the base that the file's tensors look like.
@@ -74,6 +75,7 @@ def load_pipeline(  # noqa: PLR0913 -- each is one fact of a base, by the names 
         picture = pipe("a noto style rocket on the beach", num_inference_steps=4).images[0]
         ```
     """
+    device = device_of(device)
     _check_device(device, offload)
     files = {"transformer": transformer, "unet": unet, "vae": vae}
     given = {name: Path(file) for name, file in files.items() if file is not None}

@@ -8,6 +8,8 @@ from dataclasses import fields
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from dora_diffusion.utils.text import shown_value
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
 _UNIONS = (Union, types.UnionType)
@@ -82,3 +84,25 @@ def _in_words(kind: Any) -> str:
         return _WORDS[kind]
     name = kind.__name__ if isinstance(kind, type) else str(kind)
     return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+
+
+def check_number(name: str, value: object, *, low: float, high: float) -> float:
+    """The value as a float.
+
+    Raises:
+        ValueError: not a finite number of [low, high].
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
+        return float(value)
+    raise ValueError(f"{name}: got {shown_value(value)}, expected a number from {low:g} to {high:g}")
+
+
+def check_whole(name: str, value: object, *, low: int, high: int) -> int:
+    """The value as an int.
+
+    Raises:
+        ValueError: not a whole number of [low, high].
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high and value == int(value):
+        return int(value)
+    raise ValueError(f"{name}: got {shown_value(value)}, expected a whole number from {low} to {high}")

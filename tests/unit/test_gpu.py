@@ -4,14 +4,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from dora_diffusion.adapters.manager import AdapterManager
+from dora_diffusion.cli import main
+from dora_diffusion.formats import save_adapter
+from dora_diffusion.generation.generate import GenerationSettings
+from dora_diffusion.generation.png_metadata import read_metadata
 from dora_diffusion.layers.config import DoRAConfig
 from dora_diffusion.layers.injection import inject
 from dora_diffusion.pipelines.loading import load_pipeline
 from tests.kinds import KINDS, disturb, make_input, make_model
 from tests.pocket_random import random_adapter, random_pocket_pipeline
+from ui.backend.interference import measure
+from ui.backend.request import AdapterChoice, DrawRequest
+from ui.backend.session import Session
 
 pytestmark = pytest.mark.gpu
 CONFIG = {"rank": 2, "alpha": 3, "target_modules": ["layer"]}
@@ -112,3 +120,28 @@ def test_sequential_offload_draws_what_the_cpu_draws(tmp_path: Path) -> None:
     torch.testing.assert_close(*pictures, rtol=2e-2, atol=2e-2)
     with pytest.raises(ValueError, match="sequential CPU offload"):
         AdapterManager(pipe).load_adapter(random_adapter(random_pocket_pipeline()), name="ink")
+
+
+def test_generate_takes_the_gpu_and_a_recipe_draws_the_same_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    random_pocket_pipeline().save_pretrained("base")
+    save_adapter(random_adapter(random_pocket_pipeline()), Path("ink.safetensors"))
+    mix = ("--adapter", "ink.safetensors:0.8", "--schedule", "ink=fade in", "--steps", "3")
+    assert main(["generate", "--model", "base", "--prompt", "a cat", *mix, "--output", "first.png"]) == 0
+    assert main(["generate", "--recipe", "first.png", "--output", "again.png"]) == 0
+    record = read_metadata(Path("again.png"))
+    assert record is not None and record.origin.base is not None and record.origin.base.device == "cuda"
+    with Image.open("first.png") as first, Image.open("again.png") as again:
+        assert first.tobytes() == again.tobytes()
+
+
+def test_the_app_draws_and_measures_on_the_gpu(tmp_path: Path) -> None:
+    pipe = random_pocket_pipeline().to("cuda")
+    save_adapter(random_adapter(random_pocket_pipeline()), tmp_path / "ink.safetensors")
+    session = Session(pipe, model="random", folder=tmp_path, output=tmp_path / "out")
+    request = DrawRequest(GenerationSettings("a cat", steps=2), (AdapterChoice("ink", 0.8),))
+    assert list(session.start(request, owner="tab").updates())[-1].phase == "done"
+    assert "ink" in measure(session, ["ink"]).norms
+    session.close()

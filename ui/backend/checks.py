@@ -2,8 +2,11 @@
 
 import re
 
+from dora_diffusion.generation.infotext import Limits
 from dora_diffusion.generation.samplers import DEFAULT as DEFAULT_SAMPLER
 from dora_diffusion.generation.samplers import SAMPLERS
+from dora_diffusion.utils.checks import check_number as check_number
+from dora_diffusion.utils.checks import check_whole as check_whole
 from dora_diffusion.utils.text import shown_value
 
 MAX_STRENGTH = 2.0
@@ -13,18 +16,8 @@ MAX_SEED = 2**32 - 1
 MAX_PROMPT = 2000
 MAX_COUNT = 16
 MIN_SIDE, MAX_SIDE = 64, 2048
+LIMITS = Limits(steps=MAX_STEPS, guidance=MAX_GUIDANCE, seed=MAX_SEED, side=MAX_SIDE, prompt=MAX_PROMPT)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-def check_number(name: str, value: object, *, low: float, high: float) -> float:
-    """The value as a float.
-
-    Raises:
-        ValueError: not a finite number of [low, high].
-    """
-    if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
-        return float(value)
-    raise ValueError(f"{name}: got {shown_value(value)}, expected a number from {low:g} to {high:g}")
 
 
 def check_strength_number(name: str, value: object) -> float:
@@ -34,17 +27,6 @@ def check_strength_number(name: str, value: object) -> float:
         ValueError: not a finite number of [-MAX_STRENGTH, MAX_STRENGTH].
     """
     return check_number(name, value, low=-MAX_STRENGTH, high=MAX_STRENGTH)
-
-
-def check_whole(name: str, value: object, *, low: int, high: int) -> int:
-    """The value as an int.
-
-    Raises:
-        ValueError: not a whole number of [low, high].
-    """
-    if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high and value == int(value):
-        return int(value)
-    raise ValueError(f"{name}: got {shown_value(value)}, expected a whole number from {low} to {high}")
 
 
 def check_text(name: str, value: object) -> str:

@@ -12,10 +12,10 @@ from torch import nn
 
 from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.adapters.matching import LoadReport
+from dora_diffusion.adapters.mixing import Ingredient, clear_mix, set_mix
 from dora_diffusion.families import family_of_pipeline
-from dora_diffusion.functional.blend_modes import IN_ORDER
 from dora_diffusion.pipelines.loading import EMBEDDED
-from ui.backend.request import BaseParts, Block, DrawRequest
+from ui.backend.request import AdapterChoice, BaseParts, Block, DrawRequest
 from ui.library.library import AdapterLibrary, Stamp, stamp_of
 
 MAX_LOADED = 8
@@ -86,27 +86,14 @@ class Engine:
         """
         started = time.perf_counter()
         try:
-            # sums of floats have an order: where a mode has none, the rack's must not show in the last bit
-            choices = (
-                request.adapters
-                if request.blend in IN_ORDER
-                else sorted(request.adapters, key=lambda choice: choice.file)
-            )
-            weights = {
-                choice.file: choice.weight_on(self._manager.paths(choice.file), self.parts) for choice in choices
-            }
-            self._manager.set_adapters(weights, blend=request.blend)
-            for choice in request.adapters:
-                if choice.curve is not None:
-                    self._manager.set_schedule(choice.file, choice.curve)
-                if choice.mask is not None:
-                    self._manager.set_mask(choice.file, choice.mask)
+            set_mix(self._manager, [self._ingredient(choice) for choice in request.adapters], blend=request.blend)
             yield time.perf_counter() - started
         finally:
-            self._manager.set_adapters({})
-            for choice in request.adapters:
-                self._manager.set_schedule(choice.file, None)
-                self._manager.set_mask(choice.file, None)
+            clear_mix(self._manager, [choice.file for choice in request.adapters])
+
+    def _ingredient(self, choice: AdapterChoice) -> Ingredient:
+        weight = choice.weight_on(self._manager.paths(choice.file), self.parts)
+        return Ingredient(choice.file, weight, choice.curve, choice.mask)
 
     def close(self) -> None:
         """Leave the pipeline as it was given."""

@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image
 
 from dora_diffusion.generation.generate import Canvas, GenerationSettings
+from dora_diffusion.generation.inputs import keep_input, kept_name
 from dora_diffusion.generation.png_metadata import AdapterUse, Origin, picture_sha256, save_picture
 from dora_diffusion.generation.prompts import LoraTag
-from ui.backend.inputs import keep_input
 
 MAX_BASES = 64
 
@@ -91,8 +91,8 @@ def origin_of(canvas: Canvas | None, tags: tuple[LoraTag, ...]) -> Origin:
     """What metadata say of the picture that was drawn on, and of tags."""
     if canvas is None:
         return Origin(tags=tags)
-    mask = None if canvas.mask is None else picture_sha256(canvas.mask)
-    return Origin(picture_sha256(canvas.image), mask, tags)
+    image, mask = picture_sha256(canvas.image), None if canvas.mask is None else picture_sha256(canvas.mask)
+    return Origin(image, mask, tags, kept_name(image), None if mask is None else kept_name(mask))
 
 
 def _new_file(folder: Path, settings: GenerationSettings) -> Path:

@@ -7,7 +7,9 @@ from typing import Any, Self
 
 from PIL import Image
 
+from dora_diffusion.adapters.mixing import without_empty_blocks
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
+from dora_diffusion.generation.curves import Curve, parse_curve
 from dora_diffusion.generation.generate import Canvas, GenerationSettings
 from dora_diffusion.generation.samplers import DEFAULT as DEFAULT_SAMPLER
 from dora_diffusion.utils.text import shown_value
@@ -23,7 +25,6 @@ from ui.backend.checks import (
     check_text,
     check_whole,
 )
-from ui.backend.curve_text import Curve, parse_curve
 from ui.backend.picture_checks import check_picture
 
 
@@ -111,14 +112,8 @@ class AdapterChoice:
 
         The rack and the API name every block of the base; an adapter of text encoders, say, has nothing there.
         """
-        if not isinstance(self.weight, dict):
-            return self.weight
         blocks = {prefix for block in parts.blocks for prefix in block.prefixes}
-        return {
-            part: strength
-            for part, strength in self.weight.items()
-            if part not in blocks or any(path.startswith(f"{part}.") for path in paths)
-        }
+        return without_empty_blocks(self.weight, paths, blocks)
 
 
 @dataclass(frozen=True)

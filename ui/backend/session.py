@@ -12,11 +12,14 @@ from PIL import Image
 
 from dora_diffusion.adapters.matching import LoadReport
 from dora_diffusion.families import family_of_pipeline
-from dora_diffusion.generation.generate import GenerationSettings, GenerationStopped, StepReport, generate
+from dora_diffusion.generation.base_use import BaseUse, hash_of_source, hashed_parts
+from dora_diffusion.generation.generate import GenerationSettings, GenerationStopped, StepReport, each_seed, generate
+from dora_diffusion.generation.inputs import kept_name
 from dora_diffusion.generation.png_metadata import AdapterUse, picture_sha256
 from dora_diffusion.generation.samplers import sampler_names
 from dora_diffusion.pipelines.base_weights import BaseWeights, base_weights
 from dora_diffusion.pipelines.loading import load_pipeline
+from dora_diffusion.utils.hardware import dtype_name
 from ui.backend.draw_queue import DrawQueue
 from ui.backend.engine import Engine, LoadedAdapter, bases_offered
 from ui.backend.picture_store import Drawn, PictureStore, base_key, origin_of
@@ -59,6 +62,7 @@ class Session:
         self._first = model
         self._files = dict(files or {})
         self._models_folder = models
+        self._base = self._described(pipe, model)
         self._turns = DrawQueue()
         self._runs: dict[str, Run] = {}
         self._runs_lock = threading.Lock()
@@ -158,7 +162,8 @@ class Session:
                 unet=files.get("unet"),
                 vae=files.get("vae"),
             )
-            self._engine = Engine(pipe, model=model, library=self.library)
+            described = self._described(pipe, model)
+            self._engine, self._base = Engine(pipe, model=model, library=self.library), described
             old.close()
             return self._misfits(wanted)
 
@@ -215,7 +220,7 @@ class Session:
             with engine.mixed(wanted.request):
                 return [
                     self._drawn(settings, wanted, uses, should_stop=asked, on_step=on_step)
-                    for settings in _each_seed(wanted.request)
+                    for settings in each_seed(wanted.request.settings, wanted.request.count)
                 ]
 
     def save(self, drawn: Drawn, folder: Path | None = None) -> Path:
@@ -224,9 +229,13 @@ class Session:
 
     @contextmanager
     def weights(self) -> Iterator[BaseWeights]:
-        """The base's own weights, to be read within the block; drawings wait until it ends."""
+        """The base's own weights in main memory, to be read within the block; drawings wait until it ends."""
         with self._turns.turn(is_short=True):
-            yield base_weights(self._engine.pipe)
+            base = base_weights(self._engine.pipe)
+            # beside adapters as their files have them, wherever the base draws
+            yield replace(
+                base, weight=lambda path: base.weight(path).cpu(), parameter=lambda path: base.parameter(path).cpu()
+            )
 
     def stop_all(self) -> None:
         """Stop whatever draws, within a step, for good: nothing is drawn afterwards."""
@@ -274,7 +283,7 @@ class Session:
 
     def _draw_both(self, wanted: Resolved, run: Run) -> None:
         request = wanted.request
-        every = _each_seed(request)
+        every = each_seed(request.settings, request.count)
         known = self._pictures.known_base(base_key(self.model, every[-1], request.canvas))
         run.post(replace(run.latest, phase="loading", ahead=0, base=known, count=request.count))
         started = time.perf_counter()
@@ -307,7 +316,16 @@ class Session:
 
     def _use(self, choice: AdapterChoice, report: LoadReport, blend: str) -> AdapterUse:
         mask = None if choice.mask is None else picture_sha256(choice.mask)
-        return AdapterUse(choice.file, report.sha256, choice.weight, blend, choice.curve, mask)
+        return AdapterUse(
+            choice.file,
+            report.sha256,
+            choice.weight,
+            blend,
+            choice.curve,
+            mask,
+            file=str(self.library.find(choice.file).path),
+            mask_file=None if mask is None else kept_name(mask),
+        )
 
     def _draw_and_save(
         self,
@@ -348,17 +366,23 @@ class Session:
             preview_every=preview_every,
         )
         seconds = time.perf_counter() - started
-        return Drawn(
-            image, settings, uses, origin_of(canvas, wanted.tags), self.model, seconds, _inputs(wanted.request)
+        origin = replace(origin_of(canvas, wanted.tags), base=self._base)
+        return Drawn(image, settings, uses, origin, self.model, seconds, _inputs(wanted.request))
+
+    def _described(self, pipe: Any, model: str) -> BaseUse:
+        """A base that was just loaded, as pictures name it; its files are hashed."""
+        source = bases_offered(self._first, self._models_folder)[model]
+        return BaseUse(
+            str(source),
+            dtype_name(pipe.dtype),
+            pipe.device.type,
+            sha256=hash_of_source(source),
+            parts=hashed_parts(self._files_of(model)),
         )
 
 
 def _tell(run: Run, picture: Path) -> None:
     run.post(replace(run.latest, picture=picture, pictures=(*run.latest.pictures, picture)))
-
-
-def _each_seed(request: DrawRequest) -> list[GenerationSettings]:
-    return [replace(request.settings, seed=request.settings.seed + offset) for offset in range(request.count)]
 
 
 def _inputs(request: DrawRequest) -> tuple[Image.Image, ...]:

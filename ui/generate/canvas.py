@@ -14,11 +14,11 @@ import gradio as gr
 from PIL import Image
 
 from dora_diffusion.generation.img2img import Canvas
+from dora_diffusion.generation.inputs import INPUTS, find_input
 from dora_diffusion.generation.png_metadata import picture_sha256
 from dora_diffusion.utils.images import read_image
 from dora_diffusion.utils.text import shown_value
 from ui.backend.checks import MAX_SIDE
-from ui.backend.inputs import INPUTS, find_input
 from ui.backend.picture_checks import check_canvas, check_picture
 from ui.generate import painter
 

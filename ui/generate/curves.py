@@ -1,8 +1,8 @@
 """A strength's curve over the run: its name or its points as text, and how it looks."""
 
 from dora_diffusion.functional.schedules import Schedule
+from dora_diffusion.generation.curves import NAMED_CURVES, Curve, curve_text, parse_curve
 from ui.backend.checks import MAX_STRENGTH
-from ui.backend.curve_text import NAMED_CURVES, Curve, curve_text, parse_curve
 from ui.markup import alert, polyline
 
 CONSTANT = "constant"

@@ -11,9 +11,9 @@ from PIL import Image
 
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.generation.generate import GenerationSettings
+from dora_diffusion.generation.inputs import find_input, keep_input
 from dora_diffusion.utils.atomic import write_atomically
 from ui.backend.checks import check_name
-from ui.backend.inputs import find_input, keep_input
 from ui.backend.picture_checks import check_picture
 from ui.backend.request import BaseParts, DetailValues, SlotValues, check_adapters, check_settings
 from ui.backend.session import Session

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from dora_diffusion.functional.blend_modes import ADDITIVE
+from dora_diffusion.generation.curves import Curve, curve_text
 from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.generation.img2img import Canvas
 from ui.backend.checks import MAX_STRENGTH
-from ui.backend.curve_text import Curve, curve_text
 from ui.backend.request import BaseParts, DrawRequest, SlotValues, check_adapters
 
 _ENCODERS, _DENOISER = "text_encoders", "denoiser"

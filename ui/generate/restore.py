@@ -11,14 +11,16 @@ import gradio as gr
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.generation.img2img import Canvas
-from dora_diffusion.generation.png_metadata import AdapterUse, PictureRecord, picture_texts, read_metadata
-from ui.backend.inputs import find_input
+from dora_diffusion.generation.infotext import Parameters, settings_of
+from dora_diffusion.generation.inputs import find_input
+from dora_diffusion.generation.png_metadata import AdapterUse, PictureRecord
+from dora_diffusion.generation.recipes import told_by
+from ui.backend.checks import LIMITS
 from ui.backend.request import BaseParts, DetailValues, SlotValues, check_settings
 from ui.backend.session import Session
 from ui.errors import WITH_PROGRESS, wire
 from ui.generate.canvas import canvas_value
 from ui.generate.controls import Controls
-from ui.generate.infotext import Parameters, parse_infotext, settings_of
 from ui.generate.recipes import DrawRecipe, cut_to_rack, placed
 from ui.generate.values import Updates
 from ui.library.hashes import Missing, Wanted, by_name, find_all
@@ -77,14 +79,10 @@ def restore_from(path: Path, library: AdapterLibrary, parts: BaseParts, *, outpu
     Raises:
         ValueError: one line: no picture, or one that does not tell what it was made of.
     """
-    record = read_metadata(path)
-    if record is not None:
-        return _of_record(record, library, parts, output)
-    texts = picture_texts(path)
-    if "parameters" in texts:
-        return _of_parameters(parse_infotext(texts["parameters"]), library, parts)
-    has = "a ComfyUI workflow, which is not read here" if "workflow" in texts or "prompt" in texts else "nothing"
-    raise ValueError(f"{path.name}: tells {has}; expected the text that this app or A1111 writes into a PNG")
+    told = told_by(path)
+    if isinstance(told, PictureRecord):
+        return _of_record(told, library, parts, output)
+    return _of_parameters(told, library, parts)
 
 
 def _of_record(record: PictureRecord, library: AdapterLibrary, parts: BaseParts, output: Path) -> Restored:
@@ -106,7 +104,7 @@ def _of_record(record: PictureRecord, library: AdapterLibrary, parts: BaseParts,
 
 
 def _of_parameters(parameters: Parameters, library: AdapterLibrary, parts: BaseParts) -> Restored:
-    settings, notes = settings_of(parameters)
+    settings, notes = settings_of(parameters, LIMITS)
     tags = {tag.name: tag for tag in parameters.tags}
     wanted = [Wanted(name, by_name(parameters.hashes, name)) for name in tags]
     slots, missing, told_ones = [], [], [*notes]

@@ -7,9 +7,9 @@ from PIL import Image
 
 from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.generation.img2img import Canvas
+from dora_diffusion.generation.inputs import find_input
 from dora_diffusion.generation.png_metadata import Origin, read_metadata
 from ui.backend import picture_store
-from ui.backend.inputs import find_input
 from ui.backend.picture_store import Drawn, PictureStore, base_key, origin_of
 
 SETTINGS = GenerationSettings("a cat", seed=3)

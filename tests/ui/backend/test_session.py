@@ -11,7 +11,9 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from dora_diffusion.adapters.manager import AdapterManager
+from dora_diffusion.generation.base_use import BaseUse, PartUse
 from dora_diffusion.generation.generate import Canvas, GenerationSettings, GenerationStopped, generate
+from dora_diffusion.generation.inputs import find_input
 from dora_diffusion.generation.png_metadata import metadata_text, read_metadata
 from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.utils.atomic import sha256_of
@@ -19,7 +21,6 @@ from tests.pocket_random import random_pocket_pipeline
 from tests.tolerances import assert_identical
 from tests.ui.scripted import until
 from ui.backend import engine as engine_module
-from ui.backend.inputs import find_input
 from ui.backend.request import AdapterChoice, DrawRequest
 from ui.backend.run import Update
 from ui.backend.session import Session
@@ -442,3 +443,27 @@ def test_a_base_keeps_the_files_it_came_with(
     session.switch("pocket")
     assert_identical(session._engine.pipe.unet.state_dict(), other.unet.state_dict())
     session.close()
+
+
+def test_a_picture_names_all_that_it_was_drawn_with(
+    pipe: StableDiffusionPipeline, adapters: Path, tmp_path: Path
+) -> None:
+    """What a redrawing needs: where the base, its UNet's own file, the adapter, its mask and the canvas lie."""
+    pipe.unet.save_pretrained(tmp_path / "tuned")
+    file = tmp_path / "tuned" / "diffusion_pytorch_model.safetensors"
+    session = Session(pipe, model="pocket", folder=adapters, output=tmp_path / "out", files={"unet": file})
+    request = DrawRequest(replace(SMALL, strength=0.6), (replace(INK, mask=LEFT),), canvas=Canvas(PICTURE, LEFT))
+    (drawn,) = session.draw(request)
+    record = read_metadata(session.save(drawn))
+    session.close()
+    assert record is not None
+    assert record.origin.base == BaseUse("pocket", parts=(PartUse("unet", str(file), sha256_of(file)),))
+    [use] = record.adapters
+    assert use.file == str(adapters / "ink.safetensors")
+    for name, picture in (
+        (use.mask_file, LEFT),
+        (record.origin.canvas_file, PICTURE),
+        (record.origin.canvas_mask_file, LEFT),
+    ):
+        with Image.open(tmp_path / "out" / str(name)) as kept:
+            assert kept.tobytes() == picture.tobytes()

@@ -11,7 +11,7 @@ from PIL import Image
 pytest.importorskip("gradio", reason="gradio is not installed: pip install dora-diffusion[ui]")
 
 from dora_diffusion.generation.img2img import Canvas  # noqa: E402  (after the skip above)
-from ui.backend.inputs import keep_input  # noqa: E402
+from dora_diffusion.generation.inputs import keep_input  # noqa: E402
 from ui.generate.canvas import MAX_CHARACTERS, CanvasReader, canvas_value, has_picture  # noqa: E402
 from ui.generate.painter import png_url  # noqa: E402
 

@@ -17,16 +17,17 @@ from PIL.PngImagePlugin import PngInfo
 from dora_diffusion.formats import FORMATS
 from dora_diffusion.generation.generate import GenerationSettings, GenerationStopped
 from dora_diffusion.generation.img2img import Canvas
+from dora_diffusion.generation.infotext import parse_infotext, settings_of
 from dora_diffusion.generation.png_metadata import AdapterUse, save_picture
 from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.utils.atomic import sha256_of
 from tests.failing_disk import RENAMES, contents, failing_at
+from ui.backend.checks import LIMITS
 from ui.backend.picture_difference import largest_difference
 from ui.backend.request import AdapterChoice, DrawRequest, SlotValues, check_adapters
 from ui.backend.session import Session
 from ui.errors import user_errors
 from ui.generate.history import PAGE, described, find_picture, list_pictures
-from ui.generate.infotext import parse_infotext, settings_of
 from ui.generate.presets import delete_preset, list_presets, load_preset, save_preset
 from ui.generate.recipes import DrawRecipe, placed
 from ui.generate.restore import Restored, report_html, restore_from
@@ -158,7 +159,7 @@ def test_a1111_text_is_read() -> None:
     assert parsed.tags == (LoraTag("ink", 0.8), LoraTag("sub/lego", -0.3))
     assert parsed.hashes == {"ink": "0123456789ab", "sub/lego": "fedcba98"}
     assert parsed.facts["Model"] == "my, model"
-    settings, notes = settings_of(parsed)
+    settings, notes = settings_of(parsed, LIMITS)
     assert settings == GenerationSettings(
         "a cat (red:1.2)\non a hill", "dog,\nbird", 42, 30, 7.5, 512, 768, "dpm++ 2m karras"
     )
@@ -167,7 +168,7 @@ def test_a1111_text_is_read() -> None:
 
 def test_what_cannot_be_taken_over_is_told() -> None:
     text = "x\nSteps: 900, Sampler: Restart, CFG scale: 7, Seed: -1, Size: 511x512"
-    settings, notes = settings_of(parse_infotext(text))
+    settings, notes = settings_of(parse_infotext(text), LIMITS)
     assert settings == GenerationSettings("x", steps=20, guidance_scale=7.0, height=512)
     assert sorted(note.partition(":")[0] for note in notes) == ["Sampler", "Seed", "Steps", "width"]
 
@@ -176,7 +177,7 @@ def test_what_cannot_be_taken_over_is_told() -> None:
     "text", ["", "just words", "a\nNegative prompt: b", "Steps: 1", "<lora:a:b>", "\x00", "Steps: x, a, b"]
 )
 def test_odd_texts_do_not_break_it(text: str) -> None:
-    settings, _ = settings_of(parse_infotext(text))
+    settings, _ = settings_of(parse_infotext(text), LIMITS)
     assert settings.steps >= 1
 
 

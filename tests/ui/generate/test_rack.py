@@ -19,8 +19,8 @@ import gradio as gr  # noqa: E402  (after the skip above)
 
 from dora_diffusion.blending import Interference  # noqa: E402
 from dora_diffusion.functional.blend_modes import MODES  # noqa: E402
+from dora_diffusion.generation.curves import NAMED_CURVES  # noqa: E402
 from dora_diffusion.generation.generate import GenerationSettings  # noqa: E402
-from ui.backend.curve_text import NAMED_CURVES  # noqa: E402
 from ui.backend.interference import interference_html, measure, verdict  # noqa: E402
 from ui.backend.request import DrawRequest, SlotValues, check_adapters  # noqa: E402
 from ui.backend.session import Session  # noqa: E402

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ui.backend.curve_text import curve_text, parse_curve
+from dora_diffusion.generation.curves import curve_text, parse_curve
 
 
 @pytest.mark.parametrize(

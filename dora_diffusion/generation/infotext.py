@@ -9,24 +9,17 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from dora_diffusion.generation.generate import GenerationSettings
 from dora_diffusion.generation.prompts import LoraTag, parse_prompt
 from dora_diffusion.generation.samplers import DEFAULT as DEFAULT_SAMPLER
 from dora_diffusion.generation.samplers import sampler_of_title
-from ui.backend.checks import (
-    MAX_GUIDANCE,
-    MAX_SEED,
-    MAX_SIDE,
-    MAX_STEPS,
-    MIN_SIDE,
-    check_number,
-    check_text,
-    check_whole,
-)
-from ui.backend.request import DetailValues, check_settings
+from dora_diffusion.utils.checks import check_number, check_whole
 
 MAX_CHARACTERS = 100_000
+MIN_SIDE = 64
+Value = TypeVar("Value")
 _NEGATIVE = "Negative prompt:"
 _FACT = re.compile(r'(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _ALL_HASHES = re.compile(r"\bHashes: ?(\{[^{}]{0,8000}\})")
@@ -83,36 +76,50 @@ def parse_infotext(text: str) -> Parameters:
         return Parameters(positive, negative, (), facts, hashes, (str(error),))
 
 
-def settings_of(parameters: Parameters) -> tuple[GenerationSettings, tuple[str, ...]]:
-    """What this app can draw of it, and a line for everything that it cannot."""
+@dataclass(frozen=True)
+class Limits:
+    """The most that may be drawn: of steps, guidance, seed, pixels a side, characters of a prompt."""
+
+    steps: int = 1000
+    guidance: float = 100.0
+    seed: int = 2**63 - 1
+    side: int = 4096
+    prompt: int = MAX_CHARACTERS
+
+
+LIBRARY = Limits()
+
+
+def settings_of(parameters: Parameters, limits: Limits = LIBRARY) -> tuple[GenerationSettings, tuple[str, ...]]:
+    """What can be drawn here of it, and a line for everything that cannot."""
     facts, notes = parameters.facts, [*parameters.notes]
 
-    def taken(check: Callable[[], object], instead: object) -> object:
+    def taken(check: Callable[[], Value], instead: Value) -> Value:
         try:
             return check()
         except ValueError as error:
             notes.append(f"{error}; {instead if instead not in (None, '') else 'nothing'} is taken instead")
             return instead
 
-    def whole(key: str, low: int, high: int, instead: int) -> object:
-        return (
-            taken(lambda: check_whole(key, _number(facts[key]), low=low, high=high), instead)
-            if key in facts
-            else instead
-        )
+    def whole(key: str, high: int, instead: int, *, low: int = 0) -> int:
+        if key not in facts:
+            return instead
+        return taken(lambda: check_whole(key, _number(facts[key]), low=low, high=high), instead)
 
-    width, height = (taken(lambda side=side: _check_side(side), None) for side in _sides(facts))  # type: ignore[misc]
-    guidance: object = 4.0
+    width, height = (taken(lambda side=side: _check_side(side, limits.side), None) for side in _sides(facts))  # type: ignore[misc]
+    guidance = 4.0
     if "CFG scale" in facts:
         value = _number(facts["CFG scale"])
-        guidance = taken(lambda: check_number("CFG scale", value, low=0.0, high=MAX_GUIDANCE), guidance)
-    settings = check_settings(
-        taken(lambda: check_text("prompt", parameters.prompt), ""),
-        taken(lambda: check_text("negative prompt", parameters.negative), ""),
-        seed=whole("Seed", 0, MAX_SEED, 0),
-        steps=whole("Steps", 1, MAX_STEPS, 20),
-        guidance=guidance,
-        details=DetailValues(sampler=_sampler(facts, notes), width=width, height=height),
+        guidance = taken(lambda: check_number("CFG scale", value, low=0.0, high=limits.guidance), guidance)
+    settings = GenerationSettings(
+        taken(lambda: _check_length("prompt", parameters.prompt, limits.prompt), ""),
+        taken(lambda: _check_length("negative prompt", parameters.negative, limits.prompt), ""),
+        seed=whole("Seed", limits.seed, 0),
+        steps=whole("Steps", limits.steps, 20, low=1),
+        guidance_scale=guidance,
+        sampler=_sampler(facts, notes),
+        width=width,
+        height=height,
     )
     notes += [f"{key}: {facts[key][:60]} is not done here" for key in _NOT_DONE_HERE if key in facts]
     return settings, tuple(notes)
@@ -136,12 +143,18 @@ def _sides(facts: Mapping[str, str]) -> tuple[tuple[str, int] | None, tuple[str,
     return (None, None) if match is None else (("width", int(match[1])), ("height", int(match[2])))
 
 
-def _check_side(side: tuple[str, int] | None) -> int | None:
+def _check_length(name: str, text: str, most: int) -> str:
+    if len(text) > most:
+        raise ValueError(f"{name}: got {len(text)} characters, expected at most {most}")
+    return text
+
+
+def _check_side(side: tuple[str, int] | None, most: int) -> int | None:
     if side is None:
         return None
     name, pixels = side
-    if pixels % 8 or not MIN_SIDE <= pixels <= MAX_SIDE:
-        raise ValueError(f"{name}: got {pixels}, expected a multiple of 8 from {MIN_SIDE} to {MAX_SIDE}")
+    if pixels % 8 or not MIN_SIDE <= pixels <= most:
+        raise ValueError(f"{name}: got {pixels}, expected a multiple of 8 from {MIN_SIDE} to {most}")
     return pixels
 
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
+from dora_diffusion.utils.checks import check_number
 from dora_diffusion.utils.text import shown_value
-from ui.backend.checks import check_number, check_strength_number
 
 MAX_CURVE_POINTS = 32
+MAX_FACTOR = 2.0
 
 Curve = tuple[tuple[float, float], ...]
 NAMED_CURVES: Mapping[str, Curve | None] = {
@@ -49,7 +50,7 @@ def _curve_point(piece: str, name: str) -> tuple[float, float]:
             f"{', '.join(NAMED_CURVES)}"
         ) from None
     check_number(f"{name}, progress", point[0], low=0.0, high=1.0)
-    check_strength_number(f"{name}, factor", point[1])
+    check_number(f"{name}, factor", point[1], low=-MAX_FACTOR, high=MAX_FACTOR)
     return point
 
 

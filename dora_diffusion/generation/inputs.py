@@ -11,10 +11,15 @@ from dora_diffusion.utils.atomic import write_atomically
 INPUTS = "inputs"
 
 
+def kept_name(sha256: str) -> str:
+    """Where a canvas or mask of that hash is kept, seen from the output folder."""
+    return f"{INPUTS}/{sha256}.png"
+
+
 def keep_input(output: Path, picture: Image.Image) -> str:
     """Store a canvas or mask under the hash that metadata names it by, once; returns the hash."""
     sha256 = picture_sha256(picture)
-    path = output / INPUTS / f"{sha256}.png"
+    path = output / kept_name(sha256)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
@@ -30,7 +35,7 @@ def find_input(output: Path, sha256: str) -> Image.Image | None:
         ValueError: not the form of a hash.
     """
     checked = check_sha256(sha256)
-    path = output / INPUTS / f"{checked}.png"
+    path = output / kept_name(str(checked))
     if not path.is_file():
         return None
     try:
