@@ -172,10 +172,16 @@ class FactoredState:
         return {**self.factors, **({} if self.magnitude is None else {"magnitude": self.magnitude})}
 
     def as_pair(self) -> ModuleState:
-        """The same adapter as a low-rank pair, exactly; its rank may be as high as the weight's."""
+        """The same adapter as a low-rank pair, exactly; its rank may be as high as the weight's.
+
+        A convolution's pair is (r, in, kh, kw) and (out, r, 1, 1) where the factors tell its taps, else flat.
+        """
         pair = _PAIRS[self.algorithm](self.factors)
         rank = pair.right.shape[0]
-        return ModuleState(pair.right, pair.left, self.scale * rank, self.magnitude, axis=self.axis)
+        taps = next((factor.shape[2:] for factor in self.factors.values() if factor.dim() > 2), torch.Size())
+        down = pair.right.reshape(rank, -1, *taps) if taps else pair.right
+        up = pair.left.reshape(*pair.left.shape, *[1] * len(taps))
+        return ModuleState(down, up, self.scale * rank, self.magnitude, axis=self.axis)
 
     def delta(self) -> Tensor:
         """D, dense, (out, in[, kh, kw]) or flat (out, in kh kw) as the factors are, in their dtype."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from dora_diffusion.families import FAMILIES
+from dora_diffusion.families import FAMILIES, family_named
 from dora_diffusion.families.signature import PartSignature, PublishedSize, Signature
 from dora_diffusion.formats.json_metadata import json_object
 from dora_diffusion.formats.layouts import LAYOUTS
@@ -38,6 +38,9 @@ def family_of(adapter: AdapterState) -> str | None:
     if _is_lookalike(adapter.metadata):
         return None
     layers = _layers(adapter)
+    own = family_named(adapter.metadata.get("dora_diffusion.family"))
+    if own is not None and has_paths(own.signature, _paths_in(layers)):
+        return own.name  # a flat pair may be a convolution's or a linear layer's: shapes say less than who wrote it
     named = [family for family in FAMILIES if not adapter.families or family.name in adapter.families]
     fitting = [family for family in named if _fits(family.signature, layers)]
     # of another text encoder's size, a denoiser is what it is all the same
@@ -81,6 +84,10 @@ def _layers(adapter: AdapterState) -> dict[str, list[_Layer]]:
     return found
 
 
+def _paths_in(layers: Mapping[str, list[_Layer]]) -> dict[str, list[str]]:
+    return {part: [layer.path for layer in found] for part, found in layers.items()}
+
+
 def _layer(path: str, module: Module) -> _Layer:
     if isinstance(module, ModuleState):
         return _Layer(path, module.down.shape[1], module.down.dim() == 4)
@@ -91,7 +98,7 @@ def _layer(path: str, module: Module) -> _Layer:
 
 def _fits(signature: Signature, layers: Mapping[str, list[_Layer]]) -> bool:
     """Whether every layer has a name of this family's."""
-    if not has_paths(signature, {part: [layer.path for layer in found] for part, found in layers.items()}):
+    if not has_paths(signature, _paths_in(layers)):
         return False
     return all(_convolves(signature.parts[part], layer) for part, found in layers.items() for layer in found)
 

@@ -115,7 +115,7 @@ def _spell_old(layer: str, part: str) -> str | None:
     """Attention of a denoiser was named by its processor, linear layers of text encoders by `lora_linear_layer`."""
     if part not in ("down", "up"):
         return None
-    if found := re.match(r"^(.+)\.(to_q|to_k|to_v|to_out|add_k_proj|add_v_proj)(?:\.0)?$", layer):
+    if found := re.match(r"^(.+)\.(to_q|to_k|to_v|to_out(?=\.0)|add_k_proj|add_v_proj)(?:\.0)?$", layer):
         return f"{found[1]}.processor.{found[2]}_lora.{part}.weight"
     kind = "lora_linear_layer" if layer.startswith("text_encoder") else "lora"
     return f"{layer}.{kind}.{part}.weight"

@@ -5,17 +5,18 @@ or its makers'. Which makers' is decided for the whole file: the layout that kno
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
-from dora_diffusion.families import FAMILIES, family_named
+from dora_diffusion.families import FAMILIES
 from dora_diffusion.families.record import OTHER_COMPONENTS
+from dora_diffusion.families.signature import Signature
 from dora_diffusion.formats.dialects import DIALECTS
 from dora_diffusion.formats.family_detection import has_paths
 from dora_diffusion.formats.flat_names import choices, unflatten
-from dora_diffusion.formats.layout_detection import Chosen, fusion_of, layout_of
-from dora_diffusion.formats.layouts import Fusion, Layout
+from dora_diffusion.formats.layout_detection import Chosen, Words, fusion_of, layout_of
+from dora_diffusion.formats.layouts import Fusion
 from dora_diffusion.formats.weight_shapes import Shape
 
 # What a dialect calls a component, or a family a text encoder -> what lies behind the prefix.
@@ -31,6 +32,8 @@ _ENCODERS = {
 }
 # First words of layers in transformers' models.
 _ENCODER_ROOTS = ("text_model", "encoder", "embeddings", "shared", "model", "language_model", "text_projection")
+_MAKERS = {"diffusion_model.", "model.diffusion_model."}
+_EITHERS = {"lora_unet_"}
 # A prefix that a script put before names that had one.
 _FLAT_AGAIN = re.compile(r"(?:(?:lora_)?(?:unet|transformer|te[123]?|text_encoder(?:_[23])?)_){1,3}")
 _AGAIN = re.compile(r"(?:(?:unet|transformer|(?:model\.)?diffusion_model)\.){1,3}")
@@ -95,17 +98,23 @@ def locate(names: Mapping[str, Shape | None], *, told: frozenset[str] = frozense
     """
     read = {name: found for name in names if (found := _read(name)) is not None}
     denoiser = {found.layer: names[name] for name, found in read.items() if _role(found) == "denoiser"}
-    others = [found for found in read.values() if _role(found) != "denoiser"]
-    chosen = layout_of(denoiser, told, lambda family: has_paths(family, _by_component(others, family.encoders)))
-    layout = None if chosen is None else chosen.layout
-    encoders = {**_ENCODERS, **_encoders_of(layout, tuple(read.values())), **_told_encoders(told)}
+    fits_encoders = partial(_fits_encoders, [found for found in read.values() if _role(found) != "denoiser"])
+    chosen = layout_of(denoiser, told, fits_encoders, _words(read.values()))
+    encoders = {**_ENCODERS, **_encoders_of(chosen, tuple(read.values()), told)}
     return {name: place for name, found in read.items() if (place := _place(found, chosen, encoders)) is not None}
 
 
-def _told_encoders(told: frozenset[str]) -> Mapping[str, str]:
-    """What the family that is told calls its text encoders: a T5 alone is one's second and another's third."""
-    families = [family for name in told if (family := family_named(name)) is not None]
-    return families[0].signature.encoders if len(families) == 1 else {}
+def _fits_encoders(read: Sequence[_Read], family: Signature) -> bool:
+    """Whether a family has text encoders with these layers, under its own words for them."""
+    return has_paths(family, _by_component(read, family.encoders))
+
+
+def _words(read: Iterable[_Read]) -> Words:
+    """Whose names the prefixes of a denoiser let expect: ComfyUI's stand before makers', diffusers' before its own."""
+    prefixes = {found.prefix for found in read if _role(found) == "denoiser"}
+    if prefixes & _MAKERS:
+        return "makers"
+    return "any" if prefixes & _EITHERS else "diffusers"
 
 
 def clean(name: str) -> str:
@@ -172,16 +181,24 @@ def _role(read: _Read) -> str:
     return "te1" if read.layer.startswith(_CLIP) else "denoiser"
 
 
-def _encoders_of(layout: Layout | None, read: Sequence[_Read]) -> Mapping[str, str]:
-    """What the layers tell of the text encoders' numbers: the words of the one family that fits them."""
-    if layout is not None:
-        family = family_named(layout.families[0])
-        return {} if family is None else family.signature.encoders
-    if not any(_role(found) in ("te3", "t5") for found in read):  # the others' numbers are never other ones
-        return {}
-    signatures = [family.signature for family in FAMILIES]
-    fitting = [found for found in signatures if has_paths(found, _by_component(read, found.encoders))]
-    return fitting[0].encoders if len(fitting) == 1 else {}
+def _encoders_of(chosen: Chosen | None, read: Sequence[_Read], told: frozenset[str]) -> Mapping[str, str]:
+    """What the layers, or what is told, say of the text encoders' numbers.
+
+    Raises:
+        ValueError: families whose layers these may be number them differently, and nothing tells which it is.
+    """
+    fitting = [family for family in FAMILIES if family.name in (told if chosen is None else chosen.families)]
+    roles = {_role(found) for found in read} & {"te3", "t5"}  # the others' numbers are never other ones
+    if not fitting and roles:
+        fitting = [each for each in FAMILIES if has_paths(each.signature, _by_component(read, each.signature.encoders))]
+    numbered = {tuple({**_ENCODERS, **family.signature.encoders}[role] for role in sorted(roles)) for family in fitting}
+    if len(numbered) > 1:
+        names = " or ".join(family.name for family in fitting)
+        raise ValueError(
+            f"its text encoder may be that of {names}, which number it differently: say which (family=, --family), or "
+            "load it into its base"
+        )
+    return fitting[0].signature.encoders if fitting else {}
 
 
 def _by_component(read: Sequence[_Read], encoders: Mapping[str, str]) -> dict[str, list[str]]:

@@ -2,12 +2,15 @@
 
 Some names are several models': evidence is weighed. First how many layers a layout knows by name, then how many have
 shapes that fit it, then what the metadata or people say, whether a published model has these very sizes and blocks, and
-what the text encoders beside it are called. What is left open is left open: where the layouts that remain take the
-layers for the same ones, only the families stay several; where they do not, it is an error that asks.
+what the text encoders beside it are called. Names that are one model's makers' and another's own are the makers' where
+that is told, where only the one has these sizes, or where the prefix is that of makers' names. What is left open is
+left open: where the layouts that remain take the layers for the same ones, only the families stay several; where they do
+not, it is an error that asks.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from dora_diffusion.families import FAMILIES, family_named
 from dora_diffusion.families.record import Family
@@ -17,6 +20,7 @@ from dora_diffusion.formats.layouts import LAYOUTS, OTHER_NAMES, Fusion, Layout
 from dora_diffusion.formats.weight_shapes import Shape
 
 _MOST_LOOKED_AT = 3000
+Words = Literal["makers", "diffusers", "any"]
 Layers = Mapping[str, Shape | None]
 """Layer as the file calls it, without its prefix -> rows and columns of its weight, where these are told."""
 
@@ -34,7 +38,9 @@ class Chosen:
     families: tuple[str, ...]
 
 
-def layout_of(layers: Layers, told: frozenset[str], fits_encoders: Callable[[Signature], bool]) -> Chosen | None:
+def layout_of(
+    layers: Layers, told: frozenset[str], fits_encoders: Callable[[Signature], bool], words: Words
+) -> Chosen | None:
     """The layout that knows most of a denoiser's layers; None where they are called as in diffusers.
 
     Some names, such as `x_embedder`, are layers of several models: the layout has to know more than half of them, and
@@ -44,6 +50,7 @@ def layout_of(layers: Layers, told: frozenset[str], fits_encoders: Callable[[Sig
         layers: of the denoiser.
         told: names of families that the metadata, or people, allow; empty for any.
         fits_encoders: whether a family has the text encoders that are in the file.
+        words: whose words the prefixes of the layers let expect.
 
     Raises:
         ValueError: the names are several families', which take the layers for different ones, and nothing tells which.
@@ -59,10 +66,38 @@ def layout_of(layers: Layers, told: frozenset[str], fits_encoders: Callable[[Sig
         counts = [len(found | others) if found else 0 for found, others in pairs]
         rival = max(rival, *(_count_in_diffusers(looked_at, family) for family in FAMILIES))
     most = max(counts)
-    if 2 * most <= len(looked_at) or most <= rival:
+    if 2 * most <= len(looked_at) or most < rival:
         return None
     best = [layout for layout, count in zip(layouts, counts, strict=True) if count == most]
+    if most == rival and not _outweigh(best, looked_at, told, words):
+        return None
     return _one_of(best, looked_at, told, fits_encoders)
+
+
+def _outweigh(layouts: Sequence[Layout], layers: Layers, told: frozenset[str], words: Words) -> bool:
+    """Whether names that are some models' makers' and others' own in diffusers are the makers', by what else is told.
+
+    Raises:
+        ValueError: nothing tells.
+    """
+    own = {family.name: family for family in FAMILIES if _count_in_diffusers(layers, family) == len(layers)}
+    makers = {family.name: layout for layout in layouts for family in _families(layout) if family.name not in own}
+    inputs = {layer: None if shape is None else shape[1] for layer, shape in layers.items()}
+    sized = {name for name, layout in makers.items() if _has_size(_named(name), layout, layers)}
+    sized_own = {name for name, each in own.items() if is_published(each.signature.parts[each.denoiser.name], inputs)}
+    for theirs, ours in ((told & makers.keys(), told & own.keys()), (sized, sized_own)):
+        if bool(theirs) != bool(ours):
+            return bool(theirs)
+    if words == "any" and makers and own:
+        raise ValueError(_question(layers, [*makers, *own]))
+    return words == "makers"
+
+
+def _question(layers: Layers, families: Iterable[str]) -> str:
+    return (
+        f"its {len(layers)} layers may be those of {' or '.join(families)}: say which (family=, --family), or load it "
+        "into its base"
+    )
 
 
 def fusion_of(layout: Layout, layer: str) -> Fusion | None:
@@ -96,10 +131,7 @@ def _one_of(
     families = _left(families, lambda name: _has_size(_named(name), families[name], layers))
     families = _left(families, lambda name: fits_encoders(_named(name).signature))
     if len({_paths_of(layout, layers) for layout in families.values()}) > 1:
-        raise ValueError(
-            f"its {len(layers)} layers may be those of {' or '.join(families)}: say which (family=, --family), or load "
-            "it into its base"
-        )
+        raise ValueError(_question(layers, families))
     return Chosen(next(iter(families.values())), tuple(families))
 
 
