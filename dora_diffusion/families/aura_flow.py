@@ -94,7 +94,13 @@ SIGNATURE = Signature(
                 f"norm_out.{ADAPTIVE_NAMES}",
                 "(pos_embed.proj|time_step_embed|context_embedder|proj_out)",
             ),
-            sizes=(transformer_size(3072, {"joint_transformer_blocks": 4, "single_transformer_blocks": 32}),),
+            sizes=(
+                transformer_size(
+                    3072,
+                    {"joint_transformer_blocks": 4, "single_transformer_blocks": 32},
+                    {"context_embedder": 2048},
+                ),
+            ),
         ),
         "text_encoder": t5_signature(2048),
     },

@@ -119,6 +119,7 @@ def grid(arguments: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[int, in
 
 
 _BLOCK, _SINGLE = "transformer_blocks.#", "single_transformer_blocks.#"
+_EMBEDDED = {"x_embedder": 64, "context_embedder": 4096, "time_text_embed.text_embedder.linear_1": 768}
 
 SIGNATURE = Signature(
     parts={
@@ -133,7 +134,7 @@ SIGNATURE = Signature(
                 f"norm_out.{ADAPTIVE_NAMES}",
                 "(time_text_embed.time_proj|pos_embed|x_embedder|context_embedder|proj_out)",
             ),
-            sizes=(transformer_size(3072, {"transformer_blocks": 19, "single_transformer_blocks": 38}),),
+            sizes=(transformer_size(3072, {"transformer_blocks": 19, "single_transformer_blocks": 38}, _EMBEDDED),),
         ),
         "text_encoder": clip_l(),
         "text_encoder_2": t5_signature(4096),

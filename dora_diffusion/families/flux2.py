@@ -137,8 +137,9 @@ def _transformer(embedders: str, *sizes: PublishedSize) -> PartSignature:
     return PartSignature(paths, sizes)
 
 
-def _size(width: int, blocks: int, single: int) -> PublishedSize:
-    return transformer_size(width, {"transformer_blocks": blocks, "single_transformer_blocks": single})
+def _size(width: int, blocks: int, single: int, text: int) -> PublishedSize:
+    stacks = {"transformer_blocks": blocks, "single_transformer_blocks": single}
+    return transformer_size(width, stacks, {"x_embedder": 128, "context_embedder": text})
 
 
 FLUX_2 = Family(
@@ -152,7 +153,7 @@ FLUX_2 = Family(
     blank=blank,
     signature=Signature(
         parts={
-            "transformer": _transformer("(timestep_embedder|guidance_embedder)", _size(6144, 8, 48)),
+            "transformer": _transformer("(timestep_embedder|guidance_embedder)", _size(6144, 8, 48, 15360)),
             "text_encoder": decoder_signature(40, 5120, prefix="model.language_model.", sight=_SIGHT),
         },
         called="flux-?2(-dev|(?!-klein|-dev)(-|$))",
@@ -173,7 +174,7 @@ FLUX_2_KLEIN = replace(
     text_encoders=(QWEN,),
     signature=Signature(
         parts={
-            "transformer": _transformer("timestep_embedder", _size(3072, 5, 20), _size(4096, 8, 24)),
+            "transformer": _transformer("timestep_embedder", _size(3072, 5, 20, 7680), _size(4096, 8, 24, 12288)),
             "text_encoder": decoder_signature(36, 2560, 4096, prefix="model."),
         },
         called="flux-?2(-klein|(?!-klein|-dev)(-|$))",

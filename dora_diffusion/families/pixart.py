@@ -104,7 +104,9 @@ _SIZED = (
 
 
 def _signature(paths: tuple[str, ...], called: str) -> Signature:
-    transformer = PartSignature(paths, (transformer_size(1152, {"transformer_blocks": 28}),))
+    transformer = PartSignature(
+        paths, (transformer_size(1152, {"transformer_blocks": 28}, {"caption_projection.linear_1": 4096}),)
+    )
     return Signature({"transformer": transformer, "text_encoder": t5_signature(4096)}, called)
 
 

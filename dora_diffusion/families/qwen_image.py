@@ -112,7 +112,7 @@ SIGNATURE = Signature(
                 f"norm_out.{ADAPTIVE_NAMES}",
                 "(time_text_embed.time_proj|pos_embed|img_in|txt_in|txt_norm|proj_out)",
             ),
-            sizes=(transformer_size(3072, {"transformer_blocks": 60}),),
+            sizes=(transformer_size(3072, {"transformer_blocks": 60}, {"img_in": 64, "txt_in": 3584}),),
         ),
         "text_encoder": decoder_signature(28, 3584, prefix="model.language_model.", sight=_SIGHT),
     },

@@ -88,8 +88,8 @@ SIGNATURE = Signature(
                 "(patch_embed.proj|caption_norm|norm_out.norm|proj_out)",
             ),
             sizes=(
-                transformer_size(1152, {"transformer_blocks": 28}),
-                transformer_size(2240, {"transformer_blocks": 60}),
+                transformer_size(1152, {"transformer_blocks": 28}, {"caption_projection.linear_1": 2304}),
+                transformer_size(2240, {"transformer_blocks": 60}, {"caption_projection.linear_1": 2304}),
             ),
         ),
         "text_encoder": gemma_signature(),

@@ -123,6 +123,7 @@ def arguments(pipe: Any, drawing: Drawing) -> dict[str, Any]:
 
 
 _BLOCK = "transformer_blocks.#"
+_EMBEDDED = {"context_embedder": 4096, "time_text_embed.text_embedder.linear_1": 2048}
 
 SIGNATURE = Signature(
     parts={
@@ -136,8 +137,8 @@ SIGNATURE = Signature(
                 "(time_text_embed.time_proj|pos_embed.proj|x_embedder|context_embedder|proj_out)",
             ),
             sizes=(
-                transformer_size(1536, {"transformer_blocks": 24}),
-                transformer_size(2432, {"transformer_blocks": 38}),
+                transformer_size(1536, {"transformer_blocks": 24}, _EMBEDDED),
+                transformer_size(2432, {"transformer_blocks": 38}, _EMBEDDED),
                 transformer_size(192, {"transformer_blocks": 6}),  # the pocket DiT
             ),
         ),

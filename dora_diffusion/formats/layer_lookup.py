@@ -33,7 +33,7 @@ _ENCODERS = {
 # First words of layers in transformers' models.
 _ENCODER_ROOTS = ("text_model", "encoder", "embeddings", "shared", "model", "language_model", "text_projection")
 _MAKERS = {"diffusion_model.", "model.diffusion_model."}
-_EITHERS = {"lora_unet_"}
+_DIFFUSERS = {"lycoris_", "lora_transformer_"}
 # A prefix that a script put before names that had one.
 _FLAT_AGAIN = re.compile(r"(?:(?:lora_)?(?:unet|transformer|te[123]?|text_encoder(?:_[23])?)_){1,3}")
 _AGAIN = re.compile(r"(?:(?:unet|transformer|(?:model\.)?diffusion_model)\.){1,3}")
@@ -110,11 +110,11 @@ def _fits_encoders(read: Sequence[_Read], family: Signature) -> bool:
 
 
 def _words(read: Iterable[_Read]) -> Words:
-    """Whose names the prefixes of a denoiser let expect: ComfyUI's stand before makers', diffusers' before its own."""
+    """Whose names the prefixes of a denoiser let expect; `transformer.` stands before OMI's as before diffusers'."""
     prefixes = {found.prefix for found in read if _role(found) == "denoiser"}
     if prefixes & _MAKERS:
         return "makers"
-    return "any" if prefixes & _EITHERS else "diffusers"
+    return "diffusers" if prefixes & _DIFFUSERS else "any"
 
 
 def clean(name: str) -> str:
@@ -188,7 +188,8 @@ def _encoders_of(chosen: Chosen | None, read: Sequence[_Read], told: frozenset[s
         ValueError: families whose layers these may be number them differently, and nothing tells which it is.
     """
     fitting = [family for family in FAMILIES if family.name in (told if chosen is None else chosen.families)]
-    roles = {_role(found) for found in read} & {"te3", "t5"}  # the others' numbers are never other ones
+    # the others' numbers are never other ones
+    roles = {_role(found) for found in read if not _is_spelt_out(found)} & {"te3", "t5"}
     if not fitting and roles:
         fitting = [each for each in FAMILIES if has_paths(each.signature, _by_component(read, each.signature.encoders))]
     numbered = {tuple({**_ENCODERS, **family.signature.encoders}[role] for role in sorted(roles)) for family in fitting}
@@ -211,13 +212,19 @@ def _by_component(read: Sequence[_Read], encoders: Mapping[str, str]) -> dict[st
     return found
 
 
+def _is_spelt_out(read: _Read) -> bool:
+    """Whether the prefix is a pipeline's own name of a text encoder: `text_encoder_3.`"""
+    return not read.is_flat and read.prefix.removesuffix(".") in _ENCODERS.values()
+
+
 def _place(read: _Read, chosen: Chosen | None, encoders: Mapping[str, str]) -> Place | None:
     role = _role(read)
     if role != "denoiser":
         if not read.prefix and not _is_layer(read.layer):
             return None
         path = read.layer.removeprefix("text_model.")
-        return Place(encoders[role], Fusion(path, (path,)), read.prefix, read.is_flat, False, debris=read.debris)
+        component = read.prefix.removesuffix(".") if _is_spelt_out(read) else encoders[role]
+        return Place(component, Fusion(path, (path,)), read.prefix, read.is_flat, False, debris=read.debris)
     fusion = None if chosen is None else fusion_of(chosen.layout, read.layer)
     if chosen is not None and fusion is not None:
         renamed, piece = fusion.paths != (read.layer,), chosen.layout.of_original(read.layer) is None

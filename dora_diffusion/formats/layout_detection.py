@@ -4,8 +4,8 @@ Some names are several models': evidence is weighed. First how many layers a lay
 shapes that fit it, then what the metadata or people say, whether a published model has these very sizes and blocks, and
 what the text encoders beside it are called. Names that are one model's makers' and another's own are the makers' where
 that is told, where only the one has these sizes, or where the prefix is that of makers' names. What is left open is
-left open: where the layouts that remain take the layers for the same ones, only the families stay several; where they do
-not, it is an error that asks.
+left open: where the layouts that remain take the layers for the same ones, only the families stay several; where they
+do not, it is an error that asks.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ from typing import Literal
 
 from dora_diffusion.families import FAMILIES, family_named
 from dora_diffusion.families.record import Family
-from dora_diffusion.families.signature import Signature
+from dora_diffusion.families.signature import PartSignature, Signature
 from dora_diffusion.formats.family_detection import has_path, is_published
 from dora_diffusion.formats.layouts import LAYOUTS, OTHER_NAMES, Fusion, Layout
 from dora_diffusion.formats.weight_shapes import Shape
@@ -60,7 +60,8 @@ def layout_of(
     layouts = [layout for layout in (*LAYOUTS, *OTHER_NAMES) if layout.component in ("unet", "transformer")]
     original = [{name for name in looked_at if fusion_of(layout, name) is not None} for layout in layouts]
     in_diffusers = [{name for name in looked_at if layout.of_path(name) is not None} for layout in layouts]
-    counts, rival = [len(found) for found in original], max(map(len, in_diffusers))
+    own = [family for family in FAMILIES if looked_at and all(has_path(_denoiser(family), name) for name in looked_at)]
+    counts, rival = [len(found) for found in original], len(looked_at) if own else max(map(len, in_diffusers))
     if 0 < max(counts) <= rival:  # perhaps both sorts of names
         pairs = zip(original, in_diffusers, strict=True)
         counts = [len(found | others) if found else 0 for found, others in pairs]
@@ -69,27 +70,30 @@ def layout_of(
     if 2 * most <= len(looked_at) or most < rival:
         return None
     best = [layout for layout, count in zip(layouts, counts, strict=True) if count == most]
-    if most == rival and not _outweigh(best, looked_at, told, words):
+    if most == rival and not _outweigh(best, own, looked_at, (told, words)):
         return None
     return _one_of(best, looked_at, told, fits_encoders)
 
 
-def _outweigh(layouts: Sequence[Layout], layers: Layers, told: frozenset[str], words: Words) -> bool:
+def _outweigh(
+    layouts: Sequence[Layout], own: Sequence[Family], layers: Layers, evidence: tuple[frozenset[str], Words]
+) -> bool:
     """Whether names that are some models' makers' and others' own in diffusers are the makers', by what else is told.
 
     Raises:
         ValueError: nothing tells.
     """
-    own = {family.name: family for family in FAMILIES if _count_in_diffusers(layers, family) == len(layers)}
-    makers = {family.name: layout for layout in layouts for family in _families(layout) if family.name not in own}
+    told, words = evidence
+    ours = {family.name: family for family in own}
+    makers = {family.name: layout for layout in layouts for family in _families(layout) if family.name not in ours}
     inputs = {layer: None if shape is None else shape[1] for layer, shape in layers.items()}
     sized = {name for name, layout in makers.items() if _has_size(_named(name), layout, layers)}
-    sized_own = {name for name, each in own.items() if is_published(each.signature.parts[each.denoiser.name], inputs)}
-    for theirs, ours in ((told & makers.keys(), told & own.keys()), (sized, sized_own)):
-        if bool(theirs) != bool(ours):
+    sized_own = {name for name, family in ours.items() if is_published(_denoiser(family), inputs)}
+    for theirs, others in ((told & makers.keys(), told & ours.keys()), (sized, sized_own)):
+        if bool(theirs) != bool(others):
             return bool(theirs)
-    if words == "any" and makers and own:
-        raise ValueError(_question(layers, [*makers, *own]))
+    if words == "any" and makers and ours:
+        raise ValueError(_question(layers, [*makers, *ours]))
     return words == "makers"
 
 
@@ -116,8 +120,11 @@ def _piece(layout: Layout, layer: str) -> Fusion | None:
 
 def _count_in_diffusers(layers: Collection[str], family: Family) -> int:
     """How many layers have diffusers' names of a family's denoiser."""
-    part = family.signature.parts[family.denoiser.name]
-    return sum(has_path(part, layer) for layer in layers)
+    return sum(has_path(_denoiser(family), layer) for layer in layers)
+
+
+def _denoiser(family: Family) -> PartSignature:
+    return family.signature.parts[family.denoiser.name]
 
 
 def _one_of(
