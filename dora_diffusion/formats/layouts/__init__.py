@@ -4,7 +4,9 @@ from dora_diffusion.formats.layouts.aura_flow import AURA_FLOW
 from dora_diffusion.formats.layouts.clip import CLIP, CLIP_2, OPEN_CLIP_G, OPEN_CLIP_H
 from dora_diffusion.formats.layouts.flux import FLUX
 from dora_diffusion.formats.layouts.flux2 import FLUX_2
+from dora_diffusion.formats.layouts.hunyuan_dit import HUNYUAN_DIT
 from dora_diffusion.formats.layouts.lumina2 import LUMINA_2
+from dora_diffusion.formats.layouts.pixart import PIXART
 from dora_diffusion.formats.layouts.record import Fusion, Layout
 from dora_diffusion.formats.layouts.sana import SANA
 from dora_diffusion.formats.layouts.sd3 import SD3
@@ -27,4 +29,6 @@ LAYOUTS: tuple[Layout, ...] = (
     LUMINA_2,
     Z_IMAGE,
     SANA,
+    PIXART,
+    HUNYUAN_DIT,
 )
