@@ -226,10 +226,31 @@ def sha256_of(path: Path, *, known: Mapping[Path, str] | None = None) -> str:
 
 
 def save_tensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file atomically."""
+    """Write a safetensors file atomically; what is in it, in any order, says every byte of it."""
+    with atomic_file(path) as file:
+        for piece in serialised(tensors, metadata):
+            file.write(piece)
+
+
+def serialised(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> tuple[bytes, memoryview]:
+    """A safetensors file: its length and header, and the bytes of its tensors.
+
+    safetensors sorts tensors itself, by dtype and name, and leaves metadata in an order that changes from process to
+    process: here they are sorted.
+    """
     from safetensors.torch import save
 
-    write_atomically(path, save(unshared(tensors), metadata=dict(metadata or {})))
+    whole = memoryview(save(unshared(tensors), metadata=dict(metadata or {})))
+    start = 8 + int.from_bytes(whole[:8], "little")
+    return header_bytes(json.loads(bytes(whole[8:start]))), whole[start:]
+
+
+def header_bytes(header: Mapping[str, Any]) -> bytes:
+    """Length and JSON, padded with blanks so that tensors begin at a multiple of eight; metadata first and sorted."""
+    metadata = {"__metadata__": dict(sorted(header["__metadata__"].items()))} if "__metadata__" in header else {}
+    raw = json.dumps({**metadata, **header, **metadata}, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
 
 
 def unshared(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
