@@ -260,7 +260,8 @@ def serialised(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | No
     """
     from safetensors.torch import save
 
-    whole = memoryview(save(unshared(tensors), metadata=dict(metadata or {})))
+    # of no tensors with an empty mapping, safetensors 0.8 makes a header that it cannot read again
+    whole = memoryview(save(unshared(tensors), metadata=dict(metadata) if metadata else None))
     start = 8 + int.from_bytes(whole[:8], "little")
     return header_bytes(json.loads(bytes(whole[8:start]))), whole[start:]
 

@@ -98,6 +98,13 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file.bin"]
 
 
+@pytest.mark.parametrize("metadata", [None, {}, {"about": "nothing"}])
+def test_a_file_of_no_tensors_can_be_read(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    """As an optimiser's before its first step is."""
+    storage.save_tensors({}, tmp_path / "none.safetensors", metadata)
+    assert storage.load_tensors(tmp_path / "none.safetensors") == {}
+
+
 KILLED = """
 import os, pathlib, signal, sys
 from dora_diffusion.utils.atomic import atomic_file
