@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from dora_diffusion import AdapterManager, GenerationSettings, generate, load_pipeline
+from dora_diffusion.utils.atomic import atomic_path
 from dora_diffusion.utils.image_grid import grid
 
 
@@ -31,7 +32,8 @@ def main() -> int:
         manager.set_adapters(dict.fromkeys(mix, 1.0))
         rows.append([generate(pipe, GenerationSettings(prompt)) for prompt in arguments.prompts])
         print(f"row {len(rows)}: {' + '.join(mix) or 'the base'}")
-    grid(rows).save(arguments.output)
+    with atomic_path(arguments.output) as new:
+        grid(rows).save(new)
     return 0
 
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from dora_diffusion import AdapterManager, GenerationSettings, TrainConfig, generate, load_pipeline, train
+from dora_diffusion.utils.atomic import atomic_path
 from dora_diffusion.utils.image_grid import grid
 
 HERE = Path(__file__).parent
@@ -61,8 +62,8 @@ def before_and_after(model: str, adapter: Path, path: Path) -> Path:
     for strength in (0.0, 1.0):
         manager.set_adapters({"robot": strength})
         rows.append([generate(pipe, GenerationSettings(prompt)) for prompt in PROMPTS.values()])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid(rows, labels=list(PROMPTS)).save(path)
+    with atomic_path(path) as new:
+        grid(rows, labels=list(PROMPTS)).save(new)
     return path
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from dora_diffusion.pretrain.icons import load_icons
 from dora_diffusion.pretrain.scenes import Scene, caption, compose
+from dora_diffusion.utils.atomic import atomic_file, write_atomically
 
 HERE = Path(__file__).parent
 TRIGGER = "zqx robot"
@@ -40,10 +41,10 @@ STYLE_TRUTH = ("owl", "crab", "rabbit", "cherries", "bicycle", "rocket", "umbrel
 
 def save(folder: Path, pictures: list[tuple[Image.Image, str]]) -> None:
     """Write NN.png with its caption in NN.txt."""
-    folder.mkdir(parents=True, exist_ok=True)
     for index, (picture, text) in enumerate(pictures, start=1):
-        picture.save(folder / f"{index:02d}.png", optimize=True)
-        (folder / f"{index:02d}.txt").write_text(text + "\n")
+        with atomic_file(folder / f"{index:02d}.png") as file:
+            picture.save(file, format="PNG", optimize=True)
+        write_atomically(folder / f"{index:02d}.txt", f"{text}\n".encode())
 
 
 def make_subject(icons: Path) -> None:

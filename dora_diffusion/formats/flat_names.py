@@ -23,12 +23,6 @@ OTHERS = (
     "class_embedding.(linear_#|act|act_#)",
     # language models', as they were called before transformers 4.52
     *decoder_paths("(model.|language_model.)"),
-    # original names of models without a layout here: PixArt and Hunyuan-DiT
-    "blocks.#.(attn.(qkv|proj|q_norm|k_norm)|cross_attn.(q_linear|kv_linear|proj|q_norm|k_norm))",
-    "blocks.#.mlp.(fc1|fc2)",
-    "(csize_embedder|ar_embedder|cfg_embedder).mlp.#",
-    "blocks.#.(attn1|attn2).(Wqkv|q_proj|kv_proj|out_proj|q_norm|k_norm)",
-    "(blocks.#.default_modulation.#|mlp_t5.#|extra_embedder.#|style_embedder|pooler.(q_proj|k_proj|v_proj|c_proj))",
 )
 
 

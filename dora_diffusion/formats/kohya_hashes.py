@@ -7,10 +7,9 @@ old model hash), and the modelspec of Stability AI (`modelspec.hash_sha256`: the
 import hashlib
 from collections.abc import Mapping
 
-from safetensors.torch import save
 from torch import Tensor
 
-from dora_diffusion.utils.atomic import unshared
+from dora_diffusion.utils.atomic import serialised
 
 _KOHYA = ("sshs_model_hash", "sshs_legacy_hash")
 _MODELSPEC = "modelspec.hash_sha256"
@@ -22,9 +21,14 @@ def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> d
     if not any(key in metadata for key in (*_KOHYA, _MODELSPEC)):
         return dict(metadata)
     training = {key: text for key, text in metadata.items() if key.startswith("ss_")}
-    data = save(unshared(tensors), metadata=training)
-    start = 8 + int.from_bytes(data[:8], "little")
-    whole = hashlib.sha256(data[start:]).hexdigest()
-    legacy = hashlib.sha256(data[_LEGACY_START : _LEGACY_START + _LEGACY_LENGTH]).hexdigest()[:8]
+    header, body = serialised(tensors, training)
+    whole = hashlib.sha256(body).hexdigest()
+    legacy = hashlib.sha256(_slice(header, body, _LEGACY_START, _LEGACY_START + _LEGACY_LENGTH)).hexdigest()[:8]
     taken = {"sshs_model_hash": whole, "sshs_legacy_hash": legacy, _MODELSPEC: f"0x{whole}"}
     return {**metadata, **{key: value for key, value in taken.items() if key in metadata}}
+
+
+def _slice(header: bytes, body: memoryview, start: int, end: int) -> bytes:
+    """Bytes of a file whose header and body lie apart."""
+    behind = len(header)
+    return header[start:end] + bytes(body[max(0, start - behind) : max(0, end - behind)])

@@ -1,6 +1,7 @@
 """PEFT's config in the metadata of diffusers' files: alpha of each layer, read and written."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -106,8 +107,8 @@ def peft_config(component: str, modules: Mapping[str, Module]) -> dict[str, Any]
             f"({len(plain)} of {len(modules)} layers of the {component}); make all DoRA first (to_dora), or use "
             "another format (kohya, lycoris)"
         )
-    ranks = [module.rank for module in modules.values()]
-    common = max(set(ranks), key=ranks.count)
+    counts = Counter(module.rank for module in modules.values())
+    common = max(sorted(counts), key=counts.__getitem__)  # the lowest of several that are as common, in any order
     has_word = any("." not in path for path in modules)
     other = {_anchored(path): module.rank for path, module in modules.items() if module.rank != common}
     targets = sorted(modules)

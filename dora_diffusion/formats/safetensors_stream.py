@@ -4,7 +4,6 @@ Bytes are read, not mapped: a mapped file that shrinks while it is read kills th
 two reads is an error.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.formats.safetensors_reader import DTYPES, ITEM_BITS, read_header
-from dora_diffusion.utils.atomic import atomic_file
+from dora_diffusion.utils.atomic import atomic_file, header_bytes
 from dora_diffusion.utils.text import shown
 
 BLOCK_BYTES = 1 << 24
@@ -158,16 +157,13 @@ def write_tensor_file(
 
 
 def _header(slots: Mapping[str, Slot], metadata: Mapping[str, str]) -> bytes:
-    """Length and JSON, padded with blanks so that the tensors begin at a multiple of eight."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for key, slot in slots.items():
         end = position + slot.bytes
         header[key] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [position, end]}
         position = end
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
-    return len(raw).to_bytes(8, "little") + raw
+    return header_bytes(header)
 
 
 def _write(file: BinaryIO, label: str, slot: Slot, data: Tensor | Iterable[bytes]) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # hashing pictures needs no torch, which takes longer to impo
     from torch.optim import Optimizer
 
 MANIFEST = "manifest.json"
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9]+-[0-9]+\.tmp", re.DOTALL)
 _STAGING = re.compile(r"\.(.+)\.[0-9a-f]{8}\.staging", re.DOTALL)
 
 
@@ -39,19 +40,38 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of `path`, synced to disk, when the block ends without an error."""
+    """A file to write to that takes the place of `path`, synced to disk, when the block ends without an error.
+
+    A writer that is killed leaves a hidden `.NAME.PROCESS-THREAD.tmp`, which the next one in that folder removes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")  # of this writer alone
     try:
-        with _errors_of(path, temporary, within=temporary):
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        with _errors_of(path, temporary, within=temporary), _opened(temporary) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)  # while it is still held
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def _opened(temporary: Path) -> BinaryIO:
+    """A new file, held until it is closed, so that nobody takes it for abandoned; those that are go first."""
+    import fcntl
+
+    with _held(temporary.parent):
+        with os.scandir(temporary.parent) as entries:
+            left = [temporary.parent / entry.name for entry in entries if _TEMPORARY.fullmatch(entry.name)]
+        for other in left:
+            with contextlib.suppress(OSError):
+                if _is_abandoned(other):
+                    other.unlink()
+        file = open(temporary, "wb")  # noqa: SIM115  # whoever asked for it closes it
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
 
 
 @contextlib.contextmanager
@@ -166,10 +186,10 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _is_abandoned(staging: Path) -> bool:
-    """Whether nobody builds there any more; False where that cannot be told."""
+    """Whether nobody builds there, or writes it, any more; False where that cannot be told."""
     import fcntl
 
-    descriptor = os.open(staging, os.O_RDONLY)
+    descriptor = os.open(staging, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -226,10 +246,32 @@ def sha256_of(path: Path, *, known: Mapping[Path, str] | None = None) -> str:
 
 
 def save_tensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file atomically."""
+    """Write a safetensors file atomically; what is in it, in any order, says every byte of it."""
+    with atomic_file(path) as file:
+        for piece in serialised(tensors, metadata):
+            file.write(piece)
+
+
+def serialised(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> tuple[bytes, memoryview]:
+    """A safetensors file: its length and header, and the bytes of its tensors.
+
+    safetensors sorts tensors itself, by dtype and name, and leaves metadata in an order that changes from process to
+    process: here they are sorted.
+    """
     from safetensors.torch import save
 
-    write_atomically(path, save(unshared(tensors), metadata=dict(metadata or {})))
+    # of no tensors with an empty mapping, safetensors 0.8 makes a header that it cannot read again
+    whole = memoryview(save(unshared(tensors), metadata=dict(metadata) if metadata else None))
+    start = 8 + int.from_bytes(whole[:8], "little")
+    return header_bytes(json.loads(bytes(whole[8:start]))), whole[start:]
+
+
+def header_bytes(header: Mapping[str, Any]) -> bytes:
+    """Length and JSON, padded with blanks so that tensors begin at a multiple of eight; metadata first and sorted."""
+    metadata = {"__metadata__": dict(sorted(header["__metadata__"].items()))} if "__metadata__" in header else {}
+    raw = json.dumps({**metadata, **header, **metadata}, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
 
 
 def unshared(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:

@@ -1,4 +1,4 @@
-"""The original names of diffusion transformers, judged by diffusers' own converters of single files.
+"""The original names of diffusion transformers, judged by diffusers' own converters: of single files, and scripts.
 
 A model of the published structure is built on the meta device; every row of a weight gets a number of its own, and the
 weights are written under the original names by the layout. The converter must find every tensor that it looks for,
@@ -19,6 +19,7 @@ from benchmarks.full_size.published import PUBLISHED
 from dora_diffusion.formats.fused_layers import split
 from dora_diffusion.formats.layouts import LAYOUTS, Fusion, Layout
 from dora_diffusion.state import ModuleState
+from tests import conversion_scripts as scripts
 from tests.tolerances import assert_identical
 
 Tensors = dict[str, Tensor]
@@ -56,6 +57,15 @@ SANA = Case(
     {**TABLES, "scale_shift_table": "final_layer.scale_shift_table"},
     unread=("pos_embed", "y_embedder.y_embedding"),
 )
+PIXART = Case("pixart", scripts.pixart, SANA.of_no_layer, unread=SANA.unread)
+HUNYUAN_DIT = Case(
+    "hunyuan-dit",
+    scripts.hunyuan_dit,
+    {
+        "time_extra_emb.pooler.positional_embedding": "pooler.positional_embedding",
+        "text_embedding_padding": "text_embedding_padding",
+    },
+)
 CASES = {
     "FLUX.1 dev": FLUX,
     "FLUX.1 schnell": FLUX,
@@ -79,6 +89,10 @@ CASES = {
     "FLUX.2 Klein 9B": FLUX_2,
     "Sana 0.6B": SANA,
     "Sana 1.6B": SANA,
+    "PixArt-alpha 1024": PIXART,
+    "PixArt-Sigma 1024": PIXART,
+    "Hunyuan-DiT 1.1": HUNYUAN_DIT,
+    "Hunyuan-DiT 1.2": HUNYUAN_DIT,
 }
 NAMES = pytest.mark.parametrize("name", CASES)
 
@@ -159,7 +173,13 @@ def test_every_layer_has_one_name_on_each_side(name) -> None:
     assert {original: layout.of_original(original) for original in originals} == originals
 
 
-@pytest.mark.parametrize("name", ["FLUX.1 dev", "SD 3.5 medium", "AuraFlow 0.3", "Lumina-Image 2.0", "Sana 0.6B"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("FLUX.1 dev", "SD 3.5 medium", "AuraFlow 0.3", "Lumina-Image 2.0", "Sana 0.6B"),
+        *("PixArt-alpha 1024", "Hunyuan-DiT 1.1"),
+    ],
+)
 def test_an_adapter_follows_the_weight_that_their_converter_moves(name) -> None:
     """Rows of B and m go where the same rows of the weight go."""
     model, layout, tensors = transformer(name), layout_of(name), tensors_of(transformer(name))

@@ -26,6 +26,8 @@ MODELS = (
     "AuraFlow 0.3",
     "Lumina-Image 2.0",
     "Z-Image",
+    "PixArt-alpha 1024",
+    "Hunyuan-DiT 1.1",
 )
 # Who has no name for what: the denoiser alone; texts that ComfyUI's names are not known of; plain LoRA.
 WITHOUT_TEXTS = ("original",)
@@ -44,6 +46,8 @@ SEEN = {
     ("onetrainer-legacy", "FLUX.1 schnell"): "lora_transformer_single_transformer_blocks_0_attn_to_q.lora_up.weight",
     ("old-diffusers", "SD 1.5"): "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.up.weight",
     ("ai-toolkit", "FLUX.1 schnell"): "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
+    ("comfyui", "PixArt-alpha 1024"): "diffusion_model.blocks.27.cross_attn.kv_linear.lora_B.weight",
+    ("comfyui", "Hunyuan-DiT 1.1"): "diffusion_model.blocks.39.attn1.Wqkv.lora_B.weight",
     ("diffusers", "SD 3 medium"): "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
 }
 

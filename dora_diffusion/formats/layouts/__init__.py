@@ -5,7 +5,9 @@ from dora_diffusion.formats.layouts.clip import CLIP, CLIP_2, OPEN_CLIP_G, OPEN_
 from dora_diffusion.formats.layouts.flux import FLUX
 from dora_diffusion.formats.layouts.flux2 import FLUX_2
 from dora_diffusion.formats.layouts.flux_xlabs import FLUX_XLABS
+from dora_diffusion.formats.layouts.hunyuan_dit import HUNYUAN_DIT
 from dora_diffusion.formats.layouts.lumina2 import LUMINA_2
+from dora_diffusion.formats.layouts.pixart import PIXART
 from dora_diffusion.formats.layouts.record import Fusion, Layout
 from dora_diffusion.formats.layouts.sana import SANA
 from dora_diffusion.formats.layouts.sd3 import SD3
@@ -28,6 +30,8 @@ LAYOUTS: tuple[Layout, ...] = (
     LUMINA_2,
     Z_IMAGE,
     SANA,
+    PIXART,
+    HUNYUAN_DIT,
 )
 
 OTHER_NAMES: tuple[Layout, ...] = (FLUX_XLABS,)

@@ -4,6 +4,9 @@ import json
 import os
 import resource
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,6 +96,60 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
         storage.write_atomically(target, NEW)
     assert target.read_bytes() == OLD
     assert os.listdir(tmp_path) == ["file.bin"]
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"about": "nothing"}])
+def test_a_file_of_no_tensors_can_be_read(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    """As an optimiser's before its first step is."""
+    storage.save_tensors({}, tmp_path / "none.safetensors", metadata)
+    assert storage.load_tensors(tmp_path / "none.safetensors") == {}
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from dora_diffusion.utils.atomic import atomic_file
+with atomic_file(pathlib.Path(sys.argv[1])) as file:
+    file.write(b"half of it")
+    file.flush()
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def another_writer(target: Path, how: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(target), how]
+    root = Path(__file__).parents[3]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root)
+
+
+def test_a_kill_leaves_the_old_file_and_the_next_write_in_the_folder_cleans_up(tmp_path: Path) -> None:
+    target = tmp_path / "file.bin"
+    target.write_bytes(OLD)
+    with another_writer(target, "killed") as process:
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert target.read_bytes() == OLD
+    assert len(os.listdir(tmp_path)) == 2
+    storage.write_atomically(tmp_path / "of another name.bin", NEW)
+    assert sorted(os.listdir(tmp_path)) == ["file.bin", "of another name.bin"]
+    assert target.read_bytes() == OLD
+
+
+def test_what_another_writes_at_this_moment_is_left_to_it(tmp_path: Path) -> None:
+    target = tmp_path / "file.bin"
+    with another_writer(target, "slow") as process:
+        assert process.stdout is not None and process.stdout.readline() == b"writing\n"
+        storage.write_atomically(tmp_path / "of another name.bin", NEW)
+        with storage.atomic_file(tmp_path / "outer.bin") as outer:  # our own, of this very thread, too
+            outer.write(OLD)
+            storage.write_atomically(tmp_path / "inner.bin", NEW)
+        process.communicate()
+    assert process.returncode == 0
+    assert target.read_bytes() == b"half of it"
+    assert (tmp_path / "outer.bin").read_bytes() == OLD
+    assert len(os.listdir(tmp_path)) == 4
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
