@@ -7,7 +7,7 @@ from typing import Any
 from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.formats.reading import read, take_apart
 from dora_diffusion.functional.blend_modes import ADDITIVE
-from dora_diffusion.functional.strengths import Weight, is_felt
+from dora_diffusion.functional.strengths import Weight, is_felt, strengths_by_name
 
 Names = str | Sequence[str]
 Strengths = tuple[dict[str, Weight], str]
@@ -103,13 +103,7 @@ class _Verbs:
         self, adapter_names: Names, adapter_weights: float | Sequence[Weight | None] | Mapping[str, float] | None = None
     ) -> None:
         """Let these adapters be active, at these strengths: one for all, or one each; None is 1."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        weights: list[Any] = [adapter_weights] * len(names)
-        if isinstance(adapter_weights, Sequence):
-            weights = list(adapter_weights)
-        if len(weights) != len(names):
-            raise ValueError(f"set_adapters: {len(names)} adapters and {len(weights)} weights; expected one each")
-        self._set({name: 1.0 if weight is None else weight for name, weight in zip(names, weights, strict=True)})
+        self._set(strengths_by_name(adapter_names, adapter_weights))
 
     def get_active_adapters(self) -> list[str]:
         """Those with a strength, also while they are disabled."""

@@ -30,7 +30,14 @@ from dora_diffusion.adapters.mode_weights import mode_changes
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.functional.masks import mask_of
 from dora_diffusion.functional.schedules import schedule_of
-from dora_diffusion.functional.strengths import Weight, check_strength, is_felt
+from dora_diffusion.functional.strengths import (
+    Weight,
+    Weights,
+    WeightsOfNames,
+    check_strength,
+    is_felt,
+    strengths_by_name,
+)
 from dora_diffusion.layers.base_layers import dense_weight
 from dora_diffusion.layers.fuse import FusedWeights, check_fusable, fuse_weights, fuse_weights_by
 from dora_diffusion.layers.targets import preset_paths, target_paths
@@ -74,6 +81,7 @@ class AdapterManager:
         manager = dd.AdapterManager(pipe)
         manager.load_adapter("ink.safetensors", name="ink")
         manager.load_adapter("lego.safetensors", name="lego")
+        manager.set_adapters(["ink", "lego"], [0.8, 0.4])  # as diffusers takes them; and by part:
         manager.set_adapters({"ink": 0.8, "lego": {"unet": 0.4, "text_encoder": 0.0}})
         manager.set_schedule("ink", [(0.0, 0.0), (0.3, 1.0)])  # it fades in
         picture = pipe("a castle on the beach", num_inference_steps=4).images[0]
@@ -190,24 +198,29 @@ class AdapterManager:
         return report
 
     @_alone
-    def set_adapters(self, weights: Mapping[str, Weight], blend: str = ADDITIVE) -> None:
+    def set_adapters(self, weights: Weights, adapter_weights: WeightsOfNames = None, blend: str = ADDITIVE) -> None:
         """Set the strengths: `{"ink": 0.8}` or by part, `{"ink": {"unet": 0.8, "unet.up_blocks": 1.2}}`.
 
         The longest prefix that fits a layer decides; a layer no prefix fits gets 0. Adapters not named get 0.
 
         Args:
-            weights: adapter -> strength. Their order counts in the modes "peft", "comfyui" and "a1111".
+            weights: adapter -> strength; or, as diffusers takes them, a name or names beside `adapter_weights`:
+                `set_adapters(["ink", "lego"], [0.8, 0.4])`. Order counts in the modes "peft", "comfyui" and "a1111".
+            adapter_weights: beside names: one strength for all, or one for each; None is 1.
             blend: a key of `blend_modes.MODES`. Any but "additive" is computed densely and fused into the weights: a
                 change of strengths takes as long as a `fuse`, and strengths cannot change as the picture is drawn.
                 Where a strength of 0 is not the base in the tool that a mode follows, it is not here either.
 
         Raises:
             ValueError: an unknown adapter or mode, a part that fits none of its layers, a strength that is no finite
-                number, or a mode that cannot mix these adapters here. Whatever is raised, nothing has changed then.
+                number, not as many strengths as names, or a mode that cannot mix these adapters here. Whatever is
+                raised, nothing has changed then.
         """
         self._refuse_while_fused("change strengths")
         self._follow()
-        check_type("set_adapters: strengths by adapter", weights, Mapping)
+        if isinstance(adapter_weights, str):  # set_adapters({"ink": 0.8}, "comfyui")
+            adapter_weights, blend = None, adapter_weights
+        weights = strengths_by_name(weights, adapter_weights)
         for name, weight in weights.items():
             check_strength(name, weight, self._loaded(name).paths)
         if blend == ADDITIVE:

@@ -165,6 +165,7 @@ def add_resize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, help="the highest rank left")
     parser.add_argument("--error", type=float, default=0.0, help="fewer ranks, up to this relative error in a layer")
     parser.add_argument("--base", help=f"seek what is nearest to the drawn weight: {LOCAL_BASES}")
+    _add_reading(parser)
     _add_to(parser)
     parser.set_defaults(handler=_resize)
 

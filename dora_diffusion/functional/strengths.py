@@ -2,9 +2,16 @@
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+
+from dora_diffusion.utils.text import shown_value
 
 Weight = float | Mapping[str, float]
+Weights = Mapping[str, Weight] | Sequence[str] | str
+"""Strengths by adapter, or the names of adapters whose strengths come beside."""
+
+WeightsOfNames = Weight | Sequence[Weight | None] | None
+"""What comes beside names: one strength for all, or one for each; None is 1."""
 
 
 def _under(path: str, part: str) -> bool:
@@ -27,6 +34,33 @@ def is_felt(weight: Weight) -> bool:
 def is_meant(path: str, weight: Weight) -> bool:
     """Whether a strength speaks of a layer at all, be it 0: a number always does, parts do where one of them fits."""
     return not isinstance(weight, Mapping) or any(_under(path, part) for part in weight)
+
+
+def strengths_by_name(adapters: Weights, weights: WeightsOfNames = None) -> dict[str, Weight]:
+    """Adapter -> strength, from a mapping alone, or from names and strengths as diffusers takes them.
+
+    Args:
+        adapters: strengths by adapter; or a name, or names.
+        weights: beside names: one strength for all, or one for each; None is 1.
+
+    Raises:
+        ValueError: strengths beside a mapping, as many strengths as there are no names, a name twice, or what is
+            neither.
+    """
+    if isinstance(adapters, Mapping):
+        if weights is not None:
+            raise ValueError('set_adapters: strengths twice; expected {"ink": 0.8}, or ["ink"] and [0.8]')
+        return dict(adapters)
+    if not isinstance(adapters, str | Sequence) or any(not isinstance(name, str) for name in adapters):
+        got = f"{shown_value(adapters)} ({type(adapters).__name__})"
+        raise ValueError(f'set_adapters: got {got}, expected {{"ink": 0.8}}, or ["ink"] and [0.8]')
+    names = [adapters] if isinstance(adapters, str) else list(adapters)
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"set_adapters: {twice[0]!r} is named twice; expected every adapter once")
+    given = list(weights) if isinstance(weights, Sequence) and not isinstance(weights, str) else [weights] * len(names)
+    if len(given) != len(names):
+        raise ValueError(f"set_adapters: {len(names)} adapters and {len(given)} weights; expected one each")
+    return {name: 1.0 if weight is None else weight for name, weight in zip(names, given, strict=True)}
 
 
 def check_strength(name: str, weight: Weight, paths: Iterable[str]) -> None:

@@ -14,7 +14,7 @@ from dora_diffusion.generation.img2img import DEFAULT_STRENGTH, Start, start_on
 from dora_diffusion.generation.img2img import Canvas as Canvas
 from dora_diffusion.generation.prompts import checked_prompts, prompt_arguments
 from dora_diffusion.generation.samplers import DEFAULT as DEFAULT_SAMPLER
-from dora_diffusion.generation.samplers import SAMPLERS, made_from, sampling
+from dora_diffusion.generation.samplers import SAMPLERS, check_steps, made_from, sampling
 from dora_diffusion.utils.checks import check_fields
 
 
@@ -111,7 +111,7 @@ def generate(
         preview_every: decode a preview every so many steps; 0 never.
 
     Raises:
-        ValueError: a size, sampler, weighted word or canvas that this model cannot draw: one line.
+        ValueError: a size, sampler, number of steps, weighted word or canvas that this model cannot draw: one line.
         GenerationStopped: within a step of `should_stop` answering yes.
 
     Examples:
@@ -127,7 +127,8 @@ def generate(
     family = family_of_pipeline(pipe)
     height, width = sides = _sides(pipe, family, settings)
     canvas = None if canvas is None else canvas.fitted(width, height)
-    with sampling(pipe, settings.sampler):
+    with sampling(pipe, settings.sampler) as scheduler:
+        check_steps(scheduler, settings.sampler, settings.steps)
         start = _start(pipe, family, settings, canvas, sides)
 
         def after_step(index: int, latents: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ A scheduler holds the state of a run, so every run gets one of its own, made fro
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
+from types import MethodType
 from typing import Any
 
 DEFAULT = "default"
@@ -96,7 +98,7 @@ def made_from(scheduler: Any, name: str) -> Any:
     if name not in SAMPLERS:
         raise ValueError(f"sampler {name!r} is unknown: expected one of {', '.join(SAMPLERS)}")
     if name == DEFAULT:
-        return type(scheduler).from_config(scheduler.config)
+        return _exact(type(scheduler).from_config(scheduler.config))
     recipe = _recipe(scheduler, SAMPLERS[name])
     if recipe is None:
         suited = [name for name, sampler in SAMPLERS.items() if name == DEFAULT or _recipe(scheduler, sampler)]
@@ -110,7 +112,84 @@ def made_from(scheduler: Any, name: str) -> Any:
     known = inspect.signature(wanted.__init__).parameters
     # of the config only what the new scheduler knows: the rest is another's and would be reported as a mistake
     config = {key: value for key, value in _both_shifts(scheduler.config).items() if key in known}
-    return wanted(**{**config, **recipe.changes})
+    return _exact(wanted(**{**config, **recipe.changes}))
+
+
+def check_steps(scheduler: Any, name: str, steps: int) -> None:
+    """Refuse more steps than a scheduler has timesteps for.
+
+    Args:
+        scheduler: made by the sampler `name`.
+        name: of `SAMPLERS`.
+        steps: of a whole run.
+
+    Raises:
+        ValueError: one line that says how many there may be.
+    """
+    most = _most_steps(scheduler.config)
+    if steps > most:
+        kind = type(scheduler).__name__
+        raise ValueError(
+            f"steps must lie in 1..{most} with sampler {name!r} ({kind}) of this model, got {steps}; lower them, or "
+            "take another sampler"
+        )
+
+
+def _most_steps(config: Mapping[str, Any]) -> int:
+    distilled, trained = config.get("original_inference_steps"), int(config.get("num_train_timesteps", 1000))
+    if distilled is not None:  # LCM and its kin walk over the timesteps that they were distilled at
+        return int(distilled)
+    # "leading" and "linspace" need one timestep more than they have steps, and "leading" moves them all by the offset
+    spare = {"leading": 1 + int(config.get("steps_offset", 0)), "linspace": 1}
+    return trained - spare.get(config.get("timestep_spacing", ""), 0)
+
+
+def _exact(scheduler: Any) -> Any:
+    """The scheduler, so that a run has the steps that were asked for, and begins at the first of them."""
+    kind = type(scheduler)
+    if hasattr(kind, "index_for_timestep"):
+        scheduler.index_for_timestep = MethodType(_index_for_timestep, scheduler)
+    if scheduler.config.get("timestep_spacing") == "trailing":
+        scheduler.set_timesteps = MethodType(_without_negative(kind.set_timesteps), scheduler)
+    return scheduler
+
+
+def _index_for_timestep(scheduler: Any, timestep: Any, schedule_timesteps: Any = None) -> int:
+    """Where a timestep is; the first of all is at 0 even where several are equal.
+
+    Karras' steps are closest where noise is most, and some schedulers round their timesteps: 999, 999, 998 ... Asked
+    where 999 is, diffusers' answer is the second, for the sake of runs that start midway; a run so lost its first step
+    and, at the end, asked for one that there is not. Runs that start midway name their place (`set_begin_index`).
+    """
+    timesteps = scheduler.timesteps if schedule_timesteps is None else schedule_timesteps
+    if timestep == timesteps[0]:
+        return 0
+    return int(type(scheduler).index_for_timestep(scheduler, timestep, schedule_timesteps))
+
+
+def _without_negative(set_timesteps: Callable[..., None]) -> Callable[..., None]:
+    """A class's `set_timesteps` without a last timestep of -1.
+
+    "trailing" counts 1000, 1000 - 1000 / 61 ... down in floating point, and at 61 steps (103, 121 ...) arrives just
+    above 0 once too often.
+    """
+
+    @wraps(set_timesteps)
+    def mended(scheduler: Any, *arguments: Any, **keywords: Any) -> None:
+        set_timesteps(scheduler, *arguments, **keywords)
+        more = int((scheduler.timesteps < 0).sum())  # two, where the model is called twice a step
+        if more == 0:
+            return
+        if scheduler.num_inference_steps == len(scheduler.timesteps):
+            scheduler.num_inference_steps -= more
+        scheduler.timesteps = scheduler.timesteps[:-more]
+        sigmas = getattr(scheduler, "sigmas", None)
+        if sigmas is not None:
+            import torch
+
+            scheduler.sigmas = torch.cat([sigmas[: -1 - more], sigmas[-1:]])
+
+    return mended
 
 
 def _recipe(scheduler: Any, sampler: Sampler) -> Recipe | None:

@@ -19,6 +19,7 @@ from PIL import Image
 from dora_diffusion.formats import save_adapter
 from dora_diffusion.formats.safetensors_stream import Slot, write_tensor_file
 from dora_diffusion.generation.generate import GenerationSettings
+from dora_diffusion.generation.inputs import keep_input
 from dora_diffusion.generation.png_metadata import save_picture
 from dora_diffusion.pipelines.textual_inversion import WordState, save_words
 from dora_diffusion.pretrain import checkpoints
@@ -27,7 +28,6 @@ from dora_diffusion.training.previews import save_previews, save_strip
 from dora_diffusion.utils.atomic import recover, save_tensors, write_atomically
 from tests.failing_disk import contents, fail_at_every_call
 from tests.formats.adapters import adapter_of, dora, place
-from ui.backend.inputs import keep_input
 from ui.library.shelf_index import Known, write_index
 from ui.train.data import save_caption
 

@@ -157,6 +157,26 @@ def test_bad_strengths_are_refused_and_change_nothing(pipe, weights, message: st
     assert_identical(predict(pipe), before)
 
 
+def test_names_and_strengths_beside_a_mapping(pipe) -> None:
+    adapters = [random_adapter(pipe, seed) for seed in range(2)]
+    manager = AdapterManager(pipe)
+    for adapter, name in zip(adapters, "ab", strict=True):
+        manager.load_adapter(adapter, name=name)
+    manager.set_adapters({"a": 0.5, "b": 1.0})
+    wanted = predict(pipe)
+    for weights in (0.0, [0.5, None]):
+        manager.set_adapters(["a", "b"], weights)
+    assert_identical(predict(pipe), wanted)
+    manager.set_adapters("b")
+    assert manager.weights == {"b": 1.0}
+    with pytest.raises(ValueError, match="^set_adapters: 2 adapters and 1 weights; expected one each$"):
+        manager.set_adapters(["a", "b"], adapter_weights=[0.5])
+    assert manager.weights == {"b": 1.0} and manager.blend == "additive"
+    manager.set_adapters({"b": 0.5}, "peft")  # a mode, as ever
+    assert (manager.weights, manager.blend) == ({"b": 0.5}, "peft")
+    manager.unload()
+
+
 def test_adapter_of_another_base_is_refused_in_one_line(pipe, tmp_path) -> None:
     before = modules_of(pipe)
     wrong_layer = AdapterState({"unet.nowhere.to_q": ModuleState(torch.ones(1, 4), torch.ones(4, 1), 1.0)})

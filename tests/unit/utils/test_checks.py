@@ -95,10 +95,8 @@ def test_arguments_name_themselves(tmp_path) -> None:
     adapter, manager = random_adapter(pipe), dd.AdapterManager(pipe)
     manager.load_adapter(adapter, name="ink")
     for call, line in (
-        (
-            lambda: manager.set_adapters(["ink"]),
-            "set_adapters: strengths by adapter: got ['ink'] (list), expected a map",
-        ),
+        (lambda: manager.set_adapters(5), 'set_adapters: got 5 (int), expected {"ink": 0.8}, or ["ink"] and [0.8]'),
+        (lambda: manager.set_adapters([5]), 'set_adapters: got [5] (list), expected {"ink": 0.8}, or ["ink"] and'),
         (lambda: manager.set_adapters({"ink": "0.8"}), "strength of 'ink' must be a finite number, got '0.8'"),
         (lambda: manager.set_adapters({"ink": None}), "strength of 'ink' must be a finite number, got None"),
         (lambda: manager.set_schedule("ink", 5), "schedule 5: expected pairs of numbers"),
