@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from dora_diffusion._version import __version__
 from dora_diffusion.generation.base_use import BaseUse, base_of_entry
 from dora_diffusion.generation.generate import GenerationSettings
-from dora_diffusion.generation.prompts import LoraTag
+from dora_diffusion.generation.prompts import LoraTag, written_name
 from dora_diffusion.generation.samplers import SAMPLERS
 from dora_diffusion.utils.atomic import write_atomically
 from dora_diffusion.utils.checks import check_fields
@@ -95,7 +95,7 @@ def _weight_text(weight: float | Mapping[str, float]) -> str:
 
 def parameters_text(settings: GenerationSettings, *, model: str, adapters: Sequence[AdapterUse]) -> str:
     """The `parameters` text that A1111 and its kin write and read."""
-    tags = "".join(f" <lora:{use.name}:{_weight_text(use.weight)}>" for use in adapters)
+    tags = "".join(f" <lora:{written_name(use.name)}:{_weight_text(use.weight)}>" for use in adapters)
     lines = [settings.prompt + tags]
     if settings.negative_prompt:
         lines.append(f"Negative prompt: {settings.negative_prompt}")

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.families import Family
+from dora_diffusion.utils.text import shown
 
 STEP = 1.1
 LARGEST_WEIGHT = 10.0
 
-_TAG = re.compile(r"<(?:lora|lyco):([^<>:]+)((?::[^<>:]*){0,2})>")
+_TAG = re.compile(r"<\s*(?:lora|lyco)\s*:((?:\\[:<>]|\\(?![:<>])|[^<>\\])*)>", re.IGNORECASE)
+_TAG_BEGINS = re.compile(r"<\s*(?:lora|lyco)\s*:", re.IGNORECASE)
+_OWN_SIGN = r"a :, < or > of the name itself is written \:, \< or \>"
 _TOKEN = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|\)|\]|[^\\()\[\]:]+|:")
 
 
@@ -23,6 +26,7 @@ class LoraTag:
     """`<lora:name:0.8>`: an adapter by name, and its strength, or one strength for each of its parts.
 
     `<lora:name:0.5:1>` has two, for "text_encoders" and "denoiser"; `<lora:name:unet=1/text_encoder=0.5>` names them.
+    The case of `lora` is nothing, `lyco` is the same; a `:`, `<` or `>` of the name itself has a backslash before it.
     """
 
     name: str
@@ -63,22 +67,46 @@ def parse_prompt(text: str) -> Prompt:
     makes a bracket just a bracket, and a bracket without its partner counts to the end of the prompt, as in A1111.
 
     Raises:
-        ValueError: a tag whose strength is no number, or a weight beyond -10..10.
+        ValueError: a tag without a name or an end, or whose strengths are no numbers or too many, or a weight beyond
+            -10..10.
     """
     tags = tuple(_tag(match) for match in _TAG.finditer(text))
     bare = re.sub(r"\s{2,}", " ", _TAG.sub("", text)).strip() if tags else text
+    if (begun := _TAG_BEGINS.search(bare)) is not None:
+        rest = shown(bare[begun.start() :], 60)
+        raise ValueError(f"prompt: {rest!r} is no whole tag; expected <lora:NAME:STRENGTH>, where {_OWN_SIGN}")
     fragments, has_numbers = _fragments(bare)
     return Prompt(bare, tags, fragments, has_numbers)
 
 
+def written_name(name: str) -> str:
+    """An adapter's name as it stands in a tag."""
+    return re.sub("[:<>]", r"\\\g<0>", name)
+
+
 def _tag(match: re.Match[str]) -> LoraTag:
-    name, values = match[1].strip(), [part.strip() for part in match[2].split(":")[1:]]
+    first, *values = (part.strip() for part in re.split(r"(?<!\\):", match[1]))
+    name = re.sub(r"\\([:<>])", r"\1", first)
+    if not name:
+        raise ValueError(f"prompt: {shown(match[0], 60)} names no adapter; expected <lora:NAME:STRENGTH>")
+    if len(values) > 2:
+        raise ValueError(
+            f"prompt: {shown(match[0], 60)} has {len(values)} strengths, expected one, or two: of text encoders and "
+            f"denoiser; {_OWN_SIGN}"
+        )
     if len(values) == 2:
         return LoraTag(name, {"text_encoders": _number(name, values[0]), "denoiser": _number(name, values[1])})
     if values and "=" in values[0]:
-        pairs = (piece.partition("=") for piece in values[0].split("/"))
-        return LoraTag(name, {part.strip(): _number(name, value) for part, _, value in pairs})
+        return LoraTag(name, _by_part(name, values[0]))
     return LoraTag(name, _number(name, values[0]) if values else 1.0)
+
+
+def _by_part(name: str, text: str) -> dict[str, float]:
+    pairs = [(part.strip(), value) for part, _, value in (piece.partition("=") for piece in text.split("/"))]
+    parts = [part for part, _ in pairs]
+    if twice := [part for part in parts if parts.count(part) > 1]:
+        raise ValueError(f"prompt: <lora:{name}:{text}> names {twice[0]!r} twice; expected one strength for each part")
+    return {part: _number(name, value) for part, value in pairs}
 
 
 def _number(name: str, text: str) -> float:

@@ -14,10 +14,12 @@ from dora_diffusion.generation.img2img import Canvas
 from dora_diffusion.generation.infotext import Parameters, settings_of
 from dora_diffusion.generation.inputs import find_input
 from dora_diffusion.generation.png_metadata import AdapterUse, PictureRecord
+from dora_diffusion.generation.prompts import LoraTag
 from dora_diffusion.generation.recipes import told_by
 from ui.backend.checks import LIMITS
 from ui.backend.request import BaseParts, DetailValues, SlotValues, check_settings
 from ui.backend.session import Session
+from ui.backend.tags import weight_of_tags
 from ui.errors import WITH_PROGRESS, wire
 from ui.generate.canvas import canvas_value
 from ui.generate.controls import Controls
@@ -105,16 +107,18 @@ def _of_record(record: PictureRecord, library: AdapterLibrary, parts: BaseParts,
 
 def _of_parameters(parameters: Parameters, library: AdapterLibrary, parts: BaseParts) -> Restored:
     settings, notes = settings_of(parameters, LIMITS)
-    tags = {tag.name: tag for tag in parameters.tags}
+    tags: dict[str, list[LoraTag]] = {}
+    for tag in parameters.tags:
+        tags.setdefault(tag.name, []).append(tag)
     wanted = [Wanted(name, by_name(parameters.hashes, name)) for name in tags]
     slots, missing, told_ones = [], [], [*notes]
-    for tag, answer in zip(tags.values(), find_all(wanted, library), strict=True):
+    for (name, same), answer in zip(tags.items(), find_all(wanted, library), strict=True):
         if isinstance(answer, Missing):
             missing.append(answer)
             continue
-        place = placed(answer.name, tag.weight, parts)
+        place = placed(answer.name, weight_of_tags(same, parts), parts)
         slots.append(place.slot)
-        told_ones += [*place.notes, *_renamed(tag.name, answer.name)]
+        told_ones += [*place.notes, *_renamed(name, answer.name)]
     if "Denoising strength" in parameters.facts:
         told_ones.append("It was drawn from another picture, or enlarged; that picture is not part of the file")
     model = parameters.facts.get("Model", "")

@@ -48,9 +48,27 @@ def test_a_slot_that_takes_part_counts_before_a_tag(slots: tuple[SlotValues, ...
     assert resolved.tagged == (AdapterChoice("ink", 2.0),)
 
 
-def test_of_several_tags_the_first_counts() -> None:
-    for prompt, drawn in (("<lora:ink:1><lora:ink:2>", (AdapterChoice("ink", 1.0),)), ("<lora:ink:0><lora:ink:2>", ())):
-        assert resolve_tags(_tagged(prompt), ("ink",), POCKET).request.adapters == drawn
+@pytest.mark.parametrize(
+    ("prompt", "weight"),
+    [
+        ("<lora:ink:1><lora:ink:.5>", 1.5),
+        ("<lora:ink:0><LORA:Ink:2>", 2.0),
+        ("<lora:ink:0.5><lora:ink:0.25:1>", {"unet": 1.5, "text_encoder": 0.75}),
+        ("<lora:ink:0.25:1><lora:ink:0.5:-1>", {"unet": 0.0, "text_encoder": 0.75}),
+        ("<lora:ink:unet=1/unet.mid_block=0.5><lora:ink:denoiser=0.5>", {"unet": 1.5, "unet.mid_block": 1.0}),
+        ("<lora:ink:unet=1><lora:ink:text_encoder=0.5>", {"unet": 1.0, "text_encoder": 0.5}),
+    ],
+)
+def test_the_strengths_of_several_tags_are_added(prompt: str, weight: float | dict[str, float]) -> None:
+    resolved = resolve_tags(_tagged(prompt), ("ink",), POCKET)
+    assert resolved.request.adapters == resolved.tagged == (AdapterChoice("ink", weight),)
+    rack = AdapterChoice("ink", 0.125)
+    assert resolve_tags(_tagged(prompt, rack), ("ink",), POCKET).request.adapters == (rack,)
+
+
+def test_two_tags_that_end_each_other_draw_nothing() -> None:
+    resolved = resolve_tags(_tagged("<lora:ink:1><lora:ink:-1>"), ("ink",), POCKET)
+    assert resolved.request.adapters == () and resolved.tagged == (AdapterChoice("ink", 0.0),)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +78,15 @@ def test_of_several_tags_the_first_counts() -> None:
         ("<lora:zzzzzz>", "prompt: no adapter named 'zzzzzz' for <lora:...>; there are 3 adapters"),
         ("<lora:wool>", "prompt: <lora:wool> may be any of a/wool, b/wool; write one of these"),
         ("<lora:ink:3>", "prompt, <lora:ink>: got 3.0, expected a number from -2 to 2"),
+        (
+            "<lora:ink:2><lora:INK:1>",
+            "prompt, the 2 tags of ink together: got 3.0, expected a number from -2 to 2",
+        ),
+        (
+            "<lora:ink:unet=1/denoiser=.5>",
+            "prompt, <lora:ink>: 'denoiser' is 'unet' again; expected each part once",
+        ),
+        (r"<lora:a\:b>", "prompt: no adapter named 'a:b' for <lora:...>; there are 3 adapters"),
         ("<lora:ink:nan>", "prompt, <lora:ink>: got nan, expected a number from -2 to 2"),
     ],
 )

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.generation.generate import GenerationSettings, generate
-from dora_diffusion.generation.prompts import LoraTag, parse_prompt, prompt_arguments, token_weights
+from dora_diffusion.generation.prompts import LoraTag, parse_prompt, prompt_arguments, token_weights, written_name
 from tests.families.pipelines import PIPELINES
 from tests.pocket_random import random_pocket_pipeline
 from tests.tolerances import assert_close, assert_identical
@@ -59,6 +59,59 @@ def test_tags() -> None:
         parse_prompt("<lora:ink:much>")
     with pytest.raises(ValueError, match="^prompt: 'cat' has weight 11, expected -10..10$"):
         parse_prompt("(cat:11)")
+
+
+@pytest.mark.parametrize(
+    ("text", "tag"),
+    [
+        ("<LORA:ink:1>", LoraTag("ink", 1.0)),
+        ("<Lyco: Ink : .5 >", LoraTag("Ink", 0.5)),
+        ("< lora :ink>", LoraTag("ink", 1.0)),
+        (r"<lora:sd\:ink:0.5>", LoraTag("sd:ink", 0.5)),
+        (r"<lora:a\<b\>c:0.5:1>", LoraTag("a<b>c", {"text_encoders": 0.5, "denoiser": 1.0})),
+        (r"<lora:folder\ink:0.5>", LoraTag(r"folder\ink", 0.5)),
+    ],
+)
+def test_tags_in_whatever_case_and_with_whatever_name(text: str, tag: LoraTag) -> None:
+    prompt = parse_prompt(f"a cat {text}")
+    assert (prompt.tags, prompt.text) == ((tag,), "a cat")
+    assert parse_prompt(f"<lora:{written_name(tag.name)}>").tags == (LoraTag(tag.name),)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "<lora:a<b:1>",
+            "'<lora:a<b:1>' is no whole tag; expected <lora:NAME:STRENGTH>, where a :, < or > of the name",
+        ),
+        ("<lora:ink:1", "'<lora:ink:1' is no whole tag; expected"),
+        ("<LORA:ink <lora:lego:1>", "'<LORA:ink' is no whole tag; expected"),
+        (
+            "<lora:ink:1:2:3>",
+            "<lora:ink:1:2:3> has 3 strengths, expected one, or two: of text encoders and denoiser; a :",
+        ),
+        ("<lora:>", "<lora:> names no adapter; expected <lora:NAME:STRENGTH>"),
+        ("<lora: :1>", "<lora: :1> names no adapter; expected <lora:NAME:STRENGTH>"),
+        ("<lora:sd:ink:1>", "<lora:sd:ink> has no number for strength; write <lora:sd:0.8>"),
+        (
+            "<lora:ink:unet=1/unet=2>",
+            "<lora:ink:unet=1/unet=2> names 'unet' twice; expected one strength for each part",
+        ),
+        ("<lora:ink:unet=1:2>", "<lora:ink:unet=1> has no number for strength"),
+        ("<lora:ink:>", "<lora:ink:> has no number for strength"),
+        ("<lora:" + "\\:" * 5000, "'<lora:"),
+    ],
+)
+def test_what_is_nearly_a_tag_is_refused_and_never_said(text: str, message: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        parse_prompt(f"a cat {text}")
+    assert str(refused.value).startswith(f"prompt: {message}") and "\n" not in str(refused.value)
+
+
+def test_other_angle_brackets_are_words() -> None:
+    for text in ("a <zqx> cat", "a < b : c >", "<3 lora: yes>", "a <lo cat"):
+        assert parse_prompt(text).text == text and not parse_prompt(text).tags
 
 
 def _a1111(pipe: Any, fragments: list[tuple[str, float]]) -> torch.Tensor:
