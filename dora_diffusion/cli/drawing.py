@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_diffusion.cli.arguments import BASES, MODES, add_mix, free_name, split_adapter, with_parts
+from dora_diffusion.cli.arguments import BASES, MODES, add_mix, free_name, name_of_file, split_adapter, with_parts
+from dora_diffusion.utils.console import typed_text
 
 if TYPE_CHECKING:
     from dora_diffusion.adapters.manager import AdapterManager
@@ -20,8 +21,8 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add_mix(parser)
     parser.add_argument("--blend", choices=MODES, default="additive", help="how adapters mix (default: additive)")
     parser.add_argument("--words", action="append", default=[], metavar="FILE", help="a new word; may be repeated")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--negative-prompt", default="")
+    parser.add_argument("--prompt", type=typed_text, required=True)
+    parser.add_argument("--negative-prompt", type=typed_text, default="")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
@@ -102,7 +103,7 @@ def _blend(
 
     weights, components = {}, {}
     for path, strength in adapters:
-        name = free_name(path.stem, manager.names)
+        name = free_name(name_of_file(path), manager.names)
         report = manager.load_adapter(path, name=name)
         weights[name], components[name] = strength, report.components
         print(
