@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dora_diffusion.utils.console import line_of_unicode_error, printing_anything
 from ui.options import UiOptions
 
 
@@ -38,29 +39,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the app until Ctrl+C; exit 2 with one line on bad input."""
     # transformers says at every start that it does without torchvision; a user has no use for that
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    given = _parser().parse_args(arguments)
-    try:
-        options = UiOptions(
-            model=given.model,
-            adapters=given.adapters,
-            output=given.output,
-            host=given.host,
-            port=given.port,
-            datasets=tuple(given.datasets),
-            runs=given.runs,
-            models=given.models,
-            transformer=given.transformer,
-            unet=given.unet,
-            vae=given.vae,
-            device=given.device,
-        )
-        from ui.app import launch
+    with printing_anything():
+        given = _parser().parse_args(arguments)
+        try:
+            _launch(given)
+        except UnicodeError as error:
+            print(f"error: {line_of_unicode_error(error)}", file=sys.stderr)
+            return 2
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return 0
 
-        launch(options)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+def _launch(given: argparse.Namespace) -> None:
+    options = UiOptions(
+        model=given.model,
+        adapters=given.adapters,
+        output=given.output,
+        host=given.host,
+        port=given.port,
+        datasets=tuple(given.datasets),
+        runs=given.runs,
+        models=given.models,
+        transformer=given.transformer,
+        unet=given.unet,
+        vae=given.vae,
+        device=given.device,
+    )
+    from ui.app import launch
+
+    launch(options)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from dora_diffusion.cli.environment import add_env
 from dora_diffusion.cli.files import add_convert, add_extract, add_inspect, add_resize
 from dora_diffusion.cli.mixes import add_bake, add_blend
 from dora_diffusion.cli.training import add_doctor, add_evaluate, add_train
+from dora_diffusion.utils.console import line_of_unicode_error, printing_anything
 from dora_diffusion.utils.quiet import quiet_lines
 
 __all__ = ["main", "split_adapter"]
@@ -36,20 +37,24 @@ COMMANDS: Mapping[str, tuple[str, Add]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. A ValueError is one line on stderr and status 2, never a traceback."""
-    parser = _parser()
-    parsed, rest = parser.parse_known_args(arguments)
-    handler: Handler = parsed.handler
-    if rest and not parsed.takes_settings:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    try:
-        with quiet_lines():
-            return handler(parsed, rest)
-    except (ValueError, OSError) as error:
-        print(f"dora-diffusion: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("dora-diffusion: stopped", file=sys.stderr)
-        return 130
+    with printing_anything():
+        parser = _parser()
+        parsed, rest = parser.parse_known_args(arguments)
+        handler: Handler = parsed.handler
+        if rest and not parsed.takes_settings:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        try:
+            with quiet_lines():
+                return handler(parsed, rest)
+        except UnicodeError as error:
+            print(f"dora-diffusion: {line_of_unicode_error(error)}", file=sys.stderr)
+            return 2
+        except (ValueError, OSError) as error:
+            print(f"dora-diffusion: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("dora-diffusion: stopped", file=sys.stderr)
+            return 130
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,6 +8,9 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dora_diffusion.utils.console import typed_text
+from dora_diffusion.utils.text import encodable
+
 if TYPE_CHECKING:
     from dora_diffusion.pipelines.base_weights import BaseWeights
     from dora_diffusion.state import AdapterState
@@ -78,6 +81,11 @@ def add_device(parser: argparse.ArgumentParser, *, default: str | None = "auto")
     parser.add_argument("--device", default=default, metavar="DEVICE", help=about)
 
 
+def name_of_file(path: Path) -> str:
+    """What an adapter is called here, and in the metadata that is written: its file's name, as text."""
+    return encodable(typed_text(path.stem))
+
+
 def free_name(stem: str, taken: Container[str]) -> str:
     """`ink`, or `ink-2`, `ink-3` ... where that is taken."""
     names = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
@@ -121,7 +129,7 @@ def read_mix(
         path, strength = split_adapter(text)
         if not path.exists():
             raise ValueError(f"--adapter {path}: no such file")
-        name = free_name(path.stem, states)
+        name = free_name(name_of_file(path), states)
         states[name], weights[name] = load_adapter(path, base=base), strength
     return states, with_parts(weights, parts, {name: state.components for name, state in states.items()})
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.cli.arguments import BASES, MODES, add_device, add_mix, split_adapter, with_parts
+from dora_diffusion.utils.console import typed_text
 
 if TYPE_CHECKING:
     from dora_diffusion.adapters.manager import AdapterManager
@@ -50,14 +51,14 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     """What is drawn; None is what a recipe tells, else what the help says."""
-    parser.add_argument("--prompt")
+    parser.add_argument("--prompt", type=typed_text)
     parser.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE",
         help="a prompt a line, with settings at its end: --w 768 --h 512 --s 30 --l 7.5 --d 42 --n negative prompt",
     )
-    parser.add_argument("--negative-prompt")
+    parser.add_argument("--negative-prompt", type=typed_text)
     parser.add_argument("--seed", type=int, help="of the first picture (default: 0)")
     parser.add_argument("--count", type=int, default=1, help="pictures of each prompt, with seeds one after another")
     parser.add_argument("--steps", type=int, help="(default: 20)")

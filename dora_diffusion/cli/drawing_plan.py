@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dora_diffusion.cli.arguments import free_name, split_adapter
+from dora_diffusion.cli.arguments import free_name, name_of_file, split_adapter
 from dora_diffusion.functional.strengths import Weight
 from dora_diffusion.generation.base_use import PARTS, BaseUse, PartUse, hash_of_source, hashed_parts
 from dora_diffusion.generation.curves import Curve, parse_curve
@@ -256,7 +256,7 @@ def _adapters(arguments: argparse.Namespace, told: PictureRecord) -> tuple[Adapt
             given.remove(instead)
         plans[use.name] = _of_recipe(use, instead, arguments.recipe, masks.pop(use.name, None))
     for one in given:
-        name = free_name(one.path.stem, plans)
+        name = free_name(name_of_file(one.path), plans)
         mask, mask_file = _mask(f"--mask-for {name}", masks.pop(name, None), None, None, one.path)
         plans[name] = AdapterPlan(name, one.path, one.strength, mask=mask, mask_file=mask_file)
     _check_names("mask-for", masks, plans)

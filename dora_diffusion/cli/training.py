@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dora_diffusion.cli.arguments import add_device
+from dora_diffusion.utils.console import typed_text
 
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.description = "Check an image set. Exit status 1 when something would be lost in training."
     parser.add_argument("dataset", type=Path, help="folder of pictures")
-    parser.add_argument("--instance-prompt", help="caption of pictures that have none of their own")
+    parser.add_argument("--instance-prompt", type=typed_text, help="caption of pictures that have none of their own")
     parser.set_defaults(handler=_doctor)
 
 

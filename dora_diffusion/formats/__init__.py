@@ -210,7 +210,7 @@ def load_examined(
         raise ValueError(f"family {family!r} is unknown: expected one of {', '.join(each.name for each in FAMILIES)}")
     path = place_of(path)
     if path.is_dir():
-        folder = peft.read_folder(path, base)
+        folder = peft.read_folder(path, base, _told(family))
         found = replace(_folder_examined(folder.keys), sha256=sha256_of(path, known=folder.sha256s))
         return with_origin(folder.adapter, found.format), found
     with Container(path) as file:  # a large file of another kind is known by its header

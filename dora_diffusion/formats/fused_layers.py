@@ -246,6 +246,8 @@ def _concatenated(parts: Sequence[Module]) -> Module:
 def _aligned(parts: Sequence[Module]) -> list[ModuleState]:
     """Parts that share no A, as pairs that do: every A below the other, B zero where it meets another's A."""
     pairs = [part.as_pair() for part in parts]
+    if len({pair.down.dim() for pair in pairs}) > 1:  # some tell the taps of their layer, 1 x 1
+        pairs = [replace(pair, down=rows(pair.down), up=rows(pair.up)) for pair in pairs]
     if scales_differ := len({pair.scale for pair in pairs}) > 1:
         pairs = [_folded(pair) for pair in pairs]
     dtype = reduce(torch.promote_types, (tensor.dtype for pair in pairs for tensor in (pair.down, pair.up)))

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -57,17 +58,19 @@ class Folder:
     sha256s: dict[Path, str]
 
 
-def read_folder(path: Path, weight_of: WeightOf | None = None) -> Folder:
-    """A folder of PEFT's, or one with such folders named by component.
+def read_folder(
+    path: Path, weight_of: WeightOf | None = None, told: Mapping[str, str] = MappingProxyType({})
+) -> Folder:
+    """A folder of PEFT's, or one with such folders named by component; `told` are metadata that it does not have.
 
     Raises:
         ValueError: one line that names the file and what is wrong with it.
     """
     inside = [path / name for name in _COMPONENTS if (path / name / CONFIG).is_file()]
     if not inside:
-        return _read_one(path, path.name if path.name in _COMPONENTS else None, weight_of)
+        return _read_one(path, path.name if path.name in _COMPONENTS else None, weight_of, told)
     note = _json(path / _NOTE) if (path / _NOTE).is_file() else {}
-    folders = [_read_one(folder, folder.name, weight_of) for folder in inside]
+    folders = [_read_one(folder, folder.name, weight_of, told) for folder in inside]
     joined = join([folder.adapter for folder in folders], {str(key): str(value) for key, value in note.items()})
     sha256s = {file: sha256 for folder in folders for file, sha256 in folder.sha256s.items()}
     if (path / _EXTRA).is_file():
@@ -76,7 +79,7 @@ def read_folder(path: Path, weight_of: WeightOf | None = None) -> Folder:
     return Folder(joined, tuple(key for folder in folders for key in folder.keys), sha256s)
 
 
-def _read_one(folder: Path, component: str | None, weight_of: WeightOf | None) -> Folder:
+def _read_one(folder: Path, component: str | None, weight_of: WeightOf | None, told: Mapping[str, str]) -> Folder:
     config = _json(folder / CONFIG)
     _check_config(folder / CONFIG, config)
     if not (folder / WEIGHTS).is_file():
@@ -88,9 +91,10 @@ def _read_one(folder: Path, component: str | None, weight_of: WeightOf | None) -
     contents = read_tensors(folder / WEIGHTS)
     try:
         named = {_with_component(key, component): tensor for key, tensor in contents.tensors.items()}
-        reading = take_apart({key: tensor.shape for key, tensor in named.items()}, contents.metadata)
+        metadata = {**contents.metadata, **told}
+        reading = take_apart({key: tensor.shape for key, tensor in named.items()}, metadata)
         components = {place.component for place in reading.places.values()}
-        with_config = {**contents.metadata, METADATA_KEY: json.dumps(_by_component(config, components))}
+        with_config = {**metadata, METADATA_KEY: json.dumps(_by_component(config, components))}
         keys = tuple(f"{folder.name}/{key}" for key in contents.tensors)
         adapter = read(named, with_config, reading, weight_of)
         adapter = adapter if _type_of(config) == "LORA" else _with_scales(adapter, config)

@@ -16,6 +16,7 @@ from dora_diffusion.generation.prompts import checked_prompts, prompt_arguments
 from dora_diffusion.generation.samplers import DEFAULT as DEFAULT_SAMPLER
 from dora_diffusion.generation.samplers import SAMPLERS, check_steps, made_from, sampling
 from dora_diffusion.utils.checks import check_fields
+from dora_diffusion.utils.text import check_unicode
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_unicode("prompt", self.prompt)
+        check_unicode("negative_prompt", self.negative_prompt)
         if not 1 <= self.steps <= 1000:
             raise ValueError(f"steps must lie in 1..1000, got {self.steps}")
         if not 0 <= self.guidance_scale <= 100:

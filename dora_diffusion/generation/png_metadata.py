@@ -19,6 +19,7 @@ from dora_diffusion.generation.prompts import LoraTag, written_name
 from dora_diffusion.generation.samplers import SAMPLERS
 from dora_diffusion.utils.atomic import write_atomically
 from dora_diffusion.utils.checks import check_fields
+from dora_diffusion.utils.text import encodable
 
 METADATA_CHUNK = "dora_diffusion"
 MAX_ADAPTERS = 64  # more than that in one picture are not read
@@ -137,8 +138,8 @@ def picture_metadata(
         "tags": [{"name": tag.name, "weight": _plain(tag.weight)} for tag in origin.tags],
     }
     info = PngInfo()
-    info.add_itxt("parameters", parameters_text(settings, model=model, adapters=adapters))
-    info.add_itxt(METADATA_CHUNK, json.dumps(record, ensure_ascii=False))
+    info.add_itxt("parameters", encodable(parameters_text(settings, model=model, adapters=adapters)))
+    info.add_itxt(METADATA_CHUNK, encodable(json.dumps(record, ensure_ascii=False)))
     return info
 
 

@@ -15,6 +15,17 @@ def shown(text: object, limit: int = 100) -> str:
     return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], line)
 
 
+def encodable(text: str) -> str:
+    r"""Text that UTF-8 can hold: a byte of a file's name that is no text stands as `\udcff`, as JSON writes it."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def check_unicode(label: str, text: str) -> None:
+    """A ValueError of one line for text that holds bytes or halves of signs, which no tokenizer and no file takes."""
+    if encodable(text) != text:
+        raise ValueError(f"{label}: got {ascii(text[:60])}, which is no Unicode text; expected text in UTF-8")
+
+
 def shown_path(path: object) -> str:
     """A path, or the name of a file, for a message."""
     return shown(path, LONGEST_PATH)

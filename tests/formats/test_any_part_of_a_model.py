@@ -125,4 +125,5 @@ def test_a_whole_denoiser_is_told_in_its_makers_names(name: str) -> None:
     except ValueError as error:
         pytest.skip(f"no original names: {error}")
     found = read(tensors, {}, take_apart({key: tuple(tensor.shape) for key, tensor in tensors.items()}, {}))
-    assert family_of(found) == family and found.modules.keys() == modules.keys()
+    told = None if family == "pixart-sigma" else family  # its layers are all alpha's too
+    assert family_of(found) == told and found.modules.keys() == modules.keys()

@@ -106,7 +106,7 @@ def test_what_was_painted_comes_back_and_draws_the_same(tab: Tab, app: RunningAp
     _expect_level(canvas, 0.5, 0.5, 255)
     _expect_level(canvas, 0.05, 0.95, 0)
     before, origin = _facts(_draw(tab, out, pictures=1))
-    assert set(origin) == {"picture", "mask"} and all(origin.values())
+    assert set(origin) == {"picture", "mask", "picture_file", "mask_file"} and all(origin.values())
 
     _change_everything(tab)
     other, none = _facts(_draw(tab, out, pictures=2))
