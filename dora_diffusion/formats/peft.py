@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -68,9 +67,9 @@ def read_folder(
     """
     inside = [path / name for name in _COMPONENTS if (path / name / CONFIG).is_file()]
     if not inside:
-        return _read_one(path, path.name if path.name in _COMPONENTS else None, weight_of, told)
+        return _read_one(path, path.name if path.name in _COMPONENTS else None, weight_of, told or {})
     note = _json(path / _NOTE) if (path / _NOTE).is_file() else {}
-    folders = [_read_one(folder, folder.name, weight_of, told) for folder in inside]
+    folders = [_read_one(folder, folder.name, weight_of, told or {}) for folder in inside]
     joined = join([folder.adapter for folder in folders], {str(key): str(value) for key, value in note.items()})
     sha256s = {file: sha256 for folder in folders for file, sha256 in folder.sha256s.items()}
     if (path / _EXTRA).is_file():
