@@ -57,9 +57,7 @@ class Folder:
     sha256s: dict[Path, str]
 
 
-def read_folder(
-    path: Path, weight_of: WeightOf | None = None, told: Mapping[str, str] = MappingProxyType({})
-) -> Folder:
+def read_folder(path: Path, weight_of: WeightOf | None = None, told: Mapping[str, str] | None = None) -> Folder:
     """A folder of PEFT's, or one with such folders named by component; `told` are metadata that it does not have.
 
     Raises:
