@@ -44,7 +44,7 @@ def test_commands_print_their_own_lines_only(tmp_path: Path) -> None:
         (("blend", other, "--adapter", file), f"wrote {other}", "blending|reading back"),
         (("bake", "pocket", tmp_path / "baked", "--adapter", file), f"wrote {tmp_path / 'baked'}", "baking"),
         (("train", ROBOT / "subject.yaml", "--dry-run"), "base       pocket (sd1)", ""),
-        (draw, "ink: DoRA", "drawing"),
+        (draw, "base: pocket on ", "drawing"),
     ):
         done = run("-m", "dora_diffusion.cli", *arguments)
         assert done.stdout.startswith(first), arguments
