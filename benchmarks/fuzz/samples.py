@@ -77,6 +77,10 @@ def _peft(layer: str, out: int, columns: int, magnitude: str = "lora_magnitude_v
     return {f"{layer}.{part}": tensor for part, tensor in pair.items()}
 
 
+_XLABS = {"down": (2, 8), "up": (24, 2)}
+_GLORA = {"a1": (6, 2), "a2": (2, 6), "b1": (8, 2), "b2": (2, 6)}
+
+
 def _foreign() -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
     """Keys of tools, spelt by hand: a format that is not registered yet must be refused in a line all the same."""
     block = "down_blocks.0.attentions.0.transformer_blocks.0.attn1."
@@ -115,6 +119,18 @@ def _foreign() -> dict[str, tuple[dict[str, Tensor], dict[str, str]]]:
             },
             {},
         ),
+        "bare": (_kohya(flux, 8, 8), {}),
+        "XLabs": (
+            {f"double_blocks.0.processor.qkv_lora1.{half}.weight": _drawn(*shape) for half, shape in _XLABS.items()},
+            {},
+        ),
+        "a prefix twice": (_kohya(f"lora_unet_unet_{block.replace('.', '_')}to_q", 8, 6), {}),
+        "OFT": (_lycoris(f"{sd1}q", {"oft_blocks": (4, 2, 2), "rescale": (8, 1), "alpha": ()}), config),
+        "BOFT": (_lycoris(f"{sd1}q", {"oft_blocks": (2, 2, 4, 4), "alpha": ()}), config),
+        "GLoRA": (_lycoris(f"{sd1}q", {f"{name}.weight": shape for name, shape in _GLORA.items()}), config),
+        "(IA)^3": (_lycoris(f"{sd1}q", {"weight": (8,), "on_input": ()}), config),
+        "another kind": (_lycoris(f"{sd1}q", {"q_layer.weight": (2, 6), "lambda_layer": (1, 2)}), config),
+        "another model": (_peft("diffusion_model.blocks.0.self_attn.q", 8, 8, "dora_scale"), {}),
         "bundled words": ({**_kohya(f"{sd1}q", 8, 6), "bundle_emb.robot.clip_l": _drawn(2, 6)}, {}),
         "a word": ({"emb_params": _drawn(2, 6)}, {}),
         "half precision": ({key: tensor.half() for key, tensor in _kohya(f"{sd1}q", 8, 6).items()}, {}),

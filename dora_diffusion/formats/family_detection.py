@@ -8,7 +8,7 @@ What the metadata say chooses among those that are left, and never another. What
 
 import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -68,8 +68,7 @@ def has_path(part: PartSignature, path: str) -> bool:
 
 def is_published(part: PartSignature, inputs: Mapping[str, int | None]) -> bool:
     """Whether a published model has all these layers: path -> its input features, None for any."""
-    layers = [_Layer(path, width) for path, width in inputs.items()]
-    return any(all(_has_size(size, layer) for layer in layers) for size in part.sizes)
+    return _has_sizes(part, [_Layer(path, width) for path, width in inputs.items()])
 
 
 def _layers(adapter: AdapterState) -> dict[str, list[_Layer]]:
@@ -111,10 +110,11 @@ def _convolves(part: PartSignature, layer: _Layer) -> bool:
 
 def _is_published(signature: Signature, layers: Mapping[str, list[_Layer]]) -> bool:
     """Whether a published model of the family has all these layers, in these sizes."""
-    return all(
-        any(all(_has_size(size, layer) for layer in found) for size in signature.parts[component].sizes)
-        for component, found in layers.items()
-    )
+    return all(_has_sizes(signature.parts[component], found) for component, found in layers.items())
+
+
+def _has_sizes(part: PartSignature, layers: Sequence[_Layer]) -> bool:
+    return any(all(_has_size(size, layer) for layer in layers) for size in part.sizes)
 
 
 def _is_tiny(layers: Mapping[str, list[_Layer]]) -> bool:

@@ -70,20 +70,19 @@ def layout_of(
     if 2 * most <= len(looked_at) or most < rival:
         return None
     best = [layout for layout, count in zip(layouts, counts, strict=True) if count == most]
-    if most == rival and not _outweigh(best, own, looked_at, (told, words)):
+    if most == rival and not _outweigh(best, own, looked_at, told, words):
         return None
     return _one_of(best, looked_at, told, fits_encoders)
 
 
 def _outweigh(
-    layouts: Sequence[Layout], own: Sequence[Family], layers: Layers, evidence: tuple[frozenset[str], Words]
+    layouts: Sequence[Layout], own: Sequence[Family], layers: Layers, told: frozenset[str], words: Words
 ) -> bool:
     """Whether names that are some models' makers' and others' own in diffusers are the makers', by what else is told.
 
     Raises:
         ValueError: nothing tells.
     """
-    told, words = evidence
     ours = {family.name: family for family in own}
     makers = {family.name: layout for layout in layouts for family in _families(layout) if family.name not in ours}
     inputs = {layer: None if shape is None else shape[1] for layer, shape in layers.items()}

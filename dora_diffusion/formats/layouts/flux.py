@@ -3,7 +3,7 @@
 Its normalisations of queries and keys keep their weight as `scale` there.
 """
 
-from dora_diffusion.formats.layouts.patterns import renamed, table
+from dora_diffusion.formats.layouts.patterns import proportions, renamed, table
 from dora_diffusion.formats.layouts.record import Fusion
 
 _DOUBLE, _BLOCK = "double_blocks.#.", "transformer_blocks.#."
@@ -55,15 +55,7 @@ _TABLE = table(
 )
 
 
-def fits(original: str, rows: int, columns: int) -> bool:
-    """Unlike FLUX.2, whose feed-forward is three times as wide, not four, and gated."""
-    if original.endswith("_mlp.0"):
-        return rows == 4 * columns
-    if original.endswith("_mlp.2"):
-        return columns == 4 * rows
-    if original.endswith(".linear2"):
-        return columns == 5 * rows
-    return not original.endswith(".linear1") or rows == 7 * columns
+# Unlike FLUX.2, whose feed-forward is three times as wide, not four, and gated.
+_FITS = proportions({"_mlp.0": (4, 1), "_mlp.2": (1, 4), ".linear1": (7, 1), ".linear2": (1, 5)})
 
-
-FLUX = _TABLE.layout("flux", ("flux",), "transformer", fits)
+FLUX = _TABLE.layout("flux", ("flux",), "transformer", _FITS)

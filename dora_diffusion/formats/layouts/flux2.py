@@ -3,7 +3,7 @@
 Its normalisations of queries and keys keep their weight as `scale` there. `linear1` is one layer in diffusers too.
 """
 
-from dora_diffusion.formats.layouts.patterns import renamed, table
+from dora_diffusion.formats.layouts.patterns import proportions, renamed, table
 from dora_diffusion.formats.layouts.record import Fusion
 
 _DOUBLE, _BLOCK = "double_blocks.#.", "transformer_blocks.#."
@@ -52,15 +52,7 @@ _TABLE = table(
 )
 
 
-def fits(original: str, rows: int, columns: int) -> bool:
-    """Unlike FLUX.1, whose feed-forward is four times as wide, and not gated."""
-    if original.endswith("_mlp.0"):
-        return rows == 6 * columns
-    if original.endswith("_mlp.2"):
-        return columns == 3 * rows
-    if original.endswith(".linear2"):
-        return columns == 4 * rows
-    return not original.endswith(".linear1") or rows == 9 * columns
+# Unlike FLUX.1, whose feed-forward is four times as wide, and not gated.
+_FITS = proportions({"_mlp.0": (6, 1), "_mlp.2": (1, 3), ".linear1": (9, 1), ".linear2": (1, 4)})
 
-
-FLUX_2 = _TABLE.layout("flux2", ("flux2", "flux2-klein"), "transformer", fits)
+FLUX_2 = _TABLE.layout("flux2", ("flux2", "flux2-klein"), "transformer", _FITS)

@@ -3,7 +3,7 @@
 Queries have 24 heads of 96 channels, keys and values 8 each, so the rows of `qkv` are shared 3 to 1 to 1.
 """
 
-from dora_diffusion.formats.layouts.patterns import renamed, table, under
+from dora_diffusion.formats.layouts.patterns import proportions, renamed, table, under
 from dora_diffusion.formats.layouts.record import Fusion
 
 EMBEDDINGS = {
@@ -41,11 +41,7 @@ _TABLE = table(
 )
 
 
-def fits(original: str, rows: int, columns: int) -> bool:
-    """Unlike Z-Image, whose keys and values are as wide as its queries."""
-    if original.endswith(".attention.qkv"):
-        return 3 * rows == 5 * columns
-    return not original.endswith((".feed_forward.w1", ".feed_forward.w3")) or rows == 4 * columns
+# Unlike Z-Image, whose keys and values are as wide as its queries.
+_FITS = proportions({".attention.qkv": (5, 3), ".feed_forward.w1": (4, 1), ".feed_forward.w3": (4, 1)})
 
-
-LUMINA_2 = _TABLE.layout("lumina2", ("lumina2",), "transformer", fits)
+LUMINA_2 = _TABLE.layout("lumina2", ("lumina2",), "transformer", _FITS)

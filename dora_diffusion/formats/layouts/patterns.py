@@ -58,6 +58,17 @@ def under(fusion: Fusion, *, original: str, path: str) -> Fusion:
     return replace(fusion, original=original + fusion.original, paths=tuple(path + each for each in fusion.paths))
 
 
+def proportions(ratios: Mapping[str, tuple[int, int]]) -> Callable[[str, int, int], bool]:
+    """As Layout.fits: end of an original name -> its rows to its columns, (4, 1) for four times as many."""
+
+    def fits(original: str, rows: int, columns: int) -> bool:
+        ends = (ratio for end, ratio in ratios.items() if original.endswith(end))
+        high, wide = next(ends, (rows, columns))
+        return rows * wide == columns * high
+
+    return fits
+
+
 def _found(fusions: Mapping[str, Fusion], name: str) -> Fusion | None:
     if name in fusions and "#" not in name:
         return fusions[name]

@@ -3,10 +3,10 @@
 NVIDIA's Sana was made from this code: attention and captions have the same names in both, and the same paths.
 """
 
-from dora_diffusion.formats.layouts.patterns import renamed, table
+from dora_diffusion.formats.layouts.patterns import proportions, renamed, table
 from dora_diffusion.formats.layouts.record import Fusion
 
-_THEIRS, _BLOCK = "blocks.#.", "transformer_blocks.#."
+THEIRS, PATH = "blocks.#.", "transformer_blocks.#."
 
 EMBEDDINGS = {
     "x_embedder.proj": "pos_embed.proj",
@@ -21,31 +21,33 @@ EMBEDDINGS = {
     "y_embedder.y_proj.fc2": "caption_projection.linear_2",
     "final_layer.linear": "proj_out",
 }
-BLOCK = {
+ATTENTION = {
     "attn.proj": "attn1.to_out.0",
     "cross_attn.q_linear": "attn2.to_q",
     "cross_attn.proj": "attn2.to_out.0",
+}
+BLOCK = ATTENTION | {
     "mlp.fc1": "ff.net.0.proj",
     "mlp.fc2": "ff.net.2",
 }
-_QKV = tuple(f"{_BLOCK}attn1.{name}" for name in ("to_q", "to_k", "to_v"))
-_KV = tuple(f"{_BLOCK}attn2.{name}" for name in ("to_k", "to_v"))
+PROJECTIONS = (
+    Fusion(f"{THEIRS}attn.qkv", tuple(f"{PATH}attn1.{name}" for name in ("to_q", "to_k", "to_v")), (1, 1, 1)),
+    Fusion(f"{THEIRS}cross_attn.kv_linear", tuple(f"{PATH}attn2.{name}" for name in ("to_k", "to_v")), (1, 1)),
+)
 
 _TABLE = table(
     *renamed(EMBEDDINGS),
-    *renamed(BLOCK, original=_THEIRS, path=_BLOCK),
-    Fusion(f"{_THEIRS}attn.qkv", _QKV, (1, 1, 1)),
-    Fusion(f"{_THEIRS}cross_attn.kv_linear", _KV, (1, 1)),
+    *renamed(BLOCK, original=THEIRS, path=PATH),
+    *PROJECTIONS,
 )
+
+
+_FEED_FORWARD = proportions({".mlp.fc1": (4, 1), ".mlp.fc2": (1, 4)})
 
 
 def fits(original: str, rows: int, columns: int) -> bool:
     """Unlike Hunyuan-DiT, whose feed-forward is wider, and unlike Sana, whose latents have 32 channels."""
-    if original.endswith(".mlp.fc1"):
-        return rows == 4 * columns
-    if original.endswith(".mlp.fc2"):
-        return columns == 4 * rows
-    return original != "x_embedder.proj" or columns == 4
+    return _FEED_FORWARD(original, rows, columns) and (original != "x_embedder.proj" or columns == 4)
 
 
 PIXART = _TABLE.layout("pixart", ("pixart-alpha", "pixart-sigma"), "transformer", fits)

@@ -4,9 +4,7 @@ It was made from PixArt's code: what is in both has the same names, and in block
 """
 
 from dora_diffusion.formats.layouts.patterns import renamed, table
-from dora_diffusion.formats.layouts.record import Fusion
-
-_THEIRS, _BLOCK = "blocks.#.", "transformer_blocks.#."
+from dora_diffusion.formats.layouts.pixart import ATTENTION, PATH, PROJECTIONS, THEIRS
 
 EMBEDDINGS = {
     "x_embedder.proj": "patch_embed.proj",
@@ -20,26 +18,20 @@ EMBEDDINGS = {
     "attention_y_norm": "caption_norm",
     "final_layer.linear": "proj_out",
 }
-BLOCK = {
-    "attn.proj": "attn1.to_out.0",
+BLOCK = ATTENTION | {
     "attn.q_norm": "attn1.norm_q",
     "attn.k_norm": "attn1.norm_k",
-    "cross_attn.q_linear": "attn2.to_q",
     "cross_attn.q_norm": "attn2.norm_q",
     "cross_attn.k_norm": "attn2.norm_k",
-    "cross_attn.proj": "attn2.to_out.0",
     "mlp.inverted_conv.conv": "ff.conv_inverted",
     "mlp.depth_conv.conv": "ff.conv_depth",
     "mlp.point_conv.conv": "ff.conv_point",
 }
-_QKV = tuple(f"{_BLOCK}attn1.{name}" for name in ("to_q", "to_k", "to_v"))
-_KV = tuple(f"{_BLOCK}attn2.{name}" for name in ("to_k", "to_v"))
 
 _TABLE = table(
     *renamed(EMBEDDINGS),
-    *renamed(BLOCK, original=_THEIRS, path=_BLOCK),
-    Fusion(f"{_THEIRS}attn.qkv", _QKV, (1, 1, 1)),
-    Fusion(f"{_THEIRS}cross_attn.kv_linear", _KV, (1, 1)),
+    *renamed(BLOCK, original=THEIRS, path=PATH),
+    *PROJECTIONS,
 )
 
 

@@ -3,7 +3,7 @@
 Its makers' own code names the layers as diffusers does. Queries, keys and values have 30 heads each.
 """
 
-from dora_diffusion.formats.layouts.patterns import renamed, table, under
+from dora_diffusion.formats.layouts.patterns import proportions, renamed, table, under
 from dora_diffusion.formats.layouts.record import Fusion
 
 EMBEDDINGS = {
@@ -38,9 +38,7 @@ _TABLE = table(
 )
 
 
-def fits(original: str, rows: int, columns: int) -> bool:
-    """Unlike Lumina-Image 2.0, whose queries are wider than its keys."""
-    return not original.endswith(".attention.qkv") or rows == 3 * columns
+# Unlike Lumina-Image 2.0, whose queries are wider than its keys.
+_FITS = proportions({".attention.qkv": (3, 1)})
 
-
-Z_IMAGE = _TABLE.layout("z-image", ("z-image",), "transformer", fits)
+Z_IMAGE = _TABLE.layout("z-image", ("z-image",), "transformer", _FITS)
