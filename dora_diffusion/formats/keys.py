@@ -51,7 +51,23 @@ _PART = re.compile(rf"^(.+)\.({'|'.join(_PARTS)})$")
 
 def parse_key(key: str) -> Key | None:
     """The layer and part that a key names; None for a key of no adapter."""
-    if found := _XLABS.match(key):
+    if found := _PART.match(key):
+        style = {"magnitude": "ai-toolkit", "alpha": "alpha"}.get(found[2], "any")
+        return Key(found[1], found[2], style)
+    if key.endswith(".weight") and (weight := _parse_weight(key)) is not None:
+        return weight
+    if found := _EMBEDDING.match(key):
+        return Key(found[1], _PAIR[found[2]], "peft")
+    if found := _MAGNITUDE.match(key):
+        return Key(found[1], "magnitude", "peft")
+    if found := _BIAS.match(key):
+        return Key(found[1], "up_bias", "any")
+    return None
+
+
+def _parse_weight(key: str) -> Key | None:
+    """As `parse_key`, of the keys that end as a layer's own weight does."""
+    if ".processor." in key and (found := _XLABS.match(key)):
         return Key(found[1], found[2], "xlabs")
     if found := _OLD_PROCESSOR.match(key):
         path, layer, half = found.groups()
@@ -60,17 +76,8 @@ def parse_key(key: str) -> Key | None:
         return Key(found[1], found[2], "old")
     if found := _LOW_RANK.match(key):
         return Key(found[1], _PAIR[found[2]], "peft" if found[2] in "AB" else "kohya")
-    if found := _EMBEDDING.match(key):
-        return Key(found[1], _PAIR[found[2]], "peft")
-    if found := _MAGNITUDE.match(key):
-        return Key(found[1], "magnitude", "peft")
-    if found := _BIAS.match(key):
-        return Key(found[1], "up_bias", "any")
     if found := _GLORA.match(key):
         return Key(found[1], f"glora_{found[2]}", "any")
-    if found := _PART.match(key):
-        style = {"magnitude": "ai-toolkit", "alpha": "alpha"}.get(found[2], "any")
-        return Key(found[1], found[2], style)
     return None
 
 

@@ -8,39 +8,39 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
+# Kind -> words of its keys between dots; one that ends in an underscore is the beginning of words, up to the first.
 _KINDS = {
-    "PEFT's OFT": r"\.oft_(?:R|embedding_R)\b",
-    "PEFT's BOFT": r"\.boft_[Rs]\b",
-    "PEFT's GLoRA": r"\.glora_\w+",
-    "PEFT's (IA)^3": r"\.ia3_l\b",
-    "T-LoRA": r"\.(?:q_layer\.weight|p_layer\.weight|lambda_layer|base_q\b|base_p\b|base_lambda)",
-    "VeRA": r"(?:^|\.)(?:p?vera_lambda_[bd]|vera_[AB])\b",
-    "AdaLoRA": r"\.lora_E\b",
-    "HRA": r"\.hra_u\b",
-    "FourierFT": r"\.fourierft_spectrum\b",
-    "WaveFT": r"\.waveft_spectrum\b",
-    "VB-LoRA": r"(?:^|\.)vblora_\w+",
-    "RandLoRA": r"(?:^|\.)randlora_\w+",
-    "C3A": r"\.c3a_kernel\b",
-    "MiSS": r"\.miss_block\b",
-    "SHiRA": r"\.shira_weight\b",
-    "RoAd": r"\.road_(?:theta|alpha)\b",
-    "GraLoRA": r"\.gralora_\w+",
-    "DeLoRA": r"\.delora_\w+",
-    "HiRA": r"\.hira_\w+",
-    "Poly": r"\.poly_(?:lora_[AB]|router)\b",
+    "PEFT's OFT": ("oft_R", "oft_embedding_R"),
+    "PEFT's BOFT": ("boft_",),
+    "PEFT's GLoRA": ("glora_",),
+    "PEFT's (IA)^3": ("ia3_",),
+    "T-LoRA": ("q_layer", "p_layer", "lambda_layer", "base_q", "base_p", "base_lambda"),
+    "VeRA": ("vera_", "pvera_"),
+    "AdaLoRA": ("lora_E",),
+    "HRA": ("hra_",),
+    "FourierFT": ("fourierft_",),
+    "WaveFT": ("waveft_",),
+    "VB-LoRA": ("vblora_",),
+    "RandLoRA": ("randlora_",),
+    "C3A": ("c3a_",),
+    "MiSS": ("miss_",),
+    "SHiRA": ("shira_",),
+    "RoAd": ("road_",),
+    "GraLoRA": ("gralora_",),
+    "DeLoRA": ("delora_",),
+    "HiRA": ("hira_",),
+    "Poly": ("poly_",),
     "another of PEFT's kinds": (
-        r"\.(?:ln_tuning_layers|adamss_\w+|beft_bias|deft_\w+|frod_\w+|lily_\w+|osf_\w+|peanut_\w+|psoft_\w+|"
-        r"shadow_\w+|supertuning_\w+|trainable_tokens_delta|unilora_\w+)\b|(?:^|\.)tinylora_v\b"
+        *("ln_tuning_layers", "trainable_tokens_delta", "adamss_", "beft_", "deft_", "frod_", "lily_"),
+        *("osf_", "peanut_", "psoft_", "shadow_", "supertuning_", "tinylora_", "unilora_"),
     ),
-    "ControlNet-LLLite": r"^lllite_",
-    "Control-LoRA": r"^(?:lora_controlnet$|input_hint_block\.)",
-    "cloneofsimo's numbered LoRA": r"^(?:unet|text_encoder):\d+:(?:up|down)$",
+    "ControlNet-LLLite": ("lllite_",),
+    "Control-LoRA": ("lora_controlnet", "input_hint_block"),
 }
-_KIND = re.compile("|".join(f"(?P<k{number}>{pattern})" for number, pattern in enumerate(_KINDS.values())))
-_NAMES = tuple(_KINDS)
+_BY_WORD = {word: kind for kind, words in _KINDS.items() for word in words}
+_NUMBERED, _NUMBER = "cloneofsimo's numbered LoRA", re.compile(r"(?:unet|text_encoder):\d+:(?:up|down)")
 _WAYS_OUT = {
-    "cloneofsimo's numbered LoRA": (
+    _NUMBERED: (
         "its layers are numbered in the order of a model that it does not name; convert it with that repository's "
         "lora_add, or train anew"
     ),
@@ -52,8 +52,15 @@ _OTHERWISE = "merge it into a model with its own tool, and take an adapter out o
 
 def other_kinds(keys: Iterable[str]) -> Counter[str]:
     """Kind -> how many tensors of it there are."""
-    found = (_KIND.search(key) for key in keys)
-    return Counter(_NAMES[int(match.lastgroup[1:])] for match in found if match is not None and match.lastgroup)
+    return Counter(kind for key in keys if (kind := _kind(key)) is not None)
+
+
+def _kind(key: str) -> str | None:
+    for word in key.split("."):
+        kind = _BY_WORD.get(word) or _BY_WORD.get(word.partition("_")[0] + "_")
+        if kind is not None:
+            return kind
+    return _NUMBERED if ":" in key and _NUMBER.fullmatch(key) else None
 
 
 def refusal(kinds: Counter[str], *, is_partial: bool) -> str:

@@ -25,6 +25,7 @@ from dora_diffusion.state import AdapterState, Module, WeightOf
 from dora_diffusion.utils.text import shown
 
 _MOST_HALVES = 200
+_IDLE = ("alpha", "dora_scale", "magnitude", "rescale", "on_input")  # parts that by themselves change nothing
 AXIS_KEY = "dora_diffusion.magnitude_axis"
 FAMILY_KEY = "dora_diffusion.family"
 
@@ -55,6 +56,8 @@ def take_apart(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str],
     """Keys of a file and their tensors' shapes, from its header alone; `find` says where layers lie in place of us."""
     parsed = parse_keys(shapes)
     _check_halves(parsed.values())
+    if parsed and all(found.part in _IDLE for found in parsed.values()):
+        raise ValueError(f"none of its {len(shapes)} tensors changes a layer, such as {shown(next(iter(parsed)))}")
     layers: dict[str, dict[str, Sequence[int]]] = {}
     for key, found in parsed.items():
         layers.setdefault(found.name, {})[found.part] = shapes[key]
