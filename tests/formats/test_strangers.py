@@ -213,3 +213,27 @@ def test_names_of_two_families_whose_layers_are_the_same_are_read_and_leave_the_
     assert family_of(read) is None  # FLUX.1, and FLUX.2 Klein of 4B
     keys |= pair("diffusion_model.double_blocks.18.img_attn.proj", 3072, 3072)
     assert family_of(load_adapter(written(tmp_path / "theirs.safetensors", keys))) == "flux"  # Klein has five blocks
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "path"),
+    [
+        ("transformer.txt_in", (3072, 3584), "txt_in"),  # Qwen-Image's own name
+        ("transformer.txt_in", (3072, 4096), "context_embedder"),  # FLUX.1's makers' name, as OMI writes it
+        ("lora_unet_layers_20_feed_forward_w1", (9216, 2304), "layers.20.feed_forward.linear_1"),  # Lumina's makers'
+        ("lora_unet_layers_20_feed_forward_w1", (10240, 3840), "layers.20.feed_forward.w1"),  # Z-Image's own
+    ],
+)
+def test_names_of_one_s_makers_and_another_s_own_are_told_by_sizes(
+    tmp_path: Path, layer: str, shape: tuple[int, int], path: str
+) -> None:
+    read = load_adapter(written(tmp_path / "theirs.safetensors", pair(layer, *shape)))
+    assert list(read.modules) == [f"transformer.{path}"]
+
+
+@pytest.mark.parametrize(("family", "path"), [("lumina2", "linear_1"), ("z-image", "w1")])
+def test_the_same_names_are_told_by_people(tmp_path: Path, family: str, path: str) -> None:
+    file = written(tmp_path / "theirs.safetensors", pair("transformer.layers.20.feed_forward.w1", 32, 8))
+    with pytest.raises(ValueError, match=r"lumina2 or z-image: say which \(family="):
+        load_adapter(file)
+    assert list(load_adapter(file, family=family).modules) == [f"transformer.layers.20.feed_forward.{path}"]
