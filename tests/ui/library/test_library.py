@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,13 +64,36 @@ def test_refresh_sees_new_changed_and_vanished_files(adapters: Path) -> None:
     assert library.version > version
 
 
-def test_watching_looks_now_and_then(adapters: Path) -> None:
+def test_watching_looks_now_and_then(adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(library_module, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
     library = AdapterLibrary(adapters)
     version = library.watch()
     (adapters / "newer.safetensors").write_bytes((adapters / "ink.safetensors").read_bytes())
+    now[0] += 59.9
     assert library.watch(every=60) == version
-    assert library.watch(every=0) > version
+    now[0] += 0.2
+    assert library.watch(every=60) > version
     assert "newer" in library.usable
+
+
+def test_a_folder_that_takes_long_is_watched_less_often(adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+
+    def listed(*arguments: Any) -> Any:
+        now[0] += 2.0
+        return found(*arguments)
+
+    found = library_module.list_folder
+    monkeypatch.setattr(library_module, "list_folder", listed)
+    monkeypatch.setattr(library_module, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
+    library = AdapterLibrary(adapters)
+    version = library.watch()
+    (adapters / "newer.safetensors").write_bytes((adapters / "ink.safetensors").read_bytes())
+    now[0] += 99
+    assert library.watch(every=2) == version  # a fiftieth of the time at most: 2 s of 100
+    now[0] += 2
+    assert library.watch(every=2) > version
 
 
 @pytest.mark.parametrize("name", ["../adapters/ink", "/etc/passwd", "", "Ink", "ink.safetensors", None, ["ink"]])
