@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dora_diffusion.adapters.matching import LoadReport
     from dora_diffusion.blending import BlendOptions, blend, blend_with_report, interference
     from dora_diffusion.blending.bake import bake
-    from dora_diffusion.conversion import Extraction, extract, resize, to_dora, to_lora, to_out_axis
+    from dora_diffusion.conversion import Extraction, ForTool, extract, for_tool, resize, to_dora, to_lora, to_out_axis
     from dora_diffusion.formats import examine, load_adapter, save_adapter
     from dora_diffusion.generation.generate import GenerationSettings, generate
     from dora_diffusion.layers.config import DoRAConfig
@@ -48,9 +48,11 @@ _HOMES = {
     "blend_with_report": "blending",
     "interference": "blending",
     "Extraction": "conversion",
+    "ForTool": "conversion",
     "bake": "blending.bake",
     "examine": "formats",
     "extract": "conversion",
+    "for_tool": "conversion",
     "resize": "conversion",
     "to_dora": "conversion",
     "to_lora": "conversion",
@@ -81,6 +83,7 @@ __all__ = [
     "BlendOptions",
     "DoRAConfig",
     "Extraction",
+    "ForTool",
     "GenerationSettings",
     "Injection",
     "LoadReport",
@@ -96,6 +99,7 @@ __all__ = [
     "detach",
     "examine",
     "extract",
+    "for_tool",
     "generate",
     "inject",
     "install_words",

@@ -129,6 +129,7 @@ class FactoredState:
         alpha: as the file has it, from which `scale` came; None where it has none.
         magnitude: as in ModuleState.
         axis: as in ModuleState.
+        dimensions: of the weight, as far as the file tells: 4 for a convolution's, whose factors may lie flat.
     """
 
     algorithm: Algorithm
@@ -137,6 +138,7 @@ class FactoredState:
     alpha: float | None = None
     magnitude: Tensor | None = None
     axis: Axis = "out"
+    dimensions: int = 2
 
     def __post_init__(self) -> None:
         check_fields(self)

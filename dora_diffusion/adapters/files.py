@@ -9,6 +9,7 @@ from dora_diffusion.adapters.matching import Fitted, fit
 from dora_diffusion.families import family_of_denoiser
 from dora_diffusion.formats import load_examined
 from dora_diffusion.formats.layer_lookup import Locate
+from dora_diffusion.formats.reading import OVER_BASE_KEY
 from dora_diffusion.pipelines.components import denoisers_of, model_of
 from dora_diffusion.pipelines.modules import PipelineModules
 from dora_diffusion.state import AdapterState, WeightOf
@@ -33,6 +34,9 @@ class AdapterReader:
             ValueError: it is broken, or of another base: one line, of what the file alone says.
         """
         if isinstance(source, AdapterState):
+            if OVER_BASE_KEY in source.metadata:
+                made_for = source.metadata[OVER_BASE_KEY]
+                raise ValueError(f"{name!r} was made for {made_for} alone: save it, and load the file that is written")
             return source, fit(source, name, self._modules), None
         try:
             return self._file(source, strict=strict)

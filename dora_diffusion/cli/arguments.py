@@ -19,6 +19,7 @@ BASES = "pocket, pocket-dit, a diffusers folder, a .safetensors file or a hub id
 LOCAL_BASES = "pocket, pocket-dit, a diffusers folder or a .safetensors file"
 # Spelt out, for importing the library costs seconds; a test keeps the lists true.
 MODES = ("additive", "compose", "direction-magnitude", "peft", "comfyui", "a1111", "lycoris")
+TOOL_NAMES = ("comfyui", "forge", "a1111", "invokeai", "sdnext", "diffusers")
 MERGES = ("svd", "magnitude-prune", "ties", "dare-linear", "dare-ties")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dora_diffusion.cli.arguments import LOCAL_BASES, add_to, check_output, open_base, progress
+from dora_diffusion.cli.arguments import LOCAL_BASES, TOOL_NAMES, add_to, check_output, open_base, progress
 
 if TYPE_CHECKING:
     from dora_diffusion.inspection.verify import Verified
@@ -30,12 +30,11 @@ def _inspect(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     if arguments.plot is not None and arguments.base is None:
         raise ValueError("--plot compares with the base's own weights: name it with --model")
     from dora_diffusion.blending import interference
-    from dora_diffusion.formats import load_examined
-    from dora_diffusion.inspection.report import describe, facts_of
+    from dora_diffusion.inspection.report import describe, facts_of, load_to_inspect
 
     base = None if arguments.base is None else open_base(arguments.base)
     family, strict = arguments.family, not arguments.partial
-    loaded = {path: load_examined(path, base=base, family=family, strict=strict) for path in arguments.files}
+    loaded = {path: load_to_inspect(path, base=base, family=family, strict=strict) for path in arguments.files}
     found = [facts_of(path, *loaded[path], base=base) for path in arguments.files]
     states = {label: loaded[path][0] for label, path in _labels(arguments.files).items()}
     crossed = interference(states, base=base) if base is not None and len(found) > 1 else None
@@ -61,8 +60,8 @@ def _labels(paths: Sequence[Path]) -> dict[str, Path]:
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Write an adapter in another format; nothing is lost, or the reason is said. --lora, --dora and --axis out "
-        "change what it is, and need the base."
+        "Write an adapter in another format, or for another tool; nothing is lost, or the reason is said. --for, "
+        "--lora, --dora and --axis out change what it is, and need the base."
     )
     parser.add_argument("source", type=Path, metavar="IN")
     parser.add_argument("output", type=Path, metavar="OUT", help="a .safetensors file; a folder for peft")
@@ -73,6 +72,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     kind.add_argument("--lora", action="store_true", help="make a plain LoRA of a DoRA (with --rank; else whole)")
     kind.add_argument("--dora", action="store_true", help="give every plain layer magnitudes; exact")
     kind.add_argument("--axis", choices=["out"], help="make magnitudes per input magnitudes per output")
+    kind.add_argument("--for", dest="tool", choices=TOOL_NAMES, help="make what this tool draws as we draw")
     parser.add_argument("--rank", type=int, help="of the new pairs")
     parser.set_defaults(handler=_convert)
 
@@ -93,8 +93,10 @@ def _convert(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     changes = arguments.lora or arguments.dora or arguments.axis
     if changes and arguments.base is None:
         raise ValueError("--lora, --dora and --axis compare with the base's weights: name it with --base")
-    if arguments.rank is not None and not (arguments.lora or arguments.axis):
-        raise ValueError("--rank goes with --lora or --axis; to change the rank alone: dora-diffusion resize")
+    if arguments.rank is not None and not (arguments.lora or arguments.axis or arguments.tool):
+        raise ValueError("--rank goes with --lora, --axis or --for; to change the rank alone: dora-diffusion resize")
+    if arguments.tool is not None:
+        return _convert_for_tool(arguments)
     from dora_diffusion.formats import FORMATS, load_adapter
 
     base = None if arguments.base is None else open_base(arguments.base)
@@ -105,6 +107,32 @@ def _convert(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ValueError(f"--lora without --rank is a whole difference; name a --rank, or a format of {able}")
     adapter = _changed(original, arguments, base) if base is not None and changes else original
     _write(adapter, arguments, format, lambda path: _compared(path, original, base))
+    return 0
+
+
+def _convert_for_tool(arguments: argparse.Namespace) -> int:
+    if arguments.to is not None:
+        raise ValueError(f"--for {arguments.tool} chooses the format that it reads: leave out --to")
+    if arguments.base is None:
+        raise ValueError(f"--for {arguments.tool} compares with the base's weights: name it with --base")
+    from dora_diffusion.conversion import for_tool
+    from dora_diffusion.formats import load_adapter
+    from dora_diffusion.formats.reading import as_stored
+    from dora_diffusion.inspection.verify import verify_for_tool
+
+    check_output(arguments.output, None)
+    base, strict = open_base(arguments.base), not arguments.partial
+    original = load_adapter(arguments.source, base=base, family=arguments.family, strict=strict)
+    with progress("converting") as advance:
+        made = for_tool(original, arguments.tool, base=base, rank=arguments.rank, strict=strict, progress=advance)
+
+    def verify(path: Path) -> "Verified":
+        stored = load_adapter(path, base=as_stored)
+        with progress("reading back") as advance:
+            return verify_for_tool(stored, original, made.tool, base=base, progress=advance)
+
+    _write(made.adapter, arguments, made.format, verify)
+    print(made.sentence())
     return 0
 
 

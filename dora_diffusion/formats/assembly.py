@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dora_diffusion.formats import base_made
 from dora_diffusion.formats.keys import BASE_MADE, FACTORS, GLORA, IA3, ROTATION, Suffixes
+from dora_diffusion.functional.blend_modes import from_base_norms
 from dora_diffusion.functional.dora import TINY_NORM, Axis, master_dtype, squared_row_norms
 from dora_diffusion.state import Algorithm, FactoredState, Module, ModuleState
 
@@ -41,19 +42,21 @@ class Assembled:
 
 
 @dataclass(frozen=True)
-class AxisHint:
-    """What tells the axis of a flat magnitude on a square layer.
+class Hints:
+    """What else tells what a magnitude is.
 
     Attributes:
         axis: as the file's metadata have it, or None.
-        weight: the base's weight, or None when no base is at hand.
+        weight: gives the base's weight, or None when no base is at hand.
+        is_over_base: magnitudes per output are those of a tool that divides them by the norms of the base's weight.
     """
 
     axis: Axis | None
-    weight: Tensor | None
+    weight: Callable[[], Tensor | None]
+    is_over_base: bool = False
 
 
-def assemble(layer: str, parts: Parts, scale: Scale, hint: Callable[[], AxisHint]) -> Assembled:
+def assemble(layer: str, parts: Parts, scale: Scale, hints: Hints) -> Assembled:
     """Parts of a layer, by their names in `keys`, as an adapter.
 
     Raises:
@@ -66,7 +69,7 @@ def assemble(layer: str, parts: Parts, scale: Scale, hint: Callable[[], AxisHint
     weight, bias = parts.get("w_norm"), parts.get("b_norm", parts.get("diff_b"))
     if "diff" in parts and parts["diff"].dim() == 1:
         weight = parts["diff"]
-    module = _module(layer, parts, scale, hint)
+    module = _module(layer, parts, scale, hints)
     used = {"w_norm", "b_norm", "diff_b"} & parts.keys() | ({"diff"} if weight is not None else set())
     if module is not None:
         used |= {*FACTORS, *BASE_MADE, "down", "up", "mid", "alpha", "magnitude", "dora_scale"}
@@ -95,16 +98,16 @@ def _check_stored_once(layer: str, parts: Parts) -> None:
         raise ValueError(f"{layer}: its change is stored as {' and as '.join(found)}, expected one of them")
 
 
-def _module(layer: str, parts: Parts, scale: Scale, hint: Callable[[], AxisHint]) -> Module | None:
+def _module(layer: str, parts: Parts, scale: Scale, hints: Hints) -> Module | None:
     if "down" in parts or "up" in parts:
-        return _with_magnitude(layer, _pair(layer, parts, scale), parts, hint)
+        return _with_magnitude(layer, _pair(layer, parts, scale), parts, hints)
     if parts.keys() & set(BASE_MADE):
         alpha = _number(layer, parts["alpha"]) if "alpha" in parts else None
-        return _with_magnitude(layer, base_made.module_of(layer, parts, alpha, hint().weight), parts, hint)
+        return _with_magnitude(layer, base_made.module_of(layer, parts, alpha, hints.weight()), parts, hints)
     factors = {name: parts[name] for name in FACTORS if name in parts and parts[name].dim() > 1}
     if not factors:
         return None
-    return _with_magnitude(layer, _factored(layer, factors, parts), parts, hint)
+    return _with_magnitude(layer, _factored(layer, factors, parts), parts, hints)
 
 
 def _pair(layer: str, parts: Parts, scale: Scale) -> ModuleState:
@@ -173,16 +176,36 @@ def scaled_to(module: FactoredState, scale: float) -> FactoredState:
     return replace(module, factors=factors, scale=1.0, alpha=None)
 
 
-def _with_magnitude(layer: str, module: Module, parts: Parts, hint: Callable[[], AxisHint]) -> Module:
+def _with_magnitude(layer: str, module: Module, parts: Parts, hints: Hints) -> Module:
     if "magnitude" in parts:
         magnitude = parts["magnitude"]
         if magnitude.numel() != module.shape[0]:
             raise ValueError(f"{layer}: magnitude has shape {tuple(magnitude.shape)}, expected ({module.shape[0]},)")
-        return replace_magnitude(module, magnitude.reshape(-1), "out")
+        return _of_ours(layer, replace_magnitude(module, magnitude.reshape(-1), "out"), hints)
     if "dora_scale" not in parts:
         return module
     magnitude = parts["dora_scale"]
-    return replace_magnitude(module, magnitude.reshape(-1), _axis(layer, magnitude, module, hint))
+    found = replace_magnitude(module, magnitude.reshape(-1), _axis(layer, magnitude, module, hints))
+    if isinstance(found, FactoredState):
+        found = replace(found, dimensions=max(2, magnitude.dim()))
+    return _of_ours(layer, found, hints)
+
+
+def _of_ours(layer: str, module: Module, hints: Hints) -> Module:
+    """The same module with the magnitude that the paper's formula takes."""
+    if module.magnitude is None or module.axis == "in" or not hints.is_over_base:
+        return module
+    weight = hints.weight()
+    if weight is None:
+        raise ValueError(
+            f"{layer}: its magnitudes are made for a tool that divides them by the base's norms; "
+            "load it with its base at hand (base=, --base)"
+        )
+    if weight.is_meta:  # only what there is is asked, not its numbers
+        return module
+    weight = weight.to(master_dtype(weight.dtype))
+    direction = weight + module.to(dtype=weight.dtype).delta().reshape(weight.shape)
+    return replace_magnitude(module, from_base_norms(module.magnitude.to(weight), weight, direction), "out")
 
 
 def replace_magnitude(module: Module, magnitude: Tensor | None, axis: Axis) -> Module:
@@ -192,7 +215,7 @@ def replace_magnitude(module: Module, magnitude: Tensor | None, axis: Axis) -> M
     return replace(module, magnitude=magnitude, axis=axis)
 
 
-def _axis(layer: str, magnitude: Tensor, module: Module, hint: Callable[[], AxisHint]) -> Axis:
+def _axis(layer: str, magnitude: Tensor, module: Module, hints: Hints) -> Axis:
     out, columns = module.shape
     count, dimensions = magnitude.numel(), magnitude.dim()
     inputs = module.down.shape[1] if isinstance(module, ModuleState) else columns
@@ -207,11 +230,10 @@ def _axis(layer: str, magnitude: Tensor, module: Module, hint: Callable[[], Axis
         return "in"
     if fits_out != fits_in:
         return "out" if fits_out else "in"
-    hinted = hint()
-    if hinted.axis is not None:
-        return hinted.axis
-    if hinted.weight is not None:
-        return _steadier_axis(hinted.weight, magnitude)
+    if hints.axis is not None:
+        return hints.axis
+    if (weight := hints.weight()) is not None:
+        return "out" if weight.is_meta else _steadier_axis(weight, magnitude)  # without numbers nothing is told
     raise ValueError(
         f"{layer}: dora_scale {tuple(magnitude.shape)} of a square layer may be per output or per input, and the "
         "metadata do not say; load it with its base at hand (base=..., --base)"
@@ -295,7 +317,10 @@ def _magnitude_part(layer: str, module: Module, suffixes: Suffixes) -> dict[str,
     magnitude = module.magnitude
     assert magnitude is not None
     # a flat pair of a convolution is written flat, and so is its magnitude
-    dimensions = module.down.dim() if isinstance(module, ModuleState) else max(t.dim() for t in module.factors.values())
+    if isinstance(module, ModuleState):
+        dimensions = module.down.dim()
+    else:
+        dimensions = max(module.dimensions, *(factor.dim() for factor in module.factors.values()))
     if not suffixes.flat_magnitude:
         shape = [1] * dimensions
         shape[0 if module.axis == "out" else 1] = -1

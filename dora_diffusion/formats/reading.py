@@ -5,12 +5,13 @@ Keys are taken apart, layers located, their parts put together, fused layers spl
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dora_diffusion.formats.assembly import Assembled, AxisHint, assemble
+from dora_diffusion.formats.assembly import Assembled, Hints, assemble
 from dora_diffusion.formats.bias_vectors import split_vector
 from dora_diffusion.formats.family_detection import told_families
 from dora_diffusion.formats.fused_layers import split
@@ -28,6 +29,8 @@ _MOST_HALVES = 200
 _IDLE = ("alpha", "dora_scale", "magnitude", "rescale", "on_input")  # parts that by themselves change nothing
 AXIS_KEY = "dora_diffusion.magnitude_axis"
 FAMILY_KEY = "dora_diffusion.family"
+OVER_BASE_KEY = "dora_diffusion.magnitudes_over_base_norms"
+"""Of whom the file was made for: a tool that divides magnitudes per output by N(W), where the paper has N(W + D)."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def read(
     Raises:
         ValueError: half a pair, shapes that do not fit, malformed metadata, a layer twice, an axis that nothing tells.
     """
-    scales, axis = Scales(metadata), told_axis(metadata)
+    scales, axis, is_over_base = Scales(metadata), told_axis(metadata), OVER_BASE_KEY in metadata
     modules: dict[str, Module] = {}
     vectors: dict[str, Tensor] = {}
     extra = {key: tensor for key, tensor in tensors.items() if not reading.is_known(key)}
@@ -108,12 +111,13 @@ def read(
             name,
             {part: tensors[key] for part, key in keys.items()},
             lambda rank, path=place.paths[0]: scales.of(path, rank),  # type: ignore[misc]
-            lambda place=place: AxisHint(axis, _base_weight(place, weight_of)),  # type: ignore[misc]
+            Hints(axis, partial(_base_weight, place, weight_of), is_over_base),
         )
         extra.update({keys[part]: tensors[keys[part]] for part in found.spare})
         _put(modules, _modules(place, found))
         _put(vectors, _vectors(place, found))
-    return AdapterState(modules, dict(metadata), vectors, extra, families=reading.families)
+    kept = {key: text for key, text in metadata.items() if key != OVER_BASE_KEY}
+    return AdapterState(modules, kept, vectors, extra, families=reading.families)
 
 
 def _by_layer(reading: Reading) -> dict[str, dict[str, str]]:
@@ -153,6 +157,11 @@ def _vectors(place: Place, found: Assembled) -> dict[str, Tensor]:
 def _base_weight(place: Place, weight_of: WeightOf | None) -> Tensor | None:
     """The base's weight under a name of the file, pieces of a fused layer one upon another."""
     return None if weight_of is None else torch.cat([weight_of(path) for path in place.paths])
+
+
+def as_stored(path: str) -> Tensor:
+    """A `base` of whose weights nothing is known: beside it magnitudes are read as a file stores them."""
+    return torch.empty(0, device="meta")
 
 
 def told_axis(metadata: Mapping[str, str]) -> Axis | None:

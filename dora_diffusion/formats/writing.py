@@ -25,8 +25,14 @@ _NORMS = re.compile(r"(norm|ln_|group_norm|layer_norm)[\w.]*$")
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """A layer as the file has it: its key without a part, and the layers of diffusers' that it is."""
+class FileLayer:
+    """A layer as the file has it.
+
+    Attributes:
+        key: without a part.
+        component: of the pipeline.
+        fusion: the layers of diffusers' that it is.
+    """
 
     key: str
     component: str
@@ -35,6 +41,19 @@ class _Layer:
     def of(self, found: Mapping[str, Module]) -> dict[str, Module]:
         """The modules of this layer, by path without the component."""
         return {path: found[f"{self.component}.{path}"] for path in self.fusion.paths if self._has(found, path)}
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of all layers that it is, component first, adapted or not."""
+        return tuple(f"{self.component}.{path}" for path in self.fusion.paths)
+
+    def is_held(self, found: Mapping[str, Module], dialect: Dialect) -> bool:
+        """Whether a dialect has a spelling for what its layers come to: path with component -> module."""
+        try:
+            parts = parts_of(self.key, fuse(self.fusion, self.of(found)), dialect.suffixes)
+        except ValueError:
+            return False
+        return all(dialect.suffixes.spell(self.key, part) is not None for part in parts)
 
     def vectors(self, found: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
         """Its vectors of a kind, "weight" or "bias"."""
@@ -54,7 +73,7 @@ def write(adapter: AdapterState, dialect: Dialect) -> tuple[dict[str, Tensor], d
     family = family_of(adapter)
     _check_components(adapter, dialect, family)
     tensors: dict[str, Tensor] = {}
-    for layer in _layers(adapter, dialect, family):
+    for layer in file_layers(adapter, dialect, family):
         for part, tensor in _parts(layer, adapter, dialect).items():
             key = dialect.suffixes.spell(layer.key, part)
             if key is None:
@@ -76,17 +95,22 @@ def _check_components(adapter: AdapterState, dialect: Dialect, family: str | Non
             )
 
 
-def _layers(adapter: AdapterState, dialect: Dialect, family: str | None) -> list[_Layer]:
+def file_layers(adapter: AdapterState, dialect: Dialect, family: str | None) -> list[FileLayer]:
+    """The layers that a dialect writes of an adapter.
+
+    Raises:
+        ValueError: one line with what it has no name for.
+    """
     paths = list(dict.fromkeys([*adapter.modules, *(key.rpartition(".")[0] for key in adapter.vectors)]))
     of_path = _original_names(paths, adapter.modules, dialect, family)
-    layers: dict[str, _Layer] = {}
+    layers: dict[str, FileLayer] = {}
     for path in paths:
         component, inner = path.split(".", 1)
         fusion = of_path(inner) if not component.startswith("text_encoder") else None
         for piece in _pieces(fusion or Fusion(inner, (inner,)), dialect):
             if inner in piece.paths:
                 key = _key(component, piece.original, dialect, family)
-                layers[key] = _Layer(key, component, piece)
+                layers[key] = FileLayer(key, component, piece)
     return list(layers.values())
 
 
@@ -150,7 +174,7 @@ def _key(component: str, name: str, dialect: Dialect, family: str | None) -> str
     return f"{prefix}{flatten(name) if dialect.is_flat else name}"
 
 
-def _parts(layer: _Layer, adapter: AdapterState, dialect: Dialect) -> dict[str, Tensor]:
+def _parts(layer: FileLayer, adapter: AdapterState, dialect: Dialect) -> dict[str, Tensor]:
     parts: dict[str, Tensor] = {}
     if modules := layer.of(adapter.modules):
         parts.update(parts_of(layer.key, _fused(layer.fusion, modules), dialect.suffixes))

@@ -72,6 +72,33 @@ def direction_factor(base: Tensor, norms: Sequence[Tensor], strengths: Sequence[
     return factor
 
 
+def over_base_norms(magnitude: Tensor, weight: Tensor, direction: Tensor) -> Tensor:
+    """m' of `comfyui`'s  g = m' / N(W)  that draws what m / N(V) does:  m' = m N(W) / N(V).
+
+    Args:
+        magnitude: m of the out axis, (out,).
+        weight: W, (out, in[, kh, kw]).
+        direction: V = W + D, as W.
+
+    Returns:
+        m', (out,), in the dtype of `axis_norms`; rows of V that are 0 keep their m.
+    """
+    ratio, is_row = _norm_ratio(weight, direction)
+    return torch.where(is_row, magnitude * ratio, magnitude.to(ratio))
+
+
+def from_base_norms(magnitude: Tensor, weight: Tensor, direction: Tensor) -> Tensor:
+    """m of an m' that `over_base_norms` made; arguments and result as there."""
+    ratio, is_row = _norm_ratio(weight, direction)
+    return torch.where(is_row, magnitude / ratio, magnitude.to(ratio))
+
+
+def _norm_ratio(weight: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    """N(W) / N(V), the first as `as_comfyui` has it, and which rows of V have a direction."""
+    base, norms = axis_norms(weight, "out"), axis_norms(direction, "out")
+    return (base + torch.finfo(base.dtype).eps) / norms.clamp(min=TINY_NORM), norms > TINY_NORM
+
+
 def common_axis(terms: Iterable[tuple[Tensor | None, Axis]]) -> Axis:
     """The axis of the magnitudes among (magnitude, axis); "out" where there is none.
 

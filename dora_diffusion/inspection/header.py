@@ -20,7 +20,7 @@ from dora_diffusion.formats import format_of, place_of, read_header
 from dora_diffusion.formats.family_detection import family_of
 from dora_diffusion.formats.json_metadata import json_object
 from dora_diffusion.formats.peft import WEIGHTS
-from dora_diffusion.formats.reading import AXIS_KEY, Reading, read, take_apart, told_axis
+from dora_diffusion.formats.reading import OVER_BASE_KEY, Reading, as_stored, read, take_apart, told_axis
 from dora_diffusion.formats.safetensors_reader import (
     DTYPES,
     MAX_HEADER_BYTES,
@@ -198,10 +198,10 @@ def _outline(entries: Entries, metadata: Mapping[str, str], reading: Reading) ->
 
     def weight_of(path: str) -> Tensor:
         asked.append(path)
-        return torch.empty(0, device="meta")
+        return as_stored(path)
 
     axis = told_axis(metadata)
-    declared = {**metadata, AXIS_KEY: axis or "out"}
+    declared = {key: text for key, text in metadata.items() if key != OVER_BASE_KEY}
     tensors = {key: _blank(dtype, shape) for key, (dtype, shape) in entries.items()}
     adapter = read(tensors, declared, reading, weight_of)
     return replace(adapter, metadata=dict(metadata)), axis is None and bool(asked)

@@ -1,10 +1,13 @@
 """What was written, read back and compared with what was meant: the weights themselves, not the numbers in the file."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
+from dora_diffusion.conversion.tools import Tool
 from dora_diffusion.functional.blend_modes import MODES, AdapterTerm
 from dora_diffusion.functional.low_rank import relative_error
 from dora_diffusion.functional.strengths import Weight, strength_at
@@ -20,15 +23,17 @@ class Verified:
         error: the largest ||W'_file - W'|| / ||W' - W|| of a layer, W' what was meant. Without a base, of D and m.
         layer: which; empty when there is none.
         layers: how many were compared.
+        how: the file's numbers were drawn by.
     """
 
     error: float
     layer: str
     layers: int
+    how: str = "read back"
 
     def sentence(self) -> str:
         """The whole on one line."""
-        return f"read back: largest relative error {self.error:.2g} of {self.layers} layers ({self.layer})"
+        return f"{self.how}: largest relative error {self.error:.2g} of {self.layers} layers ({self.layer})"
 
 
 @torch.no_grad()
@@ -98,6 +103,38 @@ def verify_tuned(
         if progress is not None:
             progress(number + 1, worst.layers)
     return worst
+
+
+@torch.no_grad()
+def verify_for_tool(
+    stored: AdapterState, original: AdapterState, tool: Tool, *, base: WeightOf, progress: Progress | None = None
+) -> Verified:
+    """Compare what a tool draws of a file, by its own formula, with what we draw of an adapter, in fp32.
+
+    Args:
+        stored: the file's layers, with magnitudes as they are stored (`as_stored`).
+        original: what it was made of; layers that the tool does not read are not looked at.
+        tool: whose formula.
+        base: W of each layer.
+        progress: called after every layer.
+    """
+    worst = Verified(0.0, "", len(stored.modules), f"read back as {tool.title} computes it")
+    for number, (path, module) in enumerate(stored.modules.items()):
+        weight = base(path).float()
+        meant = weight
+        if path in original.modules:
+            meant = MODES["additive"](weight, [_term(original.modules[path], 1.0)])
+        drawn = tool.drawn(module, weight)
+        error = math.inf if drawn is None else _missed(drawn, meant, weight)
+        worst = replace(worst, error=error, layer=path) if error >= worst.error else worst
+        if progress is not None:
+            progress(number + 1, worst.layers)
+    return worst
+
+
+def _missed(drawn: Tensor, meant: Tensor, weight: Tensor) -> float:
+    """The relative error of a change; of an unchanged layer, the share of W by which it was moved."""
+    return relative_error(drawn, meant, None if torch.equal(meant, weight) else weight)
 
 
 @torch.no_grad()

@@ -11,9 +11,12 @@ from PIL import Image, ImageChops
 from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.blending import BLEND_SENTENCES
 from dora_diffusion.cli import COMMANDS, main
-from dora_diffusion.cli.arguments import MERGES, MODES, split_adapter, split_part
+from dora_diffusion.cli.arguments import MERGES, MODES, TOOL_NAMES, split_adapter, split_part
+from dora_diffusion.conversion import TOOLS
 from dora_diffusion.formats import FORMATS, detect_format, load_adapter, save_adapter
 from dora_diffusion.generation.generate import GenerationSettings, generate
+from dora_diffusion.inspection.verify import verify_blend
+from dora_diffusion.pipelines.base_weights import base_weights
 from dora_diffusion.pipelines.loading import load_pipeline
 from tests.failing_disk import RENAMES, fail_at_every_call
 from tests.pocket_random import random_adapter, random_pocket_pipeline
@@ -45,13 +48,14 @@ def fails(capsys, *arguments: object) -> str:
 
 def error_in(output: str) -> float:
     """The relative error that a command printed of what it read back."""
-    found = re.search(r"read back: largest relative error ([0-9.e+-]+) of", output)
+    found = re.search(r"read back.*: largest relative error ([0-9.e+-]+) of", output)
     assert found is not None, output
     return float(found[1])
 
 
 def test_the_lists_of_the_command_line_are_the_librarys() -> None:
     assert {*MODES, *MERGES} == set(BLEND_SENTENCES)
+    assert tuple(TOOLS) == TOOL_NAMES
 
 
 @pytest.mark.parametrize("format", [name for name in FORMATS if name not in ("original", "comfyui", "omi")])
@@ -77,6 +81,25 @@ def test_convert_between_kinds(capsys, tmp_path, files) -> None:
     assert 0.01 < error_in(output) < 1
     output = run(capsys, "convert", files / "ink.safetensors", target, "--dtype", "bf16", *base)
     assert 1e-4 < error_in(output) < 3e-2
+
+
+@pytest.mark.parametrize("tool", TOOL_NAMES)
+def test_convert_for_a_tool_says_how_near_it_draws(capsys, tmp_path, files, tool: str) -> None:
+    target = tmp_path / "out.safetensors"
+    arguments = ("convert", files / "ink.safetensors", target, "--for", tool, "--base", files / "base")
+    said = run(capsys, *arguments)
+    assert f"read back as {TOOLS[tool].title} computes it" in said and error_in(said) < 1e-4
+    original, base = load_adapter(files / "ink.safetensors"), base_weights(files / "base")
+    assert verify_blend(load_adapter(target, base=base), {"": original}, {"": 1.0}, base=base).error < 1e-4
+    if tool == "a1111":
+        assert 0 < error_in(run(capsys, *arguments, "--rank", 4)) < 1
+
+
+def test_convert_for_a_tool_needs_a_base_and_chooses_the_format(capsys, tmp_path, files) -> None:
+    arguments = ("convert", files / "ink.safetensors", tmp_path / "out.safetensors", "--for", "comfyui")
+    assert "name it with --base" in fails(capsys, *arguments)
+    assert "leave out --to" in fails(capsys, *arguments, "--base", files / "base", "--to", "kohya")
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_inspect_says_everything_and_how_two_meet(capsys, tmp_path, files) -> None:

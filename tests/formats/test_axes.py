@@ -164,3 +164,20 @@ def test_rank_above_the_sides_and_rows_of_zeros(tmp_path) -> None:
     expected = v / v.norm(dim=1, keepdim=True) * torch.tensor([[1.0], [0.0], [2.0]])
     assert_close(got[[0, 2]], expected[[0, 2]], computed_in=torch.float64)
     assert_close(got[1], v[1], computed_in=torch.float64)  # a row without a direction in the base adapts as LoRA
+
+
+@pytest.mark.parametrize("shape", [(24, 1, 1, 1), (1, 16, 1, 1)])
+@pytest.mark.parametrize("format", ["kohya", "lycoris"])
+def test_a_magnitude_beside_flat_factors_of_a_convolution_keeps_its_dimensions(
+    tmp_path: Path, format: str, shape: tuple[int, ...]
+) -> None:
+    """LyCORIS writes a convolution's LoHa flat and its magnitude not: with two dimensions no tool would broadcast it."""
+    prefix = {"kohya": "lora_unet_", "lycoris": "lycoris_"}[format]
+    name = f"{prefix}down_blocks_0_resnets_0_conv1"
+    factors = {"hada_w1_a": (24, 2), "hada_w1_b": (2, 144), "hada_w2_a": (24, 2), "hada_w2_b": (2, 144)}
+    theirs = {f"{name}.{part}": torch.rand(*size) for part, size in factors.items()}
+    theirs |= {f"{name}.dora_scale": torch.rand(*shape), f"{name}.alpha": torch.tensor(1.0)}
+    save_file(theirs, tmp_path / "theirs.safetensors")
+    read = load_adapter(tmp_path / "theirs.safetensors")
+    ours = save_adapter(read, tmp_path / "ours.safetensors", format=format)
+    assert_identical(load_file(ours), theirs)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,11 +26,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from dora_diffusion.conversion import for_tool
 from dora_diffusion.formats import detect_format, load_adapter, save_adapter
+from dora_diffusion.functional.low_rank import relative_error
+from dora_diffusion.inspection.verify import verify_for_tool
 from dora_diffusion.layers.base_layers import dense_weight
+from dora_diffusion.pipelines.base_weights import base_weights as pipe_weights
 from dora_diffusion.state import AdapterState, ModuleState
 from tests.families.pipelines import PIPELINES
-from tests.formats.adapters import Make, adapter_of, dense, dora, layers_of, lora
+from tests.formats.adapters import Make, adapter_of, dense, dora, in_dora, layers_of, loha, lora
 from tests.tolerances import assert_identical, assert_near
 
 # Of the largest number. Files are fp32 and both sides merge them in fp64; a scale folded into B is rounded to fp32, and
@@ -159,6 +164,34 @@ def test_diffusers_loads_fuses_and_draws_what_was_written(tmp_path: Path, name: 
             assert_near(weight, dense(before[layer], original.modules[layer]), ROUNDED)
         else:
             assert_identical(weight, before[layer])
+
+
+def one_of_each_kind() -> Make:
+    """Plain pairs, DoRAs of both axes and LoHas in turn."""
+    kinds = cycle((dora, in_dora, lora, loha))
+    return lambda weight, generator: next(kinds)(weight, generator)
+
+
+@pytest.mark.parametrize("name", ["sd1", "flux-dev"])
+def test_diffusers_draws_what_was_made_for_it_as_near_as_is_said(tmp_path: Path, name: str) -> None:
+    pipe = build(name)
+    before = weights_of(pipe, LOADED[name])
+    original = adapter_of(one_of_each(name, LOADED[name]).items(), one_of_each_kind())
+    original = replace(original, metadata={"dora_diffusion.family": name.removesuffix("-dev")})
+    made = for_tool(original, "diffusers", base=pipe, rank=6)
+    assert made.made.keys() == {"as they were", "as the nearest DoRA"}
+    path = save_adapter(made.adapter, tmp_path / "a.safetensors", format=made.format)
+    said = verify_for_tool(load_adapter(path), original, made.tool, base=pipe_weights(pipe)).error
+    pipe.load_lora_weights(str(path))
+    weights = merged(pipe, name)
+    missed = {
+        layer: relative_error(weights[layer], dense(before[layer], module), before[layer])
+        for layer, module in original.modules.items()
+    }
+    assert max(missed.values()) == pytest.approx(said, rel=1e-3) and said > 0.01
+    for layer, module in original.modules.items():
+        if module.axis == "out":
+            assert_near(weights[layer], dense(before[layer], module), ROUNDED)
 
 
 @pytest.mark.parametrize("name, component", [("sdxl", "text_encoder_2"), ("sd1", "unet"), ("flux-dev", "transformer")])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import gradio as gr
 
 from dora_diffusion.blending import BLEND_SENTENCES
+from dora_diffusion.conversion import TOOLS
 from dora_diffusion.formats import FORMATS
 from dora_diffusion.generation.generate import GenerationStopped
 from ui.backend.checks import check_number, check_whole
@@ -19,6 +20,7 @@ from ui.tabs.export_files import AS_DRAWN, TARGETS, Exported, ExportOptions, che
 __all__ = ["Export", "ExportOptions", "Exported", "build_export", "export_mix"]
 
 _AS_DRAWN_LABEL = "as in the rack"
+_FOR = "for:"  # before a tool among the formats
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,15 @@ class _Fields:
     density: gr.Slider
 
     def read(self, values: Values) -> ExportOptions:
+        chosen = str(values[self.format])
+        is_tool = chosen.startswith(_FOR)
         return check_options(
             ExportOptions(
                 name=values[self.name],
                 target=values[self.target],
                 mode=values[self.mode],
-                format=values[self.format],
+                format="diffusers" if is_tool else chosen,
+                tool=chosen.removeprefix(_FOR) if is_tool else "",
                 rank=check_whole("rank", values[self.rank] or 0, low=0, high=4096) or None,
                 density=check_number("density", values[self.density], low=0.01, high=1.0),
             )
@@ -122,7 +127,11 @@ def _build_fields() -> _Fields:
     with gr.Row():
         modes = [(_AS_DRAWN_LABEL, AS_DRAWN), *((mode, mode) for mode in BLEND_SENTENCES)]
         mode = gr.Dropdown(modes, value=AS_DRAWN, label="Mode", elem_id="export-mode", min_width=160)
-        format = gr.Dropdown(list(FORMATS), value="diffusers", label="Format", elem_id="export-format", min_width=140)
+        tools = [(f"for {tool.title}", f"{_FOR}{name}") for name, tool in TOOLS.items()]
+        formats = [(name, name) for name in FORMATS]
+        format = gr.Dropdown(
+            [*formats, *tools], value="diffusers", label="Format, or tool", elem_id="export-format", min_width=140
+        )
         rank = gr.Number(
             value=0, precision=0, minimum=0, label="Rank (0: the sum)", elem_id="export-rank", min_width=120
         )

@@ -10,9 +10,11 @@ from PIL import Image
 
 from dora_diffusion.blending import BLEND_SENTENCES, BlendOptions, blend_with_report
 from dora_diffusion.blending.bake import bake
+from dora_diffusion.conversion import TOOLS, for_tool
 from dora_diffusion.formats import FORMATS, load_examined, save_adapter
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.generation.generate import GenerationStopped, generate
+from dora_diffusion.inspection.verify import verify_for_tool
 from dora_diffusion.pipelines.base_weights import EMBEDDED, BaseWeights
 from dora_diffusion.pipelines.loading import load_pipeline
 from dora_diffusion.state import AdapterState
@@ -39,6 +41,7 @@ class ExportOptions:
         target: of TARGETS.
         mode: a key of `BLEND_SENTENCES`, or AS_DRAWN.
         format: of an adapter.
+        tool: a key of `TOOLS`, for whom the adapter is made, in the format that it reads; empty for `format`.
         rank: of an adapter's layers at most; None for the sum.
         density: what ties, dare and magnitude-prune keep.
     """
@@ -47,6 +50,7 @@ class ExportOptions:
     target: str = TARGETS[0]
     mode: str = AS_DRAWN
     format: str = "diffusers"
+    tool: str = ""
     rank: int | None = None
     density: float = 0.5
 
@@ -77,6 +81,7 @@ def check_options(options: ExportOptions) -> ExportOptions:
         ("write", options.target, TARGETS),
         ("mode", options.mode, (AS_DRAWN, *BLEND_SENTENCES)),
         ("format", options.format, tuple(FORMATS)),
+        ("tool", options.tool, ("", *TOOLS)),
     ):
         if value not in known:
             raise ValueError(f"{what}: got {str(value)[:40]!r}, expected one of {', '.join(filter(None, known))}")
@@ -112,7 +117,7 @@ def export_mix(
 
 
 def _as_adapter(session: Session, request: DrawRequest, options: ExportOptions, should_stop: ShouldStop) -> Exported:
-    is_folder = options.format == "peft"
+    is_folder = options.format == "peft" and not options.tool
     path = session.library.folder / (options.name if is_folder else f"{options.name}.safetensors")
     _check_free(path)
     (live,) = session.draw(request, should_stop=should_stop)
@@ -124,9 +129,10 @@ def _as_adapter(session: Session, request: DrawRequest, options: ExportOptions, 
                 states, weights, base=base, mode=options.mode, rank=options.rank,
                 options=BlendOptions(density=options.density), progress=_asking(should_stop),
             )  # fmt: skip
+            written_as = _for(options, blended.adapter, base, should_stop)
         with session.naming:  # another tab may have taken the name meanwhile
             _check_free(path)
-            save_adapter(blended.adapter, path, format=options.format)
+            save_adapter(written_as.adapter, path, format=written_as.format)
             written = True
         session.library.refresh()
         name = next((file.name for file in session.library.files if file.path == path), options.name)
@@ -134,12 +140,33 @@ def _as_adapter(session: Session, request: DrawRequest, options: ExportOptions, 
         (again,) = session.draw(merged, should_stop=should_stop)
         if again.model != live.model:
             raise ValueError(f"the base was switched to {again.model} meanwhile; export again")
-        return _compared(session, live, again, path, name=name, summary=blended.report.sentence())
+        summary = " ".join(filter(None, (blended.report.sentence(), written_as.sentence)))
+        return _compared(session, live, again, path, name=name, summary=summary)
     except BaseException:
         if written:
             _remove(path)
             session.library.refresh()
         raise
+
+
+@dataclass(frozen=True)
+class _Written:
+    """An adapter as it is saved, in which format, and what is said of it."""
+
+    adapter: AdapterState
+    format: str
+    sentence: str = ""
+
+
+def _for(options: ExportOptions, adapter: AdapterState, base: BaseWeights, should_stop: ShouldStop) -> _Written:
+    """The adapter itself, or made for a tool, with how far what the tool draws will be from ours."""
+    if not options.tool:
+        return _Written(adapter, options.format)
+    asking = _asking(should_stop)
+    made = for_tool(adapter, options.tool, base=base, rank=options.rank, progress=asking)
+    found = verify_for_tool(made.adapter, adapter, made.tool, base=base, progress=asking)
+    sentence = f"Made {made.sentence()}. It draws each layer's change to {found.error:.2g} or nearer."
+    return _Written(made.adapter, made.format, sentence)
 
 
 def _as_model(session: Session, request: DrawRequest, options: ExportOptions, should_stop: ShouldStop) -> Exported:

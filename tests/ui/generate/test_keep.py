@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,8 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dora_diffusion.formats import FORMATS
+from dora_diffusion.conversion import TOOLS
+from dora_diffusion.formats import FORMATS, examine
 from dora_diffusion.generation.generate import GenerationSettings, GenerationStopped
 from dora_diffusion.generation.img2img import Canvas
 from dora_diffusion.generation.infotext import parse_infotext, settings_of
@@ -326,6 +328,19 @@ def test_largest_difference_is_of_any_channel() -> None:
     assert largest_difference(first, second) == 7
     with pytest.raises(ValueError, match="4 x 4 and 5 x 4"):
         largest_difference(first, Image.new("RGB", (5, 4)))
+
+
+@pytest.mark.parametrize("tool", ["comfyui", "a1111"])
+def test_an_adapter_exported_for_a_tool_says_how_near_that_draws(session: Session, tool: str) -> None:
+    request = DrawRequest(SETTINGS, (AdapterChoice("ink", 1.0),))
+    done = export_mix(session, request, ExportOptions("for-it", format="peft", tool=tool))
+    assert done.path.is_file() and examine(done.path).format == "kohya"
+    assert done.largest_difference <= 1, done.sentence  # drawn from the file by us, beside the base
+    assert f"Made for {TOOLS[tool].title}: " in done.sentence
+    found = re.search(r"It draws each layer's change to ([0-9.e+-]+) or nearer", done.sentence)
+    assert found is not None and float(found[1]) < 1e-4
+    with pytest.raises(ValueError, match="tool: got 'webui', expected one of comfyui, "):
+        export_mix(session, request, ExportOptions("other", tool="webui"))
 
 
 @pytest.mark.parametrize("format", ["diffusers", "peft", "kohya"])
