@@ -171,7 +171,7 @@ def test_rank_above_the_sides_and_rows_of_zeros(tmp_path) -> None:
 def test_a_magnitude_beside_flat_factors_of_a_convolution_keeps_its_dimensions(
     tmp_path: Path, format: str, shape: tuple[int, ...]
 ) -> None:
-    """LyCORIS writes a convolution's LoHa flat and its magnitude not: with two dimensions no tool would broadcast it."""
+    """LyCORIS writes a LoHa of a convolution flat and its magnitude not: with two dimensions no tool broadcasts it."""
     prefix = {"kohya": "lora_unet_", "lycoris": "lycoris_"}[format]
     name = f"{prefix}down_blocks_0_resnets_0_conv1"
     factors = {"hada_w1_a": (24, 2), "hada_w1_b": (2, 144), "hada_w2_a": (24, 2), "hada_w2_b": (2, 144)}
