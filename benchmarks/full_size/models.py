@@ -18,11 +18,11 @@ from benchmarks.full_size.published import Part, Published
 from dora_diffusion.families import component_of_model, coverage, family_of_pipeline
 from dora_diffusion.layers.base_layers import logical_shape
 from dora_diffusion.layers.targets import target_paths
+from dora_diffusion.training.base.memory import Device, MemoryEstimate, estimate_memory
+from dora_diffusion.training.base.meta import model_on_meta, pipeline_on_meta
+from dora_diffusion.training.base.trainable import PRECISIONS, prepare_trainable
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.dry_run import file_bytes
-from dora_diffusion.training.memory import Device, MemoryEstimate, estimate_memory
-from dora_diffusion.training.meta_pipeline import model_on_meta, pipeline_on_meta
-from dora_diffusion.training.trainable import PRECISIONS, prepare_trainable
+from dora_diffusion.training.run.dry_run import file_bytes
 
 RANKS = (4, 8, 16, 32, 64)
 PRESETS = ("attention", "all-linear")

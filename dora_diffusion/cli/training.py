@@ -16,7 +16,7 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
-    from dora_diffusion.training.doctor import examine, format_report
+    from dora_diffusion.training.data.doctor import examine, format_report
 
     report = examine(arguments.dataset, instance_prompt=arguments.instance_prompt)
     print(format_report(report))
@@ -39,17 +39,17 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from dora_diffusion.training.config import TrainConfig
-    from dora_diffusion.training.signals import end_with_stdin
+    from dora_diffusion.training.run.signals import end_with_stdin
 
     if arguments.end_with_stdin:
         end_with_stdin()
     config = TrainConfig.from_yaml(arguments.config, TrainConfig.parse_overrides(rest))
     if arguments.dry_run:
-        from dora_diffusion.training.dry_run import describe_plan
+        from dora_diffusion.training.run.dry_run import describe_plan
 
         print(describe_plan(config))
         return 0
-    from dora_diffusion.training.loop import train
+    from dora_diffusion.training.run.loop import train
 
     result = train(config, resume=arguments.resume)
     if result.validation:
@@ -81,7 +81,7 @@ def _evaluate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     if not adapter.is_file() and not words:
         raise ValueError(f"{adapter}: no such file; train first: dora-diffusion train {arguments.config}")
     from dora_diffusion.evaluate.adapter import Truth, evaluate_adapter
-    from dora_diffusion.training.dataset import find_examples
+    from dora_diffusion.training.data.examples import find_examples
     from dora_diffusion.utils.images import read_image
 
     examples = find_examples(truth_dir, instance_prompt=config.data.instance_prompt)

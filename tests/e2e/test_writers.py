@@ -24,7 +24,7 @@ from dora_diffusion.generation.png_metadata import save_picture
 from dora_diffusion.pipelines.textual_inversion import WordState, save_words
 from dora_diffusion.pretrain import checkpoints
 from dora_diffusion.state import AdapterState
-from dora_diffusion.training.previews import save_previews, save_strip
+from dora_diffusion.training.run.previews import save_previews, save_strip
 from dora_diffusion.utils.atomic import recover, save_tensors, write_atomically
 from tests.failing_disk import contents, fail_at_every_call
 from tests.formats.adapters import adapter_of, dora, place

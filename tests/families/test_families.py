@@ -24,7 +24,7 @@ from dora_diffusion.layers.config import DoRAConfig
 from dora_diffusion.layers.injection import Injection, inject
 from dora_diffusion.state import AdapterState, join
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.objective import objective_of
+from dora_diffusion.training.step.objective import objective_of
 from tests.families.pipelines import PIPELINES
 from tests.families.pipelines.record import Tiny
 from tests.formats.adapters import KINDS, adapter_of, dense, layers_of
@@ -109,7 +109,7 @@ def test_encode_and_predict_are_what_the_pipeline_itself_does(tiny) -> None:
 
 
 def test_captions_of_several_lengths_are_predicted_as_each_alone(tiny) -> None:
-    from dora_diffusion.training.batches import ConditioningCache
+    from dora_diffusion.training.data.batches import ConditioningCache
 
     pipe = tiny.build()
     family = family_of_pipeline(pipe)
@@ -415,7 +415,7 @@ def test_a_mask_keeps_an_adapter_to_its_part_of_the_picture(tiny) -> None:
 def test_training_runs_from_a_folder(tiny, tmp_path) -> None:
     from PIL import Image
 
-    from dora_diffusion.training.loop import train
+    from dora_diffusion.training.run.loop import train
 
     pipe, base, images = tiny.build(), tmp_path / "base", tmp_path / "images"
     pipe.save_pretrained(base)

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.full_size.models import adapter_numbers, config_of, estimate, pipeline_of
 from benchmarks.full_size.published import PUBLISHED, Part, Published
 from dora_diffusion.families import FAMILIES, component_of_model, coverage, family_of_pipeline
-from dora_diffusion.training.trainable import prepare_trainable
+from dora_diffusion.training.base.trainable import prepare_trainable
 
 NAMES = [model.name for model in PUBLISHED]
 # Layers of the denoiser that each preset adapts: attention, all-linear, all.

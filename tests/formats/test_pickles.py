@@ -24,8 +24,8 @@ from dora_diffusion.inspection.report import inspect_adapter
 from dora_diffusion.pipelines.base_weights import weights_of
 from dora_diffusion.pipelines.loading import EMBEDDED, load_pipeline
 from dora_diffusion.pipelines.textual_inversion import load_word
-from dora_diffusion.training import checkpoint
 from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.run import checkpoint
 from dora_diffusion.utils import atomic as storage
 
 ROOT = Path(__file__).parents[2]
@@ -236,7 +236,7 @@ METHODS = {"load_state", "read_pickle", "load_lora_weights"}
 # Classes that hold no weights.
 WEIGHTLESS = {"CLIPTokenizer", "AutoTokenizer"}
 # What is no torch module: tokenizers, schedulers, image processors.
-LOOKED_AT = {"dora_diffusion/training/meta_pipeline.py": ["kind.from_pretrained without use_safetensors=True"]}
+LOOKED_AT = {"dora_diffusion/training/base/meta.py": ["kind.from_pretrained without use_safetensors=True"]}
 
 
 def _dangers(source: str) -> list[str]:

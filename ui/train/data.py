@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dora_diffusion.training.dataset import find_caption, find_pictures, find_sidecar, read_metadata
+from dora_diffusion.training.data.examples import find_caption, find_pictures, find_sidecar, read_metadata
 from dora_diffusion.utils.atomic import write_atomically
 from dora_diffusion.utils.images import SUFFIXES
 from dora_diffusion.utils.text import shown_path

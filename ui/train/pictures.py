@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from dora_diffusion.training.doctor import examine, format_report
+from dora_diffusion.training.data.doctor import examine, format_report
 from dora_diffusion.utils.images import read_image
 from ui.backend.checks import check_text, check_whole
 from ui.errors import LATEST, wire

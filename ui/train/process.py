@@ -11,8 +11,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from dora_diffusion.training.checkpoint import ADAPTER
 from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.run.checkpoint import ADAPTER
 from dora_diffusion.utils.atomic import recover, write_atomically
 from ui.train.child import end, spawn
 from ui.train.log import last_line, last_reason

@@ -8,8 +8,8 @@ from pathlib import Path
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from tensorboard.compat.proto.event_pb2 import Event
 
-from dora_diffusion.training.checkpoint import ADAPTER
 from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.run.checkpoint import ADAPTER
 from dora_diffusion.utils.atomic import MANIFEST, atomic_file, sha256_of
 from ui.backend.checks import check_name
 from ui.library.library import AdapterLibrary

@@ -18,8 +18,8 @@ from dora_diffusion.pipelines.component_files import load_component
 from dora_diffusion.pipelines.hub import may_be_hub_id
 from dora_diffusion.pipelines.loading import load_pipeline
 from dora_diffusion.pipelines.variants import variant_of
+from dora_diffusion.training.base.trainable import load_base
 from dora_diffusion.training.config import BaseConfig
-from dora_diffusion.training.trainable import load_base
 from tests import original_layouts
 from tests.denoisers import DENOISERS, prediction
 from tests.families.pipelines import PIPELINES

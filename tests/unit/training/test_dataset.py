@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_diffusion.training.dataset import (
+from dora_diffusion.training.data.examples import (
     Example,
     StepSampler,
     check_words,

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dora_diffusion.training.dataset import find_examples
-from dora_diffusion.training.doctor import DoctorReport, examine, format_report
+from dora_diffusion.training.data.doctor import DoctorReport, examine, format_report
+from dora_diffusion.training.data.examples import find_examples
 
 PHOTOS = Path(__file__).parents[4] / "shared" / "data" / "dreambooth"
 

@@ -8,12 +8,12 @@ import torch
 
 from dora_diffusion.formats import save_adapter
 from dora_diffusion.pretrain.scenes import background
-from dora_diffusion.training import dry_run as plan
-from dora_diffusion.training import meta_pipeline as skeleton
+from dora_diffusion.training.base import meta as skeleton
+from dora_diffusion.training.base.memory import MemoryEstimate
+from dora_diffusion.training.base.meta import load_skeleton
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.dry_run import describe_plan, file_bytes, memory_lines
-from dora_diffusion.training.memory import MemoryEstimate
-from dora_diffusion.training.meta_pipeline import load_skeleton
+from dora_diffusion.training.run import dry_run as plan
+from dora_diffusion.training.run.dry_run import describe_plan, file_bytes, memory_lines
 from tests.families.pipelines import PIPELINES
 from tests.pocket_random import random_adapter, random_pocket_pipeline
 

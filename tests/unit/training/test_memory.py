@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from dora_diffusion.training.base.memory import MemoryEstimate, Watch, estimate_memory, tensor_bytes
+from dora_diffusion.training.base.meta import without_numbers
+from dora_diffusion.training.base.trainable import PRECISIONS, TrainablePipeline, prepare_trainable
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.memory import MemoryEstimate, Watch, estimate_memory, tensor_bytes
-from dora_diffusion.training.meta_pipeline import without_numbers
-from dora_diffusion.training.trainable import PRECISIONS, TrainablePipeline, prepare_trainable
 from tests.families.pipelines import PIPELINES
 
 

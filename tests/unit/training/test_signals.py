@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from dora_diffusion.training.signals import stop_requests
+from dora_diffusion.training.run.signals import stop_requests
 
 pytestmark = pytest.mark.usefixtures("plain_signals")
 
@@ -16,7 +16,7 @@ FOREVER = 10**6  # steps
 
 SCRIPT = """
 import time
-from dora_diffusion.training.signals import end_with_stdin
+from dora_diffusion.training.run.signals import end_with_stdin
 try:
     print("here", flush=True)
     end_with_stdin(seconds={seconds})

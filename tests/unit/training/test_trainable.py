@@ -6,11 +6,11 @@ from diffusers import EDMEulerScheduler
 
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.pretrain.scenes import background
-from dora_diffusion.training.batches import BatchSource
+from dora_diffusion.training.base.trainable import RateSchedule, adapter_metadata, build_optimizer, prepare_trainable
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.dataset import Example
-from dora_diffusion.training.objective import objective_of
-from dora_diffusion.training.trainable import RateSchedule, adapter_metadata, build_optimizer, prepare_trainable
+from dora_diffusion.training.data.batches import BatchSource
+from dora_diffusion.training.data.examples import Example
+from dora_diffusion.training.step.objective import objective_of
 from dora_diffusion.utils.images import read_image
 from tests.families.pipelines import PIPELINES
 from tests.pocket_random import random_pocket_pipeline

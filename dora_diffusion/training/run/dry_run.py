@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from dora_diffusion.pipelines.textual_inversion import Words
     from dora_diffusion.state import AdapterState
-    from dora_diffusion.training.memory import Device, MemoryEstimate
+    from dora_diffusion.training.base.memory import Device, MemoryEstimate
 
 
 def describe_plan(config: TrainConfig) -> str:
@@ -22,11 +22,11 @@ def describe_plan(config: TrainConfig) -> str:
     """
     import torch
 
-    from dora_diffusion.training.dataset import check_words, checked_examples
-    from dora_diffusion.training.memory import estimate_memory
-    from dora_diffusion.training.meta_pipeline import load_skeleton
-    from dora_diffusion.training.objective import objective_of
-    from dora_diffusion.training.trainable import PRECISIONS, adapter_metadata, prepare_trainable, trainable_count
+    from dora_diffusion.training.base.memory import estimate_memory
+    from dora_diffusion.training.base.meta import load_skeleton
+    from dora_diffusion.training.base.trainable import PRECISIONS, adapter_metadata, prepare_trainable, trainable_count
+    from dora_diffusion.training.data.examples import check_words, checked_examples
+    from dora_diffusion.training.step.objective import objective_of
 
     examples = checked_examples(config.data, seed=config.optim.seed).train
     check_words(config.words.starts, examples)

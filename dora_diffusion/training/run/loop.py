@@ -20,16 +20,7 @@ from dora_diffusion.formats import save_adapter
 from dora_diffusion.functional.objectives import Objective, weighted_squared_error
 from dora_diffusion.pipelines.textual_inversion import save_words
 from dora_diffusion.state import AdapterState
-from dora_diffusion.training import checkpoint
-from dora_diffusion.training.batches import Batch, BatchSource, step_seed
-from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.dataset import Example, check_words, checked_examples
-from dora_diffusion.training.model_card import run_card
-from dora_diffusion.training.objective import objective_of
-from dora_diffusion.training.previews import draw_previews, save_previews, save_strip
-from dora_diffusion.training.prior_preservation import ensure_class_examples
-from dora_diffusion.training.signals import StopRequest, stop_requests
-from dora_diffusion.training.trainable import (
+from dora_diffusion.training.base.trainable import (
     PRECISIONS,
     RateSchedule,
     TrainablePipeline,
@@ -39,6 +30,15 @@ from dora_diffusion.training.trainable import (
     picture_size,
     prepare_trainable,
 )
+from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.data.batches import Batch, BatchSource, step_seed
+from dora_diffusion.training.data.examples import Example, check_words, checked_examples
+from dora_diffusion.training.run import checkpoint
+from dora_diffusion.training.run.card import run_card
+from dora_diffusion.training.run.previews import draw_previews, save_previews, save_strip
+from dora_diffusion.training.run.signals import StopRequest, stop_requests
+from dora_diffusion.training.step.objective import objective_of
+from dora_diffusion.training.step.priors import ensure_class_examples
 from dora_diffusion.utils.atomic import recover, write_atomically
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dora_diffusion.training.dataset import METADATA, find_caption, find_pictures, find_sidecar, read_metadata
+from dora_diffusion.training.data.examples import METADATA, find_caption, find_pictures, find_sidecar, read_metadata
 from dora_diffusion.utils.atomic import sha256_of
 from dora_diffusion.utils.images import SUFFIXES, list_files, natural_order, read_image
 from dora_diffusion.utils.text import shown_path

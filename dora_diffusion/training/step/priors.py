@@ -8,7 +8,7 @@ from tqdm import tqdm
 from dora_diffusion.generation.generate import GenerationSettings, generate
 from dora_diffusion.generation.png_metadata import save_picture
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.dataset import Example, find_examples
+from dora_diffusion.training.data.examples import Example, find_examples
 from dora_diffusion.utils.atomic import write_atomically
 from dora_diffusion.utils.images import SUFFIXES
 

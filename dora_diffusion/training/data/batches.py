@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dora_diffusion.training.base.trainable import TrainablePipeline
 from dora_diffusion.training.config import DataConfig, TrainConfig
-from dora_diffusion.training.dataset import Example, StepSampler, load_sample
-from dora_diffusion.training.trainable import TrainablePipeline
+from dora_diffusion.training.data.examples import Example, StepSampler, load_sample
 
 
 @dataclass(frozen=True)

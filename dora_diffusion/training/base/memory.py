@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dora_diffusion.functional.objectives import weighted_squared_error
+from dora_diffusion.training.base.trainable import PRECISIONS, TrainablePipeline, picture_size
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.trainable import PRECISIONS, TrainablePipeline, picture_size
 
 Device = Literal["cpu", "cuda"]
 

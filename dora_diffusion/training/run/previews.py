@@ -6,8 +6,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from dora_diffusion.generation.generate import GenerationSettings, generate
+from dora_diffusion.training.base.trainable import TrainablePipeline
 from dora_diffusion.training.config import PreviewConfig
-from dora_diffusion.training.trainable import TrainablePipeline
 from dora_diffusion.utils.atomic import atomic_file
 from dora_diffusion.utils.image_grid import grid
 

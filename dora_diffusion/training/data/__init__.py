@@ -1,0 +1,1 @@
+"""From folders to batches: pictures, captions, what a step sees, and what is wrong with a folder."""

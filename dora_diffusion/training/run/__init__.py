@@ -1,0 +1,1 @@
+"""A run: the loop, checkpoints, previews, signals, and what is said before and after."""

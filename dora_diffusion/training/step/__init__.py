@@ -1,0 +1,1 @@
+"""One step: the objective, the class pictures beside it."""
