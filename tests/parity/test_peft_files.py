@@ -263,10 +263,8 @@ WRITTEN = {
     "sdxl": ("unet", "text_encoder", "text_encoder_2"),
     "sd3": ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3"),
     "flux-dev": ("transformer", "text_encoder", "text_encoder_2"),
-    **dict.fromkeys(
-        ("auraflow", "flux2-dev", "flux2-klein", "lumina2", "pixart-alpha", "pixart-sigma"), ("transformer",)
-    ),
-    **dict.fromkeys(("hunyuan-dit-1.1", "qwen-image", "sana", "z-image"), ("transformer",)),
+    **dict.fromkeys(("auraflow", "flux2-dev", "flux2-klein", "lumina2", "pixart-alpha"), ("transformer",)),
+    **dict.fromkeys(("pixart-sigma", "hunyuan-dit-1.1", "qwen-image", "sana", "z-image"), ("transformer",)),
 }
 
 
