@@ -30,6 +30,7 @@ CASES = [
     *((name, format) for name in MODELS for format in ("comfyui", "original")),
     *((name, format) for name in OLDER for format in ("omi", "onetrainer-legacy")),
 ]
+READ_ALONE = [(name, format) for name in SHIP_AS_DIFFUSERS for format in ("comfyui", "original")]
 COLUMNS = {"comfyui": "original", "onetrainer-legacy": "legacy"}
 PREFIXES = {"comfyui": "diffusion_model."}
 ODD = {"transformer.img_in.proj"}
