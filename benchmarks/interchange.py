@@ -1,6 +1,6 @@
 """Adapters of full size through every format and conversion: `python -m benchmarks.interchange` writes interchange.md.
 
-First it prints which layouts of which families are read and written, and why that is believed; `--table` prints no more.
+First it prints which layouts of which families are read and written, and why that is believed; `--table`: that alone.
 
 The layers are those of Stable Diffusion XL, UNet and both text encoders, with random values; no weights are needed.
 The base's are views into one buffer, so that what is measured is the work and not a model's place in memory. Peaks are
@@ -73,9 +73,7 @@ def main() -> int:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--quick", action="store_true", help="a sixteenth of every side: does it run, not how fast")
     parser.add_argument("--output", type=Path, help="docs/results; with --quick a new temporary folder")
-    parser.add_argument(
-        "--table", action="store_true", help="print the table of layouts by families, and measure nothing"
-    )
+    parser.add_argument("--table", action="store_true", help="print layouts by families, and measure nothing")
     arguments = parser.parse_args()
     print(tables(), flush=True)
     if arguments.table:
