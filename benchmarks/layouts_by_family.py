@@ -30,6 +30,8 @@ OLDER = (*UNETS, "sd3", "flux", *PIXART)
 DITS = ("sd3", "auraflow", "flux", *FLUX_2, "sana", *PIXART, "hunyuan-dit", "lumina2", "z-image")
 ABSENT = {("xlabs", name) for name in NAMES if name != "flux"}
 """No such files can be: XLabs made its names for FLUX.1 alone."""
+REFUSED = {("old-diffusers", name) for name in NAMES if name not in UNETS}
+"""Nobody would read such a file: before 0.20 diffusers had no transformers, and today's knows them by other names."""
 WITH_TEXTS = {"comfyui": (*UNETS, "sd3", "flux"), "original": (), "bare": (), "xlabs": ()}
 """Families whose text encoders a layout has names for, where not all have; others' are refused."""
 NO_NAME = "the {layout} format has no name for {component} of {family}; choose another format"
@@ -249,6 +251,8 @@ def cell(layout: Dialect, family: str) -> str:
     """`rw+ L1,3 N7`: read and written, text encoders too, and by which sources."""
     if (layout.name, family) in ABSENT:
         return "-"
+    if (layout.name, family) in REFUSED:
+        return "refused"
     what = ("rw" if layout.is_written else "r") + ("+" if names_texts(layout.name, family) else "")
     found: dict[Kind, list[str]] = {}
     for number in sources_of(layout.name, family):
@@ -274,7 +278,7 @@ What is refused, in these words:
 {refusals}
 """
 REFUSALS: Mapping[str, str] = {
-    "text encoders where a cell has no `+`": NO_NAME,
+    "`refused`, and text encoders where a cell has no `+`": NO_NAME,
     "writing a layout that is read alone": NOT_WRITTEN + "...",
     "a DoRA in `old-diffusers`": "this format holds plain LoRA only, and the layer is a DoRA; make a LoRA first",
 }

@@ -146,7 +146,8 @@ OLD = Dialect(
     about="diffusers before 0.20: attention processors",
     recognises=lambda signs: "old" in signs.styles,
     suffixes=OLD_DIFFUSERS,
-    prefixes=_DIFFUSERS,
+    # of the models that there were then; nobody reads a transformer's so
+    prefixes={name: _DIFFUSERS[name] for name in ("unet", "text_encoder", "text_encoder_2")},
 )
 OSTRIS = Dialect(
     name="ai-toolkit",
