@@ -55,7 +55,8 @@ bench: setup
 bench-commands: setup
 	$(PY) -m benchmarks.commands $(COMMANDS_FLAGS)
 
-# Files and conversions of a full-size adapter -> docs/results/interchange.md
+# Prints which layouts of which families are read and written (INTERCHANGE_FLAGS=--table: only that, in seconds);
+# files and conversions of a full-size adapter -> docs/results/interchange.md
 interchange: setup
 	$(PY) -m benchmarks.interchange $(INTERCHANGE_FLAGS)
 

@@ -1,5 +1,7 @@
 """Adapters of full size through every format and conversion: `python -m benchmarks.interchange` writes interchange.md.
 
+First it prints which layouts of which families are read and written, and why that is believed; `--table`: that alone.
+
 The layers are those of Stable Diffusion XL, UNet and both text encoders, with random values; no weights are needed.
 The base's are views into one buffer, so that what is measured is the work and not a model's place in memory. Peaks are
 those of the process's resident memory, beyond what it held before.
@@ -29,6 +31,7 @@ from tqdm import tqdm
 import dora_diffusion as dd
 from benchmarks.full_size.models import pipeline_of
 from benchmarks.full_size.published import PUBLISHED
+from benchmarks.layouts_by_family import tables
 from dora_diffusion.conversion import Extraction, resize, to_dora, to_lora
 from dora_diffusion.formats import FORMATS
 from dora_diffusion.functional.dora import initial_magnitude
@@ -70,7 +73,11 @@ def main() -> int:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--quick", action="store_true", help="a sixteenth of every side: does it run, not how fast")
     parser.add_argument("--output", type=Path, help="docs/results; with --quick a new temporary folder")
+    parser.add_argument("--table", action="store_true", help="print layouts by families, and measure nothing")
     arguments = parser.parse_args()
+    print(tables(), flush=True)
+    if arguments.table:
+        return 0
     wanted = arguments.presets.split(",")
     if unknown := [preset for preset in wanted if preset not in PRESETS]:
         parser.error(f"--presets {unknown[0]}: expected some of {','.join(PRESETS)}")

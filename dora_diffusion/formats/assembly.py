@@ -63,7 +63,7 @@ def assemble(layer: str, parts: Parts, scale: Scale, hints: Hints) -> Assembled:
         ValueError: half a pair, shapes that do not fit one another, or an axis that nothing tells.
     """
     for part, tensor in parts.items():
-        if not tensor.is_floating_point() and part != "alpha":
+        if not tensor.is_floating_point() and part not in ("alpha", "on_input"):  # LyCORIS keeps both as they are
             raise ValueError(f"{layer}: its {part} holds {tensor.dtype}, expected floating-point numbers")
     _check_stored_once(layer, parts)
     weight, bias = parts.get("w_norm"), parts.get("b_norm", parts.get("diff_b"))

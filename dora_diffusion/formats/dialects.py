@@ -86,6 +86,23 @@ COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_enc
 _DIFFUSERS = {name: f"{name}." for name in COMPONENTS}
 _NUMBERED = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
 _FLAT_ENCODERS = {**_NUMBERED, "te": "lora_te_", "te3": "lora_te3_"}
+# Whose flat names are the makers' in the tools' own files: sd-scripts and musubi-tuner, which take them off their own
+# model code, OneTrainer, Tencent's for Hunyuan-DiT. Nobody trains AuraFlow so, and ComfyUI, which reads `lora_unet_`
+# for every model, knows its makers' names there.
+_FLAT_ORIGINALS = frozenset(
+    {
+        "sdxl",
+        "sd3",
+        "flux",
+        "flux2",
+        "flux2-klein",
+        "auraflow",
+        "lumina2",
+        "pixart-alpha",
+        "pixart-sigma",
+        "hunyuan-dit",
+    }
+)
 
 DIFFUSERS = Dialect(
     name="diffusers",
@@ -101,7 +118,7 @@ KOHYA_SS = Dialect(
     suffixes=KOHYA,
     prefixes={"unet": "lora_unet_", "transformer": "lora_unet_", **_FLAT_ENCODERS},
     is_flat=True,
-    original_for=frozenset({"sdxl", "flux", "sd3", "lumina2"}),
+    original_for=_FLAT_ORIGINALS,
 )
 COMFYUI = Dialect(
     name="comfyui",
@@ -129,7 +146,8 @@ OLD = Dialect(
     about="diffusers before 0.20: attention processors",
     recognises=lambda signs: "old" in signs.styles,
     suffixes=OLD_DIFFUSERS,
-    prefixes=_DIFFUSERS,
+    # of the models that there were then; nobody reads a transformer's so
+    prefixes={name: _DIFFUSERS[name] for name in ("unet", "text_encoder", "text_encoder_2")},
 )
 OSTRIS = Dialect(
     name="ai-toolkit",

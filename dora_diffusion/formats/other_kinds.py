@@ -1,7 +1,7 @@
 """Adapters of kinds that are not computed here, by the names of their tensors: what they are called, to refuse them.
 
-Sources: PEFT 0.21 `tuners/*/layer.py` (`adapter_layer_names`), LyCORIS 4.1 `modules/tlora.py`, Stability's Control-LoRA
-and kohya's ControlNet-LLLite.
+Sources: PEFT 0.21 `tuners/*/layer.py` (`adapter_layer_names`), LyCORIS 4.1 `modules/tlora.py`, Stability's
+Control-LoRA, kohya's ControlNet-LLLite, Tencent's and XLabs' IP-Adapters.
 """
 
 import re
@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 # Kind -> words of its keys between dots; one that ends in an underscore is the beginning of words, up to the first.
 _KINDS = {
-    "PEFT's OFT": ("oft_R", "oft_embedding_R"),
+    "PEFT's OFT": ("oft_R", "oft_r", "oft_embedding_R"),
+    "LyCORIS' older OFT": ("oft_diag",),
     "PEFT's BOFT": ("boft_",),
     "PEFT's GLoRA": ("glora_",),
     "PEFT's (IA)^3": ("ia3_",),
@@ -34,6 +35,7 @@ _KINDS = {
         *("ln_tuning_layers", "trainable_tokens_delta", "adamss_", "beft_", "deft_", "frod_", "lily_"),
         *("osf_", "peanut_", "psoft_", "shadow_", "supertuning_", "tinylora_", "unilora_"),
     ),
+    "IP-Adapter": ("ip_", "image_proj"),
     "ControlNet-LLLite": ("lllite_",),
     "Control-LoRA": ("lora_controlnet", "input_hint_block"),
 }
@@ -44,6 +46,7 @@ _WAYS_OUT = {
         "its layers are numbered in the order of a model that it does not name; convert it with that repository's "
         "lora_add, or train anew"
     ),
+    "IP-Adapter": "it draws after a picture, and is no adapter of layers; use pipe.load_ip_adapter of diffusers",
     "ControlNet-LLLite": "it is a ControlNet, not an adapter; use it in ComfyUI or sd-scripts",
     "Control-LoRA": "it is a ControlNet, not an adapter; use it in ComfyUI",
 }

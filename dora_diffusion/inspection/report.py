@@ -58,7 +58,7 @@ def facts_of(
         "keys_matched": examined.matched,
         "keys": examined.matched + len(examined.unknown),
         "unknown": sorted({*examined.unknown, *adapter.extra})[:_SHOWN],
-        "notes": notes_of(adapter, examined),
+        "notes": [*notes_of(adapter, examined), *_assumed(path, examined)],
         "parameters": sum(tensor.numel() for tensor in _tensors(adapter)),
         "delta_norm": _delta_norms(adapter),
         "bytes": _size_of(path),
@@ -112,6 +112,15 @@ def notes_of(adapter: AdapterState, examined: Examined) -> list[str]:
         example = next(key for key in examined.unknown if not key.startswith("bundle_emb."))
         notes.append(f"{others} keys are not understood, such as {example[:100]}; they are kept")
     return notes
+
+
+def _assumed(path: Path, examined: Examined) -> list[str]:
+    """What is taken for granted of a file of PEFT's that has lost its folder."""
+    if examined.format != "peft" or place_of(path).is_dir():
+        return []
+    return [
+        "its scale stood in PEFT's adapter_config.json, which is not beside it; alpha is taken for the rank, scale 1"
+    ]
 
 
 def _is_nothing(module: Module) -> bool:

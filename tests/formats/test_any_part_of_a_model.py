@@ -5,40 +5,19 @@ an error asks where the layers lie. With the family told, every layer is where i
 """
 
 import random
-from collections.abc import Mapping
-from functools import cache
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
-from benchmarks.full_size.models import pipeline_of
-from benchmarks.full_size.published import PUBLISHED
-from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.formats import FORMATS
 from dora_diffusion.formats.dialects import PEFT_FILE
 from dora_diffusion.formats.family_detection import family_of
 from dora_diffusion.formats.reading import FAMILY_KEY, read, take_apart
 from dora_diffusion.formats.writing import write
-from dora_diffusion.state import AdapterState, FactoredState, Module, ModuleState
-
-MODELS = {model.name: model for model in PUBLISHED}
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-@cache
-def layers_of(name: str) -> tuple[str, dict[str, tuple[int, ...]]]:
-    """A published model's family, and its layers with the shapes of their weights."""
-    pipe = pipeline_of(MODELS[name])
-    family = family_of_pipeline(pipe)
-    shapes = {}
-    for part in family.components:
-        for path, layer in getattr(pipe, part.name).named_modules():
-            if isinstance(layer, nn.Linear | nn.Conv2d):
-                shapes[f"{part.name}.{path.removeprefix('text_model.')}"] = tuple(layer.weight.shape)
-    return family.name, shapes
+from dora_diffusion.state import AdapterState, FactoredState, Module
+from tests.formats.published_layers import MODELS, Shapes, blank, layers_of, pair
 
 
 def some_of(shapes: Shapes, how: str, chosen: random.Random) -> Shapes:
@@ -54,11 +33,6 @@ def some_of(shapes: Shapes, how: str, chosen: random.Random) -> Shapes:
         "component": [name for name in names if name.split(".")[0] == one.split(".")[0]],
     }[how]
     return {name: shapes[name] for name in kept or [one]}
-
-
-def blank(*shape: int) -> Tensor:
-    """Numbers that take no room."""
-    return torch.zeros(()).expand(shape)
 
 
 def module(shape: tuple[int, ...], algorithm: str) -> Module:
@@ -78,7 +52,7 @@ def module(shape: tuple[int, ...], algorithm: str) -> Module:
             for half, size in (("a", (out, 1)), ("b", (1, columns)))
         }
         return FactoredState("loha", factors, alpha=1.0)
-    return ModuleState(blank(1, *rest), blank(out, 1, *[1] * (len(rest) - 1)), 1.0)
+    return pair(shape)
 
 
 @settings(max_examples=300, deadline=None)

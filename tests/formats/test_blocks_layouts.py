@@ -111,7 +111,7 @@ def test_a_file_comes_back_bit_for_bit(
 def test_every_layer_of_it_is_one_that_diffusers_model_has(
     tmp_path: Path, shapes: Shapes, model: Any, family: str, prefix: str
 ) -> None:
-    """kohya's flat names under the makers' words, too, though kohya's own files of these models have diffusers'."""
+    """The makers' words flat, too, as Tencent's trainer and OneTrainer write them."""
     is_flat = prefix.endswith("_")
     parts = ("lora_down", "lora_up") if is_flat else ("lora_A", "lora_B")
     save_file(theirs(shapes, prefix, flat=is_flat, parts=parts), tmp_path / "theirs.safetensors")

@@ -92,6 +92,12 @@ def refusal(name: str, case: str, format: str) -> str | None:
         return r"a plain LoRA among DoRA layers, which PEFT and diffusers cannot hold apart .*to_dora"
     if format == "original" and "denoiser" not in case.removeprefix("plain denoiser"):
         return "the original format has no name for text_encoder"
+    if (
+        format == "old-diffusers"
+        and name not in ("sd1", "sdxl")
+        and (name, case) != ("flux-dev", "text encoders alone")
+    ):
+        return "the old-diffusers format has no name for (transformer|text_encoder_3) of "  # nobody reads these so
     if format == "old-diffusers":
         return "this format holds plain LoRA only, and the layer is a DoRA; make a LoRA first"
     if format == "comfyui" and case == "text encoders alone" and name in ("sd1", "sdxl"):

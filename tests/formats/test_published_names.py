@@ -74,6 +74,8 @@ def formats_of(name: str) -> list[tuple[str, bool, str]]:
             texts = False
         else:
             texts = format not in WITHOUT_TEXTS
+        if format == "old-diffusers" and name in ("SD 3 medium", "FLUX.1 schnell"):
+            continue  # nobody reads a transformer's so
         if format != "peft" and (name in COMFYS or format in ("kohya", "comfyui")):
             found.append((format, texts, "LoRA" if format == "old-diffusers" else "DoRA"))
     return found

@@ -148,6 +148,10 @@ def test_a_prefix_twice_is_debris(tmp_path: Path, prefix: str, layer: str) -> No
         ({"base_model.model.to_q.hra_u": ("fp32", (4, 4))}, "HRA"),
         ({"base_model.model.to_q.ia3_l": ("fp32", (4, 1))}, r"PEFT's \(IA\)\^3"),
         ({"base_model.model.to_q.boft_R": ("fp32", (1, 4, 4, 4))}, "PEFT's BOFT"),
+        ({"base_model.model.to_q.oft_r": ("fp32", (4, 6, 6))}, "PEFT's OFT"),
+        ({"lora_unet_mid_block_x.oft_diag": ("fp32", (4, 8, 8))}, "LyCORIS' older OFT"),
+        ({"ip_adapter.1.to_k_ip.weight": ("fp32", (4, 4)), "image_proj.proj.weight": ("fp32", (4, 4))}, "IP-Adapter"),
+        ({"double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight": ("fp32", (4, 4))}, "IP-Adapter"),
         ({"lllite_unet_input_blocks_1_1.down.0.weight": ("fp32", (4, 4))}, "ControlNet-LLLite"),
         ({"lora_controlnet": ("fp32", ()), "input_hint_block.0.weight": ("fp32", (4, 3, 3, 3))}, "Control-LoRA"),
     ],
@@ -237,3 +241,23 @@ def test_the_same_names_are_told_by_people(tmp_path: Path, family: str, path: st
     with pytest.raises(ValueError, match=r"lumina2 or z-image: say which \(family="):
         load_adapter(file)
     assert list(load_adapter(file, family=family).modules) == [f"transformer.layers.20.feed_forward.{path}"]
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "", "transformer.", "lora_unet_"])
+def test_a_layer_under_two_names_is_refused(tmp_path: Path, prefix: str) -> None:
+    """Z-Image's fused `qkv` beside its own parts; of two layers each is read."""
+
+    def named(layer: str) -> str:
+        return prefix + (layer.replace(".", "_") if prefix.endswith("_") else layer)
+
+    fused = pair(named("layers.0.attention.qkv"), 11520, 3840) | pair(named("layers.0.attention.out"), 3840, 3840)
+    file = written(tmp_path / "theirs.safetensors", fused | pair(named("layers.1.attention.to_q"), 3840, 3840))
+    assert {name.partition("attention.")[2] for name in load_adapter(file).modules} == {
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+    }
+    file = written(tmp_path / "theirs.safetensors", fused | pair(named("layers.0.attention.to_q"), 3840, 3840))
+    with pytest.raises(ValueError, match=r"layers.0.attention.to_q: the file holds this layer twice, under two names"):
+        load_adapter(file)

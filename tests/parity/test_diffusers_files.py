@@ -337,13 +337,14 @@ def test_without_metadata_alpha_is_the_rank_as_diffusers_has_it(tmp_path: Path, 
     assert_means(load_adapter(path), before, merged(fresh, name))
 
 
-def test_files_of_its_older_scripts_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
+def test_files_of_its_older_scripts_are_read(tmp_path: Path, name: str) -> None:
     """`lora.down`, `lora_linear_layer.down`: names from before PEFT, which some scripts still convert to."""
-    pipe = trained("sdxl", "LoRA")
-    path = save(pipe, "sdxl", tmp_path, metadata=False, converted=True)
+    pipe = trained(name, "LoRA")
+    path = save(pipe, name, tmp_path, metadata=False, converted=True)
     assert any(".lora.down.weight" in key or "lora_linear_layer" in key for key in load_file(path))
     assert detect_format(path) == "old-diffusers"
-    assert_means(load_adapter(path), weights_of(build("sdxl"), LOADED["sdxl"]), merged(pipe, "sdxl"))
+    assert_means(load_adapter(path), weights_of(build(name), LOADED[name]), merged(pipe, name))
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])

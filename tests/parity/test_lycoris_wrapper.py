@@ -6,15 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from lycoris.wrapper import LycorisNetwork, create_lycoris, create_lycoris_from_weights
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dora_diffusion.adapters.manager import AdapterManager
+from dora_diffusion.families import FAMILIES, family_of_pipeline
 from dora_diffusion.formats import detect_format, examine, load_adapter, save_adapter
 from dora_diffusion.formats.flat_names import flatten
 from dora_diffusion.inspection.header import summarise_header
 from dora_diffusion.state import AdapterState, Module, ModuleState
+from tests.families.pipelines import PIPELINES
 from tests.formats.adapters import KINDS, adapter_of, layers_of
 from tests.pocket_random import random_pocket_pipeline
+from tests.tolerances import assert_identical
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # LyCORIS warns of layers that it leaves alone
 
@@ -116,6 +120,11 @@ def test_what_is_made_of_the_base_s_weight_is_read_beside_it(tmp_path: Path, kin
     layers = dict(pipe.unet.named_modules())
     read = load_adapter(path, base=lambda layer: layers[layer.removeprefix("unet.")].weight)
     assert len(read.modules) == len(expected)
+    theirs.save_weights(str(tmp_path / "as they are.safetensors"), None, {})  # whole numbers stay whole ones
+    kept = load_adapter(
+        tmp_path / "as they are.safetensors", base=lambda layer: layers[layer.removeprefix("unet.")].weight
+    )
+    assert kept.modules.keys() == read.modules.keys()
     for name, module in read.modules.items():
         delta = expected["lycoris_" + flatten(name.removeprefix("unet."))]
         assert delta.norm() > 0
@@ -161,3 +170,23 @@ def test_lycoris_draws_what_ours_wrote(tmp_path: Path, kind: str) -> None:
     theirs, _ = create_lycoris_from_weights(1.0, str(path), pipe.unet)
     theirs.apply_to()
     near(predicted(pipe.unet), expected, base)
+
+
+ONE_OF_EACH = {tiny.family: name for name, tiny in PIPELINES.items()}
+
+
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+def test_lycoris_names_the_layers_of_every_family_as_we_do(tmp_path: Path, family: str) -> None:
+    """Its file of all the layers that it wraps, read here and written again: the same keys, the same numbers."""
+    pipe = PIPELINES[ONE_OF_EACH[family]].build()
+    part = family_of_pipeline(pipe).denoiser.name
+    theirs = network(getattr(pipe, part), {"algo": "lora"})
+    path = tmp_path / "theirs.safetensors"
+    theirs.save_weights(str(path), torch.float32, {})
+    theirs.restore()
+    assert detect_format(path) == "lycoris" and not examine(path).unknown
+    read = load_adapter(path, family=family)
+    layers = {name: weight for name, weight in layers_of(pipe, [part]) if name in read.modules}
+    assert len(layers) == len(read.modules) == len(theirs.loras) > 10
+    assert all(module.shape[0] == len(layers[name]) for name, module in read.modules.items())
+    assert_identical(load_file(save_adapter(read, tmp_path / "ours.safetensors", format="lycoris")), load_file(path))

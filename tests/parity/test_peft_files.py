@@ -263,6 +263,8 @@ WRITTEN = {
     "sdxl": ("unet", "text_encoder", "text_encoder_2"),
     "sd3": ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3"),
     "flux-dev": ("transformer", "text_encoder", "text_encoder_2"),
+    **dict.fromkeys(("auraflow", "flux2-dev", "flux2-klein", "lumina2", "pixart-alpha"), ("transformer",)),
+    **dict.fromkeys(("pixart-sigma", "hunyuan-dit-1.1", "qwen-image", "sana", "z-image"), ("transformer",)),
 }
 
 
@@ -270,7 +272,9 @@ WRITTEN = {
     "name, make", [*((name, varied) for name in WRITTEN), ("sd1", dora), ("sd1", lora), ("flux-dev", lora)]
 )
 def test_what_is_written_peft_loads_and_merges_alike(tmp_path: Path, name: str, make: Make) -> None:
-    original = adapter_of(one_of_each(name, WRITTEN[name]).items(), make)
+    layers = one_of_each(name, WRITTEN[name]).items()
+    # PEFT takes no convolution of groups at these ranks
+    original = adapter_of(((path, weight) for path, weight in layers if not path.endswith("conv_depth")), make)
     save_adapter(original, tmp_path / "a", format="peft")
     for component in WRITTEN[name]:
         model = build(name, component)

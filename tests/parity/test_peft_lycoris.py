@@ -9,6 +9,7 @@ import torch
 
 from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.formats import load_adapter, save_adapter
+from dora_diffusion.inspection.report import inspect_adapter
 from tests.parity.test_lycoris_wrapper import near, predicted
 from tests.pocket_random import random_pocket_pipeline
 
@@ -62,6 +63,17 @@ def test_a_lora_s_file_alone_reads_the_config_beside_it(tmp_path: Path) -> None:
     manager.load_adapter(tmp_path / "unet" / "adapter_model.safetensors", name="file")
     manager.set_adapters({"file": 1.0})
     near(predicted(fresh.unet), expected, base)
+    assert inspect_adapter(tmp_path / "unet" / "adapter_model.safetensors")["notes"] == []
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "style.safetensors"])
+def test_a_file_that_has_lost_its_config_says_which_scale_is_assumed(tmp_path: Path, name: str) -> None:
+    config = peft.LoraConfig(r=4, lora_alpha=16, init_lora_weights=False, target_modules=TARGETS)
+    peft.get_peft_model(random_pocket_pipeline().unet, config).save_pretrained(tmp_path / "unet")
+    (tmp_path / "unet" / "adapter_model.safetensors").rename(tmp_path / name)
+    (note,) = inspect_adapter(tmp_path / name)["notes"]
+    assert "adapter_config.json, which is not beside it; alpha is taken for the rank, scale 1" in note
+    assert {module.scale for module in load_adapter(tmp_path / name).modules.values()} == {1.0}
 
 
 @pytest.mark.parametrize("config", [peft.OFTConfig(oft_block_size=4), peft.IA3Config(feedforward_modules=[])])

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import interchange
+from benchmarks.layouts_by_family import tables
 from benchmarks.peers import __main__ as benchmarks
 from benchmarks.peers.memory import kept_for_backward, largest_tensor, peak_of
 from benchmarks.peers.timing import compare
@@ -72,3 +74,10 @@ def test_memory_is_counted() -> None:
     assert kept_for_backward(lambda: x.exp(), [x]) == size
     assert largest_tensor(lambda: x.detach() + 1) == size
     assert peak_of(lambda: (x.detach() + 1) * 2, "cpu") == pytest.approx(2 * size, rel=0.05)
+
+
+def test_the_table_of_layouts_is_printed_alone(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["interchange", "--table"])
+    monkeypatch.setattr(interchange, "measure", None)  # would take a quarter of an hour
+    assert interchange.main() == 0
+    assert capsys.readouterr().out == tables() + "\n"
