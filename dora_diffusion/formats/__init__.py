@@ -11,6 +11,7 @@ import torch
 
 from dora_diffusion.families import FAMILIES, family_named
 from dora_diffusion.formats import peft
+from dora_diffusion.formats.bundled_words import word_of, words_among
 from dora_diffusion.formats.dialects import COMPONENTS, DIALECTS, PEFT_FILE, Dialect, Signs
 from dora_diffusion.formats.kohya_hashes import with_hashes
 from dora_diffusion.formats.layer_lookup import Locate
@@ -53,11 +54,12 @@ class Examined:
 
     Attributes:
         format: the name of its format.
-        matched: keys that belong to layers.
+        matched: keys that belong to layers or words.
         unknown: the other keys.
         layers: layers in the file, fused ones counted once.
         sha256: of the bytes that were read, hex; None where nothing but the header was.
         debris: what stood before layers beside their prefix, and was not looked at: a prefix once more.
+        words: new words that the file bundles.
     """
 
     format: str
@@ -66,6 +68,7 @@ class Examined:
     layers: int
     sha256: str | None = None
     debris: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         keys = self.matched + len(self.unknown)
@@ -124,11 +127,12 @@ def _folder_examined(keys: Sequence[str]) -> Examined:
 
 
 def _examined(path: Path, file: Container, reading: Reading) -> Examined:
-    unknown = tuple(key for key in file.keys if not reading.is_known(key))
+    unknown = tuple(key for key in file.keys if not reading.is_known(key) and word_of(key) is None)
     matched = len(file.keys) - len(unknown)
     debris = sorted({place.prefix + place.debris for place in reading.places.values() if place.debris})
     name = format_of(path, reading, file.keys)
-    return Examined(name, matched, unknown, len(reading.places), debris=tuple(debris))
+    words = words_among(file.keys)
+    return Examined(name, matched, unknown, len(reading.places), debris=tuple(debris), words=words)
 
 
 def format_of(path: Path, reading: Reading, keys: list[str]) -> str:

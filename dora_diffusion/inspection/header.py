@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dora_diffusion.adapters.matching import kind_in_words
 from dora_diffusion.formats import format_of, place_of, read_header
+from dora_diffusion.formats.bundled_words import words_among
 from dora_diffusion.formats.family_detection import family_of
 from dora_diffusion.formats.json_metadata import json_object
 from dora_diffusion.formats.peft import WEIGHTS
@@ -44,6 +45,7 @@ class Structure:
         axis: of its magnitudes: "out", "in", "out/in"; "unclear" where only a base could tell; empty without any.
         layers: how many layers it changes.
         components: the pipeline's parts that it changes.
+        words: new words that it bundles.
     """
 
     format: str
@@ -53,6 +55,7 @@ class Structure:
     axis: str
     layers: int
     components: tuple[str, ...]
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def summarise_header(path: str | Path, known: MutableMapping[bytes, Structure] |
     path, known = place_of(path), {} if known is None else known
     quick = None if path.is_dir() else _split_header(path)
     if quick is not None and (key := _structure_key(quick.tensors, quick.metadata)) in known:
-        return HeaderSummary(known[key], declared_metadata(quick.metadata))
+        return _summary(known[key], quick.metadata)
     try:
         entries, metadata = _folder_entries(path) if path.is_dir() else _file_entries(path, quick)
         structure = _structure(path, entries, metadata)
@@ -103,7 +106,14 @@ def summarise_header(path: str | Path, known: MutableMapping[bytes, Structure] |
         raise ValueError(f"{shown_path(path)}: {str(error).removeprefix(f'{path}: ')}") from None
     if quick is not None and quick.metadata == metadata:
         known[key] = structure
-    return HeaderSummary(structure, declared_metadata(metadata))
+    return _summary(structure, metadata)
+
+
+def _summary(structure: Structure, metadata: Mapping[str, str]) -> HeaderSummary:
+    """Words that the file itself bundles are the first that trigger it."""
+    declared = declared_metadata(metadata)
+    triggers = _few([*structure.words, *declared.triggers], _TRIGGERS)
+    return HeaderSummary(structure, replace(declared, triggers=triggers) if structure.words else declared)
 
 
 Entries = Mapping[str, tuple[str, tuple[int, ...]]]  # key -> dtype as safetensors spells it, shape
@@ -189,6 +199,7 @@ def _structure(path: Path, entries: Entries, metadata: Mapping[str, str]) -> Str
         axis="unclear" if is_unclear else "/".join(axes),
         layers=len(adapter.modules) or len(adapter.vectors),
         components=adapter.components,
+        words=words_among(entries),
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dora_diffusion.adapters.matching import kind_in_words
 from dora_diffusion.formats import Examined, load_examined
+from dora_diffusion.formats.bundled_words import word_of, words_among
 from dora_diffusion.formats.family_detection import family_of
 from dora_diffusion.pipelines.base_weights import BaseWeights
 from dora_diffusion.state import AdapterState, Module
@@ -47,7 +48,8 @@ def facts_of(
         "vectors": len(adapter.vectors),
         "keys_matched": examined.matched,
         "keys": examined.matched + len(examined.unknown),
-        "unknown": sorted({*examined.unknown, *adapter.extra})[:_SHOWN],
+        "unknown": sorted({*examined.unknown, *(key for key in adapter.extra if word_of(key) is None)})[:_SHOWN],
+        "words": list(words_among(adapter.extra)),
         "notes": notes_of(adapter, examined),
         "parameters": sum(tensor.numel() for tensor in _tensors(adapter)),
         "delta_norm": _delta_norms(adapter),
@@ -90,17 +92,13 @@ def notes_of(adapter: AdapterState, examined: Examined) -> list[str]:
     orphans = [key for key in adapter.extra if key.endswith(("dora_scale", "lora_magnitude_vector", "alpha"))]
     if orphans:
         notes.append(f"{len(orphans)} tensors belong to no pair, such as {orphans[0]}")
-    words = {key.split(".")[1] for key in adapter.extra if key.startswith("bundle_emb.") and key.count(".") > 1}
-    if words:
-        notes.append(f"{len(words)} new words are bundled, such as {min(words)!r}; they are kept, not used")
     if examined.debris:
         notes.append(
             f"a prefix stands twice, {', '.join(examined.debris)}, as broken scripts write it; read without it"
         )
-    others = len(examined.unknown) - len([key for key in examined.unknown if key.startswith("bundle_emb.")])
-    if others:
-        example = next(key for key in examined.unknown if not key.startswith("bundle_emb."))
-        notes.append(f"{others} keys are not understood, such as {example[:100]}; they are kept")
+    if examined.unknown:
+        example = examined.unknown[0][:100]
+        notes.append(f"{len(examined.unknown)} keys are not understood, such as {example}; they are kept")
     return notes
 
 
@@ -146,6 +144,8 @@ def describe(facts: Mapping[str, Any]) -> str:
         rows[part] = f"{count} layers, delta norm {facts['delta_norm'][part]}"
     if facts["vectors"]:
         rows["vectors"] = f"{facts['vectors']} biases and normalisations"
+    if facts["words"]:
+        rows["new words"] = ", ".join(map(_short, facts["words"]))
     rows["keys"] = f"{facts['keys_matched']} of {facts['keys']} understood"
     rows["parameters"] = f"{facts['parameters']:,} in {facts['bytes']:,} bytes ({', '.join(facts['dtypes'])})"
     rows["sha256"] = facts["sha256"]
