@@ -12,6 +12,7 @@ from dora_diffusion.adapters.matching import kind_in_words
 from dora_diffusion.formats import Examined, load_examined
 from dora_diffusion.formats.bundled_words import word_of, words_among
 from dora_diffusion.formats.family_detection import family_of
+from dora_diffusion.formats.keys import WIDENED
 from dora_diffusion.pipelines.base_weights import BaseWeights
 from dora_diffusion.state import AdapterState, Module
 
@@ -92,6 +93,8 @@ def notes_of(adapter: AdapterState, examined: Examined) -> list[str]:
     orphans = [key for key in adapter.extra if key.endswith(("dora_scale", "lora_magnitude_vector", "alpha"))]
     if orphans:
         notes.append(f"{len(orphans)} tensors belong to no pair, such as {orphans[0]}")
+    if widened := [key for key in adapter.extra if key.endswith(f".{WIDENED}")]:
+        notes.append(f"{len(widened)} layers are for a base that has more inputs there, such as {widened[0]}")
     if examined.debris:
         notes.append(
             f"a prefix stands twice, {', '.join(examined.debris)}, as broken scripts write it; read without it"
