@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from dora_diffusion.families import FAMILIES, family_named
-from dora_diffusion.formats import peft
+from dora_diffusion.formats import peft, pickles
 from dora_diffusion.formats.bundled_words import word_of, words_among
 from dora_diffusion.formats.dialects import COMPONENTS, DIALECTS, PEFT_FILE, Dialect, Signs
 from dora_diffusion.formats.kohya_hashes import with_hashes
@@ -38,7 +38,6 @@ __all__ = [
 
 RUN_FILE = "adapter.safetensors"
 """What training calls an adapter, in the folder of a run and of each checkpoint."""
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Those that people ask for first, then the rest.
 _BY_NAME = {dialect.name: dialect for dialect in DIALECTS if dialect.is_written}
@@ -89,6 +88,9 @@ def place_of(path: str | Path) -> Path:
         return path
     if (path / RUN_FILE).is_file():
         return path / RUN_FILE
+    if pickled := sorted(file for file in path.iterdir() if file.suffix in pickles.SUFFIXES and file.is_file()):
+        if not any(path.glob("*.safetensors")) and not any(path.glob("checkpoints")):
+            raise ValueError(pickles.refusal(shown_path(pickled[0])))
     newest = max(path.glob(f"checkpoints/step-*/{RUN_FILE}"), default=None)
     hint = "an adapter file or a folder with one of them" if newest is None else f"its checkpoint {newest.parent}"
     raise ValueError(
@@ -115,6 +117,8 @@ def examine(path: str | Path) -> Examined:
     path = place_of(path)
     if path.is_dir():
         weights = [file for file in sorted(path.rglob(peft.WEIGHTS)) if file.is_file()]
+        if not weights:
+            raise ValueError(peft.without_weights(next(file.parent for file in sorted(path.rglob(peft.CONFIG)))))
         return _folder_examined(
             [f"{file.parent.name}/{key}" for file in weights for key in read_header(file) if key != "__metadata__"]
         )
@@ -294,10 +298,10 @@ def save_adapter(
 def check_name(path: Path, format: str) -> None:
     """A ValueError of one line when a name does not say what is written under it."""
     is_folder = FORMATS[format] is PEFT_FILE
-    if is_folder and path.suffix in (".safetensors", *_PICKLES):
+    if is_folder and path.suffix in (".safetensors", *pickles.SUFFIXES):
         raise ValueError(f"{path}: the peft format is a folder; give a name without {path.suffix}, {path.stem!r}")
     if not is_folder and path.suffix != ".safetensors":
-        better = path.stem if path.suffix in _PICKLES else path.name
+        better = path.stem if path.suffix in pickles.SUFFIXES else path.name
         raise ValueError(f"{path}: expected a name that ends in .safetensors, such as {better + '.safetensors'!r}")
 
 

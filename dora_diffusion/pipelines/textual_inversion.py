@@ -429,7 +429,7 @@ def load_word(path: str | Path, *, word: str | None = None) -> WordState:
     if set(keys) == set(PAIR_KEYS):
         vectors, spelt = tuple(tensors[key] for key in PAIR_KEYS), None
     elif len(keys) == 1:
-        vectors, spelt = (tensors[keys[0]],), None if keys[0] == "emb_params" else keys[0]
+        vectors, spelt = (tensors[keys[0]],), None if keys[0] in ("emb_params", "*") else keys[0]
     else:
         raise ValueError(f"{path}: expected the vectors of one word, got {len(keys)} tensors, {keys[:1]} first")
     vectors = tuple(vector[None] if vector.dim() == 1 else vector for vector in vectors)
