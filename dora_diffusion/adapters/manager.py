@@ -28,6 +28,7 @@ from dora_diffusion.adapters.files import AdapterReader
 from dora_diffusion.adapters.holders import refuse_held, take_over
 from dora_diffusion.adapters.matching import Fitted, Loaded, LoadReport, fit, kind_in_words
 from dora_diffusion.adapters.mode_weights import mode_changes
+from dora_diffusion.formats.bundled_words import word_of
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.functional.masks import mask_of
 from dora_diffusion.functional.schedules import schedule_of
@@ -39,7 +40,6 @@ from dora_diffusion.functional.strengths import (
     is_felt,
     strengths_by_name,
 )
-from dora_diffusion.formats.bundled_words import word_of
 from dora_diffusion.layers.base_layers import dense_weight
 from dora_diffusion.layers.fuse import FusedWeights, check_fusable, fuse_weights, fuse_weights_by
 from dora_diffusion.layers.targets import preset_paths, target_paths

@@ -13,9 +13,11 @@ from dora_diffusion.families import FAMILIES, family_named
 from dora_diffusion.formats import peft, pickles
 from dora_diffusion.formats.bundled_words import word_of, words_among
 from dora_diffusion.formats.dialects import COMPONENTS, DIALECTS, PEFT_FILE, Dialect, Signs
+from dora_diffusion.formats.family_detection import FamilyEvidence, family_evidence
 from dora_diffusion.formats.kohya_hashes import with_hashes
 from dora_diffusion.formats.layer_lookup import Locate
 from dora_diffusion.formats.other_kinds import other_kinds, refusal
+from dora_diffusion.formats.outline import outline
 from dora_diffusion.formats.reading import FAMILY_KEY, Reading, read, take_apart, with_origin
 from dora_diffusion.formats.safetensors_reader import Container, read_header
 from dora_diffusion.formats.writing import write
@@ -59,6 +61,8 @@ class Examined:
         sha256: of the bytes that were read, hex; None where nothing but the header was.
         debris: what stood before layers beside their prefix, and was not looked at: a prefix once more.
         words: new words that the file bundles.
+        family: the model family that it is for; None where that is left open.
+        family_evidence: what tells it, or what leaves it open, in words.
     """
 
     format: str
@@ -68,6 +72,8 @@ class Examined:
     sha256: str | None = None
     debris: tuple[str, ...] = ()
     words: tuple[str, ...] = ()
+    family: str | None = None
+    family_evidence: str = ""
 
     def __repr__(self) -> str:
         keys = self.matched + len(self.unknown)
@@ -88,9 +94,9 @@ def place_of(path: str | Path) -> Path:
         return path
     if (path / RUN_FILE).is_file():
         return path / RUN_FILE
-    if pickled := sorted(file for file in path.iterdir() if file.suffix in pickles.SUFFIXES and file.is_file()):
-        if not any(path.glob("*.safetensors")) and not any(path.glob("checkpoints")):
-            raise ValueError(pickles.refusal(shown_path(pickled[0])))
+    pickled = sorted(file for file in path.iterdir() if file.suffix in pickles.SUFFIXES and file.is_file())
+    if pickled and not any(path.glob("*.safetensors")) and not (path / "checkpoints").exists():
+        raise ValueError(pickles.refusal(shown_path(pickled[0])))
     newest = max(path.glob(f"checkpoints/step-*/{RUN_FILE}"), default=None)
     hint = "an adapter file or a folder with one of them" if newest is None else f"its checkpoint {newest.parent}"
     raise ValueError(
@@ -110,7 +116,7 @@ def examine(path: str | Path) -> Examined:
         import dora_diffusion as dd
 
         found = dd.examine("ink.safetensors")
-        print(f"{found.format}: {found.matched} keys of {found.layers} layers")
+        print(f"{found.format}: {found.matched} keys of {found.layers} layers for {found.family}")
         assert found.unknown == ()
         ```
     """
@@ -123,7 +129,18 @@ def examine(path: str | Path) -> Examined:
             [f"{file.parent.name}/{key}" for file in weights for key in read_header(file) if key != "__metadata__"]
         )
     with Container(path) as file:
-        return _examined(path, file, _taken_apart(path, file))
+        reading = _taken_apart(path, file)
+        found = _examined(path, file, reading)
+        entries = {key: (file.header[key]["dtype"], tuple(file.header[key]["shape"])) for key in file.keys}
+        try:
+            told = family_evidence(outline(entries, file.metadata, reading)[0])
+        except ValueError as error:  # of layers that `load_adapter` refuses
+            told = FamilyEvidence(None, str(error))
+        return _with_family(found, told)
+
+
+def _with_family(found: Examined, told: FamilyEvidence) -> Examined:
+    return replace(found, family=told.family, family_evidence=told.evidence)
 
 
 def _folder_examined(keys: Sequence[str]) -> Examined:
@@ -220,7 +237,7 @@ def load_examined(
     if path.is_dir():
         folder = peft.read_folder(path, base, _told(family))
         found = replace(_folder_examined(folder.keys), sha256=sha256_of(path, known=folder.sha256s))
-        return with_origin(folder.adapter, found.format), found
+        return with_origin(folder.adapter, found.format), _with_family(found, family_evidence(folder.adapter))
     with Container(path) as file:  # a large file of another kind is known by its header
         reading = _taken_apart(path, file, family, find)
         found = _examined(path, file, reading)
@@ -232,7 +249,8 @@ def load_examined(
         adapter = read(contents.tensors, {**contents.metadata, **_told(family)}, reading, base)
         if not adapter.modules and not adapter.vectors:
             raise ValueError(f"none of its {len(file.keys)} tensors changes a layer, such as {shown(file.keys[0])}")
-        return with_origin(adapter, found.format), replace(found, sha256=contents.sha256)
+        found = _with_family(replace(found, sha256=contents.sha256), family_evidence(adapter))
+        return with_origin(adapter, found.format), found
     except ValueError as error:
         raise ValueError(f"{shown_path(path)}: {error}") from None
 

@@ -1,7 +1,7 @@
 """Layers whose change is made of the base's weight (`functional.base_transforms`): the difference that they come to.
 
-LyCORIS' files of OFT, BOFT, GLoRA and (IA)^3 hold no difference: it is found when they are loaded beside their base. ComfyUI's
-`set_weight` takes the place of the weight, whatever that is.
+LyCORIS' files of OFT, BOFT, GLoRA and (IA)^3 hold no difference: it is found when they are loaded beside their base.
+ComfyUI's `set_weight` takes the place of the weight, whatever that is.
 """
 
 from collections.abc import Mapping

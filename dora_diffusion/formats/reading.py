@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dora_diffusion.formats.assembly import Assembled, AxisHint, assemble
 from dora_diffusion.formats.bias_vectors import split_vector
+from dora_diffusion.formats.family_detection import FAMILY_KEY as FAMILY_KEY
 from dora_diffusion.formats.family_detection import told_families
 from dora_diffusion.formats.fused_layers import split
 from dora_diffusion.formats.json_metadata import json_object
@@ -27,7 +28,6 @@ from dora_diffusion.utils.text import shown
 _MOST_HALVES = 200
 _IDLE = ("alpha", "dora_scale", "magnitude", "rescale", "on_input", WIDENED)  # parts that by themselves change nothing
 AXIS_KEY = "dora_diffusion.magnitude_axis"
-FAMILY_KEY = "dora_diffusion.family"
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _vectors(place: Place, found: Assembled) -> dict[str, Tensor]:
 
 
 def _base_weight(place: Place, weight_of: WeightOf | None) -> Tensor | None:
-    """The base's weight as the file's makers have it: pieces of a fused layer one upon another, halves in their order."""
+    """The base's weight as the file's makers have it: a fused layer's pieces one upon another, halves in its order."""
     if weight_of is None:
         return None
     weight = torch.cat([weight_of(path) for path in place.paths])

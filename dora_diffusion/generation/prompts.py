@@ -90,7 +90,8 @@ def without_foreign_tags(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _foreign_in_words(tag: re.Match[str]) -> str:
-    return f"{shown(tag[0], 60)} is a tag for {shown(tag[1], 30)!r}, which is not done here: <lora:NAME:STRENGTH> alone is"
+    kind = shown(tag[1], 30)
+    return f"{shown(tag[0], 60)} is a tag for {kind!r}, which is not done here: <lora:NAME:STRENGTH> alone is"
 
 
 def written_name(name: str) -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import re
 import stat
@@ -12,24 +11,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from dora_diffusion.adapters.matching import kind_in_words
 from dora_diffusion.formats import format_of, place_of, read_header
 from dora_diffusion.formats.bundled_words import words_among
 from dora_diffusion.formats.family_detection import family_of
 from dora_diffusion.formats.json_metadata import json_object
+from dora_diffusion.formats.outline import Entries, outline
 from dora_diffusion.formats.peft import WEIGHTS
-from dora_diffusion.formats.reading import AXIS_KEY, Reading, read, take_apart, told_axis
+from dora_diffusion.formats.reading import take_apart
 from dora_diffusion.formats.safetensors_reader import (
-    DTYPES,
     MAX_HEADER_BYTES,
     MAX_METADATA,
     MAX_TENSORS,
     checked_header,
 )
-from dora_diffusion.state import AdapterState
 from dora_diffusion.utils.text import shown, shown_path
 
 
@@ -116,7 +111,6 @@ def _summary(structure: Structure, metadata: Mapping[str, str]) -> HeaderSummary
     return HeaderSummary(structure, replace(declared, triggers=triggers) if structure.words else declared)
 
 
-Entries = Mapping[str, tuple[str, tuple[int, ...]]]  # key -> dtype as safetensors spells it, shape
 # The metadata that say how tensors are to be read, or for which family.
 _TELLING = (
     *("dora_diffusion.magnitude_axis", "dora_diffusion.family", "ss_network_args", "ot_config"),
@@ -189,7 +183,7 @@ def _structure_key(tensors: bytes, metadata: Mapping[str, str]) -> bytes:
 
 def _structure(path: Path, entries: Entries, metadata: Mapping[str, str]) -> Structure:
     reading = take_apart({key: shape for key, (_, shape) in entries.items()}, metadata)
-    adapter, is_unclear = _outline(entries, metadata, reading)
+    adapter, is_unclear = outline(entries, metadata, reading)
     axes = sorted({module.axis for module in adapter.modules.values() if module.magnitude is not None}, reverse=True)
     return Structure(
         format="peft" if path.is_dir() else format_of(path, reading, list(entries)),
@@ -201,29 +195,6 @@ def _structure(path: Path, entries: Entries, metadata: Mapping[str, str]) -> Str
         components=adapter.components,
         words=words_among(entries),
     )
-
-
-def _outline(entries: Entries, metadata: Mapping[str, str], reading: Reading) -> tuple[AdapterState, bool]:
-    """The adapter with tensors on the meta device, and whether only a base could tell the axis of its magnitudes."""
-    asked: list[str] = []
-
-    def weight_of(path: str) -> Tensor:
-        asked.append(path)
-        return torch.empty(0, device="meta")
-
-    axis = told_axis(metadata)
-    declared = {**metadata, AXIS_KEY: axis or "out"}
-    tensors = {key: _blank(dtype, shape) for key, (dtype, shape) in entries.items()}
-    adapter = read(tensors, declared, reading, weight_of)
-    return replace(adapter, metadata=dict(metadata)), axis is None and bool(asked)
-
-
-def _blank(dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """A tensor without content; a single number, which alpha may be, is there and 1."""
-    if dtype not in DTYPES:
-        raise ValueError(f"tensors are packed as {dtype}, expected plain numbers")
-    is_number = math.prod(shape) == 1 and len(shape) < 2
-    return torch.ones(shape) if is_number else torch.empty(shape, dtype=DTYPES[dtype], device="meta")
 
 
 def declared_metadata(metadata: Mapping[str, str]) -> DeclaredMetadata:

@@ -11,7 +11,7 @@ from torch import Tensor
 from dora_diffusion.adapters.matching import kind_in_words
 from dora_diffusion.formats import Examined, load_examined
 from dora_diffusion.formats.bundled_words import word_of, words_among
-from dora_diffusion.formats.family_detection import family_of
+from dora_diffusion.formats.family_detection import family_evidence
 from dora_diffusion.formats.keys import WIDENED
 from dora_diffusion.pipelines.base_weights import BaseWeights
 from dora_diffusion.state import AdapterState, Module
@@ -37,11 +37,13 @@ def facts_of(
     path: Path, adapter: AdapterState, examined: Examined, *, base: BaseWeights | None = None
 ) -> dict[str, Any]:
     """`inspect_adapter` of a file that is loaded already."""
+    told = family_evidence(adapter)
     facts: dict[str, Any] = {
         "file": str(path),
         "format": examined.format,
         "kind": kind_in_words(adapter),
-        "family": family_of(adapter),
+        "family": told.family,
+        "family_evidence": told.evidence,
         "ranks": list(adapter.ranks),
         "magnitude_axis": "/".join(_axes(adapter)) or None,
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in _tensors(adapter)}),
@@ -142,7 +144,7 @@ def describe(facts: Mapping[str, Any]) -> str:
     rank = "/".join(map(str, ranks)) if len(ranks) < 6 else f"{ranks[0]} to {ranks[-1]}"
     axis = f", magnitudes per {facts['magnitude_axis']}put" if facts["magnitude_axis"] in ("in", "out") else ""
     lines = [f"{facts['file']}: {facts['kind']}, rank {rank}{axis}, {facts['format']} format"]
-    rows = {"family": facts["family"] or "not told by layers and metadata"}
+    rows = {"family": family_in_words(facts)}
     for part, count in facts["layers"].items():
         rows[part] = f"{count} layers, delta norm {facts['delta_norm'][part]}"
     if facts["vectors"]:
@@ -159,6 +161,12 @@ def describe(facts: Mapping[str, Any]) -> str:
     lines += [f"  note: {note}" for note in facts["notes"]]
     lines += [f"  {_short(key):<16} {_short(text, 100)}" for key, text in facts["metadata"].items() if text]
     return "\n".join(lines)
+
+
+def family_in_words(facts: Mapping[str, Any]) -> str:
+    """The family with what tells it, or what leaves it open."""
+    family, evidence = facts["family"], facts["family_evidence"]
+    return f"{family} ({evidence})" if family else f"not told: {evidence}"
 
 
 def _short(text: str, limit: int = 40) -> str:

@@ -32,7 +32,6 @@ Offload = Literal["model", "sequential"]
 OFFLOADS: tuple[Offload, ...] = get_args(Offload)
 
 
-
 def load_pipeline(  # noqa: PLR0913 -- each is one fact of a base, by the names that diffusers gives its components
     source: str | Path = "pocket",
     *,

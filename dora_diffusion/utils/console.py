@@ -12,7 +12,7 @@ from dora_diffusion.utils.text import shown
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser of arguments whose mistakes are one line: what is wrong, and where help is; its commands' are as well."""
+    """A parser of arguments whose mistakes, and its commands', are one line: what is wrong, and where help is."""
 
     def error(self, message: str) -> NoReturn:
         """Say it on stderr, and exit with status 2."""

@@ -125,7 +125,9 @@ def test_a_base_that_is_not_wide_enough_is_told_why(tmp_path: Path) -> None:
         f"{inner}.reshape_weight": torch.tensor((8, 1000)),
     }
     manager = AdapterManager(pipe)
-    with pytest.raises(ValueError, match=r"the file is for a base whose layers have more inputs \(reshape_weight\), as"):
+    with pytest.raises(
+        ValueError, match=r"the file is for a base whose layers have more inputs \(reshape_weight\), as"
+    ):
         manager.load_adapter(written(tmp_path / "a.safetensors", tensors), name="a")
 
 

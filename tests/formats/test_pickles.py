@@ -173,7 +173,9 @@ def _refused(read: Callable[[Path], object], path: Path) -> None:
 SAID = "a pickle, which can run code when it is opened; convert it to safetensors: python -c "
 
 
-@pytest.mark.parametrize("kind", [name for name in CANARIES if name not in ("protocol 0", "numpy") and "saf" not in name])
+@pytest.mark.parametrize(
+    "kind", [name for name in CANARIES if name not in ("protocol 0", "numpy") and "saf" not in name]
+)
 @pytest.mark.parametrize("extension", [".safetensors", ".bin", ".pt", ".ckpt", ".pth", ""])
 def test_a_pickle_is_told_as_one(tmp_path, kind: str, extension: str) -> None:
     path = tmp_path / f"ink{extension}"

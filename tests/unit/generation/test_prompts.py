@@ -9,7 +9,14 @@ from diffusers import StableDiffusionPipeline
 
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.generation.generate import GenerationSettings, generate
-from dora_diffusion.generation.prompts import LoraTag, parse_prompt, prompt_arguments, token_weights, without_foreign_tags, written_name
+from dora_diffusion.generation.prompts import (
+    LoraTag,
+    parse_prompt,
+    prompt_arguments,
+    token_weights,
+    without_foreign_tags,
+    written_name,
+)
 from tests.families.pipelines import PIPELINES
 from tests.pocket_random import random_pocket_pipeline
 from tests.tolerances import assert_close, assert_identical
