@@ -3,7 +3,7 @@
 Formats are values (`dialects`); one reader takes them all, and mixtures of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from dora_diffusion.formats.family_detection import FamilyEvidence, family_evide
 from dora_diffusion.formats.kohya_hashes import with_hashes
 from dora_diffusion.formats.layer_lookup import Locate
 from dora_diffusion.formats.other_kinds import other_kinds, refusal
-from dora_diffusion.formats.outline import outline
+from dora_diffusion.formats.outline import Entries, file_entries, folder_entries, outline
 from dora_diffusion.formats.reading import FAMILY_KEY, Reading, read, take_apart, with_origin
 from dora_diffusion.formats.safetensors_reader import Container, read_header
 from dora_diffusion.formats.writing import write
@@ -125,18 +125,21 @@ def examine(path: str | Path) -> Examined:
         weights = [file for file in sorted(path.rglob(peft.WEIGHTS)) if file.is_file()]
         if not weights:
             raise ValueError(peft.without_weights(next(file.parent for file in sorted(path.rglob(peft.CONFIG)))))
-        return _folder_examined(
+        found = _folder_examined(
             [f"{file.parent.name}/{key}" for file in weights for key in read_header(file) if key != "__metadata__"]
         )
+        return _with_family(found, _header_evidence(*folder_entries(path)))
     with Container(path) as file:
         reading = _taken_apart(path, file)
-        found = _examined(path, file, reading)
-        entries = {key: (file.header[key]["dtype"], tuple(file.header[key]["shape"])) for key in file.keys}
-        try:
-            told = family_evidence(outline(entries, file.metadata, reading)[0])
-        except ValueError as error:  # of layers that `load_adapter` refuses
-            told = FamilyEvidence(None, str(error))
-        return _with_family(found, told)
+        return _with_family(_examined(path, file, reading), _header_evidence(*file_entries(file.header), reading))
+
+
+def _header_evidence(entries: Entries, metadata: Mapping[str, str], reading: Reading | None = None) -> FamilyEvidence:
+    try:
+        reading = reading or take_apart({key: shape for key, (_, shape) in entries.items()}, metadata)
+        return family_evidence(outline(entries, metadata, reading)[0])
+    except ValueError as error:  # of layers that `load_adapter` refuses
+        return FamilyEvidence(None, str(error))
 
 
 def _with_family(found: Examined, told: FamilyEvidence) -> Examined:

@@ -140,7 +140,7 @@ def _check_widened(layer: str, module: Module, shape: Tensor) -> None:
 def _number(layer: str, alpha: Tensor) -> float:
     if alpha.numel() != 1 or alpha.is_complex():
         raise ValueError(f"{layer}: alpha is {alpha.dtype} of shape {tuple(alpha.shape)}, expected one number")
-    return float(alpha)
+    return 1.0 if alpha.is_meta else float(alpha)
 
 
 def _factored(layer: str, factors: Parts, parts: Parts) -> FactoredState:

@@ -51,8 +51,9 @@ class Dialect:
             goes before the component; a component with neither cannot be written.
         reads: further prefixes that stand in its files -> what lies behind them, as `layer_lookup` has it.
         is_flat: layers are flattened with underscores.
-        original_for: families whose denoiser bears its original names in the tool's own files; None for every family
-            that has such names.
+        has_original_names: denoisers bear their makers' names.
+        diffusers_for: families whose denoiser bears diffusers' names in the tool's own files all the same.
+        takes_any_model: layers of models that are not known here can be written: its readers ask the model itself.
         has_pieces: original fused layers are written piece by piece, numbered.
         keeps_text_model: CLIP's layers carry `text_model.`.
         is_written: whether files are written so, too; the tools of the others read diffusers' format as well.
@@ -65,7 +66,9 @@ class Dialect:
     prefixes: Prefixes
     reads: Mapping[str, str] = field(default_factory=dict)
     is_flat: bool = False
-    original_for: frozenset[str] | None = frozenset()
+    has_original_names: bool = False
+    diffusers_for: frozenset[str] = frozenset()
+    takes_any_model: bool = False
     has_pieces: bool = False
     keeps_text_model: bool = True
     is_written: bool = True
@@ -79,7 +82,7 @@ class Dialect:
 
     def uses_original_names(self, family: str | None) -> bool:
         """Whether the denoiser of a family is called as its makers call it."""
-        return self.original_for is None or family in self.original_for
+        return self.has_original_names and family not in self.diffusers_for
 
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", *OTHER_COMPONENTS)
@@ -93,6 +96,7 @@ DIFFUSERS = Dialect(
     recognises=lambda signs: not signs.has_original_names and signs.starts(*_DIFFUSERS.values()),
     suffixes=PEFT,
     prefixes=_DIFFUSERS,
+    takes_any_model=True,
 )
 KOHYA_SS = Dialect(
     name="kohya",
@@ -101,7 +105,8 @@ KOHYA_SS = Dialect(
     suffixes=KOHYA,
     prefixes={"unet": "lora_unet_", "transformer": "lora_unet_", **_FLAT_ENCODERS},
     is_flat=True,
-    original_for=frozenset({"sdxl", "flux", "sd3", "lumina2"}),
+    has_original_names=True,
+    diffusers_for=frozenset({"sd1", "sd2"}),
 )
 COMFYUI = Dialect(
     name="comfyui",
@@ -113,7 +118,7 @@ COMFYUI = Dialect(
         **{name: f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_h", "clip_g", "t5xxl")},
     },
     reads={"model.diffusion_model.": "denoiser"},
-    original_for=None,
+    has_original_names=True,
 )
 LYCORIS = Dialect(
     name="lycoris",
@@ -123,13 +128,14 @@ LYCORIS = Dialect(
     prefixes={"unet": "lycoris_", "transformer": "lycoris_", **_FLAT_ENCODERS},
     reads={"lycoris_": "any"},  # a wrapper around a text encoder writes the same
     is_flat=True,
+    takes_any_model=True,
 )
 OLD = Dialect(
     name="old-diffusers",
     about="diffusers before 0.20: attention processors",
     recognises=lambda signs: "old" in signs.styles,
     suffixes=OLD_DIFFUSERS,
-    prefixes=_DIFFUSERS,
+    prefixes={name: prefix for name, prefix in _DIFFUSERS.items() if name != "transformer"},  # there were only UNets
 )
 OSTRIS = Dialect(
     name="ai-toolkit",
@@ -152,7 +158,7 @@ ORIGINAL = Dialect(
     recognises=lambda signs: signs.prefixes == {""} and signs.has_original_names,
     suffixes=MIXED,
     prefixes={"unet": "", "transformer": ""},
-    original_for=None,
+    has_original_names=True,
 )
 OMI = Dialect(
     name="omi",
@@ -167,7 +173,7 @@ OMI = Dialect(
         **{"unet": "unet.", "transformer": "transformer."},
         **{"text_encoder": "clip_l.", "text_encoder_2": "clip_g.", "text_encoder_3": "t5.", "t5": "t5."},
     },
-    original_for=None,
+    has_original_names=True,
     has_pieces=True,
 )
 BARE = Dialect(
@@ -192,6 +198,7 @@ PEFT_FILE = Dialect(
     recognises=lambda signs: signs.has_debris,
     suffixes=PEFT,
     prefixes={},  # `peft` writes the folders
+    takes_any_model=True,
 )
 
 # In the order in which they are tried; the last three fit what the others left.

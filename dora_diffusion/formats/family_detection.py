@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from dora_diffusion.families import FAMILIES, family_named
+from dora_diffusion.families.record import Family
 from dora_diffusion.families.signature import PartSignature, PublishedSize, Signature
 from dora_diffusion.formats.json_metadata import json_object
 from dora_diffusion.formats.layouts import LAYOUTS
@@ -89,6 +90,24 @@ def _as_told(left: Sequence[str], told: Collection[str]) -> FamilyEvidence:
     if len(left) == 1:
         return FamilyEvidence(None, f"its names are {names}'s, in sizes that no published one has")
     return FamilyEvidence(None, by_layers)
+
+
+def fitting_families(adapter: AdapterState) -> list[str]:
+    """The families that have every layer of an adapter by name, whatever its sizes."""
+    paths = _paths_in(_layers(adapter))
+    return [family.name for family in FAMILIES if has_paths(family.signature, paths)]
+
+
+def strange_layer(adapter: AdapterState) -> str | None:
+    """A layer that the family which knows most of an adapter does not know; None where one knows all."""
+    layers = [(part, layer.path) for part, found in _layers(adapter).items() for layer in found]
+    strange = [[f"{part}.{path}" for part, path in layers if not _knows(family, part, path)] for family in FAMILIES]
+    return next(iter(min(strange, key=len)), None)
+
+
+def _knows(family: Family, component: str, path: str) -> bool:
+    part = family.signature.parts.get(component)
+    return part is not None and has_path(part, path)
 
 
 def has_paths(signature: Signature, paths: Mapping[str, Iterable[str]]) -> bool:

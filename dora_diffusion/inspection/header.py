@@ -16,8 +16,7 @@ from dora_diffusion.formats import format_of, place_of, read_header
 from dora_diffusion.formats.bundled_words import words_among
 from dora_diffusion.formats.family_detection import family_of
 from dora_diffusion.formats.json_metadata import json_object
-from dora_diffusion.formats.outline import Entries, outline
-from dora_diffusion.formats.peft import WEIGHTS
+from dora_diffusion.formats.outline import Entries, file_entries, folder_entries, outline
 from dora_diffusion.formats.reading import take_apart
 from dora_diffusion.formats.safetensors_reader import (
     MAX_HEADER_BYTES,
@@ -95,7 +94,7 @@ def summarise_header(path: str | Path, known: MutableMapping[bytes, Structure] |
     if quick is not None and (key := _structure_key(quick.tensors, quick.metadata)) in known:
         return _summary(known[key], quick.metadata)
     try:
-        entries, metadata = _folder_entries(path) if path.is_dir() else _file_entries(path, quick)
+        entries, metadata = folder_entries(path) if path.is_dir() else _file_entries(path, quick)
         structure = _structure(path, entries, metadata)
     except ValueError as error:
         raise ValueError(f"{shown_path(path)}: {str(error).removeprefix(f'{path}: ')}") from None
@@ -118,27 +117,11 @@ _TELLING = (
 )
 _METADATA_FIRST = b'{"__metadata__":'  # as safetensors itself writes it
 _MOST_QUOTES = 10 * MAX_TENSORS + 4 * MAX_METADATA + 2
-_COMPONENT = re.compile(r"unet|transformer|text_encoder(_[23])?")
 _TAGS, _TRIGGERS, _LONGEST, _MOST_READ = 24, 12, 80, 4000
 
 
 def _file_entries(path: Path, quick: "_Quick | None" = None) -> tuple[Entries, dict[str, str]]:
-    header = read_header(path) if quick is None else checked_header(quick.raw, quick.data_bytes)
-    metadata = header.pop("__metadata__", {})
-    return {key: (entry["dtype"], tuple(entry["shape"])) for key, entry in header.items()}, metadata
-
-
-def _folder_entries(path: Path) -> tuple[Entries, dict[str, str]]:
-    """Those of a folder of PEFT's, each key behind its component where its folder is called by it."""
-    entries: dict[str, tuple[str, tuple[int, ...]]] = {}
-    metadata: dict[str, str] = {}
-    for file in sorted(path.rglob(WEIGHTS)):
-        found, declared = _file_entries(file)
-        component = f"{file.parent.name}." if _COMPONENT.fullmatch(file.parent.name) else ""
-        bare = {key.removeprefix("base_model.model."): entry for key, entry in found.items()}
-        entries.update({f"{component}{key}": entry for key, entry in bare.items()})
-        metadata.update(declared)
-    return entries, metadata
+    return file_entries(read_header(path) if quick is None else checked_header(quick.raw, quick.data_bytes))
 
 
 class _Quick(NamedTuple):
