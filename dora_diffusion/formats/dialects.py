@@ -135,7 +135,7 @@ OLD = Dialect(
     about="diffusers before 0.20: attention processors",
     recognises=lambda signs: "old" in signs.styles,
     suffixes=OLD_DIFFUSERS,
-    prefixes={name: prefix for name, prefix in _DIFFUSERS.items() if name != "transformer"},  # there were only UNets
+    prefixes=_DIFFUSERS,
 )
 OSTRIS = Dialect(
     name="ai-toolkit",

@@ -102,7 +102,8 @@ def strange_layer(adapter: AdapterState) -> str | None:
     """A layer that the family which knows most of an adapter does not know; None where one knows all."""
     layers = [(part, layer.path) for part, found in _layers(adapter).items() for layer in found]
     strange = [[f"{part}.{path}" for part, path in layers if not _knows(family, part, path)] for family in FAMILIES]
-    return next(iter(min(strange, key=len)), None)
+    fewest: list[str] = min(strange, key=len)
+    return fewest[0] if fewest else None
 
 
 def _knows(family: Family, component: str, path: str) -> bool:

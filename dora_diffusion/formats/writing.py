@@ -121,7 +121,10 @@ def _original_names(
     layout = next(layout for layout in denoisers if family in layout.families)
     strange = [path for path in inner if layout.of_path(path) is None]
     if strange or (strange := _disproportionate(layout, adapter.modules)):
-        raise ValueError(f"{strange[0]}: has no name of {family}'s makers in these dimensions, and {_unread(dialect)}")
+        raise ValueError(
+            f"{strange[0]}: the {dialect.name} format needs its original name, which is not known here for {family} of "
+            f"these dimensions, and {_unread(dialect)}"
+        )
     return layout.of_path
 
 
