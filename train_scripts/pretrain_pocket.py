@@ -13,11 +13,12 @@ from dora_diffusion.pretrain.autoencoder import AutoencoderRecipe
 from dora_diffusion.pretrain.denoiser import DenoiserRecipe
 from dora_diffusion.pretrain.run import PretrainFolder, pretrain, pretrain_dit, ship_newest, ship_newest_dit
 from dora_diffusion.pretrain.text import TextRecipe
+from dora_diffusion.utils.console import OneLineParser
 
 
 def main() -> None:
     """Train what is not trained yet; with --ship write the result into the package."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="working folder: icons, checkpoints, latents")
     parser.add_argument("--base", choices=("unet", "dit"), default="unet", help="the pocket or the pocket DiT")
     parser.add_argument("--steps", type=int, default=DenoiserRecipe().steps, help="of the denoiser")

@@ -24,12 +24,13 @@ from dora_diffusion.pretrain.pictures import held_out_pairs, scene_pictures
 from dora_diffusion.pretrain.run import PretrainFolder, trained_dit_pipeline, trained_pipeline
 from dora_diffusion.pretrain.scenes import Scene, compose, vocabulary
 from dora_diffusion.utils.atomic import atomic_file, write_atomically
+from dora_diffusion.utils.console import OneLineParser
 from dora_diffusion.utils.image_grid import grid
 
 
 def main() -> None:
     """Draw, judge, write `BASE.json` and `BASE-grid.png`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="working folder of pretraining: its icons judge")
     parser.add_argument("--base", choices=EMBEDDED, default="pocket")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))

@@ -6,13 +6,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dora_diffusion.utils.console import line_of_unicode_error, printing_anything
+from dora_diffusion.utils.console import OneLineParser, line_of_unicode_error, printing_anything
 from ui.options import UiOptions
 
 
 def _parser() -> argparse.ArgumentParser:
     default = UiOptions()
-    parser = argparse.ArgumentParser(prog="python -m ui", description="Draw with a mix of adapters, in the browser.")
+    parser = OneLineParser(prog="python -m ui", description="Draw with a mix of adapters, in the browser.")
     parser.add_argument(
         "--model", default=default.model, help="base: pocket, pocket-dit, a folder, a file, a hub id (%(default)s)"
     )

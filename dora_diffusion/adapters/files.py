@@ -8,6 +8,7 @@ from dora_diffusion.adapters.diffusers_names import locate_with
 from dora_diffusion.adapters.matching import Fitted, fit
 from dora_diffusion.families import family_of_denoiser
 from dora_diffusion.formats import load_examined
+from dora_diffusion.formats.keys import WIDENED
 from dora_diffusion.formats.layer_lookup import Locate
 from dora_diffusion.formats.reading import OVER_BASE_KEY
 from dora_diffusion.pipelines.components import denoisers_of, model_of
@@ -58,4 +59,14 @@ class AdapterReader:
 
     def _file(self, source: str | Path, *, strict: bool, find: Locate | None = None, family: str | None = None) -> Read:
         adapter, examined = load_examined(source, base=self._base_weight, family=family, strict=strict, find=find)
-        return adapter, fit(adapter, str(source), self._modules), examined.sha256
+        return adapter, self._fitted(adapter, str(source)), examined.sha256
+
+    def _fitted(self, adapter: AdapterState, label: str) -> Fitted:
+        try:
+            return fit(adapter, label, self._modules)
+        except ValueError as error:
+            if any(key.endswith(f".{WIDENED}") for key in adapter.extra):
+                raise ValueError(
+                    f"{error}; the file is for a base whose layers have more inputs ({WIDENED}), as control models have"
+                ) from None
+            raise

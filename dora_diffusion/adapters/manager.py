@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from dora_diffusion.adapters.bias_offsets import Offsets
 from dora_diffusion.adapters.blended_layers import Slots
+from dora_diffusion.adapters.bundled_words import BundledWords
 from dora_diffusion.adapters.call_hooks import CallHooks, refuse_fused_projections
 from dora_diffusion.adapters.denoiser_hooks import DenoiserHooks
 from dora_diffusion.adapters.files import AdapterReader
 from dora_diffusion.adapters.holders import refuse_held, take_over
 from dora_diffusion.adapters.matching import Fitted, Loaded, LoadReport, fit, kind_in_words
 from dora_diffusion.adapters.mode_weights import mode_changes
+from dora_diffusion.formats.bundled_words import word_of
 from dora_diffusion.functional.blend_modes import ADDITIVE, MODES
 from dora_diffusion.functional.masks import mask_of
 from dora_diffusion.functional.schedules import schedule_of
@@ -43,6 +45,7 @@ from dora_diffusion.layers.fuse import FusedWeights, check_fusable, fuse_weights
 from dora_diffusion.layers.targets import preset_paths, target_paths
 from dora_diffusion.pipelines.components import adaptable_models, as_pipeline, denoisers_of, name_of_pipeline
 from dora_diffusion.pipelines.modules import PipelineModules, at_hand
+from dora_diffusion.pipelines.textual_inversion import WordState, bundled_words
 from dora_diffusion.state import AdapterState
 from dora_diffusion.utils.checks import check_type
 from dora_diffusion.utils.locks import Lock
@@ -105,6 +108,7 @@ class AdapterManager:
         self._reader = AdapterReader(pipe, self._pipe_modules, self._base_weight)
         self._slots = Slots(self._pipe_modules)
         self._offsets = Offsets(self._pipe_modules)
+        self._words = BundledWords(pipe)
         self._adapters: dict[str, Loaded] = {}
         self._weights: dict[str, Weight] = {}
         self._blend = ADDITIVE
@@ -163,7 +167,8 @@ class AdapterManager:
     def load_adapter(self, source: str | Path | AdapterState, *, name: str, strict: bool = True) -> LoadReport:
         """Load an adapter under a name, at strength 0 (call `set_adapters` next); a run's folder will do for its file.
 
-        `strict=False` loads the layers that can be computed of a file that holds others beside them.
+        `strict=False` loads the layers that can be computed of a file that holds others beside them. New words that
+        the file bundles are read in prompts while the adapter has a strength; the report names them.
 
         Raises:
             ValueError: the name is taken, or the file is broken or of another base: one line, with a count.
@@ -176,6 +181,7 @@ class AdapterManager:
         self._follow()
         adapter, fitted, sha256 = self._reader.read(source, name, strict=strict)
         label = name if isinstance(source, AdapterState) else str(source)
+        words, notes = self._bundled(adapter, label)
         refuse_fused_projections([self._pipe_modules.place(path) for path in fitted.modules])
         self._slots.check_reserved(label, fitted.modules)
         report = LoadReport(
@@ -185,17 +191,25 @@ class AdapterManager:
             matched=len(fitted.modules),
             total=len(adapter.modules),
             vectors=len(fitted.vectors),
-            extra=len(adapter.extra),
+            extra=sum(word_of(key) is None for key in adapter.extra),
             components=adapter.components,
             sha256=sha256,
             metadata=adapter.metadata,
+            words=tuple(state.word for state in words),
+            notes=notes,
         )
         take_over(self, {part: self._pipe_modules.model(part) for part in adapter.components})
         with self._unfolded():  # gain forms are of the base's own weights
             terms = self._slots.terms(fitted.modules)
-            self._adapters[name] = Loaded(fitted.modules, fitted.vectors, terms, report)
+            self._adapters[name] = Loaded(fitted.modules, fitted.vectors, terms, report, words)
             self._install()
         return report
+
+    def _bundled(self, adapter: AdapterState, label: str) -> tuple[tuple[WordState, ...], tuple[str, ...]]:
+        try:
+            return bundled_words(self._pipe, adapter.extra)
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from None
 
     @_alone
     def set_adapters(self, weights: Weights, adapter_weights: WeightsOfNames = None, blend: str = ADDITIVE) -> None:
@@ -223,6 +237,7 @@ class AdapterManager:
         weights = strengths_by_name(weights, adapter_weights)
         for name, weight in weights.items():
             check_strength(name, weight, self._loaded(name).paths)
+        self._words.check(self._adapters, weights)
         if blend == ADDITIVE:
             self._slots.check_room(self._adapters, weights)
         else:
@@ -311,16 +326,18 @@ class AdapterManager:
         for path, base in self._slots.bases.items():
             at_hand(path, base.weight)
         self._calls.refuse_fused_projections()
-        self._fused = fuse_weights(self._slots.forms(self._adapters))
-        self._offsets.are_saved = True
-        self._slots.stand_aside()
+        with self._bare_words():
+            self._fused = fuse_weights(self._slots.forms(self._adapters))
+            self._offsets.are_saved = True
+            self._slots.stand_aside()
 
     @_alone
     def unfuse(self) -> None:
         """Undo `fuse`: the base's weights are again what they were, bit for bit, and the mix runs beside them."""
         if not self._is_fused:
             raise ValueError("nothing is fused")
-        self._unfold()
+        with self._bare_words():
+            self._unfold()
 
     @_alone
     def delete_adapter(self, name: str) -> None:
@@ -328,6 +345,7 @@ class AdapterManager:
         self._loaded(name)
         self._refuse_while_fused("delete an adapter")
         self._hooks.forget(name)
+        self._words.remove()
         self._unfold()
         del self._adapters[name]
         self._weights.pop(name, None)
@@ -337,6 +355,7 @@ class AdapterManager:
     @_alone
     def unload(self) -> None:
         """Forget all adapters; every module of the pipeline is the very one that was there before."""
+        self._words.remove()
         self._unfold()
         for name in self.names:
             self._hooks.forget(name)
@@ -350,6 +369,18 @@ class AdapterManager:
         return self._adapters[name]
 
     def _install(self) -> None:
+        with self._bare_words():
+            self._install_layers()
+
+    @contextmanager
+    def _bare_words(self) -> Iterator[None]:
+        """Layers change places with no adapter's words around them, for an embedding may be one of them."""
+        with self._words.aside() as is_outermost:
+            yield
+        if is_outermost:
+            self._words.install(self._adapters, self._weights)
+
+    def _install_layers(self) -> None:
         self._slots.install(self._adapters)
         self._offsets.install({name: loaded.vectors for name, loaded in self._adapters.items()})
         if self._adapters or self._slots.has_room:
@@ -387,6 +418,7 @@ class AdapterManager:
             label = f"{first} was replaced; {name}"
             fitted[name] = fit(AdapterState(loaded.modules, vectors=loaded.vectors), label, self._pipe_modules)
         blend = self._blend
+        self._words.remove()
         self._unfold()
         self._blend = ADDITIVE
         self._slots.install({})
@@ -402,13 +434,14 @@ class AdapterManager:
         self._mix(self._weights, blend)
 
     def _mix(self, weights: dict[str, Weight], blend: str) -> None:
-        self._unfold()
-        self._weights, self._blend, self._scales = weights, ADDITIVE, {}
-        self._slots.fill(self._adapters, weights if blend == ADDITIVE else {})
-        for component in self._touched:
-            self._set_strengths(component, {})
-        if blend != ADDITIVE:
-            self._fold_as(blend)
+        with self._bare_words():
+            self._unfold()
+            self._weights, self._blend, self._scales = weights, ADDITIVE, {}
+            self._slots.fill(self._adapters, weights if blend == ADDITIVE else {})
+            for component in self._touched:
+                self._set_strengths(component, {})
+            if blend != ADDITIVE:
+                self._fold_as(blend)
 
     def _set_strengths(self, component: str, factors: Mapping[str, float]) -> None:
         """Give everything in a component its strengths: parameters first, for blended layers read their bias."""
@@ -477,9 +510,10 @@ class AdapterManager:
     def _unfolded(self) -> Iterator[None]:
         """The base's own weights stand for a while; the fold of a mode comes back after."""
         blend = self._blend
-        self._unfold()
-        try:
-            yield
-        finally:
-            if blend != ADDITIVE:
-                self._fold_as(blend)
+        with self._bare_words():
+            self._unfold()
+            try:
+                yield
+            finally:
+                if blend != ADDITIVE:
+                    self._fold_as(blend)

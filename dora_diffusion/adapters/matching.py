@@ -13,6 +13,7 @@ from dora_diffusion.functional.dora import GainForm, rows
 from dora_diffusion.layers.base_layers import Base, check_shapes, logical_shape
 from dora_diffusion.layers.offloaded import device_of, value_of
 from dora_diffusion.pipelines.modules import PipelineModules, at_hand
+from dora_diffusion.pipelines.textual_inversion import WordState
 from dora_diffusion.state import AdapterState, FactoredState, Module, ModuleState, rank_in_words
 
 
@@ -27,10 +28,12 @@ class LoadReport:
         matched: layers of the pipeline that it adapts.
         total: layers in the file; always equal to `matched`, since a file that does not fit is refused.
         vectors: parameters of the pipeline that it adds to: biases, weights of normalisations.
-        extra: tensors of the file that belong to no layer; they draw nothing.
+        extra: tensors of the file that belong to no layer and no word; they draw nothing.
         components: the parts of the pipeline that it changes.
         sha256: of the file, or None for an adapter that came from memory.
         metadata: the file's own.
+        words: new words that its file bundles; prompts can use them while the adapter has a strength.
+        notes: what of the file is kept and not used here, a line each.
 
     Examples:
         ```python
@@ -52,9 +55,12 @@ class LoadReport:
     components: tuple[str, ...]
     sha256: str | None
     metadata: Mapping[str, str]
+    words: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        facts = [self.kind, rank_in_words(self.ranks), f"{self.matched} of {self.total} layers"]
+        words = f"new words {', '.join(self.words)}" if self.words else ""
+        facts = [self.kind, rank_in_words(self.ranks), f"{self.matched} of {self.total} layers", words]
         return f"LoadReport({self.name}: {', '.join(filter(None, facts))})"
 
 
@@ -68,12 +74,13 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Loaded:
-    """An adapter in memory, with its layers' gain forms at strength 1."""
+    """An adapter in memory, with its layers' gain forms at strength 1, and the new words that it brings."""
 
     modules: Mapping[str, ModuleState]
     vectors: Mapping[str, Tensor]
     terms: dict[str, GainForm]
     report: LoadReport
+    words: tuple[WordState, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:

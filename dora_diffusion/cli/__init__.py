@@ -10,7 +10,7 @@ from dora_diffusion.cli.environment import add_env
 from dora_diffusion.cli.files import add_convert, add_extract, add_inspect, add_resize
 from dora_diffusion.cli.mixes import add_bake, add_blend
 from dora_diffusion.cli.training import add_doctor, add_evaluate, add_train
-from dora_diffusion.utils.console import line_of_unicode_error, printing_anything
+from dora_diffusion.utils.console import OneLineParser, line_of_unicode_error, printing_anything
 from dora_diffusion.utils.quiet import quiet_lines
 
 __all__ = ["main", "split_adapter"]
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed, rest = parser.parse_known_args(arguments)
         handler: Handler = parsed.handler
         if rest and not parsed.takes_settings:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            parsed.command.error(f"unrecognized arguments: {' '.join(rest)}")
         try:
             with quiet_lines():
                 return handler(parsed, rest)
@@ -58,10 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dora-diffusion", description="Train, blend and draw with DoRA adapters.")
+    parser = OneLineParser(prog="dora-diffusion", description="Train, blend and draw with DoRA adapters.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (about, add) in COMMANDS.items():
         command = commands.add_parser(name, help=about)
-        command.set_defaults(takes_settings=False)
+        command.set_defaults(takes_settings=False, command=command)
         add(command)
     return parser

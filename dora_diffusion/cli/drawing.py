@@ -222,7 +222,10 @@ def _loaded(manager: "AdapterManager", pipe: Any, plan: "AdapterPlan") -> "Weigh
     report = manager.load_adapter(plan.path, name=plan.name)
     check_same(plan.path, plan.sha256, report.sha256, flag="--adapter")
     ranks = "/".join(map(str, report.ranks))
-    print(f"{plan.name}: {report.kind} rank {ranks}, {report.matched} of {report.total} layers")
+    words = f", new words {', '.join(report.words)}" if report.words else ""
+    print(f"{plan.name}: {report.kind} rank {ranks}, {report.matched} of {report.total} layers{words}")
+    for note in report.notes:
+        print(f"{plan.name}: {note}")
     return without_empty_blocks(by_own_names(plan.weight, pipe), manager.paths(plan.name))
 
 

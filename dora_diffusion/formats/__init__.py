@@ -3,18 +3,21 @@
 Formats are values (`dialects`); one reader takes them all, and mixtures of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from dora_diffusion.families import FAMILIES, family_named
-from dora_diffusion.formats import peft
+from dora_diffusion.formats import peft, pickles
+from dora_diffusion.formats.bundled_words import word_of, words_among
 from dora_diffusion.formats.dialects import COMPONENTS, DIALECTS, PEFT_FILE, Dialect, Signs
+from dora_diffusion.formats.family_detection import FamilyEvidence, family_evidence
 from dora_diffusion.formats.kohya_hashes import with_hashes
 from dora_diffusion.formats.layer_lookup import Locate
 from dora_diffusion.formats.other_kinds import other_kinds, refusal
+from dora_diffusion.formats.outline import Entries, file_entries, folder_entries, outline
 from dora_diffusion.formats.reading import FAMILY_KEY, Reading, read, take_apart, with_origin
 from dora_diffusion.formats.safetensors_reader import Container, read_header
 from dora_diffusion.formats.writing import write
@@ -37,7 +40,6 @@ __all__ = [
 
 RUN_FILE = "adapter.safetensors"
 """What training calls an adapter, in the folder of a run and of each checkpoint."""
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Those that people ask for first, then the rest.
 _BY_NAME = {dialect.name: dialect for dialect in DIALECTS if dialect.is_written}
@@ -53,11 +55,14 @@ class Examined:
 
     Attributes:
         format: the name of its format.
-        matched: keys that belong to layers.
+        matched: keys that belong to layers or words.
         unknown: the other keys.
         layers: layers in the file, fused ones counted once.
         sha256: of the bytes that were read, hex; None where nothing but the header was.
         debris: what stood before layers beside their prefix, and was not looked at: a prefix once more.
+        words: new words that the file bundles.
+        family: the model family that it is for; None where that is left open.
+        family_evidence: what tells it, or what leaves it open, in words.
     """
 
     format: str
@@ -66,6 +71,9 @@ class Examined:
     layers: int
     sha256: str | None = None
     debris: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    family: str | None = None
+    family_evidence: str = ""
 
     def __repr__(self) -> str:
         keys = self.matched + len(self.unknown)
@@ -86,6 +94,9 @@ def place_of(path: str | Path) -> Path:
         return path
     if (path / RUN_FILE).is_file():
         return path / RUN_FILE
+    pickled = sorted(file for file in path.iterdir() if file.suffix in pickles.SUFFIXES and file.is_file())
+    if pickled and not any(path.glob("*.safetensors")) and not (path / "checkpoints").exists():
+        raise ValueError(pickles.refusal(shown_path(pickled[0])))
     newest = max(path.glob(f"checkpoints/step-*/{RUN_FILE}"), default=None)
     hint = "an adapter file or a folder with one of them" if newest is None else f"its checkpoint {newest.parent}"
     raise ValueError(
@@ -105,18 +116,34 @@ def examine(path: str | Path) -> Examined:
         import dora_diffusion as dd
 
         found = dd.examine("ink.safetensors")
-        print(f"{found.format}: {found.matched} keys of {found.layers} layers")
+        print(f"{found.format}: {found.matched} keys of {found.layers} layers for {found.family}")
         assert found.unknown == ()
         ```
     """
     path = place_of(path)
     if path.is_dir():
         weights = [file for file in sorted(path.rglob(peft.WEIGHTS)) if file.is_file()]
-        return _folder_examined(
+        if not weights:
+            raise ValueError(peft.without_weights(next(file.parent for file in sorted(path.rglob(peft.CONFIG)))))
+        found = _folder_examined(
             [f"{file.parent.name}/{key}" for file in weights for key in read_header(file) if key != "__metadata__"]
         )
+        return _with_family(found, _header_evidence(*folder_entries(path)))
     with Container(path) as file:
-        return _examined(path, file, _taken_apart(path, file))
+        reading = _taken_apart(path, file)
+        return _with_family(_examined(path, file, reading), _header_evidence(*file_entries(file.header), reading))
+
+
+def _header_evidence(entries: Entries, metadata: Mapping[str, str], reading: Reading | None = None) -> FamilyEvidence:
+    try:
+        reading = reading or take_apart({key: shape for key, (_, shape) in entries.items()}, metadata)
+        return family_evidence(outline(entries, metadata, reading)[0])
+    except ValueError as error:  # of layers that `load_adapter` refuses
+        return FamilyEvidence(None, str(error))
+
+
+def _with_family(found: Examined, told: FamilyEvidence) -> Examined:
+    return replace(found, family=told.family, family_evidence=told.evidence)
 
 
 def _folder_examined(keys: Sequence[str]) -> Examined:
@@ -124,11 +151,12 @@ def _folder_examined(keys: Sequence[str]) -> Examined:
 
 
 def _examined(path: Path, file: Container, reading: Reading) -> Examined:
-    unknown = tuple(key for key in file.keys if not reading.is_known(key))
+    unknown = tuple(key for key in file.keys if not reading.is_known(key) and word_of(key) is None)
     matched = len(file.keys) - len(unknown)
     debris = sorted({place.prefix + place.debris for place in reading.places.values() if place.debris})
     name = format_of(path, reading, file.keys)
-    return Examined(name, matched, unknown, len(reading.places), debris=tuple(debris))
+    words = words_among(file.keys)
+    return Examined(name, matched, unknown, len(reading.places), debris=tuple(debris), words=words)
 
 
 def format_of(path: Path, reading: Reading, keys: list[str]) -> str:
@@ -212,7 +240,7 @@ def load_examined(
     if path.is_dir():
         folder = peft.read_folder(path, base, _told(family))
         found = replace(_folder_examined(folder.keys), sha256=sha256_of(path, known=folder.sha256s))
-        return with_origin(folder.adapter, found.format), found
+        return with_origin(folder.adapter, found.format), _with_family(found, family_evidence(folder.adapter))
     with Container(path) as file:  # a large file of another kind is known by its header
         reading = _taken_apart(path, file, family, find)
         found = _examined(path, file, reading)
@@ -224,7 +252,8 @@ def load_examined(
         adapter = read(contents.tensors, {**contents.metadata, **_told(family)}, reading, base)
         if not adapter.modules and not adapter.vectors:
             raise ValueError(f"none of its {len(file.keys)} tensors changes a layer, such as {shown(file.keys[0])}")
-        return with_origin(adapter, found.format), replace(found, sha256=contents.sha256)
+        found = _with_family(replace(found, sha256=contents.sha256), family_evidence(adapter))
+        return with_origin(adapter, found.format), found
     except ValueError as error:
         raise ValueError(f"{shown_path(path)}: {error}") from None
 
@@ -290,10 +319,10 @@ def save_adapter(
 def check_name(path: Path, format: str) -> None:
     """A ValueError of one line when a name does not say what is written under it."""
     is_folder = FORMATS[format] is PEFT_FILE
-    if is_folder and path.suffix in (".safetensors", *_PICKLES):
+    if is_folder and path.suffix in (".safetensors", *pickles.SUFFIXES):
         raise ValueError(f"{path}: the peft format is a folder; give a name without {path.suffix}, {path.stem!r}")
     if not is_folder and path.suffix != ".safetensors":
-        better = path.stem if path.suffix in _PICKLES else path.name
+        better = path.stem if path.suffix in pickles.SUFFIXES else path.name
         raise ValueError(f"{path}: expected a name that ends in .safetensors, such as {better + '.safetensors'!r}")
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.formats import base_made
-from dora_diffusion.formats.keys import BASE_MADE, FACTORS, GLORA, IA3, ROTATION, Suffixes
+from dora_diffusion.formats.keys import BASE_MADE, FACTORS, GLORA, IA3, REPLACED, ROTATION, WIDENED, Suffixes
 from dora_diffusion.functional.blend_modes import from_base_norms
 from dora_diffusion.functional.dora import TINY_NORM, Axis, master_dtype, squared_row_norms
 from dora_diffusion.state import Algorithm, FactoredState, Module, ModuleState
@@ -63,13 +63,15 @@ def assemble(layer: str, parts: Parts, scale: Scale, hints: Hints) -> Assembled:
         ValueError: half a pair, shapes that do not fit one another, or an axis that nothing tells.
     """
     for part, tensor in parts.items():
-        if not tensor.is_floating_point() and part not in ("alpha", "on_input"):  # LyCORIS keeps both as they are
+        if not tensor.is_floating_point() and part not in ("alpha", "on_input", WIDENED):  # kept as they are
             raise ValueError(f"{layer}: its {part} holds {tensor.dtype}, expected floating-point numbers")
     _check_stored_once(layer, parts)
     weight, bias = parts.get("w_norm"), parts.get("b_norm", parts.get("diff_b"))
     if "diff" in parts and parts["diff"].dim() == 1:
         weight = parts["diff"]
     module = _module(layer, parts, scale, hints)
+    if WIDENED in parts and module is not None:
+        _check_widened(layer, module, parts[WIDENED])
     used = {"w_norm", "b_norm", "diff_b"} & parts.keys() | ({"diff"} if weight is not None else set())
     if module is not None:
         used |= {*FACTORS, *BASE_MADE, "down", "up", "mid", "alpha", "magnitude", "dora_scale"}
@@ -90,6 +92,7 @@ def _check_stored_once(layer: str, parts: Parts) -> None:
         "an OFT": parts.keys() & set(ROTATION),
         "a GLoRA": parts.keys() & set(GLORA),
         "an (IA)^3": parts.keys() & set(IA3),
+        "a new weight": parts.keys() & set(REPLACED),
     }
     found = [form for form, there in forms.items() if there]
     twice = [("magnitude", "dora_scale"), ("b_norm", "diff_b")]
@@ -101,6 +104,8 @@ def _check_stored_once(layer: str, parts: Parts) -> None:
 def _module(layer: str, parts: Parts, scale: Scale, hints: Hints) -> Module | None:
     if "down" in parts or "up" in parts:
         return _with_magnitude(layer, _pair(layer, parts, scale), parts, hints)
+    if any(parts[part].dim() < 2 for part in REPLACED if part in parts):
+        raise ValueError(f"{layer}: a set_weight that replaces the weight of a normalisation is not computed here")
     if parts.keys() & set(BASE_MADE):
         alpha = _number(layer, parts["alpha"]) if "alpha" in parts else None
         return _with_magnitude(layer, base_made.module_of(layer, parts, alpha, hints.weight()), parts, hints)
@@ -127,10 +132,18 @@ def _pair(layer: str, parts: Parts, scale: Scale) -> ModuleState:
     return ModuleState(down, up, alpha, rank_stabilised=stabilised, mid=mid)
 
 
+def _check_widened(layer: str, module: Module, shape: Tensor) -> None:
+    """A ValueError where the pair is not of the weight that the base's is to be filled up to."""
+    wide = [int(side) for side in shape.reshape(-1)] if shape.dim() == 1 and not shape.is_meta else []
+    sides = (wide[0], math.prod(wide[1:])) if len(wide) > 1 else None
+    if not shape.is_meta and sides != module.shape:
+        raise ValueError(f"{layer}: its {WIDENED} {tuple(wide)} is not the shape of its pair, {module.shape}")
+
+
 def _number(layer: str, alpha: Tensor) -> float:
     if alpha.numel() != 1 or alpha.is_complex():
         raise ValueError(f"{layer}: alpha is {alpha.dtype} of shape {tuple(alpha.shape)}, expected one number")
-    return float(alpha)
+    return 1.0 if alpha.is_meta else float(alpha)
 
 
 def _factored(layer: str, factors: Parts, parts: Parts) -> FactoredState:

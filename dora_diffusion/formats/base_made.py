@@ -1,6 +1,7 @@
 """Layers whose change is made of the base's weight (`functional.base_transforms`): the difference that they come to.
 
 LyCORIS' files of OFT, BOFT, GLoRA and (IA)^3 hold no difference: it is found when they are loaded beside their base.
+ComfyUI's `set_weight` takes the place of the weight, whatever that is.
 """
 
 from collections.abc import Mapping
@@ -8,10 +9,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dora_diffusion.formats.keys import GLORA, IA3, ROTATION
+from dora_diffusion.formats.keys import GLORA, IA3, REPLACED, ROTATION
 from dora_diffusion.formats.weight_shapes import is_older_glora
 from dora_diffusion.functional.base_transforms import boft_delta, glora_delta, glora_pair, ia3_delta, oft_delta
-from dora_diffusion.functional.dora import rows
+from dora_diffusion.functional.dora import master_dtype, rows
 from dora_diffusion.functional.lycoris import Pair, tucker_down
 from dora_diffusion.state import FactoredState, Module, ModuleState
 
@@ -22,6 +23,8 @@ def kind_of(parts: Parts) -> str:
     """What the parts of a layer are called."""
     if parts.keys() & set(ROTATION):
         return "BOFT" if "oft_blocks" in parts and parts["oft_blocks"].dim() == 4 else "OFT"
+    if parts.keys() & set(REPLACED):
+        return "set_weight"
     return "GLoRA" if parts.keys() & set(GLORA) else "(IA)^3"
 
 
@@ -40,7 +43,10 @@ def module_of(layer: str, parts: Parts, alpha: float | None, weight: Tensor | No
     """
     kind = kind_of(parts)
     if weight is None:
-        raise ValueError(f"{layer}: {kind} is made of the base's weight; load it with its base at hand (base=, --base)")
+        what = "replaces" if kind in REPLACED else "is made of"
+        raise ValueError(f"{layer}: {kind} {what} the base's weight; load it with its base at hand (base=, --base)")
+    if kind in REPLACED:
+        return _difference(layer, parts[kind], weight)
     found = sorted(parts.keys() & {*ROTATION, *GLORA, *IA3})
     dtype = parts[found[0]].dtype
     try:
@@ -51,6 +57,16 @@ def module_of(layer: str, parts: Parts, alpha: float | None, weight: Tensor | No
         shapes = ", ".join(f"{name} {tuple(parts[name].shape)}" for name in found)
         raise ValueError(f"{layer}: no {kind} of a weight {tuple(weight.shape)} comes of {shapes}") from None
     return module.to(dtype=dtype)
+
+
+def _difference(layer: str, new: Tensor, weight: Tensor) -> Module:
+    """What is to be added to a weight, so that it is another; exact in fp32 for weights of 16 bits."""
+    if weight.is_meta and not weight.numel():
+        return _whole(torch.empty(new.shape, device="meta"))
+    if new.shape != weight.shape:
+        raise ValueError(f"{layer}: set_weight {tuple(new.shape)} cannot replace a weight {tuple(weight.shape)}")
+    dtype = torch.promote_types(master_dtype(new.dtype), master_dtype(weight.dtype))
+    return _whole(new.to(weight.device, dtype) - weight.to(dtype))
 
 
 def _made(kind: str, parts: Parts, alpha: float | None, weight: Tensor) -> Module:

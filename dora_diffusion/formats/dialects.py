@@ -51,8 +51,9 @@ class Dialect:
             goes before the component; a component with neither cannot be written.
         reads: further prefixes that stand in its files -> what lies behind them, as `layer_lookup` has it.
         is_flat: layers are flattened with underscores.
-        original_for: families whose denoiser bears its original names in the tool's own files; None for every family
-            that has such names.
+        has_original_names: denoisers bear their makers' names.
+        diffusers_for: families whose denoiser bears diffusers' names in the tool's own files all the same.
+        takes_any_model: layers of models that are not known here can be written: its readers ask the model itself.
         has_pieces: original fused layers are written piece by piece, numbered.
         keeps_text_model: CLIP's layers carry `text_model.`.
         is_written: whether files are written so, too; the tools of the others read diffusers' format as well.
@@ -65,7 +66,9 @@ class Dialect:
     prefixes: Prefixes
     reads: Mapping[str, str] = field(default_factory=dict)
     is_flat: bool = False
-    original_for: frozenset[str] | None = frozenset()
+    has_original_names: bool = False
+    diffusers_for: frozenset[str] = frozenset()
+    takes_any_model: bool = False
     has_pieces: bool = False
     keeps_text_model: bool = True
     is_written: bool = True
@@ -79,37 +82,20 @@ class Dialect:
 
     def uses_original_names(self, family: str | None) -> bool:
         """Whether the denoiser of a family is called as its makers call it."""
-        return self.original_for is None or family in self.original_for
+        return self.has_original_names and family not in self.diffusers_for
 
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", *OTHER_COMPONENTS)
 _DIFFUSERS = {name: f"{name}." for name in COMPONENTS}
 _NUMBERED = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_", "text_encoder_3": "lora_te3_"}
 _FLAT_ENCODERS = {**_NUMBERED, "te": "lora_te_", "te3": "lora_te3_"}
-# Whose flat names are the makers' in the tools' own files: sd-scripts and musubi-tuner, which take them off their own
-# model code, OneTrainer, Tencent's for Hunyuan-DiT. Nobody trains AuraFlow so, and ComfyUI, which reads `lora_unet_`
-# for every model, knows its makers' names there.
-_FLAT_ORIGINALS = frozenset(
-    {
-        "sdxl",
-        "sd3",
-        "flux",
-        "flux2",
-        "flux2-klein",
-        "auraflow",
-        "lumina2",
-        "pixart-alpha",
-        "pixart-sigma",
-        "hunyuan-dit",
-    }
-)
-
 DIFFUSERS = Dialect(
     name="diffusers",
     about="diffusers' save_lora_weights, PEFT's names in one file",
     recognises=lambda signs: not signs.has_original_names and signs.starts(*_DIFFUSERS.values()),
     suffixes=PEFT,
     prefixes=_DIFFUSERS,
+    takes_any_model=True,
 )
 KOHYA_SS = Dialect(
     name="kohya",
@@ -118,7 +104,8 @@ KOHYA_SS = Dialect(
     suffixes=KOHYA,
     prefixes={"unet": "lora_unet_", "transformer": "lora_unet_", **_FLAT_ENCODERS},
     is_flat=True,
-    original_for=_FLAT_ORIGINALS,
+    has_original_names=True,
+    diffusers_for=frozenset({"sd1", "sd2"}),
 )
 COMFYUI = Dialect(
     name="comfyui",
@@ -130,7 +117,7 @@ COMFYUI = Dialect(
         **{name: f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_h", "clip_g", "t5xxl")},
     },
     reads={"model.diffusion_model.": "denoiser"},
-    original_for=None,
+    has_original_names=True,
 )
 LYCORIS = Dialect(
     name="lycoris",
@@ -140,6 +127,7 @@ LYCORIS = Dialect(
     prefixes={"unet": "lycoris_", "transformer": "lycoris_", **_FLAT_ENCODERS},
     reads={"lycoris_": "any"},  # a wrapper around a text encoder writes the same
     is_flat=True,
+    takes_any_model=True,
 )
 OLD = Dialect(
     name="old-diffusers",
@@ -170,7 +158,7 @@ ORIGINAL = Dialect(
     recognises=lambda signs: signs.prefixes == {""} and signs.has_original_names,
     suffixes=MIXED,
     prefixes={"unet": "", "transformer": ""},
-    original_for=None,
+    has_original_names=True,
 )
 OMI = Dialect(
     name="omi",
@@ -185,7 +173,7 @@ OMI = Dialect(
         **{"unet": "unet.", "transformer": "transformer."},
         **{"text_encoder": "clip_l.", "text_encoder_2": "clip_g.", "text_encoder_3": "t5.", "t5": "t5."},
     },
-    original_for=None,
+    has_original_names=True,
     has_pieces=True,
 )
 BARE = Dialect(
@@ -210,6 +198,7 @@ PEFT_FILE = Dialect(
     recognises=lambda signs: signs.has_debris,
     suffixes=PEFT,
     prefixes={},  # `peft` writes the folders
+    takes_any_model=True,
 )
 
 # In the order in which they are tried; the last three fit what the others left.

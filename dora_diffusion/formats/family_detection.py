@@ -8,11 +8,12 @@ What the metadata say chooses among those that are left, and never another. What
 
 import contextlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 from dora_diffusion.families import FAMILIES, family_named
+from dora_diffusion.families.record import Family
 from dora_diffusion.families.signature import PartSignature, PublishedSize, Signature
 from dora_diffusion.formats.json_metadata import json_object
 from dora_diffusion.formats.layouts import LAYOUTS
@@ -31,27 +32,83 @@ class _Layer:
 # No published model is as narrow: a model of these names that is, is a small one made for tests. One that is not, and
 # has other sizes than all that are known, is another model.
 _NARROWEST = 320
+FAMILY_KEY = "dora_diffusion.family"
+
+
+@dataclass(frozen=True)
+class FamilyEvidence:
+    """Which family an adapter is for, and what says so.
+
+    Attributes:
+        family: its name; None where several are left, or none.
+        evidence: in words.
+    """
+
+    family: str | None
+    evidence: str
 
 
 def family_of(adapter: AdapterState) -> str | None:
     """The name of the family that an adapter is for, or None where its layers and its metadata leave several."""
+    return family_evidence(adapter).family
+
+
+def family_evidence(adapter: AdapterState) -> FamilyEvidence:
+    """The family that an adapter is for, with what tells it, or what leaves it open."""
     if _is_lookalike(adapter.metadata):
-        return None
+        return FamilyEvidence(None, "its metadata name another model, which has layers of these names and sizes")
     layers = _layers(adapter)
-    own = family_named(adapter.metadata.get("dora_diffusion.family"))
+    own = family_named(adapter.metadata.get(FAMILY_KEY))
     if own is not None and has_paths(own.signature, _paths_in(layers)):
-        return own.name  # a flat pair may be a convolution's or a linear layer's: shapes say less than who wrote it
+        # a flat pair may be a convolution's or a linear layer's: shapes say less than who wrote it
+        return FamilyEvidence(own.name, f"as was told: {FAMILY_KEY}, --family")
     named = [family for family in FAMILIES if not adapter.families or family.name in adapter.families]
     fitting = [family for family in named if _fits(family.signature, layers)]
     # of another text encoder's size, a denoiser is what it is all the same
     denoiser = {part: found for part, found in layers.items() if not part.startswith("text_encoder")}
-    exact = [family for family in fitting if _is_published(family.signature, layers)]
-    exact = exact or [family for family in fitting if denoiser and _is_published(family.signature, denoiser)]
+    whole = [family for family in fitting if _is_published(family.signature, layers)]
+    exact = whole or [family for family in fitting if denoiser and _is_published(family.signature, denoiser)]
     left = [family.name for family in exact or fitting]
-    if len(left) != 1 or not (exact or _is_tiny(layers)):
-        told = told_families(adapter.metadata)
-        left = [name for name in left if name in told]
-    return left[0] if len(left) == 1 else None
+    if len(left) == 1 and exact:
+        of = "" if whole or len(layers) == len(denoiser) else " of its denoiser"
+        return FamilyEvidence(left[0], f"certain: names, sizes and blocks{of} are those of no other model known here")
+    if len(left) == 1 and _is_tiny(layers):
+        return FamilyEvidence(left[0], "by names alone: it is smaller than any published model")
+    return _as_told(left, told_families(adapter.metadata))
+
+
+def _as_told(left: Sequence[str], told: Collection[str]) -> FamilyEvidence:
+    """What metadata choose of the families that layers leave."""
+    names = f"{', '.join(left[:-1])} or {left[-1]}" if len(left) > 1 else "".join(left)
+    chosen = [name for name in left if name in told]
+    by_layers = f"{names} {'fit' if len(left) > 1 else 'fits'}"
+    if len(chosen) == 1:
+        rest = f"by its layers {by_layers}" if len(left) > 1 else "its sizes are no published model's"
+        return FamilyEvidence(chosen[0], f"as its metadata say; {rest}")
+    if not left:
+        return FamilyEvidence(None, "no model known here has layers of these names")
+    if len(left) == 1:
+        return FamilyEvidence(None, f"its names are {names}'s, in sizes that no published one has")
+    return FamilyEvidence(None, by_layers)
+
+
+def fitting_families(adapter: AdapterState) -> list[str]:
+    """The families that have every layer of an adapter by name, whatever its sizes."""
+    paths = _paths_in(_layers(adapter))
+    return [family.name for family in FAMILIES if has_paths(family.signature, paths)]
+
+
+def strange_layer(adapter: AdapterState) -> str | None:
+    """A layer that the family which knows most of an adapter does not know; None where one knows all."""
+    layers = [(part, layer.path) for part, found in _layers(adapter).items() for layer in found]
+    strange = [[f"{part}.{path}" for part, path in layers if not _knows(family, part, path)] for family in FAMILIES]
+    fewest: list[str] = min(strange, key=len)
+    return fewest[0] if fewest else None
+
+
+def _knows(family: Family, component: str, path: str) -> bool:
+    part = family.signature.parts.get(component)
+    return part is not None and has_path(part, path)
 
 
 def has_paths(signature: Signature, paths: Mapping[str, Iterable[str]]) -> bool:
@@ -149,7 +206,7 @@ def _paths(part: PartSignature) -> re.Pattern[str]:
 
 def told_families(metadata: Mapping[str, str]) -> frozenset[str]:
     """The families that the metadata allow: our own note, else all that tools say, so far as they agree."""
-    own = metadata.get("dora_diffusion.family", "")
+    own = metadata.get(FAMILY_KEY, "")
     if any(family.name == own for family in FAMILIES):
         return frozenset({own})
     said = [_called(name) for name in _model_names(metadata)]

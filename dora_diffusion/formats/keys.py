@@ -13,12 +13,18 @@ FACTORS = (
     *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_t1", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
     "diff",
 )
-# Parts of changes that are made of the base's weight: OFT and BOFT, GLoRA, (IA)^3 (whose gains end in `.weight`).
+# Parts of changes that are made of the base's weight: OFT and BOFT, GLoRA, (IA)^3 (whose gains end in `.weight`), and
+# what replaces it.
 ROTATION = ("oft_blocks", "rescale")
 GLORA = ("glora_a1", "glora_a2", "glora_b1", "glora_b2", "glora_bm")
 IA3 = ("ia3_weight", "on_input")
-BASE_MADE = (*ROTATION, *GLORA, *IA3)
-_PARTS = (*FACTORS, *ROTATION, "on_input", "diff_b", "w_norm", "b_norm", "alpha", "dora_scale", "magnitude")
+REPLACED = ("set_weight",)  # ComfyUI's: what takes the place of the weight
+BASE_MADE = (*ROTATION, *GLORA, *IA3, *REPLACED)
+WIDENED = "reshape_weight"  # ComfyUI's: the shape that the base's weight is filled up to with zeros
+_PARTS = (
+    *(*FACTORS, *ROTATION, *REPLACED, WIDENED, "on_input"),
+    *("diff_b", "w_norm", "b_norm", "alpha", "dora_scale", "magnitude"),
+)
 _PAIR = {"A": "down", "B": "up", "down": "down", "up": "up", "mid": "mid"}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from dora_diffusion.families import family_named
+from dora_diffusion.formats import pickles
 from dora_diffusion.formats.assembly import parts_of, scaled_to
 from dora_diffusion.formats.family_detection import family_of
 from dora_diffusion.formats.json_metadata import LONGEST, json_object
@@ -24,7 +25,7 @@ from dora_diffusion.formats.reading import read, take_apart
 from dora_diffusion.formats.safetensors_reader import read_tensors
 from dora_diffusion.state import AdapterState, Module, ModuleState, WeightOf, join
 from dora_diffusion.utils.atomic import atomic_path, save_tensors, write_atomically
-from dora_diffusion.utils.text import shown
+from dora_diffusion.utils.text import shown, shown_path
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -32,7 +33,6 @@ _CLIP = re.compile(r"^(encoder\.layers|embeddings|final_layer_norm)\b")
 _NOTE = "dora_diffusion.json"  # metadata and facts that PEFT's config has no place for
 _EXTRA = "extra.safetensors"  # tensors that belong to no layer
 _TYPES = ("LORA", "LOHA", "LOKR")
-_UNREADABLE = (".bin", ".pt", ".pth", ".pkl")
 # Ways of PEFT to start that take the pair out of the base: what is saved is right beside that other base only.
 _MOVING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -80,11 +80,7 @@ def _read_one(folder: Path, component: str | None, weight_of: WeightOf | None, t
     config = _json(folder / CONFIG)
     _check_config(folder / CONFIG, config)
     if not (folder / WEIGHTS).is_file():
-        pickles = [name.name for name in folder.iterdir() if name.suffix in _UNREADABLE]
-        raise ValueError(
-            f"{folder}: no {WEIGHTS} there"
-            + (f", only {pickles[0]}, a pickle, which can run code; save it as safetensors" if pickles else "")
-        )
+        raise ValueError(without_weights(folder))
     contents = read_tensors(folder / WEIGHTS)
     try:
         named = {_with_component(key, component): tensor for key, tensor in contents.tensors.items()}
@@ -98,6 +94,12 @@ def _read_one(folder: Path, component: str | None, weight_of: WeightOf | None, t
         return Folder(adapter, keys, {folder / WEIGHTS: contents.sha256})
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+
+
+def without_weights(folder: Path) -> str:
+    """What is wrong with a folder that has no weights which are read."""
+    pickled = [path for path in sorted(folder.iterdir()) if path.suffix in pickles.SUFFIXES]
+    return pickles.refusal(shown_path(pickled[0])) if pickled else f"{shown_path(folder)}: no {WEIGHTS} there"
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from dora_diffusion.formats.assembly import Assembled, Hints, assemble
 from dora_diffusion.formats.bias_vectors import split_vector
+from dora_diffusion.formats.family_detection import FAMILY_KEY as FAMILY_KEY
 from dora_diffusion.formats.family_detection import told_families
 from dora_diffusion.formats.fused_layers import split
 from dora_diffusion.formats.json_metadata import json_object
-from dora_diffusion.formats.keys import Key, parse_keys
+from dora_diffusion.formats.keys import WIDENED, Key, parse_keys
 from dora_diffusion.formats.layer_lookup import Locate, Place, locate
 from dora_diffusion.formats.other_models import other_model
 from dora_diffusion.formats.peft_alphas import Scales
@@ -26,9 +27,8 @@ from dora_diffusion.state import AdapterState, Module, WeightOf
 from dora_diffusion.utils.text import shown
 
 _MOST_HALVES = 200
-_IDLE = ("alpha", "dora_scale", "magnitude", "rescale", "on_input")  # parts that by themselves change nothing
+_IDLE = ("alpha", "dora_scale", "magnitude", "rescale", "on_input", WIDENED)  # parts that by themselves change nothing
 AXIS_KEY = "dora_diffusion.magnitude_axis"
-FAMILY_KEY = "dora_diffusion.family"
 OVER_BASE_KEY = "dora_diffusion.magnitudes_over_base_norms"
 """Of whom the file was made for: a tool that divides magnitudes per output by N(W), where the paper has N(W + D)."""
 
@@ -155,8 +155,12 @@ def _vectors(place: Place, found: Assembled) -> dict[str, Tensor]:
 
 
 def _base_weight(place: Place, weight_of: WeightOf | None) -> Tensor | None:
-    """The base's weight under a name of the file, pieces of a fused layer one upon another."""
-    return None if weight_of is None else torch.cat([weight_of(path) for path in place.paths])
+    """The base's weight as the file's makers have it: a fused layer's pieces one upon another, halves in its order."""
+    if weight_of is None:
+        return None
+    weight = torch.cat([weight_of(path) for path in place.paths])
+    swaps = weight.dim() > 1 and place.fusion.swaps(weight.shape[0], weight[0].numel())
+    return torch.cat(weight.chunk(2)[::-1]) if swaps else weight
 
 
 def as_stored(path: str) -> Tensor:

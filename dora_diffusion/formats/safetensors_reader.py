@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_diffusion.formats.pickles import LOOKED_AT, is_pickle, refusal
 from dora_diffusion.utils.text import UNPRINTABLE, shown, shown_path
 
 # SDXL as a LoKr of every layer has some 10,000, in 2 MB of header
@@ -101,6 +102,12 @@ class Container:
         try:
             self._head, self._data_at, self._data_bytes = bytearray(), 0, 0
             self.header = self._read_header()
+        except ValueError:
+            is_pickled = is_pickle(str(path), self._first_bytes())
+            self._file.close()
+            if is_pickled:
+                raise ValueError(refusal(self._name)) from None
+            raise
         except BaseException:
             self._file.close()
             raise
@@ -141,6 +148,13 @@ class Container:
         digest = hashlib.sha256(self._head)
         digest.update(data)
         return Contents(tensors, self.metadata, digest.hexdigest())
+
+    def _first_bytes(self) -> bytes:
+        try:
+            self._file.seek(0)
+            return self._file.read(LOOKED_AT)
+        except OSError:
+            return b""
 
     def _read_header(self) -> dict[str, Any]:
         size = self._status.st_size

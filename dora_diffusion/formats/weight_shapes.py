@@ -61,5 +61,5 @@ def _lokr(parts: Shapes) -> Shape | None:
 
 
 def _whole(parts: Shapes) -> Shape | None:
-    shape = parts.get("diff", ())
+    shape = parts.get("diff", parts.get("set_weight", ()))
     return (shape[0], shape[1]) if len(shape) > 1 else None

@@ -11,7 +11,7 @@ from dora_diffusion.families import family_named
 from dora_diffusion.formats.assembly import parts_of
 from dora_diffusion.formats.bias_vectors import fuse_vector
 from dora_diffusion.formats.dialects import Dialect
-from dora_diffusion.formats.family_detection import family_of
+from dora_diffusion.formats.family_detection import family_of, fitting_families, strange_layer
 from dora_diffusion.formats.flat_names import flatten
 from dora_diffusion.formats.fused_layers import fuse
 from dora_diffusion.formats.keys import PEFT
@@ -102,7 +102,7 @@ def file_layers(adapter: AdapterState, dialect: Dialect, family: str | None) -> 
         ValueError: one line with what it has no name for.
     """
     paths = list(dict.fromkeys([*adapter.modules, *(key.rpartition(".")[0] for key in adapter.vectors)]))
-    of_path = _original_names(paths, adapter.modules, dialect, family)
+    of_path = _original_names(paths, adapter, dialect, family)
     layers: dict[str, FileLayer] = {}
     for path in paths:
         component, inner = path.split(".", 1)
@@ -115,24 +115,47 @@ def file_layers(adapter: AdapterState, dialect: Dialect, family: str | None) -> 
 
 
 def _original_names(
-    paths: list[str], modules: Mapping[str, Module], dialect: Dialect, family: str | None
+    paths: list[str], adapter: AdapterState, dialect: Dialect, family: str | None
 ) -> Callable[[str], Fusion | None]:
-    """Path of the denoiser -> its fusion; None where it is called as diffusers calls it."""
+    """Path of the denoiser -> its fusion; None where it is called as diffusers calls it.
+
+    Raises:
+        ValueError: nobody reads a file of this format that holds these layers.
+    """
     inner = [path.split(".", 1)[1] for path in paths if not path.startswith("text_encoder")]
-    if not inner or not dialect.uses_original_names(family) or _is_original(family):
+    if not inner or dialect.takes_any_model:
         return _no_fusion
-    denoisers = [layout for layout in LAYOUTS if layout.component in ("unet", "transformer")]
-    layout = next((layout for layout in denoisers if family in layout.families), None)
-    strange = inner if layout is None else [path for path in inner if layout.of_path(path) is None]
-    if layout is not None and not strange:
-        strange = _disproportionate(layout, modules)
-    if layout is not None and not strange:
-        return layout.of_path
-    if dialect.original_for is not None:  # a model of other dimensions than the published one
+    fitting = fitting_families(adapter)
+    if not fitting:
+        layer = strange_layer(adapter)
+        raise ValueError(f"{layer}: no model known here has this layer, and {_unread(dialect)}")
+    if family is None and not any(map(dialect.uses_original_names, fitting)):
         return _no_fusion
-    raise ValueError(
-        f"{strange[0]}: the {dialect.name} format needs its original name, which is not known here for "
-        f"{family or 'an unknown family'} of these dimensions; use diffusers, kohya or lycoris"
+    if family is None and set(fitting) & dialect.diffusers_for:
+        return _no_fusion  # of a UNet, whose layers all tools know by diffusers' names
+    if family is None and len(fitting) > 1:
+        raise ValueError(
+            f"the {dialect.name} format has the makers' names of layers, and these may be those of "
+            f"{' or '.join(fitting)}: say which (--family, load_adapter(family=))"
+        )
+    family = family or fitting[0]
+    if not dialect.uses_original_names(family) or _is_original(family):
+        return _no_fusion
+    denoisers = (layout for layout in LAYOUTS if layout.component in ("unet", "transformer"))
+    layout = next(layout for layout in denoisers if family in layout.families)
+    strange = [path for path in inner if layout.of_path(path) is None]
+    if strange or (strange := _disproportionate(layout, adapter.modules)):
+        raise ValueError(
+            f"{strange[0]}: the {dialect.name} format needs its original name, which is not known here for {family} of "
+            f"these dimensions, and {_unread(dialect)}"
+        )
+    return layout.of_path
+
+
+def _unread(dialect: Dialect) -> str:
+    return (
+        f"nobody reads a {dialect.name} file with it; write peft or diffusers, which the model's own pipeline reads, "
+        "or lycoris, for LyCORIS' wrapper"
     )
 
 

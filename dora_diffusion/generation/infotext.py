@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from dora_diffusion.generation.generate import GenerationSettings
-from dora_diffusion.generation.prompts import LoraTag, parse_prompt
+from dora_diffusion.generation.prompts import LoraTag, parse_prompt, without_foreign_tags
 from dora_diffusion.generation.samplers import DEFAULT as DEFAULT_SAMPLER
 from dora_diffusion.generation.samplers import sampler_of_title
 from dora_diffusion.utils.checks import check_number, check_whole
@@ -69,11 +69,13 @@ def parse_infotext(text: str) -> Parameters:
     positive = "\n".join(lines[:start]).strip()
     negative = "\n".join(lines[start:]).removeprefix(_NEGATIVE).strip()
     hashes |= _pairs(facts.get("Lora hashes", ""))
+    positive, foreign = without_foreign_tags(positive)
+    negative, more = without_foreign_tags(negative)
     try:
         prompt = parse_prompt(positive)
-        return Parameters(prompt.text, negative, prompt.tags, facts, hashes)
+        return Parameters(prompt.text, negative, prompt.tags, facts, hashes, (*foreign, *more))
     except ValueError as error:
-        return Parameters(positive, negative, (), facts, hashes, (str(error),))
+        return Parameters(positive, negative, (), facts, hashes, (*foreign, *more, str(error)))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ LARGEST_WEIGHT = 10.0
 
 _TAG = re.compile(r"<\s*(?:lora|lyco)\s*:((?:\\[:<>]|\\(?![:<>])|[^<>\\])*)>", re.IGNORECASE)
 _TAG_BEGINS = re.compile(r"<\s*(?:lora|lyco)\s*:", re.IGNORECASE)
+# As A1111 takes them out of a prompt: `<hypernet:ink:1>`, `<segment:face>` of others.
+_FOREIGN = re.compile(r"<(?!(?:lora|lyco)\s*:)([A-Za-z]\w*)\s*:[^<>]+>", re.IGNORECASE)
 _OWN_SIGN = r"a :, < or > of the name itself is written \:, \< or \>"
 _TOKEN = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|\)|\]|[^\\()\[\]:]+|:")
 
@@ -67,16 +69,29 @@ def parse_prompt(text: str) -> Prompt:
     makes a bracket just a bracket, and a bracket without its partner counts to the end of the prompt, as in A1111.
 
     Raises:
-        ValueError: a tag without a name or an end, or whose strengths are no numbers or too many, or a weight beyond
-            -10..10.
+        ValueError: a tag without a name or an end, or whose strengths are no numbers or too many, a tag of another tool
+            or kind (`<hypernet:ink:1>`), or a weight beyond -10..10.
     """
     tags = tuple(_tag(match) for match in _TAG.finditer(text))
     bare = re.sub(r"\s{2,}", " ", _TAG.sub("", text)).strip() if tags else text
     if (begun := _TAG_BEGINS.search(bare)) is not None:
         rest = shown(bare[begun.start() :], 60)
         raise ValueError(f"prompt: {rest!r} is no whole tag; expected <lora:NAME:STRENGTH>, where {_OWN_SIGN}")
+    if (foreign := _FOREIGN.search(bare)) is not None:
+        raise ValueError(f"prompt: {_foreign_in_words(foreign)}; leave it out")
     fragments, has_numbers = _fragments(bare)
     return Prompt(bare, tags, fragments, has_numbers)
+
+
+def without_foreign_tags(text: str) -> tuple[str, tuple[str, ...]]:
+    """A prompt without the tags that are not understood here, and a line for each."""
+    lines = tuple(_foreign_in_words(found) for found in _FOREIGN.finditer(text))
+    return (re.sub(r"\s{2,}", " ", _FOREIGN.sub("", text)).strip() if lines else text), lines
+
+
+def _foreign_in_words(tag: re.Match[str]) -> str:
+    kind = shown(tag[1], 30)
+    return f"{shown(tag[0], 60)} is a tag for {kind!r}, which is not done here: <lora:NAME:STRENGTH> alone is"
 
 
 def written_name(name: str) -> str:

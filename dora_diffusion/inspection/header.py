@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import re
 import stat
@@ -12,23 +11,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from dora_diffusion.adapters.matching import kind_in_words
 from dora_diffusion.formats import format_of, place_of, read_header
+from dora_diffusion.formats.bundled_words import words_among
 from dora_diffusion.formats.family_detection import family_of
 from dora_diffusion.formats.json_metadata import json_object
-from dora_diffusion.formats.peft import WEIGHTS
-from dora_diffusion.formats.reading import OVER_BASE_KEY, Reading, as_stored, read, take_apart, told_axis
+from dora_diffusion.formats.outline import Entries, file_entries, folder_entries, outline
+from dora_diffusion.formats.reading import take_apart
 from dora_diffusion.formats.safetensors_reader import (
-    DTYPES,
     MAX_HEADER_BYTES,
     MAX_METADATA,
     MAX_TENSORS,
     checked_header,
 )
-from dora_diffusion.state import AdapterState
 from dora_diffusion.utils.text import shown, shown_path
 
 
@@ -44,6 +39,7 @@ class Structure:
         axis: of its magnitudes: "out", "in", "out/in"; "unclear" where only a base could tell; empty without any.
         layers: how many layers it changes.
         components: the pipeline's parts that it changes.
+        words: new words that it bundles.
     """
 
     format: str
@@ -53,6 +49,7 @@ class Structure:
     axis: str
     layers: int
     components: tuple[str, ...]
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,18 +92,24 @@ def summarise_header(path: str | Path, known: MutableMapping[bytes, Structure] |
     path, known = place_of(path), {} if known is None else known
     quick = None if path.is_dir() else _split_header(path)
     if quick is not None and (key := _structure_key(quick.tensors, quick.metadata)) in known:
-        return HeaderSummary(known[key], declared_metadata(quick.metadata))
+        return _summary(known[key], quick.metadata)
     try:
-        entries, metadata = _folder_entries(path) if path.is_dir() else _file_entries(path, quick)
+        entries, metadata = folder_entries(path) if path.is_dir() else _file_entries(path, quick)
         structure = _structure(path, entries, metadata)
     except ValueError as error:
         raise ValueError(f"{shown_path(path)}: {str(error).removeprefix(f'{path}: ')}") from None
     if quick is not None and quick.metadata == metadata:
         known[key] = structure
-    return HeaderSummary(structure, declared_metadata(metadata))
+    return _summary(structure, metadata)
 
 
-Entries = Mapping[str, tuple[str, tuple[int, ...]]]  # key -> dtype as safetensors spells it, shape
+def _summary(structure: Structure, metadata: Mapping[str, str]) -> HeaderSummary:
+    """Words that the file itself bundles are the first that trigger it."""
+    declared = declared_metadata(metadata)
+    triggers = _few([*structure.words, *declared.triggers], _TRIGGERS)
+    return HeaderSummary(structure, replace(declared, triggers=triggers) if structure.words else declared)
+
+
 # The metadata that say how tensors are to be read, or for which family.
 _TELLING = (
     *("dora_diffusion.magnitude_axis", "dora_diffusion.family", "ss_network_args", "ot_config"),
@@ -114,27 +117,11 @@ _TELLING = (
 )
 _METADATA_FIRST = b'{"__metadata__":'  # as safetensors itself writes it
 _MOST_QUOTES = 10 * MAX_TENSORS + 4 * MAX_METADATA + 2
-_COMPONENT = re.compile(r"unet|transformer|text_encoder(_[23])?")
 _TAGS, _TRIGGERS, _LONGEST, _MOST_READ = 24, 12, 80, 4000
 
 
 def _file_entries(path: Path, quick: "_Quick | None" = None) -> tuple[Entries, dict[str, str]]:
-    header = read_header(path) if quick is None else checked_header(quick.raw, quick.data_bytes)
-    metadata = header.pop("__metadata__", {})
-    return {key: (entry["dtype"], tuple(entry["shape"])) for key, entry in header.items()}, metadata
-
-
-def _folder_entries(path: Path) -> tuple[Entries, dict[str, str]]:
-    """Those of a folder of PEFT's, each key behind its component where its folder is called by it."""
-    entries: dict[str, tuple[str, tuple[int, ...]]] = {}
-    metadata: dict[str, str] = {}
-    for file in sorted(path.rglob(WEIGHTS)):
-        found, declared = _file_entries(file)
-        component = f"{file.parent.name}." if _COMPONENT.fullmatch(file.parent.name) else ""
-        bare = {key.removeprefix("base_model.model."): entry for key, entry in found.items()}
-        entries.update({f"{component}{key}": entry for key, entry in bare.items()})
-        metadata.update(declared)
-    return entries, metadata
+    return file_entries(read_header(path) if quick is None else checked_header(quick.raw, quick.data_bytes))
 
 
 class _Quick(NamedTuple):
@@ -179,7 +166,7 @@ def _structure_key(tensors: bytes, metadata: Mapping[str, str]) -> bytes:
 
 def _structure(path: Path, entries: Entries, metadata: Mapping[str, str]) -> Structure:
     reading = take_apart({key: shape for key, (_, shape) in entries.items()}, metadata)
-    adapter, is_unclear = _outline(entries, metadata, reading)
+    adapter, is_unclear = outline(entries, metadata, reading)
     axes = sorted({module.axis for module in adapter.modules.values() if module.magnitude is not None}, reverse=True)
     return Structure(
         format="peft" if path.is_dir() else format_of(path, reading, list(entries)),
@@ -189,30 +176,8 @@ def _structure(path: Path, entries: Entries, metadata: Mapping[str, str]) -> Str
         axis="unclear" if is_unclear else "/".join(axes),
         layers=len(adapter.modules) or len(adapter.vectors),
         components=adapter.components,
+        words=words_among(entries),
     )
-
-
-def _outline(entries: Entries, metadata: Mapping[str, str], reading: Reading) -> tuple[AdapterState, bool]:
-    """The adapter with tensors on the meta device, and whether only a base could tell the axis of its magnitudes."""
-    asked: list[str] = []
-
-    def weight_of(path: str) -> Tensor:
-        asked.append(path)
-        return as_stored(path)
-
-    axis = told_axis(metadata)
-    declared = {key: text for key, text in metadata.items() if key != OVER_BASE_KEY}
-    tensors = {key: _blank(dtype, shape) for key, (dtype, shape) in entries.items()}
-    adapter = read(tensors, declared, reading, weight_of)
-    return replace(adapter, metadata=dict(metadata)), axis is None and bool(asked)
-
-
-def _blank(dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """A tensor without content; a single number, which alpha may be, is there and 1."""
-    if dtype not in DTYPES:
-        raise ValueError(f"tensors are packed as {dtype}, expected plain numbers")
-    is_number = math.prod(shape) == 1 and len(shape) < 2
-    return torch.ones(shape) if is_number else torch.empty(shape, dtype=DTYPES[dtype], device="meta")
 
 
 def declared_metadata(metadata: Mapping[str, str]) -> DeclaredMetadata:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from dora_diffusion.adapters.matching import kind_in_words
 from dora_diffusion.formats import Examined, load_examined, place_of, read_header
-from dora_diffusion.formats.family_detection import family_of
+from dora_diffusion.formats.bundled_words import word_of, words_among
+from dora_diffusion.formats.family_detection import family_evidence
+from dora_diffusion.formats.keys import WIDENED
 from dora_diffusion.formats.reading import OVER_BASE_KEY, as_stored
 from dora_diffusion.pipelines.base_weights import BaseWeights
 from dora_diffusion.state import AdapterState, Module
@@ -45,11 +47,13 @@ def facts_of(
     path: Path, adapter: AdapterState, examined: Examined, *, base: BaseWeights | None = None
 ) -> dict[str, Any]:
     """`inspect_adapter` of a file that is loaded already."""
+    told = family_evidence(adapter)
     facts: dict[str, Any] = {
         "file": str(path),
         "format": examined.format,
         "kind": kind_in_words(adapter),
-        "family": family_of(adapter),
+        "family": told.family,
+        "family_evidence": told.evidence,
         "ranks": list(adapter.ranks),
         "magnitude_axis": "/".join(_axes(adapter)) or None,
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in _tensors(adapter)}),
@@ -57,7 +61,8 @@ def facts_of(
         "vectors": len(adapter.vectors),
         "keys_matched": examined.matched,
         "keys": examined.matched + len(examined.unknown),
-        "unknown": sorted({*examined.unknown, *adapter.extra})[:_SHOWN],
+        "unknown": sorted({*examined.unknown, *(key for key in adapter.extra if word_of(key) is None)})[:_SHOWN],
+        "words": list(words_among(adapter.extra)),
         "notes": [*notes_of(adapter, examined), *_assumed(path, examined)],
         "parameters": sum(tensor.numel() for tensor in _tensors(adapter)),
         "delta_norm": _delta_norms(adapter),
@@ -100,17 +105,15 @@ def notes_of(adapter: AdapterState, examined: Examined) -> list[str]:
     orphans = [key for key in adapter.extra if key.endswith(("dora_scale", "lora_magnitude_vector", "alpha"))]
     if orphans:
         notes.append(f"{len(orphans)} tensors belong to no pair, such as {orphans[0]}")
-    words = {key.split(".")[1] for key in adapter.extra if key.startswith("bundle_emb.") and key.count(".") > 1}
-    if words:
-        notes.append(f"{len(words)} new words are bundled, such as {min(words)!r}; they are kept, not used")
+    if widened := [key for key in adapter.extra if key.endswith(f".{WIDENED}")]:
+        notes.append(f"{len(widened)} layers are for a base that has more inputs there, such as {widened[0]}")
     if examined.debris:
         notes.append(
             f"a prefix stands twice, {', '.join(examined.debris)}, as broken scripts write it; read without it"
         )
-    others = len(examined.unknown) - len([key for key in examined.unknown if key.startswith("bundle_emb.")])
-    if others:
-        example = next(key for key in examined.unknown if not key.startswith("bundle_emb."))
-        notes.append(f"{others} keys are not understood, such as {example[:100]}; they are kept")
+    if examined.unknown:
+        example = examined.unknown[0][:100]
+        notes.append(f"{len(examined.unknown)} keys are not understood, such as {example}; they are kept")
     return notes
 
 
@@ -160,11 +163,13 @@ def describe(facts: Mapping[str, Any]) -> str:
     rank = "/".join(map(str, ranks)) if len(ranks) < 6 else f"{ranks[0]} to {ranks[-1]}"
     axis = f", magnitudes per {facts['magnitude_axis']}put" if facts["magnitude_axis"] in ("in", "out") else ""
     lines = [f"{facts['file']}: {facts['kind']}, rank {rank}{axis}, {facts['format']} format"]
-    rows = {"family": facts["family"] or "not told by layers and metadata"}
+    rows = {"family": family_in_words(facts)}
     for part, count in facts["layers"].items():
         rows[part] = f"{count} layers, delta norm {facts['delta_norm'][part]}"
     if facts["vectors"]:
         rows["vectors"] = f"{facts['vectors']} biases and normalisations"
+    if facts["words"]:
+        rows["new words"] = ", ".join(map(_short, facts["words"]))
     rows["keys"] = f"{facts['keys_matched']} of {facts['keys']} understood"
     rows["parameters"] = f"{facts['parameters']:,} in {facts['bytes']:,} bytes ({', '.join(facts['dtypes'])})"
     rows["sha256"] = facts["sha256"]
@@ -175,6 +180,12 @@ def describe(facts: Mapping[str, Any]) -> str:
     lines += [f"  note: {note}" for note in facts["notes"]]
     lines += [f"  {_short(key):<16} {_short(text, 100)}" for key, text in facts["metadata"].items() if text]
     return "\n".join(lines)
+
+
+def family_in_words(facts: Mapping[str, Any]) -> str:
+    """The family with what tells it, or what leaves it open."""
+    family, evidence = facts["family"], facts["family_evidence"]
+    return f"{family} ({evidence})" if family else f"not told: {evidence}"
 
 
 def _short(text: str, limit: int = 40) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dora_diffusion.families import FAMILIES
+from dora_diffusion.formats import pickles
 from dora_diffusion.formats.safetensors_reader import read_header
 from dora_diffusion.pipelines.base_weights import EMBEDDED as EMBEDDED
 from dora_diffusion.pipelines.base_weights import POCKET as POCKET
@@ -25,12 +26,10 @@ from dora_diffusion.pipelines.load_errors import LOAD_ERRORS
 from dora_diffusion.pipelines.variants import variant_of, variants_for
 from dora_diffusion.utils.hardware import device_of
 from dora_diffusion.utils.quiet import errors_only, quietly
-from dora_diffusion.utils.text import first_line
+from dora_diffusion.utils.text import first_line, shown_path
 
 Offload = Literal["model", "sequential"]
 OFFLOADS: tuple[Offload, ...] = get_args(Offload)
-
-_PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
 def load_pipeline(  # noqa: PLR0913 -- each is one fact of a base, by the names that diffusers gives its components
@@ -106,7 +105,7 @@ def _check_device(device: str, offload: str | None) -> None:
 def _load(source: str | Path, dtype: torch.dtype, config: str | Path | None, files: Mapping[str, Path]) -> Any:
     name = str(source)
     path = EMBEDDED.get(name, Path(source))
-    if path.is_file() or (path.suffix in (".safetensors", *_PICKLES) and not path.is_dir()):
+    if path.is_file() or (path.suffix in (".safetensors", *pickles.SUFFIXES) and not path.is_dir()):
         if files:
             raise ValueError(f"model {name!r}: {min(files)} beside a single file; give a folder as the base")
         return _from_file(path, dtype, config)
@@ -133,7 +132,7 @@ def configs_of(source: str | Path) -> Path | None:
     path = EMBEDDED.get(str(source), Path(source))
     if path.is_dir():
         return path
-    is_file = path.is_file() or path.suffix in (".safetensors", *_PICKLES)
+    is_file = path.is_file() or path.suffix in (".safetensors", *pickles.SUFFIXES)
     is_hub_id = str(source) not in EMBEDDED and not is_file and may_be_hub_id(str(source))
     return from_hub(str(source), ()) if is_hub_id else None
 
@@ -267,8 +266,8 @@ def _checked_header(path: Path) -> Mapping[str, Any]:
     """The header of a checkpoint; a ValueError for anything that is none."""
     if not path.is_file():
         raise ValueError(f"model {str(path)!r}: no such file")
-    if path.suffix in _PICKLES:
-        raise ValueError(f"{path}: a pickle can run code when it is opened; convert it to .safetensors first")
+    if path.suffix in pickles.SUFFIXES:
+        raise ValueError(pickles.refusal(shown_path(path)))
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: expected a .safetensors file, a diffusers folder or a hub id")
     header = {key: entry for key, entry in read_header(path).items() if key != "__metadata__"}

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_diffusion.families import family_of_pipeline
+from dora_diffusion.formats.bundled_words import parts_by_word
 from dora_diffusion.formats.safetensors_reader import read_tensors
 from dora_diffusion.utils.atomic import save_tensors
 from dora_diffusion.utils.checks import check_fields
@@ -91,8 +92,15 @@ class _Encoder:
     model: Any
     tokenizer_name: str
     tokenizer: Any
+    extended: Any
     embedding: ExtendedEmbedding
     ends: tuple[tuple[Any, int], ...]
+
+    @property
+    def is_covered(self) -> bool:
+        """Whether further words stand on top of these."""
+        on_top = self.model.get_input_embeddings()
+        return on_top is not self.embedding and isinstance(on_top, ExtendedEmbedding)
 
 
 class Words:
@@ -146,10 +154,17 @@ class Words:
         ]
 
     def remove(self) -> None:
-        """Leave the pipeline as it was."""
+        """Leave the pipeline as it was; a tokenizer or an encoder that has been replaced since stays.
+
+        Raises:
+            ValueError: an adapter's words were added on top of these.
+        """
+        if any(encoder.is_covered for encoder in self._encoders):
+            raise ValueError(f"{', '.join(self.names)}: adapters brought further words after these; unload them first")
         for encoder in self._encoders:
             encoder.model.set_input_embeddings(encoder.embedding.base)
-            setattr(self._pipe, encoder.tokenizer_name, encoder.tokenizer)
+            if getattr(self._pipe, encoder.tokenizer_name, None) is encoder.extended:
+                setattr(self._pipe, encoder.tokenizer_name, encoder.tokenizer)
             for module, end in encoder.ends:
                 module.eos_token_id = end
         self._encoders.clear()
@@ -178,6 +193,7 @@ def add_words(pipe: Any, starts: Mapping[str, str], *, vectors: int = 1) -> Word
         ```
     """
     names = _clip_encoders(pipe)
+    _refuse_second(pipe, names)
     states = [
         WordState(word, tuple(_start_vectors(pipe, name, word, text, vectors) for name in names))
         for word, text in starts.items()
@@ -202,18 +218,29 @@ def install_words(pipe: Any, states: Iterable[WordState]) -> Words:
         ```
     """
     states, names = list(states), _clip_encoders(pipe)
+    _refuse_second(pipe, names)
+    return install_on_top(pipe, states)
+
+
+def install_on_top(pipe: Any, states: Sequence[WordState]) -> Words:
+    """As `install_words`, beside the words that the pipeline may have already; these must be removed before those."""
+    names = _clip_encoders(pipe)
     for state in states:
-        widths = [int(getattr(pipe, name).get_input_embeddings().weight.shape[1]) for name in names]
-        got = [int(vector.shape[1]) for vector in state.vectors]
-        if got != widths:
-            raise ValueError(f"{state.word}: vectors of width {got}, expected {widths}; is it for another base model?")
+        _check_widths(pipe, names, state)
     _check_spellings(pipe, states, names)
     encoders = [_extend(pipe, name, states, index) for index, name in enumerate(names)]
     return Words(pipe, encoders, {state.word: len(state.vectors[0]) for state in states})
 
 
+def _check_widths(pipe: Any, names: Sequence[str], state: WordState) -> None:
+    widths = [int(getattr(pipe, name).get_input_embeddings().weight.shape[1]) for name in names]
+    got = [int(vector.shape[1]) for vector in state.vectors]
+    if got != widths:
+        raise ValueError(f"{state.word}: vectors of width {got}, expected {widths}; is it for another base model?")
+
+
 def _clip_encoders(pipe: Any) -> list[str]:
-    """The names of a pipeline's CLIP text encoders; a ValueError when there are none, or they hold words already."""
+    """The names of a pipeline's CLIP text encoders; a ValueError when there are none."""
     family = family_of_pipeline(pipe)
     names = [
         part.name
@@ -222,9 +249,13 @@ def _clip_encoders(pipe: Any) -> list[str]:
     ]
     if not names:
         raise ValueError(f"{family.name}: this pipeline has no CLIP text encoder, which new words need")
+    return names
+
+
+def _refuse_second(pipe: Any, names: Sequence[str]) -> None:
+    """A ValueError when the encoders hold words already."""
     if any(isinstance(getattr(pipe, name).get_input_embeddings(), ExtendedEmbedding) for name in names):
         raise ValueError("the pipeline holds new words already: remove them first, or add all of them together")
-    return names
 
 
 def _check_spellings(pipe: Any, states: Sequence[WordState], names: Sequence[str]) -> None:
@@ -232,8 +263,9 @@ def _check_spellings(pipe: Any, states: Sequence[WordState], names: Sequence[str
         most = max(len(state.vectors[0]) for state in states)
         raise ValueError(f"{type(pipe).__name__} reads words of one vector only, got {most} vectors")
     spellings = [spelling for state in states for spelling in _spellings(state)]
+    lowered = [spelling.lower() for spelling in spellings]  # which is how CLIP reads them
     for spelling in spellings:
-        if spellings.count(spelling) > 1:
+        if lowered.count(spelling.lower()) > 1:
             raise ValueError(f"{spelling!r}: two words are spelt so; expected each once")
         if any(_has(pipe, name, spelling) for name in names):
             raise ValueError(f"{spelling!r}: the base's vocabulary has it already; choose another word")
@@ -245,7 +277,8 @@ def _tokenizer_name(encoder: str) -> str:
 
 def _has(pipe: Any, encoder: str, word: str) -> bool:
     tokenizer = getattr(pipe, _tokenizer_name(encoder))
-    return word in tokenizer.get_vocab()
+    added = {spelling.lower() for spelling in tokenizer.get_added_vocab()}
+    return bool(tokenizer.get_vocab().keys() & {word, word.lower()}) or word.lower() in added
 
 
 def _start_vectors(pipe: Any, encoder: str, word: str, text: str, count: int) -> Tensor:
@@ -280,12 +313,64 @@ def _extend(pipe: Any, name: str, states: Sequence[WordState], index: int) -> _E
     setattr(pipe, tokenizer_name, extended)
     for module, _ in ends:
         module.eos_token_id = tokenizer.eos_token_id
-    return _Encoder(name, model, tokenizer_name, tokenizer, embedding, ends)
+    return _Encoder(name, model, tokenizer_name, tokenizer, extended, embedding, ends)
 
 
 def _spellings(state: WordState) -> list[str]:
     """A word's tokens: `<zqx>`, `<zqx>_1` ..., as diffusers spells out words of several vectors."""
     return [state.word, *(f"{state.word}_{number}" for number in range(1, len(state.vectors[0])))]
+
+
+def bundled_words(pipe: Any, extra: Mapping[str, Tensor]) -> tuple[tuple[WordState, ...], tuple[str, ...]]:
+    """The words that an adapter file bundles, for a pipeline, and a line for each that this pipeline does not read.
+
+    Args:
+        pipe: a diffusers pipeline.
+        extra: tensors of the file beside its layers, by key.
+
+    Raises:
+        ValueError: vectors that are none, or of other widths than the pipeline's.
+    """
+    bundled = parts_by_word(extra)
+    if not bundled:
+        return (), ()
+    try:
+        family, names = family_of_pipeline(pipe), _clip_encoders(pipe)
+    except ValueError as error:
+        return (), tuple(f"new word {word!r} is kept and not used: {error}" for word in bundled)
+    words, notes = [], []
+    for word, parts in bundled.items():
+        named = {part: _encoder_of(part, names, family.signature.encoders) for part in parts}
+        vectors = {name: _bundled_vectors(word, parts[part]) for part, name in named.items() if name is not None}
+        lacks = [name for name in names if name not in vectors]
+        taken = [name for name in names if _has(pipe, name, word)]
+        if lacks:
+            notes.append(f"new word {word!r} is kept and not used: it has no vectors for {', '.join(lacks)}")
+        elif taken:
+            notes.append(f"new word {word!r} is kept and not used: prompts have a word of that name already")
+        else:
+            words.append(WordState(word, tuple(vectors[name] for name in names)))
+            _check_widths(pipe, names, words[-1])
+            if unread := [part for part, name in named.items() if name is None]:
+                notes.append(f"new word {word!r}: its vectors for {', '.join(unread)} are kept and not used")
+    return tuple(words), tuple(notes)
+
+
+def _encoder_of(part: str, names: Sequence[str], encoders: Mapping[str, str]) -> str | None:
+    """Which of the CLIP encoders a part of a bundled word is for; None where it is for none of them."""
+    if part.endswith("_out") or part.startswith("t5"):
+        return None
+    if encoders.get(part) in names:
+        return encoders[part]
+    return names[0] if len(names) == 1 and part not in encoders else None
+
+
+def _bundled_vectors(word: str, tensor: Tensor) -> Tensor:
+    """(vectors, width) fp32."""
+    vectors = tensor[None] if tensor.dim() == 1 else tensor
+    if vectors.dim() != 2 or not vectors.numel() or not vectors.is_floating_point():
+        raise ValueError(f"new word {word!r}: expected vectors (count, width), got {tuple(tensor.shape)}")
+    return vectors.float()
 
 
 def save_words(states: Iterable[WordState], folder: str | Path) -> list[Path]:
@@ -344,7 +429,7 @@ def load_word(path: str | Path, *, word: str | None = None) -> WordState:
     if set(keys) == set(PAIR_KEYS):
         vectors, spelt = tuple(tensors[key] for key in PAIR_KEYS), None
     elif len(keys) == 1:
-        vectors, spelt = (tensors[keys[0]],), None if keys[0] == "emb_params" else keys[0]
+        vectors, spelt = (tensors[keys[0]],), None if keys[0] in ("emb_params", "*") else keys[0]
     else:
         raise ValueError(f"{path}: expected the vectors of one word, got {len(keys)} tensors, {keys[:1]} first")
     vectors = tuple(vector[None] if vector.dim() == 1 else vector for vector in vectors)

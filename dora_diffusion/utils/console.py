@@ -1,12 +1,22 @@
 """Names and texts that a terminal, a locale or UTF-8 cannot hold: shown anyhow, or told in one line."""
 
+import argparse
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
+from typing import NoReturn
 
 from dora_diffusion.utils.text import shown
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser of arguments whose mistakes, and its commands', are one line: what is wrong, and where help is."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say it on stderr, and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {shown(message, 1000)}; see {self.prog} --help\n")
 
 
 @contextmanager

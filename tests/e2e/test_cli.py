@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -37,6 +38,39 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage: dora-diffusion" in done.stdout
+
+
+MISTYPED = [
+    ((), "dora-diffusion: error: the following arguments are required: COMMAND; see dora-diffusion --help"),
+    (("convert",), "dora-diffusion convert: error: the following arguments are required: IN, OUT; see "),
+    (("convert", "a", "b", "--to", "zip"), "dora-diffusion convert: error: argument --to: 'zip' is no format"),
+    (("convert", "a", "b", "--axis", "in"), "dora-diffusion convert: error: argument --axis: invalid choice: 'in'"),
+    (("inspect", "a", "--jso\nn"), "dora-diffusion inspect: error: unrecognized arguments: --jso"),
+    (("generate", "--steps", "many"), "dora-diffusion generate: error: argument --steps: invalid int value: 'many'"),
+    (("draw",), "dora-diffusion: error: argument COMMAND: invalid choice: 'draw'"),
+    *(((name, "--count"), f"dora-diffusion {name}: error: ") for name in sorted({*COMMANDS} - {"train", "evaluate"})),
+    *(((name,), f"dora-diffusion {name}: error: the following arguments are requ") for name in ("train", "evaluate")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "said"), MISTYPED)
+def test_what_is_mistyped_is_one_line_that_tells_where_help_is(capsys, arguments: tuple[str, ...], said: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    out, error = capsys.readouterr()
+    command = " ".join(said.split(": ")[0].split())
+    assert out == "" and error.startswith(said) and error.endswith(f"; see {command} --help\n")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["-m ui", "train_scripts/score_pocket.py", "train_scripts/pretrain_pocket.py"])
+def test_the_other_programs_say_so_as_well(script: str) -> None:
+    command = [sys.executable, *script.split(), "--nothing"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "error: " in last and last.endswith(" --help")
+    assert "usage:" not in done.stderr
 
 
 def fails(capsys, *arguments: str) -> str:

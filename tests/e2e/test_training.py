@@ -17,9 +17,9 @@ from dora_diffusion.generation.generate import GenerationSettings, generate
 from dora_diffusion.pipelines.loading import load_pipeline
 from dora_diffusion.pipelines.textual_inversion import add_words, install_words, load_word
 from dora_diffusion.pretrain.scenes import background
-from dora_diffusion.training.run import checkpoint, loop
 from dora_diffusion.training.base.trainable import load_base, prepare_trainable
 from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.run import checkpoint, loop
 from dora_diffusion.training.run.loop import TrainResult, train
 from dora_diffusion.training.step.objective import objective_of
 from tests.failing_disk import contents

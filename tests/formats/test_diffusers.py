@@ -87,7 +87,7 @@ BROKEN = {
     "empty": (b"", "cut short"),
     "text": (b"hello, this is no adapter at all", "cut short"),
     "truncated": (None, "cut short"),
-    "pickle": (b"\x80\x04\x95" + bytes(60), "cut short"),
+    "pickle": (b"\x80\x04\x95" + bytes(60), "a pickle, which can run code"),
     "bad json": ((8).to_bytes(8, "little") + b"{{{{{{{{", "not the JSON"),
     "duplicate": (len(b'{"a":{},"a":{}}').to_bytes(8, "little") + b'{"a":{},"a":{}}', "twice"),
 }

@@ -6,7 +6,11 @@ import io
 import json
 import os
 import pickle
+import re
+import shlex
 import shutil
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -20,6 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 
 from dora_diffusion.formats import detect_format, examine, load_adapter
+from dora_diffusion.formats.pickles import COMMAND
+from dora_diffusion.inspection.header import summarise_header
 from dora_diffusion.inspection.report import inspect_adapter
 from dora_diffusion.pipelines.base_weights import weights_of
 from dora_diffusion.pipelines.loading import EMBEDDED, load_pipeline
@@ -162,6 +168,86 @@ def _refused(read: Callable[[Path], object], path: Path) -> None:
     assert str(path) in message
     assert len(message.splitlines()) == 1
     assert len(message) < 500
+
+
+SAID = "a pickle, which can run code when it is opened; convert it to safetensors: python -c "
+
+
+@pytest.mark.parametrize(
+    "kind", [name for name in CANARIES if name not in ("protocol 0", "numpy") and "saf" not in name]
+)
+@pytest.mark.parametrize("extension", [".safetensors", ".bin", ".pt", ".ckpt", ".pth", ""])
+def test_a_pickle_is_told_as_one(tmp_path, kind: str, extension: str) -> None:
+    path = tmp_path / f"ink{extension}"
+    path.write_bytes(CANARIES[kind](Canary(tmp_path / "nest")))
+    for door in (load_adapter, examine, inspect_adapter, load_word, summarise_header):
+        with pytest.raises(ValueError) as caught:
+            door(path)
+        assert str(caught.value).startswith(f"{path}: {SAID}")
+    assert not (tmp_path / "nest").exists()
+
+
+@pytest.mark.parametrize("kind", ["protocol 0", "numpy"])
+def test_a_pickle_that_no_byte_tells_is_told_by_its_name(tmp_path, kind: str) -> None:
+    path = tmp_path / "ink.PT"
+    path.write_bytes(CANARIES[kind](Canary(tmp_path / "nest")))
+    with pytest.raises(ValueError, match=f"ink.PT: {re.escape(SAID)}"):
+        load_adapter(path)
+
+
+@pytest.mark.parametrize("name", ["ink.pt", "pytorch_lora_weights.bin", "unet/adapter_model.bin", "adapter_model.bin"])
+def test_a_folder_with_a_pickle_alone_names_it(tmp_path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(_torch_zip(Canary(tmp_path / "nest")))
+    if "adapter_model" in name:
+        (path.parent / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1}))
+    for door in (load_adapter, examine):
+        with pytest.raises(ValueError) as caught:
+            door(tmp_path)
+        assert str(caught.value).startswith(f"{path}: {SAID}")
+
+
+def test_a_broken_safetensors_file_is_no_pickle(tmp_path) -> None:
+    whole = save({"lora_unet_mid_block_proj_in.alpha": torch.ones(1)})
+    for data in (whole[:-1], whole[:5], b"\0" * 600, b"", b"{}"):
+        (tmp_path / "ink.safetensors").write_bytes(data)
+        with pytest.raises(ValueError) as caught:
+            load_adapter(tmp_path / "ink.safetensors")
+        assert "pickle" not in str(caught.value)
+
+
+LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+PAIR = {f"{LAYER}.lora_down.weight": torch.randn(2, 4), f"{LAYER}.lora_up.weight": torch.randn(4, 2)}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    ("pickled", "read"),
+    [
+        (PAIR, lambda path: load_adapter(path).ranks == (2,)),
+        ({"state_dict": PAIR, "epoch": 3}, lambda path: load_adapter(path).ranks == (2,)),
+        ({"<zqx>": torch.ones(4)}, lambda path: load_word(path).word == "<zqx>"),
+        (
+            {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(2, 4).T.T}, "name": "x", "step": 5},
+            lambda path: load_word(path).word == "OUT",
+        ),
+    ],
+)
+def test_the_way_out_that_is_told_is_one(tmp_path, pickled: Any, read: Callable[[Path], bool], legacy: bool) -> None:
+    torch.save(pickled, tmp_path / "IN", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError) as caught:
+        load_adapter(tmp_path / "IN")
+    command = shlex.split(str(caught.value).removeprefix(f"{tmp_path / 'IN'}: {SAID.removesuffix('python -c ')}"))
+    subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True)
+    assert read(tmp_path / "OUT.safetensors")
+    assert COMMAND in (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+
+
+def test_the_way_out_runs_no_code(tmp_path) -> None:
+    (tmp_path / "IN").write_bytes(_torch_zip(Canary(tmp_path / "nest")))
+    done = subprocess.run([sys.executable, *shlex.split(COMMAND)[1:]], cwd=tmp_path, check=False, capture_output=True)
+    assert done.returncode and not (tmp_path / "nest").exists()
 
 
 PICKLED_NAMES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.safetensors", "pytorch_lora_weights.bin")

@@ -138,6 +138,7 @@ def badge(report: LoadReport, file: AdapterFile | None = None, *, seconds: float
             chips.append((f"{structure.axis} axis", "warn" if structure.axis == "unclear" else ""))
         chips.append((structure.format, ""))
     chips.append((f"{report.matched}/{report.total} keys matched", "" if report.matched == report.total else "warn"))
+    chips += [(f"new word {word}", "") for word in report.words] + [(note, "warn") for note in report.notes]
     if seconds is not None:
         chips.append((f"loaded in {seconds:.2f} s", ""))
     return "".join(chip(text, kind) for text, kind in chips)

@@ -12,7 +12,7 @@ from dora_diffusion.inspection.header import DeclaredMetadata, HeaderSummary, St
 from dora_diffusion.utils.atomic import write_atomically
 from ui.library.shelf import Stamp
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ def _structure(row: Mapping[str, Any]) -> Structure:
         axis=str(row["axis"]),
         layers=int(row["layers"]),
         components=_texts(row["components"]),
+        words=_texts(row["words"]),
     )
 
 

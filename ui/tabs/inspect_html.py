@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dora_diffusion.inspection.report import family_in_words
 from ui.markup import bar, chip, escaped, row
 
 MAX_TEXT = 4000  # characters of one metadata entry
@@ -34,7 +35,7 @@ def facts_html(name: str, facts: Mapping[str, Any]) -> str:
     axis = {"in": "magnitudes per input", "out": "magnitudes per output"}.get(str(facts["magnitude_axis"]))
     chips = [str(facts["kind"]), f"rank {_ranks(facts['ranks'])}", axis, f"{facts['format']} format"]
     rows = {
-        "Family": facts["family"] or "not told by layers and metadata",
+        "Family": family_in_words(facts),
         "Fits this base": _fit(facts),
         "Keys": f"{facts['keys_matched']} of {facts['keys']} understood",
         "Size": f"{facts['parameters']:,} parameters, {facts['bytes']:,} bytes, {', '.join(facts['dtypes'])}",

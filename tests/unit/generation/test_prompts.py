@@ -9,7 +9,14 @@ from diffusers import StableDiffusionPipeline
 
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.generation.generate import GenerationSettings, generate
-from dora_diffusion.generation.prompts import LoraTag, parse_prompt, prompt_arguments, token_weights, written_name
+from dora_diffusion.generation.prompts import (
+    LoraTag,
+    parse_prompt,
+    prompt_arguments,
+    token_weights,
+    without_foreign_tags,
+    written_name,
+)
 from tests.families.pipelines import PIPELINES
 from tests.pocket_random import random_pocket_pipeline
 from tests.tolerances import assert_close, assert_identical
@@ -109,8 +116,31 @@ def test_what_is_nearly_a_tag_is_refused_and_never_said(text: str, message: str)
     assert str(refused.value).startswith(f"prompt: {message}") and "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("tag", "kind"),
+    [
+        ("<hypernet:ink:1>", "hypernet"),
+        ("<HYPERNET:ink>", "HYPERNET"),
+        ("<segment:face,0.5>", "segment"),
+        ("<lora2:x:1>", "lora2"),
+    ],
+)
+def test_tags_for_what_is_not_done_here_are_refused_and_never_said(tag: str, kind: str) -> None:
+    for text in (f"a cat {tag}", f"{tag}<lora:ink:1> a cat"):
+        with pytest.raises(ValueError) as refused:
+            parse_prompt(text)
+        assert str(refused.value) == (
+            f"prompt: {tag} is a tag for {kind!r}, which is not done here: <lora:NAME:STRENGTH> alone is; leave it out"
+        )
+    assert without_foreign_tags(f"a cat {tag} <lora:ink:1>") == (
+        "a cat <lora:ink:1>",
+        (f"{tag} is a tag for {kind!r}, which is not done here: <lora:NAME:STRENGTH> alone is",),
+    )
+
+
 def test_other_angle_brackets_are_words() -> None:
-    for text in ("a <zqx> cat", "a < b : c >", "<3 lora: yes>", "a <lo cat"):
+    for text in ("a <zqx> cat", "a < b : c >", "<3 lora: yes>", "a <lo cat", "<: a>", "<3:2>", "a<b: c"):
+        assert without_foreign_tags(text) == (text, ())
         assert parse_prompt(text).text == text and not parse_prompt(text).tags
 
 
