@@ -105,7 +105,8 @@ KOHYA_SS = Dialect(
     prefixes={"unet": "lora_unet_", "transformer": "lora_unet_", **_FLAT_ENCODERS},
     is_flat=True,
     has_original_names=True,
-    diffusers_for=frozenset({"sd1", "sd2"}),
+    # whose own trainers, musubi-tuner and OneTrainer, write Z-Image and Sana so; ComfyUI wants `comfyui` of Z-Image
+    diffusers_for=frozenset({"sd1", "sd2", "sana", "z-image"}),
 )
 COMFYUI = Dialect(
     name="comfyui",
