@@ -11,6 +11,7 @@ import torch
 
 from dora_diffusion.families import FAMILIES, family_named
 from dora_diffusion.formats import peft, pickles
+from dora_diffusion.formats.assembly import ToolMagnitudes
 from dora_diffusion.formats.bundled_words import word_of, words_among
 from dora_diffusion.formats.dialects import COMPONENTS, DIALECTS, PEFT_FILE, Dialect, Signs
 from dora_diffusion.formats.family_detection import FamilyEvidence, family_evidence
@@ -254,6 +255,8 @@ def load_examined(
             raise ValueError(f"none of its {len(file.keys)} tensors changes a layer, such as {shown(file.keys[0])}")
         found = _with_family(replace(found, sha256=contents.sha256), family_evidence(adapter))
         return with_origin(adapter, found.format), found
+    except ToolMagnitudes as error:
+        raise ToolMagnitudes(f"{shown_path(path)}: {error}") from None
     except ValueError as error:
         raise ValueError(f"{shown_path(path)}: {error}") from None
 

@@ -41,6 +41,10 @@ class Assembled:
     spare: tuple[str, ...]
 
 
+class ToolMagnitudes(ValueError):
+    """Magnitudes per output that a tool divides by the base's norms, and no base at hand that makes ours of them."""
+
+
 @dataclass(frozen=True)
 class Hints:
     """What else tells what a magnitude is.
@@ -210,7 +214,7 @@ def _of_ours(layer: str, module: Module, hints: Hints) -> Module:
         return module
     weight = hints.weight()
     if weight is None:
-        raise ValueError(
+        raise ToolMagnitudes(
             f"{layer}: its magnitudes are made for a tool that divides them by the base's norms; "
             "load it with its base at hand (base=, --base)"
         )

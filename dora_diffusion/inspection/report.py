@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.adapters.matching import kind_in_words
-from dora_diffusion.formats import Examined, load_examined, place_of, read_header
+from dora_diffusion.formats import Examined, load_examined, place_of
+from dora_diffusion.formats.assembly import ToolMagnitudes
 from dora_diffusion.formats.bundled_words import word_of, words_among
 from dora_diffusion.formats.family_detection import family_evidence
 from dora_diffusion.formats.keys import WIDENED
-from dora_diffusion.formats.reading import OVER_BASE_KEY, as_stored
+from dora_diffusion.formats.reading import as_stored
 from dora_diffusion.pipelines.base_weights import BaseWeights
 from dora_diffusion.state import AdapterState, Module
 
@@ -38,9 +39,10 @@ def load_to_inspect(
     path: str | Path, *, base: BaseWeights | None = None, family: str | None = None, strict: bool = True
 ) -> tuple[AdapterState, Examined]:
     """`load_examined`; magnitudes made for another tool are shown as they are stored where no base is at hand."""
-    place = place_of(path)
-    is_file_for_tool = base is None and place.is_file() and OVER_BASE_KEY in read_header(place).get("__metadata__", {})
-    return load_examined(path, base=as_stored if is_file_for_tool else base, family=family, strict=strict)
+    try:
+        return load_examined(path, base=base, family=family, strict=strict)
+    except ToolMagnitudes:
+        return load_examined(path, base=as_stored, family=family, strict=strict)
 
 
 def facts_of(
