@@ -229,6 +229,28 @@ def _refuse_numbers(family: Family, prompts: Sequence[Prompt]) -> None:
             )
 
 
+def encode_captions(pipe: Any, family: Family, captions: Sequence[str]) -> dict[str, Tensor]:
+    """Captions -> conditioning as `Family.encode` gives it, each word weighed as it is where the caption is drawn.
+
+    Differentiable through the text encoders.
+
+    Raises:
+        ValueError: a tag, or a weight in a family that has none.
+    """
+    prompts = [checked_prompts(family, caption, "")[0] for caption in captions]
+    if not family.embeds:
+        return dict(family.encode(pipe, [prompt.text for prompt in prompts]))
+    made = dict(family.encode(pipe, [prompt.plain for prompt in prompts]))
+    if any(prompt.is_weighted for prompt in prompts):
+        tokens = next(iter(family.embeds))
+        rows = [
+            _weighed(pipe, family, row[None], prompt) if prompt.is_weighted else row[None]
+            for row, prompt in zip(made[tokens], prompts, strict=True)
+        ]
+        made[tokens] = torch.cat(rows)
+    return made
+
+
 @torch.no_grad()
 def _embeddings(pipe: Any, family: Family, prompt: Prompt) -> dict[str, Tensor]:
     """What the pipeline makes of a prompt, its tokens weighed, by the names of the pipeline's arguments."""

@@ -19,7 +19,7 @@ from dora_diffusion.training import yaml_config
 # Paths in the file are relative to the file; `output_dir` is relative to the current directory.
 _PATHS_BESIDE_FILE = (
     *("base.transformer", "base.unet", "base.vae"),
-    *("data.instance_dir", "data.validation_dir", "prior.class_dir", "evaluation.truth_dir"),
+    *("data.instance_dir", "data.validation_dir", "data.concepts[].dir", "prior.class_dir", "evaluation.truth_dir"),
 )
 
 
@@ -57,13 +57,64 @@ class _Section(BaseModel):
     )
 
 
+class CaptionsConfig(_Section):
+    """How captions become the text of a step: by the seed, the epoch and the picture, and by nothing else."""
+
+    from_file_name: bool = False
+    """Pictures without a caption of their own take their file's name, its numbers and underscores left out."""
+    shuffle: bool = False
+    """Put the tags of a caption into another order each time."""
+    keep_tokens: int = Field(default=0, ge=0)
+    """How many tags at the start stay where they are, and are never dropped."""
+    separator: Text = ","
+    """What stands between tags."""
+    tag_dropout: Number = Field(default=0.0, ge=0, lt=1)
+    """Share of the tags that are left out, each time others."""
+    dropout: Number = Field(default=0.0, ge=0, le=1)
+    """Share of the samples that are trained with an empty caption."""
+    wildcards: bool = False
+    """Take one of the words of {red|green|blue} each time."""
+
+
+class ConceptConfig(_Section):
+    """One folder of pictures among several."""
+
+    dir: Location
+    """The folder, with captions as in data.instance_dir."""
+    prompt: Text | None = None
+    """Caption of every picture that has none of its own; null = data.instance_prompt."""
+    trigger: Text | None = None
+    """What stands for {} in its captions."""
+    repeats: int = Field(default=1, ge=1, le=10_000)
+    """How often an epoch shows each of its pictures."""
+    weight: Number = Field(default=1.0, gt=0)
+    """Weight of its pictures in the loss."""
+    caption_dropout: Number | None = Field(default=None, ge=0, le=1)
+    """Share of the samples with an empty caption; null = that of data."""
+    role: Literal["instance", "class", "validation"] = "instance"
+    """What it is for: learnt, kept as it is (prior preservation), or measured only."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ConceptConfig":
+        if not os.path.isdir(self.dir):
+            raise ValueError(f"data.concepts: dir {str(self.dir)!r}, expected an existing folder of pictures")
+        return self
+
+
 class DataConfig(_Section):
     """The pictures that are learnt."""
 
-    instance_dir: Location
-    """Folder of the pictures to learn, with their captions."""
+    instance_dir: Location | None = None
+    """Folder of the pictures to learn, with their captions. Subfolders named as kohya names them, `10_zqx robot`, are
+    read too, ten times an epoch. Null = concepts alone."""
     instance_prompt: Text | None = None
-    """Caption of every picture that has none of its own."""
+    """Caption of every picture that has none of its own; {} stands for the trigger."""
+    trigger: Text | None = None
+    """What stands for {} in captions."""
+    concepts: list[ConceptConfig] = []
+    """Further folders, each with a prompt, repeats, a weight and a role of its own."""
+    captions: CaptionsConfig = CaptionsConfig()
+    """How captions become the text of a step."""
     resolution: int | None = Field(default=None, ge=8, multiple_of=8)
     """Side of the training pictures in pixels; null = the model's own."""
     flip: bool = False
@@ -71,7 +122,7 @@ class DataConfig(_Section):
     crop: Literal["center", "random"] = "center"
     """Which part of a picture of another shape is kept."""
     caption_dropout: Number = Field(default=0.0, ge=0, le=1)
-    """Share of the samples that are trained with an empty caption."""
+    """The same as captions.dropout, by its older name."""
     validation_share: Number = Field(default=0.0, ge=0, lt=1)
     """Share of the pictures that are not trained on but measured; 0 = none."""
     validation_dir: Location | None = None
@@ -82,6 +133,12 @@ class DataConfig(_Section):
         for name, folder in (("instance_dir", self.instance_dir), ("validation_dir", self.validation_dir)):
             if folder is not None and not os.path.isdir(folder):
                 raise ValueError(f"data.{name}: got {str(folder)!r}, expected an existing folder of pictures")
+        if self.instance_dir is None and not any(concept.role == "instance" for concept in self.concepts):
+            raise ValueError("data.instance_dir: missing; expected a folder, or one among data.concepts")
+        if self.caption_dropout and self.captions.dropout:
+            raise ValueError(
+                f"data.caption_dropout: got {self.caption_dropout} beside data.captions.dropout, expected one of them"
+            )
         if self.validation_dir is not None and self.validation_share:
             raise ValueError(
                 f"data.validation_share: got {self.validation_share} beside data.validation_dir, expected one of them"
@@ -417,10 +474,19 @@ class TrainConfig(_Section):
 def _start_paths_at(data: dict[Any, Any], folder: Path) -> None:
     """Let the relative paths of a file's data start at `folder`."""
     for key in _PATHS_BESIDE_FILE:
-        section, name = key.split(".")
-        fields = data.get(section)
-        if isinstance(fields, dict) and isinstance(fields.get(name), str) and fields[name]:
-            fields[name] = str(folder / os.path.expanduser(fields[name]))
+        *sections, name = key.split(".")
+        for fields in _sections_at(data, sections):
+            if isinstance(fields.get(name), str) and fields[name]:
+                fields[name] = str(folder / os.path.expanduser(fields[name]))
     model = data.get("model")
     if isinstance(model, str) and model.startswith(("./", "../")):
         data["model"] = os.path.abspath(folder / model)
+
+
+def _sections_at(data: Any, sections: Sequence[str]) -> list[dict[Any, Any]]:
+    """The mappings of a file's data at `data`, or at `data.concepts[]`; what is of another kind is not there."""
+    if not sections:
+        return [data] if isinstance(data, dict) else []
+    inner = data.get(sections[0].removesuffix("[]")) if isinstance(data, dict) else None
+    items = inner if sections[0].endswith("[]") and isinstance(inner, list) else [inner]
+    return [found for item in items for found in _sections_at(item, sections[1:])]

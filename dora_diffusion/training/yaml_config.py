@@ -1,14 +1,15 @@
 """From a YAML file to data that a pydantic model can check, and from its errors to one line for people.
 
-Knows no key by name: the model (values and sections of values, two levels deep) is an argument.
+Knows no key by name: the model (values, sections of values, lists of sections) is an argument.
 """
 
+import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -58,23 +59,31 @@ def read(path: Path, model: Model) -> YamlFile:
     if not isinstance(data, dict):
         got = "nothing" if data is None else _SHORT.repr(data)
         raise ValueError(f"{path}: got {got}, expected `key: value` lines")
-    sections = sections_of(model)
-    return YamlFile(
-        path, {key: {} if value is None and key in sections else value for key, value in data.items()}, lines
-    )
+    return YamlFile(path, _with_empty_sections(data, sections_of(model)), lines)
+
+
+def _with_empty_sections(data: Mapping[Any, Any], sections: Mapping[str, Model], prefix: str = "") -> dict[Any, Any]:
+    filled = {}
+    for key, value in data.items():
+        if f"{prefix}{key}" in sections and (value is None or isinstance(value, dict)):
+            value = _with_empty_sections(value or {}, sections, f"{prefix}{key}.")
+        filled[key] = value
+    return filled
 
 
 def _lines_of(node: yaml.Node | None, path: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Dotted key -> line, two levels deep; a key that occurs twice is an error (PyYAML takes the last in silence)."""
+    """Dotted key -> line; a key that occurs twice is an error (PyYAML takes the last in silence)."""
     seen: dict[str, int] = {}
+    if isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            yield from _lines_of(item, path, f"{prefix.removesuffix('.')}[{number}].")
     for key_node, value_node in node.value if isinstance(node, yaml.MappingNode) else ():
         key, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
         if key in seen:
             raise ValueError(f"{path}:{line}: {key}: given twice, first in line {seen[key]}; expected it once")
         seen[key] = line
         yield key, line
-        if not prefix:
-            yield from _lines_of(value_node, path, f"{key}.")
+        yield from _lines_of(value_node, path, f"{key}.")
 
 
 def override(data: dict[Any, Any], key: str, text: str, model: Model) -> None:
@@ -97,23 +106,31 @@ def override(data: dict[Any, Any], key: str, text: str, model: Model) -> None:
         value = text
     if not (value is None or isinstance(value, (int, float, list)) or text.startswith(("'", '"', "{"))):
         value = text
-    section, _, name = key.rpartition(".")
-    fields = data.setdefault(section, {}) if section else data
+    *sections, name = key.split(".")
+    fields: Any = data
+    for section in sections:
+        fields = fields.setdefault(section, {}) if isinstance(fields, dict) else None
     if isinstance(fields, dict):  # otherwise the section itself is the mistake, and is reported by the model
         fields[name] = value
 
 
-def sections_of(model: Model) -> dict[str, Model]:
-    """The fields of a model that are models themselves."""
-    kinds = {name: field.annotation for name, field in model.model_fields.items()}
-    return {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
+def sections_of(model: Model, prefix: str = "") -> dict[str, Model]:
+    """Dotted key -> the section there; `data.concepts[]` for the items of a list."""
+    found: dict[str, Model] = {}
+    for name, field in model.model_fields.items():
+        kind, key = field.annotation, f"{prefix}{name}"
+        if get_origin(kind) is list:
+            kind, key = get_args(kind)[0], f"{key}[]"
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found |= {key: kind, **sections_of(kind, f"{key}.")}
+    return found
 
 
 def keys_of(model: Model) -> list[str]:
-    """The dotted key of every value."""
+    """The dotted key of every value; a list of sections is one."""
     sections = sections_of(model)
     inner = [f"{section}.{name}" for section, kind in sections.items() for name in kind.model_fields]
-    return [name for name in model.model_fields if name not in sections] + inner
+    return [key for key in (*model.model_fields, *inner) if key not in sections and "[]" not in key]
 
 
 def one_line(error: ValidationError, file: YamlFile, overrides: Mapping[str, str], model: Model) -> str:
@@ -137,9 +154,22 @@ def one_line(error: ValidationError, file: YamlFile, overrides: Mapping[str, str
 
 def _key_of(details: ErrorDetails, model: Model) -> str:
     """The dotted key that an error is about, without list indices and pydantic's names for a union's branches."""
-    place = details["loc"]
-    depth = 2 if place and place[0] in sections_of(model) else 1
-    return ".".join(str(part) for part in place[:depth])
+    sections, key = sections_of(model), ""
+    for part in details["loc"]:
+        if isinstance(part, int) and key:
+            if f"{_of_any(key)}[]" not in sections:  # a place in a list of values
+                break
+            key += f"[{part}]"
+        elif not key or _of_any(key) in sections:
+            key += f".{part}" if key else str(part)
+        else:  # a name for a union's branch, or a key of a value
+            break
+    return key
+
+
+def _of_any(key: str) -> str:
+    """`data.concepts[1]` -> `data.concepts[]`, as sections are called."""
+    return re.sub(r"\[\d+\]", "[]", key)
 
 
 def _describe(key: str, errors: Sequence[ErrorDetails], model: Model) -> str:
@@ -150,7 +180,7 @@ def _describe(key: str, errors: Sequence[ErrorDetails], model: Model) -> str:
         return f"no such key; {_advice(key, model)}"
     if errors[0]["type"] == "missing":
         section, _, name = key.rpartition(".")
-        return f"missing; expected: {sections_of(model).get(section, model).model_fields[name].description}"
+        return f"missing; expected: {_section(section, model).model_fields[name].description}"
     texts = [_EXPECTED.get(details["type"], details["msg"].split(" should ", 1)[-1]) for details in errors]
     expected = dict.fromkeys(text.removeprefix("be ").removeprefix("have ") for text in texts)
     return f"got {_SHORT.repr(errors[0]['input'])}, expected {' or '.join(expected)}"
@@ -168,7 +198,14 @@ def _advice(key: str, model: Model) -> str:
 
     if key in keys_of(model):
         return f"expected {name} indented under {section}:"
-    nearest = max([*keys_of(model), *sections_of(model)], key=likeness)
+    in_item = [f"{section}.{known}" for known in _section(section, model).model_fields] if "[" in section else []
+    sections = [known for known in sections_of(model) if "[]" not in known]
+    nearest = max(in_item or [*keys_of(model), *sections], key=likeness)
     if likeness(nearest)[0] >= _LIKENESS:
         return f"did you mean {nearest}?"
-    return f"expected one of {', '.join(sections_of(model).get(section, model).model_fields)}"
+    return f"expected one of {', '.join(_section(section, model).model_fields)}"
+
+
+def _section(key: str, model: Model) -> Model:
+    """The section of a dotted key, or the model itself where there is none."""
+    return sections_of(model).get(_of_any(key), model)

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dora_diffusion.training.data.examples import find_caption, find_pictures, find_sidecar, read_metadata
+from dora_diffusion.training.data.captions import Captions, find_captions, find_sidecar, read_metadata
+from dora_diffusion.training.data.examples import find_pictures
 from dora_diffusion.utils.atomic import write_atomically
 from dora_diffusion.utils.images import SUFFIXES
 from dora_diffusion.utils.text import shown_path
@@ -74,9 +75,14 @@ def list_pictures(folder: Path) -> list[Captioned]:
     """
     listed = read_metadata(folder)
     return [
-        Captioned(path.relative_to(folder).as_posix(), path, find_caption(path, listed, None))
+        Captioned(path.relative_to(folder).as_posix(), path, _caption_of(find_captions(path, listed)))
         for path in find_pictures(folder, listed)
     ]
+
+
+def _caption_of(captions: Captions | None) -> str | None:
+    """What is shown of a picture's captions, one below the other."""
+    return None if captions is None else "\n".join(captions)
 
 
 def find_picture(folder: Path, name: object) -> Captioned:

@@ -1,6 +1,6 @@
 """Batches of latents and conditioning. Everything random is a function of (seed, step): a resumed run sees the same."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
@@ -9,9 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dora_diffusion.generation.prompts import encode_captions
 from dora_diffusion.training.base.trainable import TrainablePipeline
 from dora_diffusion.training.config import DataConfig, TrainConfig
-from dora_diffusion.training.data.examples import Example, StepSampler, load_sample
+from dora_diffusion.training.data.captions import caption_at
+from dora_diffusion.training.data.examples import Example, Place, StepSampler, load_sample
+
+# So many micro-batches' captions are encoded together, where each step has others.
+_AHEAD = 64
 
 
 @dataclass(frozen=True)
@@ -66,22 +71,40 @@ class ConditioningCache:
     def __init__(self, trainable: TrainablePipeline) -> None:
         self._trainable = trainable
         self._kept: dict[str, Mapping[str, Tensor]] = {}
+        self._ahead: dict[str, Mapping[str, Tensor]] = {}
 
-    def keep(self, captions: Sequence[str]) -> None:
+    def keep(self, captions: Iterable[str]) -> None:
         """Encode what is new among captions, once and for all."""
-        trainable = self._trainable
-        if new := dict.fromkeys(caption for caption in captions if caption not in self._kept):
-            with torch.no_grad(), trainable.encoders_on_device():
-                self._kept.update({caption: trainable.family.encode(trainable.pipe, [caption]) for caption in new})
+        self._kept |= self._encoded(captions)
+
+    def look_ahead(self, captions: Iterable[str]) -> None:
+        """Encode what is new among the captions of the next steps, and let go of those of the last."""
+        wanted = set(captions)
+        passed = {caption: made for caption, made in self._ahead.items() if caption in wanted}
+        self._ahead = {**passed, **self._encoded(wanted - passed.keys())}
+
+    def _encoded(self, captions: Iterable[str]) -> dict[str, Mapping[str, Tensor]]:
+        new = sorted(dict.fromkeys(caption for caption in captions if caption not in self._kept))
+        if not new:
+            return {}
+        pipe, family = self._trainable.pipe, self._trainable.family
+        with torch.no_grad(), self._trainable.encoders_on_device():
+            return {caption: encode_captions(pipe, family, [caption]) for caption in new}
+
+    def knows(self, captions: Iterable[str]) -> bool:
+        """Whether nothing has to be encoded for these, for it is here or is encoded anew at every step."""
+        known = self._kept.keys() | self._ahead.keys()
+        return self._trainable.trains_text() or all(caption in known for caption in captions)
 
     def encode(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
         """Captions -> batched conditioning, with gradients when a text encoder is trained."""
         trainable = self._trainable
         if trainable.trains_text():
-            return trainable.family.encode(trainable.pipe, list(captions))
-        self.keep(captions)
-        names = self._kept[captions[0]].keys()
-        return {name: _together([self._kept[caption][name] for caption in captions]) for name in names}
+            return encode_captions(trainable.pipe, trainable.family, list(captions))
+        if not self.knows(captions):
+            self.keep(captions)
+        kept = [self._kept.get(caption) or self._ahead[caption] for caption in captions]
+        return {name: _together([made[name] for made in kept]) for name in kept[0]}
 
 
 def _together(tensors: Sequence[Tensor]) -> Tensor:
@@ -91,6 +114,32 @@ def _together(tensors: Sequence[Tensor]) -> Tensor:
     longest = max(tensor.shape[1] for tensor in tensors)
     padding = [[0, 0] * (tensor.dim() - 2) + [0, longest - tensor.shape[1]] for tensor in tensors]
     return torch.cat([F.pad(tensor, pad) for tensor, pad in zip(tensors, padding, strict=True)])
+
+
+class _Samples:
+    """The samples of each step, of one kind: examples in the run's order, each with the text that it is trained with."""
+
+    def __init__(self, examples: Sequence[Example], data: DataConfig, *, batch_size: int, seed: int) -> None:
+        self._examples = [example for example in examples for _ in range(example.repeats)]
+        self._order = StepSampler(len(self._examples), batch_size=batch_size, seed=seed)
+        self._rules, self._seed = data.captions, seed
+        self._dropout = data.caption_dropout or data.captions.dropout
+
+    @property
+    def is_open(self) -> bool:
+        """Whether captions are made that no picture has as it stands."""
+        return self._rules.shuffle or self._rules.wildcards or self._rules.tag_dropout > 0
+
+    def at(self, index: int) -> list[tuple[Example, str]]:
+        """Those of a micro-batch."""
+        return [self._at(place) for place in self._order.places_at(index)]
+
+    def _at(self, place: Place) -> tuple[Example, str]:
+        example = self._examples[place.sample]
+        dropout = self._dropout if example.dropout is None else example.dropout
+        where = f"{place.epoch}/{place.sample}"
+        caption = caption_at(example.captions, self._rules, seed=self._seed, place=where, dropout=dropout)
+        return example, caption
 
 
 class BatchSource:
@@ -108,27 +157,37 @@ class BatchSource:
         self._config = config
         self._latents = LatentCache(trainable, config.data, size)
         self._captions = ConditioningCache(trainable)
-        self._instances, self._classes = instances, classes
         batch, seed = config.optim.batch_size, config.optim.seed
-        if not trainable.trains_text():
-            self._captions.keep(["", *(example.caption for example in (*instances, *classes))])
-        self._instance_order = StepSampler(len(instances), batch_size=batch, seed=seed)
-        self._class_order = StepSampler(len(classes), batch_size=batch, seed=seed + 1) if classes else None
+        self._instances = _Samples(instances, config.data, batch_size=batch, seed=seed)
+        self._classes = _Samples(classes, config.data, batch_size=batch, seed=seed + 1) if classes else None
+        self._trains_text = trainable.trains_text()
+        if not self._instances.is_open:
+            self.keep_captions(["", *(caption for one in (*instances, *classes) for caption in one.captions)])
+
+    def keep_captions(self, captions: Iterable[str]) -> None:
+        """Encode captions that will be asked for beside those of the steps, while the text encoders are at hand."""
+        if not self._trains_text:
+            self._captions.keep(captions)
 
     def batch_at(self, index: int) -> Batch:
         """The micro-batch `index` (optimiser step times accumulation, plus the micro step)."""
         rng = Random(step_seed(self._config.optim.seed, index, 1))
-        examples = [self._instances[i] for i in self._instance_order.batch_at(index)]
-        dropout = self._config.data.caption_dropout
-        captions = ["" if rng.random() < dropout else example.caption for example in examples]
-        weights = [1.0] * len(examples)
-        if self._class_order is not None:
-            others = [self._classes[i] for i in self._class_order.batch_at(index)]
-            examples += others
-            captions += [example.caption for example in others]
-            # twice, since the mean runs over both halves: loss = mean(instances) + weight * mean(classes)
-            weights = [2.0] * len(weights) + [2.0 * self._config.prior.weight] * len(others)
+        chosen = self._chosen_at(index)
+        if not self._captions.knows(caption for _, caption in chosen):
+            ahead = (self._chosen_at(later) for later in range(index, index + _AHEAD))
+            self._captions.look_ahead(caption for batch in ahead for _, caption in batch)
+        examples, captions = zip(*chosen, strict=True)
+        count = self._config.optim.batch_size
+        # twice beside class pictures, since the mean runs over both halves: mean(instances) + weight * mean(classes)
+        factor = 1.0 if self._classes is None else 2.0
+        weights = [factor * example.weight for example in examples]
+        weights[count:] = [self._config.prior.weight * weight for weight in weights[count:]]
         return self.batch_of(examples, captions, rng, weights=weights)
+
+    def _chosen_at(self, index: int) -> list[tuple[Example, str]]:
+        """The examples of a micro-batch with the captions that they are trained with, the class's last."""
+        classes = [] if self._classes is None else self._classes.at(index)
+        return [*self._instances.at(index), *classes]
 
     def batch_of(
         self, examples: Sequence[Example], captions: Sequence[str], rng: Random, *, weights: Sequence[float]

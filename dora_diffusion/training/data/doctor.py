@@ -13,7 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dora_diffusion.training.data.examples import METADATA, find_caption, find_pictures, find_sidecar, read_metadata
+from dora_diffusion.training.data.captions import (
+    CAPTION_SUFFIXES,
+    METADATA,
+    METADATA_FILES,
+    Captions,
+    find_captions,
+    find_sidecar,
+    read_metadata,
+    sidecars_of,
+)
+from dora_diffusion.training.data.examples import find_pictures, repeated_folders
 from dora_diffusion.utils.atomic import sha256_of
 from dora_diffusion.utils.images import SUFFIXES, list_files, natural_order, read_image
 from dora_diffusion.utils.text import shown_path
@@ -115,13 +125,37 @@ def examine(folder: str | Path, *, instance_prompt: str | None = None, min_side:
         ValueError: no such folder, or no pictures in it.
     """
     folder = Path(folder)
+    repeated = repeated_folders(folder) if folder.is_dir() else []
+    has_own = not repeated or any(path.suffix.lower() in SUFFIXES for path in list_files(folder))
+    parts = [_examine_one(folder, instance_prompt)] if has_own else []
+    parts += [_examine_one(inner.path, instance_prompt or inner.prompt) for inner in repeated]
+    looks = [look for part in parts for look in part.looks]
+    findings = [finding for part in parts for finding in part.findings]
+    findings += [*_shape_findings(looks, min_side), *_duplicates(looks)]
+    order = list(_IS_LOSS)
+    findings.sort(key=lambda finding: (order.index(finding.kind), natural_order(finding.path)))
+    images = sum(part.images for part in parts)
+    return DoctorReport(folder, images, tuple(look.size for look in looks), tuple(findings))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is seen in one folder."""
+
+    images: int
+    looks: list[_Look]
+    findings: list[Finding]
+
+
+def _examine_one(folder: Path, instance_prompt: str | None) -> _Part:
     files = list_files(folder)
     findings: list[Finding] = []
-    listed: dict[Path, str] = {}
+    listed: dict[Path, Captions] = {}
     try:
         listed = read_metadata(folder)
     except ValueError as error:
-        findings.append(Finding("corrupt", folder / METADATA, _without_path(error, folder / METADATA)))
+        metadata = next(path for path in (folder / name for name in METADATA_FILES) if path.is_file())
+        findings.append(Finding("corrupt", metadata, _without_path(error, metadata)))
         instance_prompt = instance_prompt or "unknown"  # no hail of missing captions: the file is the fault
     pictures = find_pictures(folder, listed)
     looks: list[_Look] = []
@@ -133,11 +167,7 @@ def examine(folder: str | Path, *, instance_prompt: str | None = None, min_side:
     findings += _caption_findings(pictures, listed, instance_prompt)
     findings += _other_files(files, pictures)
     findings += _subfolders(folder, pictures)
-    findings += _shape_findings(looks, min_side)
-    findings += _duplicates(looks)
-    order = list(_IS_LOSS)
-    findings.sort(key=lambda finding: (order.index(finding.kind), natural_order(finding.path)))
-    return DoctorReport(folder, len(pictures), tuple(look.size for look in looks), tuple(findings))
+    return _Part(len(pictures), looks, findings)
 
 
 def _without_path(error: ValueError, path: Path) -> str:
@@ -156,20 +186,20 @@ def _look(path: Path) -> _Look:
 
 
 def _caption_findings(
-    pictures: Sequence[Path], listed: Mapping[Path, str], instance_prompt: str | None
+    pictures: Sequence[Path], listed: Mapping[Path, Captions], instance_prompt: str | None
 ) -> Iterator[Finding]:
     for path in pictures:
         try:
-            caption = find_caption(path, listed, instance_prompt)
+            captions = find_captions(path, listed)
         except ValueError as error:
             sidecar = find_sidecar(path) or path
             yield Finding("corrupt", sidecar, _without_path(error, sidecar))
             continue
-        if caption is None:
+        if captions is None and instance_prompt is None:
             yield Finding(
                 "missing-caption", path, f"no {shown_path(path.stem)}.txt, no line in {METADATA}, no instance prompt"
             )
-        elif not caption:
+        elif captions == ():
             yield Finding(
                 "empty-caption", path, "its caption is empty; write one, or remove it to use the instance prompt"
             )
@@ -177,15 +207,15 @@ def _caption_findings(
 
 def _other_files(files: Sequence[Path], pictures: Sequence[Path]) -> Iterator[Finding]:
     """Files of the folder that are no pictures, or captions of none."""
-    stems = {path.with_suffix("") for path in pictures}
+    sidecars = {sidecar for path in pictures for sidecar in sidecars_of(path)}
     for path in files:
         suffix = path.suffix.lower()
         is_note = path.stem.lower() in _NOTES and suffix in ("", ".txt", ".md")
-        if suffix in SUFFIXES or path.name == METADATA or is_note or path.name.lower() in _LITTER:
+        if suffix in SUFFIXES or path.name in METADATA_FILES or is_note or path.name.lower() in _LITTER:
             continue
-        if suffix != ".txt":
+        if suffix not in CAPTION_SUFFIXES:
             yield Finding("not-an-image", path, _why_unused(path))
-        elif path.with_suffix("") not in stems:
+        elif path not in sidecars:
             yield Finding("orphan-caption", path, "a caption without a picture of its name")
 
 
@@ -202,6 +232,7 @@ def _why_unused(path: Path) -> str:
 def _subfolders(folder: Path, pictures: Sequence[Path]) -> Iterator[Finding]:
     """Folders that hold pictures which no line of the metadata names."""
     used = set(pictures)
+    used.update(path for repeated in repeated_folders(folder) for path in repeated.path.iterdir())
     for inner in sorted((path for path in folder.iterdir() if path.is_dir()), key=natural_order):
         if inner.name.startswith("."):
             continue

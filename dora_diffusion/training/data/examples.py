@@ -1,19 +1,18 @@
 """Examples (a picture and its caption), their pixels, and which of them a step sees."""
 
 import hashlib
-import json
-import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from dora_diffusion.training.data.captions import METADATA, find_captions, read_metadata, with_trigger, words_of_file
 from dora_diffusion.utils.images import (
     SUFFIXES,
     Crop,
@@ -31,9 +30,9 @@ if TYPE_CHECKING:  # the doctor reads captions and pictures with what is here, a
 
     from dora_diffusion.training.config import DataConfig
 
-METADATA = "metadata.jsonl"
-CAPTION_COLUMNS = ("text", "caption", "prompt")
 _NAMED_AT_MOST = 3
+_KOHYA = re.compile(r"(\d+)_(.+)")
+_MOST_REPEATS = 10_000
 
 
 @dataclass(frozen=True)
@@ -43,26 +42,48 @@ class Example:
     Attributes:
         path: the picture's file.
         caption: what it shows.
+        others: further captions of its own; each step takes one of all.
+        repeats: how often an epoch shows it.
+        weight: of its loss.
+        dropout: share of its samples with an empty caption; None for the run's.
     """
 
     path: Path
     caption: str
+    others: tuple[str, ...] = ()
+    repeats: int = 1
+    weight: float = 1.0
+    dropout: float | None = None
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All of them."""
+        return (self.caption, *self.others)
 
 
-def find_examples(folder: str | Path, *, instance_prompt: str | None) -> list[Example]:
-    """Every picture of a folder with its caption, in natural order.
+def find_examples(
+    folder: str | Path, *, instance_prompt: str | None, trigger: str | None = None, from_file_name: bool = False
+) -> list[Example]:
+    """Every picture of a folder with its captions, in natural order.
 
-    A caption is, by precedence: the text file of the picture's name (`3.txt` beside `3.png`), the folder's
-    `metadata.jsonl` (Hugging Face's imagefolder: `file_name` and `text`, `caption` or `prompt`), `instance_prompt`.
-    `metadata.jsonl` may also name pictures in subfolders.
+    A caption is, by precedence: the text file of the picture's name, the folder's metadata (both: `find_captions`;
+    metadata may also name pictures in subfolders), the file's name where that is asked for, `instance_prompt`.
+
+    Args:
+        folder: where they lie.
+        instance_prompt: caption of those without one of their own.
+        trigger: what stands for {} in captions.
+        from_file_name: what a file's name says is a caption.
 
     Raises:
-        ValueError: one line: no pictures, a bad line of `metadata.jsonl`, or pictures without a caption, or with an
-            empty one.
+        ValueError: one line: no pictures, a bad line of metadata, or pictures without a caption, or with an empty one.
     """
     listed = read_metadata(folder)
-    captions = {path: find_caption(path, listed, instance_prompt) for path in find_pictures(folder, listed)}
-    lacking = [path for path, caption in captions.items() if not caption]
+    own = {path: find_captions(path, listed) for path in find_pictures(folder, listed)}
+    captions = {
+        path: _or_else(found, path, instance_prompt, from_file_name=from_file_name) for path, found in own.items()
+    }
+    lacking = [path for path, found in captions.items() if not found]
     if lacking:
         names = ", ".join(shown_path(path.relative_to(folder)) for path in lacking[:_NAMED_AT_MOST])
         more = " ..." if len(lacking) > _NAMED_AT_MOST else ""
@@ -70,81 +91,61 @@ def find_examples(folder: str | Path, *, instance_prompt: str | None) -> list[Ex
             f"{shown_path(folder)}: {len(lacking)} of {len(captions)} pictures have no caption, or an empty one "
             f"({names}{more}); expected a .txt file beside each, a line in {METADATA}, or an instance prompt"
         )
-    return [Example(path, caption) for path, caption in captions.items() if caption]
+    examples = []
+    for path, found in captions.items():
+        first, *others = with_trigger(found, trigger, shown_path(path))
+        examples.append(Example(path, first, tuple(others)))
+    return examples
 
 
-def find_pictures(folder: str | Path, listed: Mapping[Path, str]) -> list[Path]:
+def _or_else(
+    own: tuple[str, ...] | None, path: Path, instance_prompt: str | None, *, from_file_name: bool
+) -> tuple[str, ...]:
+    """Captions of a picture that may have none of its own."""
+    if own is not None:
+        return own
+    said = words_of_file(path) if from_file_name else ""
+    return tuple(filter(None, (said or instance_prompt,)))
+
+
+def find_pictures(folder: str | Path, listed: Iterable[Path]) -> list[Path]:
     """The pictures of a folder and those that its metadata names in subfolders, in natural order."""
     nested = [path for path in listed if path.parent != Path(folder)]
     direct = list_images(folder) if not nested else [p for p in list_files(folder) if p.suffix.lower() in SUFFIXES]
     return sorted([*direct, *nested], key=natural_order)
 
 
-def find_caption(picture: Path, listed: Mapping[Path, str], instance_prompt: str | None) -> str | None:
-    """A picture's caption on one line; "" when its text file or its line is empty, None when there is none at all.
+@dataclass(frozen=True)
+class RepeatedFolder:
+    """A subfolder named as kohya's scripts name them, `10_zqx robot`.
+
+    Attributes:
+        path: of it.
+        repeats: how often an epoch shows each of its pictures.
+        prompt: the caption of those that have none of their own.
+    """
+
+    path: Path
+    repeats: int
+    prompt: str
+
+
+def repeated_folders(folder: str | Path) -> list[RepeatedFolder]:
+    """The subfolders that kohya's scripts would read, in natural order; a repeat of 0 leaves a folder out, as there.
 
     Raises:
-        ValueError: the text file cannot be read as UTF-8.
+        ValueError: repeats beyond ten thousand.
     """
-    sidecar = find_sidecar(picture)
-    if sidecar is not None:
-        return " ".join(_read_text(sidecar).split())
-    return listed.get(picture, instance_prompt)
-
-
-def find_sidecar(picture: Path) -> Path | None:
-    """The text file of the picture's name, if there is one."""
-    candidates = (picture.with_suffix(".txt"), picture.with_suffix(".TXT"))
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def read_metadata(folder: str | Path) -> dict[Path, str]:
-    """Picture -> caption, from the folder's `metadata.jsonl`; {} when there is none.
-
-    Raises:
-        ValueError: one line that names the file and its line: not JSON, no such picture, no caption, named twice.
-    """
-    path = Path(folder) / METADATA
-    captions: dict[Path, str] = {}
-    for number, line in enumerate(_read_text(path).split("\n") if path.is_file() else (), start=1):
-        if line.strip():
-            where = f"{shown_path(path)}:{number}"
-            picture, caption = _metadata_line(line, Path(folder), where)
-            if picture in captions:
-                raise ValueError(
-                    f"{where}: {shown_path(picture.name)} is named twice, expected one line for each picture"
-                )
-            captions[picture] = caption
-    return captions
-
-
-def _metadata_line(line: str, folder: Path, where: str) -> tuple[Path, str]:
-    try:
-        row: Any = json.loads(line)
-    except (ValueError, RecursionError):
-        raise ValueError(f'{where}: not JSON, expected {{"file_name": "1.png", "text": "a dog"}}') from None
-    name = row.get("file_name") if isinstance(row, dict) else None
-    if not isinstance(name, str):
-        raise ValueError(f"{where}: got no file_name, expected the name of a picture")
-    picture = folder / name
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"{where}: file_name {name!r} leads out of the folder, expected a picture in it")
-    if picture.suffix.lower() not in SUFFIXES or not os.path.isfile(picture):
-        raise ValueError(f"{where}: file_name {name!r} is no picture in {shown_path(folder)}; mend or remove the line")
-    texts = [row[column] for column in CAPTION_COLUMNS if column in row]
-    if not texts or not isinstance(texts[0], str):
-        got = f"got {texts[0]!r}" if texts else "got none of them"
-        raise ValueError(f"{where}: {got}, expected a caption in one of {', '.join(CAPTION_COLUMNS)}")
-    return picture, " ".join(texts[0].split())
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{shown_path(path)}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise ValueError(f"{shown_path(path)}: cannot be read ({error.strerror})") from None
+    inner = sorted((path for path in Path(folder).iterdir() if path.is_dir()), key=natural_order)
+    found = []
+    for path in inner:
+        parts = _KOHYA.fullmatch(path.name)
+        if parts is None or not int(parts[1]):
+            continue
+        if int(parts[1]) > _MOST_REPEATS:
+            raise ValueError(f"{shown_path(path)}: {parts[1]} repeats, expected at most {_MOST_REPEATS}")
+        found.append(RepeatedFolder(path, int(parts[1]), " ".join(parts[2].replace("_", " ").split())))
+    return found
 
 
 class Sample(NamedTuple):
@@ -181,8 +182,15 @@ def load_sample(example: Example, *, size: tuple[int, int], crop: Crop, flip: bo
     return Sample(pixels, torch.tensor(frame_of(original.size, size=size, offset=offset), dtype=torch.float32))
 
 
+class Place(NamedTuple):
+    """Where a sample stands: the epoch, and which of the epoch's samples it is."""
+
+    epoch: int
+    sample: int
+
+
 class StepSampler:
-    """Which examples a step sees: each once an epoch, shuffled anew, across batch borders.
+    """Which samples a step sees: each once an epoch, shuffled anew, across batch borders.
 
     The answer depends on (seed, step) alone, so a resumed run needs no state of its sampler.
     """
@@ -194,14 +202,18 @@ class StepSampler:
         self._batch_size = batch_size
         self._seed = seed
 
-    def batch_at(self, step: int) -> list[int]:
-        """The indices (each in 0..count-1) of step 0, 1, 2 ..."""
+    def places_at(self, step: int) -> list[Place]:
+        """The samples of step 0, 1, 2 ..., each in 0..count-1."""
         start = step * self._batch_size
-        return [self._example_at(position) for position in range(start, start + self._batch_size)]
+        return [self._place_at(position) for position in range(start, start + self._batch_size)]
 
-    def _example_at(self, position: int) -> int:
+    def batch_at(self, step: int) -> list[int]:
+        """Their indices."""
+        return [place.sample for place in self.places_at(step)]
+
+    def _place_at(self, position: int) -> Place:
         epoch, place = divmod(position, self._count)
-        return _epoch_order(self._count, self._seed, epoch)[place]
+        return Place(epoch, _epoch_order(self._count, self._seed, epoch)[place])
 
 
 @lru_cache(maxsize=8)
@@ -215,10 +227,11 @@ def _hash(text: str) -> bytes:
 
 
 class Split(NamedTuple):
-    """Examples to train on and examples to measure, in their order."""
+    """Examples to train on, examples to measure, and those of the class that is to stay as it is, in their order."""
 
     train: list[Example]
     validation: list[Example]
+    classes: tuple[Example, ...] = ()
 
 
 def checked_examples(data: "DataConfig", *, seed: int) -> Split:
@@ -227,27 +240,58 @@ def checked_examples(data: "DataConfig", *, seed: int) -> Split:
     Raises:
         ValueError: a picture that cannot be read or has no caption, named.
     """
-    examples = find_examples(data.instance_dir, instance_prompt=data.instance_prompt)
-    if data.validation_dir is None:
-        split = split_validation(examples, share=data.validation_share, seed=seed)
-    else:
-        split = Split(examples, find_examples(data.validation_dir, instance_prompt=data.instance_prompt))
-    for example in (*split.train, *split.validation):
+    sources = {role: _of_concepts(data, role) for role in ("instance", "class", "validation")}
+    learnt = [*(_of_folder(data, data.instance_dir) if data.instance_dir is not None else ()), *sources["instance"]]
+    held_out = sources["validation"]
+    if data.validation_dir is not None:
+        held_out = [*_of_folder(data, data.validation_dir), *held_out]
+    parted = split_validation(learnt, share=data.validation_share, seed=seed)
+    split = Split(learnt, held_out) if held_out else parted
+    for example in (*split.train, *split.validation, *sources["class"]):
         read_image(example.path)
-    return split
+    return split._replace(classes=tuple(sources["class"]))
+
+
+def _of_folder(data: "DataConfig", folder: Path) -> list[Example]:
+    """The pictures of a folder and of its subfolders with repeats."""
+    repeated = repeated_folders(folder)
+    found: list[Example] = []
+    if not repeated or any(path.suffix.lower() in SUFFIXES for path in list_files(folder)):
+        found = _found(data, folder, data.instance_prompt, data.trigger)
+    for inner in repeated:
+        examples = _found(data, inner.path, data.instance_prompt or inner.prompt, data.trigger)
+        found += [replace(example, repeats=inner.repeats) for example in examples]
+    return found
+
+
+def _of_concepts(data: "DataConfig", role: str) -> list[Example]:
+    return [
+        replace(example, repeats=concept.repeats, weight=concept.weight, dropout=concept.caption_dropout)
+        for concept in data.concepts
+        if concept.role == role
+        for example in _found(
+            data, concept.dir, concept.prompt or data.instance_prompt, concept.trigger or data.trigger
+        )
+    ]
+
+
+def _found(data: "DataConfig", folder: Path, prompt: str | None, trigger: str | None) -> list[Example]:
+    by_name = data.captions.from_file_name
+    return find_examples(folder, instance_prompt=prompt, trigger=trigger, from_file_name=by_name)
 
 
 def check_words(words: Iterable[str], examples: Sequence[Example]) -> None:
     """A ValueError when no caption holds a new word, which would never be trained, or one holds it inside another."""
     for word in words:
         alone = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
-        inside = [c for c in (example.caption for example in examples) if word in alone.sub("", c).lower()]
+        captions = [caption for example in examples for caption in example.captions]
+        inside = [caption for caption in captions if word in alone.sub("", caption).lower()]
         if inside:
             raise ValueError(
                 f"words.starts: {word!r} stands inside another word of {inside[0]!r}, which it would tear apart; "
                 "choose one that cannot, such as '<zqx>'"
             )
-        if not any(alone.search(example.caption) for example in examples):
+        if not any(alone.search(caption) for caption in captions):
             raise ValueError(
                 f"words.starts: {word!r} stands in none of the {len(examples)} captions, "
                 f"{examples[0].caption!r} first; expected captions (or data.instance_prompt) that hold it"

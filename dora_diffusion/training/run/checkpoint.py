@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dora_diffusion.formats import RUN_FILE, save_adapter
 from dora_diffusion.state import AdapterState
-from dora_diffusion.training.config import FlowConfig, OptimConfig, TrainConfig, WordsConfig
+from dora_diffusion.training.config import CaptionsConfig, FlowConfig, OptimConfig, TrainConfig, WordsConfig
 from dora_diffusion.utils import atomic as storage
 
 ADAPTER = RUN_FILE
@@ -42,6 +42,8 @@ def resumable_part(config: TrainConfig) -> dict[str, Any]:
     parts = config.model_dump(mode="json", include={"model", "data", "prior", "adapter", "words", "optim", "flow"})
     for section, key in (("data", "instance_dir"), ("data", "validation_dir"), ("prior", "class_dir")):
         parts[section].pop(key)
+    for concept in parts["data"]["concepts"]:
+        concept.pop("dir")
     return parts
 
 
@@ -123,6 +125,7 @@ def _with_later_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of an older checkpoint, with the defaults of sections and keys that came later."""
     later = {
         "flow": FlowConfig().model_dump(mode="json"),
+        "data": {"trigger": None, "concepts": [], "captions": CaptionsConfig().model_dump(mode="json")},
         "words": WordsConfig().model_dump(mode="json"),
         "optim": OptimConfig().model_dump(mode="json"),
     }

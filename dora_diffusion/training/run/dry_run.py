@@ -2,10 +2,10 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.config import DataConfig, TrainConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dora_diffusion.pipelines.textual_inversion import Words
     from dora_diffusion.state import AdapterState
     from dora_diffusion.training.base.memory import Device, MemoryEstimate
+    from dora_diffusion.training.data.examples import Example, Split
 
 
 def describe_plan(config: TrainConfig) -> str:
@@ -28,7 +29,8 @@ def describe_plan(config: TrainConfig) -> str:
     from dora_diffusion.training.data.examples import check_words, checked_examples
     from dora_diffusion.training.step.objective import objective_of
 
-    examples = checked_examples(config.data, seed=config.optim.seed).train
+    split = checked_examples(config.data, seed=config.optim.seed)
+    examples = split.train
     check_words(config.words.starts, examples)
     trainable = prepare_trainable(load_skeleton(config.model, dtype=PRECISIONS[config.optim.mixed_precision]), config)
     objective_of(trainable.pipe, config, tokens=1)  # raises for a scheduler that cannot be trained
@@ -38,7 +40,7 @@ def describe_plan(config: TrainConfig) -> str:
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     lines = [
         f"base       {config.model} ({trainable.family.name})",
-        f"images     {len(examples)} in {config.data.instance_dir}, each seen about {seen / len(examples):.0f} times",
+        f"images     {_images(config.data, split)}, each seen about {seen / _samples(examples):.0f} times",
         *(f"adapter    {name}: {len(part.matched)} layers" for name, part in trainable.injections.items()),
         *([] if trainable.words is None else [f"words      {_words(trainable.words)}"]),
         f"trained    {trainable_count(trainable.parameters()):,} numbers",
@@ -49,6 +51,20 @@ def describe_plan(config: TrainConfig) -> str:
         f"output     {config.output_dir}",
     ]
     return "\n".join(lines)
+
+
+def _images(data: DataConfig, split: "Split") -> str:
+    folders = [folder for folder in (data.instance_dir, *(concept.dir for concept in data.concepts)) if folder]
+    where = str(folders[0]) if len(folders) == 1 else f"{len(folders)} folders, {folders[0]} first"
+    repeats = "" if _samples(split.train) == len(split.train) else f", {_samples(split.train)} with repeats"
+    measured = f", {len(split.validation)} measured" if split.validation else ""
+    kept = f", {len(split.classes)} of the class" if split.classes else ""
+    return f"{len(split.train)} in {where}{repeats}{measured}{kept}"
+
+
+def _samples(examples: Sequence["Example"]) -> int:
+    """How many samples an epoch has."""
+    return sum(example.repeats for example in examples)
 
 
 def _words(words: "Words") -> str:

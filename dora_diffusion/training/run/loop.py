@@ -95,12 +95,12 @@ def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
     accelerator = Accelerator(
         mixed_precision=config.optim.mixed_precision, log_with="tensorboard", project_dir=str(folder / "logs")
     )
-    instances, held_out = checked_examples(config.data, seed=config.optim.seed)
+    instances, held_out, own_classes = checked_examples(config.data, seed=config.optim.seed)
     check_words(config.words.starts, instances)
     pipe = load_base(config.model, PRECISIONS[config.optim.mixed_precision], accelerator.device, config.base)
     objective = _objective(pipe, config)  # raises for a scheduler that cannot be trained, before anything is drawn
     with accelerator.main_process_first():  # one process draws the class images, the others find them
-        classes = ensure_class_examples(pipe, config)
+        classes = [*own_classes, *ensure_class_examples(pipe, config)]
     trainable = prepare_trainable(pipe, config)
     try:
         return _Run(config, accelerator, trainable, objective, instances, classes, held_out).go(resume is not None)
@@ -126,6 +126,7 @@ class _Run:
         size = picture_size(trainable.pipe, trainable.family, config.data.resolution)
         self.source = BatchSource(trainable, config, size, instances=instances, classes=classes)
         self.watched = list(held_out or instances)
+        self.source.keep_captions(example.caption for example in self.watched)
         self.objective = objective
         self.optimizer = build_optimizer(trainable, config.optim, config.words)
         self.rates = RateSchedule(self.optimizer, config.optim)
