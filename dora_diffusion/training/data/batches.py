@@ -117,7 +117,7 @@ def _together(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class _Samples:
-    """The samples of each step, of one kind: examples in the run's order, each with the text that it is trained with."""
+    """The samples of each step, of one kind: examples in the run's order, each with the text of that step."""
 
     def __init__(self, examples: Sequence[Example], data: DataConfig, *, batch_size: int, seed: int) -> None:
         self._examples = [example for example in examples for _ in range(example.repeats)]

@@ -131,7 +131,8 @@ def _entry(row: Any, folder: Path, where: str) -> tuple[Path, Captions]:
     found = [row[column] for column in CAPTION_COLUMNS if row.get(column) is not None]
     texts = found[0] if found and isinstance(found[0], list) else found[:1]
     if not texts or not all(isinstance(text, str) for text in texts):
-        got = f"got {found[0]!r}" if found else "got none of them"
+        there = found or [row[column] for column in CAPTION_COLUMNS if column in row]
+        got = f"got {there[0]!r}" if there else "got none of them"
         raise ValueError(f"{where}: {got}, expected a caption in one of {', '.join(CAPTION_COLUMNS)}")
     lines = (" ".join(text.split()) for text in texts)
     return picture, tuple(line for line in lines if line)

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -27,7 +28,8 @@ from tests.tolerances import assert_close
 
 def picture(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (32, 32), (len(path.name), 100, 0)).save(path)
+    numbers = np.random.default_rng(list(str(path).encode())).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(numbers).resize((32, 32)).save(path)  # no two alike
     return path
 
 

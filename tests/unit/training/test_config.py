@@ -69,7 +69,8 @@ def test_the_written_file_names_every_key(file: Path) -> None:
     file.write_text(MINIMAL)
     lines = TrainConfig.from_yaml(file).to_yaml().splitlines()
     written = {line.split(":")[0].strip() for line in lines}
-    expected = set(TrainConfig.model_fields).union(*(kind.model_fields for kind in sections_of(TrainConfig).values()))
+    sections = [kind for key, kind in sections_of(TrainConfig).items() if "[]" not in key]  # lists are empty
+    expected = set(TrainConfig.model_fields).union(*(kind.model_fields for kind in sections))
     assert written == expected
 
 
@@ -204,7 +205,7 @@ def test_one_line_for_a_mistake(file: Path, added: str, message: str) -> None:
         ),
         (
             "output_dir: x\ndata:\n  instnce_dir: p\n",
-            "run.yaml:3: data.instnce_dir: no such key; did you mean data.instance_dir? (and 1 more)",
+            "run.yaml:3: data.instnce_dir: no such key; did you mean data.instance_dir?",
         ),
         (
             "output_dir: x\ndata:\n  instance_dir: nope\n",

@@ -58,7 +58,7 @@ def test_captions_by_precedence(tmp_path: Path) -> None:
         Example(tmp_path / "7.png", "a sks dog"),
         Example(tmp_path / "8.png", "by prompt"),
         Example(tmp_path / "9.png", "first"),
-        Example(tmp_path / "10.png", "a dog on a café's roof"),
+        Example(tmp_path / "10.png", "a dog", ("on a café's roof",)),
     ]
 
 
