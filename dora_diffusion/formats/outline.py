@@ -1,7 +1,6 @@
 """An adapter as the header of its file tells it: every layer, and none of its numbers."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_diffusion.formats.dialects import COMPONENTS
 from dora_diffusion.formats.peft import WEIGHTS
 from dora_diffusion.formats.reading import OVER_BASE_KEY, Reading, as_stored, read, told_axis
 from dora_diffusion.formats.safetensors_reader import DTYPES, read_header
@@ -17,7 +17,6 @@ from dora_diffusion.state import AdapterState
 
 Entries = Mapping[str, tuple[str, tuple[int, ...]]]
 """Key -> dtype as safetensors spells it, shape."""
-_COMPONENT = re.compile(r"unet|transformer|text_encoder(_[23])?")
 
 
 def folder_entries(path: Path) -> tuple[Entries, dict[str, str]]:
@@ -26,7 +25,7 @@ def folder_entries(path: Path) -> tuple[Entries, dict[str, str]]:
     metadata: dict[str, str] = {}
     for file in sorted(path.rglob(WEIGHTS)):
         found, declared = file_entries(read_header(file))
-        component = f"{file.parent.name}." if _COMPONENT.fullmatch(file.parent.name) else ""
+        component = f"{file.parent.name}." if file.parent.name in COMPONENTS else ""
         bare = {key.removeprefix("base_model.model."): entry for key, entry in found.items()}
         entries.update({f"{component}{key}": entry for key, entry in bare.items()})
         metadata.update(declared)

@@ -17,6 +17,7 @@ from torch import Tensor
 from dora_diffusion.families import family_named
 from dora_diffusion.formats import pickles
 from dora_diffusion.formats.assembly import parts_of, scaled_to
+from dora_diffusion.formats.dialects import COMPONENTS
 from dora_diffusion.formats.family_detection import family_of
 from dora_diffusion.formats.json_metadata import LONGEST, json_object
 from dora_diffusion.formats.keys import PEFT
@@ -28,7 +29,6 @@ from dora_diffusion.utils.atomic import atomic_path, save_tensors, write_atomica
 from dora_diffusion.utils.text import shown, shown_path
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 _CLIP = re.compile(r"^(encoder\.layers|embeddings|final_layer_norm)\b")
 _NOTE = "dora_diffusion.json"  # metadata and facts that PEFT's config has no place for
 _EXTRA = "extra.safetensors"  # tensors that belong to no layer
@@ -39,7 +39,7 @@ _MOVING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 def is_folder(path: Path) -> bool:
     """Whether a folder is an adapter of PEFT's, or holds one for some component."""
-    return any((folder / CONFIG).is_file() for folder in (path, *(path / name for name in _COMPONENTS)))
+    return any((folder / CONFIG).is_file() for folder in (path, *(path / name for name in COMPONENTS)))
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def read_folder(path: Path, weight_of: WeightOf | None = None, told: Mapping[str
     Raises:
         ValueError: one line that names the file and what is wrong with it.
     """
-    inside = [path / name for name in _COMPONENTS if (path / name / CONFIG).is_file()]
+    inside = [path / name for name in COMPONENTS if (path / name / CONFIG).is_file()]
     if not inside:
-        return _read_one(path, path.name if path.name in _COMPONENTS else None, weight_of, told or {})
+        return _read_one(path, path.name if path.name in COMPONENTS else None, weight_of, told or {})
     note = _json(path / _NOTE) if (path / _NOTE).is_file() else {}
     folders = [_read_one(folder, folder.name, weight_of, told or {}) for folder in inside]
     joined = join([folder.adapter for folder in folders], {str(key): str(value) for key, value in note.items()})

@@ -131,9 +131,9 @@ def _original_names(
         raise ValueError(f"{layer}: no model known here has this layer, and {_unread(dialect)}")
     if family is None and not any(map(dialect.uses_original_names, fitting)):
         return _no_fusion
-    if family is None and set(fitting) & dialect.diffusers_for:
-        return _no_fusion  # of a UNet, whose layers all tools know by diffusers' names
-    if family is None and len(fitting) > 1:
+    if family is None and any(path.startswith("unet.") for path in paths) and set(fitting) & dialect.diffusers_for:
+        return _no_fusion  # all tools know a UNet's layers by diffusers' names
+    if family is None and len(fitting) > 1 and not _are_named_alike(fitting, dialect):
         raise ValueError(
             f"the {dialect.name} format has the makers' names of layers, and these may be those of "
             f"{' or '.join(fitting)}: say which (--family, load_adapter(family=))"
@@ -141,8 +141,7 @@ def _original_names(
     family = family or fitting[0]
     if not dialect.uses_original_names(family) or _is_original(family):
         return _no_fusion
-    denoisers = (layout for layout in LAYOUTS if layout.component in ("unet", "transformer"))
-    layout = next(layout for layout in denoisers if family in layout.families)
+    layout = next(layout for layout in LAYOUTS if _is_denoisers(layout, family))
     strange = [path for path in inner if layout.of_path(path) is None]
     if strange or (strange := _disproportionate(layout, adapter.modules)):
         raise ValueError(
@@ -150,6 +149,16 @@ def _original_names(
             f"these dimensions, and {_unread(dialect)}"
         )
     return layout.of_path
+
+
+def _are_named_alike(families: list[str], dialect: Dialect) -> bool:
+    """Whether the layers of these have the same original names, and all are written under them."""
+    names = {next((layout.name for layout in LAYOUTS if _is_denoisers(layout, family)), family) for family in families}
+    return len(names) == 1 and all(dialect.uses_original_names(family) for family in families)
+
+
+def _is_denoisers(layout: Layout, family: str) -> bool:
+    return layout.component in ("unet", "transformer") and family in layout.families
 
 
 def _unread(dialect: Dialect) -> str:

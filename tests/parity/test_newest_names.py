@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dora_diffusion.adapters.diffusers_names import locate_with
 from dora_diffusion.adapters.manager import AdapterManager
 from dora_diffusion.formats import save_adapter
+from tests.formats.adapters import place
 from tests.parity.test_lora_pipelines import pipeline, predict
 from tests.pipelines.adapters import trained
 from tests.tolerances import assert_identical, assert_near
@@ -186,15 +187,16 @@ def test_a_second_denoiser_s_layers_are_read_and_written(tmp_path: Path) -> None
     pipe, models = pipeline("WanPipeline")
     assert set(models) == {"transformer", "transformer_2"}
     adapter = trained(pipe)
-    for format in ("diffusers", "ai-toolkit"):
+    for format in ("diffusers", "peft"):
         manager = AdapterManager(pipe)
-        file = save_adapter(adapter, tmp_path / f"{format}.safetensors", format=format)
+        file = save_adapter(adapter, place(tmp_path, format), format=format)
         report = manager.load_adapter(file, name="a")
         assert report.components == ("transformer", "transformer_2")
         assert report.matched == len(adapter.modules)
         manager.unload()
-    with pytest.raises(ValueError, match="transformer_2"):
-        save_adapter(adapter, tmp_path / "kohya.safetensors", format="kohya")
+    for format in ("kohya", "ai-toolkit"):  # nobody reads this model's layers so
+        with pytest.raises(ValueError, match="transformer_2"):
+            save_adapter(adapter, tmp_path / f"{format}.safetensors", format=format)
 
 
 def test_a_model_by_itself_finds_its_loader(tmp_path: Path) -> None:

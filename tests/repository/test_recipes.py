@@ -91,7 +91,7 @@ assert counted.matched == {"attention": 8, "all-linear": 10, "all": 12} and coun
 original = adapter_of(layers_of(pipe, ("unet", "text_encoder")), dora)
 names = {
     "diffusers": "unet.waves.1.attn.to_k.lora_A.weight",
-    "kohya": "lora_unet_waves_1_attn_to_k.lora_down.weight",
+    "kohya": "lora_unet_ripples_1_mix_kv.lora_down.weight",
     "comfyui": "diffusion_model.ripples.1.mix.kv.lora_A.weight",
     "omi": "unet.ripples.1.mix.kv.0.lora_down.weight",
     "toybox": "toybox.unet.waves.1.attn.to_k.lora_A.weight",

@@ -163,7 +163,7 @@ def test_files_that_are_no_checkpoint_are_refused(folders: Callable[[str], Path]
     assert "no such file" in refusal(tmp_path / "absent.safetensors", config=config)
     assert "no checkpoint layout known" in refusal(whole)
     torch.save({"state_dict": {}}, tmp_path / "old.ckpt")
-    assert "convert it to .safetensors" in refusal(tmp_path / "old.ckpt", config=config)
+    assert "a pickle, which can run code" in refusal(tmp_path / "old.ckpt", config=config)
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     assert "expected a .safetensors file" in refusal(tmp_path / "model.gguf")
     adapter = save_adapter(random_adapter(random_pocket_pipeline()), tmp_path / "ink.safetensors")
