@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     )
     from dora_diffusion.state import AdapterState, ModuleState
     from dora_diffusion.training.config import TrainConfig
-    from dora_diffusion.training.run.loop import train
+    from dora_diffusion.training.run.train import train
 
 _HOMES = {
     "AdapterManager": "adapters.manager",
@@ -74,7 +74,7 @@ _HOMES = {
     "load_word": "pipelines.textual_inversion",
     "save_words": "pipelines.textual_inversion",
     "TrainConfig": "training.config",
-    "train": "training.run.loop",
+    "train": "training.run.train",
 }
 
 __all__ = [

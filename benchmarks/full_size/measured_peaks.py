@@ -25,8 +25,9 @@ from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.functional.objectives import weighted_squared_error
 from dora_diffusion.training.base.memory import MemoryEstimate, estimate_memory
 from dora_diffusion.training.base.meta import load_skeleton
-from dora_diffusion.training.base.trainable import PRECISIONS, TrainablePipeline, build_optimizer, prepare_trainable
+from dora_diffusion.training.base.trainable import PRECISIONS, TrainablePipeline, prepare_trainable
 from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.step.optimisers import build_optimizer
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _AT_ONCE = 1 << 16
@@ -125,7 +126,7 @@ def _update(optimizer: torch.optim.Optimizer) -> None:
 
 def _pocket() -> tuple[MemoryEstimate, int, float]:
     """Two steps of a run on the embedded base; a run before it loads whatever a run loads once."""
-    from dora_diffusion.training.run.loop import train
+    from dora_diffusion.training.run.train import train
 
     changes = {
         "optim.steps": "2",

@@ -49,7 +49,7 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
         print(describe_plan(config))
         return 0
-    from dora_diffusion.training.run.loop import train
+    from dora_diffusion.training.run.train import train
 
     result = train(config, resume=arguments.resume)
     if result.validation:

@@ -18,9 +18,12 @@ from dora_diffusion.pipelines.loading import load_pipeline
 from dora_diffusion.pipelines.textual_inversion import add_words, install_words, load_word
 from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.training.base.trainable import load_base, prepare_trainable
-from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.config import FlowConfig, OptimConfig, TrainConfig
 from dora_diffusion.training.run import checkpoint, loop
-from dora_diffusion.training.run.loop import TrainResult, train
+from dora_diffusion.training.run import train as start
+from dora_diffusion.training.run.loop import TrainResult
+from dora_diffusion.training.run.train import train
+from dora_diffusion.training.step import training_step
 from dora_diffusion.training.step.objective import objective_of
 from tests.failing_disk import contents
 from tests.pocket_random import random_pocket_pipeline
@@ -95,7 +98,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(base, images, whol
 def test_a_signal_leaves_a_checkpoint_of_the_step_under_way(base, images, whole, tmp_path, monkeypatch) -> None:
     settings = config(base, images, tmp_path / "stopped")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "weighted_squared_error", _signalling(loop.weighted_squared_error))
+        patch.setattr(training_step, "weighted_squared_error", _signalling(training_step.weighted_squared_error))
         train(settings)
     assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["step-00000001"]
     resumed = train(settings, resume="latest")
@@ -104,8 +107,8 @@ def test_a_signal_leaves_a_checkpoint_of_the_step_under_way(base, images, whole,
 
 def test_a_stop_does_not_wait_for_previews(base, images, tmp_path, monkeypatch) -> None:
     watched: list[int] = []
-    monkeypatch.setattr(loop._Run, "_watch", lambda run, step: watched.append(step))
-    monkeypatch.setattr(loop, "weighted_squared_error", _signalling(loop.weighted_squared_error))
+    monkeypatch.setattr(loop.Watchers, "watch", lambda watchers, step: watched.append(step))
+    monkeypatch.setattr(training_step, "weighted_squared_error", _signalling(training_step.weighted_squared_error))
     with pytest.raises(KeyboardInterrupt):
         train(config(base, images, tmp_path / "run"))
     assert watched == [0]
@@ -113,7 +116,7 @@ def test_a_stop_does_not_wait_for_previews(base, images, tmp_path, monkeypatch) 
 
 
 def test_a_signal_in_the_last_step_does_not_keep_the_run_from_its_files(base, images, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(loop, "weighted_squared_error", _signalling(loop.weighted_squared_error))
+    monkeypatch.setattr(training_step, "weighted_squared_error", _signalling(training_step.weighted_squared_error))
     assert train(config(base, images, tmp_path / "run", steps=1)).adapter.is_file()
 
 
@@ -201,11 +204,11 @@ def test_resuming_with_other_settings_names_the_difference(base, images, tmp_pat
 def test_a_run_makes_its_objective_once(base, images, tmp_path, monkeypatch) -> None:
     made: list[int] = []
 
-    def counted(pipe: object, config: TrainConfig, *, tokens: int) -> object:
+    def counted(pipe: object, optim: OptimConfig, flow: FlowConfig, *, tokens: int) -> object:
         made.append(tokens)
-        return objective_of(pipe, config, tokens=tokens)
+        return objective_of(pipe, optim, flow, tokens=tokens)
 
-    monkeypatch.setattr(loop, "objective_of", counted)
+    monkeypatch.setattr(start, "objective_of", counted)
     train(config(base, images, tmp_path / "run", steps=1))
     assert made == [16]  # 32 pixels, 8 a token
 

@@ -209,7 +209,7 @@ def train_steps(tiny: Tiny, parts: tuple[str, ...], *, steps: int, preset: str =
     latents, _, frames = some_latents(pipe, tiny, 2)
     config = TrainConfig.model_validate({"output_dir": "unused", "data": {"instance_dir": "."}})
     multiple = pixel_multiple(pipe, family)
-    objective = objective_of(pipe, config, tokens=(tiny.side // multiple) ** 2)
+    objective = objective_of(pipe, config.optim, config.flow, tokens=(tiny.side // multiple) ** 2)
     generator = torch.Generator().manual_seed(2)
     noise = torch.randn(latents.shape, generator=generator)
     timesteps = objective.timesteps(2, generator)
@@ -415,7 +415,7 @@ def test_a_mask_keeps_an_adapter_to_its_part_of_the_picture(tiny) -> None:
 def test_training_runs_from_a_folder(tiny, tmp_path) -> None:
     from PIL import Image
 
-    from dora_diffusion.training.run.loop import train
+    from dora_diffusion.training.run.train import train
 
     pipe, base, images = tiny.build(), tmp_path / "base", tmp_path / "images"
     pipe.save_pretrained(base)

@@ -1,17 +1,13 @@
-"""What is trained: the base pipeline with adapters injected, and the optimiser over their parameters."""
+"""What is trained: the base pipeline with adapters injected."""
 
-import math
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
-from dora_diffusion._version import __version__
 from dora_diffusion.families import Family, family_of_pipeline, pixel_multiple
 from dora_diffusion.functional.dora import scale_of
 from dora_diffusion.layers.config import DoRAConfig
@@ -19,7 +15,7 @@ from dora_diffusion.layers.injection import Injection, inject
 from dora_diffusion.pipelines.loading import load_pipeline
 from dora_diffusion.pipelines.textual_inversion import Words, add_words
 from dora_diffusion.state import AdapterState, join
-from dora_diffusion.training.config import AdapterConfig, BaseConfig, OptimConfig, TrainConfig, WordsConfig
+from dora_diffusion.training.config import AdapterConfig, BaseConfig, OptimConfig, TrainConfig
 
 Own = TypeVar("Own", int, float)
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -121,7 +117,7 @@ def prepare_trainable(pipe: Any, config: TrainConfig) -> TrainablePipeline:
     family = family_of_pipeline(pipe)
     wanted = {family.denoiser.name: config.adapter.rank} if config.adapter.train_unet else {}
     for name in text_encoders_of(pipe, family, config.adapter, config.optim):
-        wanted[name] = _own(config.adapter.text_encoder_rank, name, config.adapter.rank)
+        wanted[name] = own_setting(config.adapter.text_encoder_rank, name, config.adapter.rank)
     generator = torch.Generator().manual_seed(config.optim.seed)
     injections = {
         name: inject(
@@ -159,7 +155,7 @@ def text_encoders_of(pipe: Any, family: Family, adapter: AdapterConfig, optim: O
     return chosen
 
 
-def _own(value: Own | Mapping[str, Own] | None, component: str, default: Own) -> Own:
+def own_setting(value: Own | Mapping[str, Own] | None, component: str, default: Own) -> Own:
     """A setting for all text encoders or by name, for one of them."""
     found = value.get(component) if isinstance(value, Mapping) else value
     return default if found is None else found
@@ -204,69 +200,6 @@ def picture_size(pipe: Any, family: Family, resolution: int | None) -> tuple[int
     if side % multiple:
         raise ValueError(f"data.resolution: got {side}, expected a multiple of {multiple} for {family.name}")
     return side, side
-
-
-def build_optimizer(trainable: TrainablePipeline, optim: OptimConfig, words: WordsConfig) -> torch.optim.AdamW:
-    """AdamW with each component's own rate; B has LoRA+'s ratio, magnitudes a multiplier and no weight decay."""
-    groups: list[dict[str, Any]] = []
-    for name, injection in trainable.injections.items():
-        is_text = name != trainable.family.denoiser.name
-        rate = _own(optim.text_encoder_learning_rate if is_text else None, name, optim.learning_rate)
-        decay = optim.weight_decay
-        groups.append({"params": injection.downs(), "lr": rate, "weight_decay": decay})
-        groups.append({"params": injection.ups(), "lr": rate * optim.loraplus_lr_ratio, "weight_decay": decay})
-        if magnitudes := injection.magnitudes():
-            groups.append({"params": magnitudes, "lr": rate * optim.magnitude_lr_multiplier, "weight_decay": 0.0})
-    if trainable.words is not None:
-        until = max(1, round(words.share * optim.steps))
-        rate = optim.words_learning_rate
-        groups.append({"params": trainable.words.parameters(), "lr": rate, "weight_decay": 0.0, "until": until})
-    return torch.optim.AdamW(groups)
-
-
-class RateSchedule:
-    """Learning rates as a function of the step alone, so that a resumed run needs no scheduler state."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, optim: OptimConfig) -> None:
-        scheduler = get_scheduler(
-            optim.lr_scheduler,
-            optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0),
-            num_warmup_steps=optim.warmup_steps,
-            num_training_steps=optim.steps,
-        )
-        self._factor = scheduler.lr_lambdas[0]
-        self._optimizer = optimizer
-        self._rates = [group["lr"] for group in optimizer.param_groups]
-
-    def drop_ended_gradients(self, step: int) -> None:
-        """Groups that stand still from a step on have no say in how the gradients of the others are cut."""
-        for group in self._optimizer.param_groups:
-            if step >= group.get("until", math.inf):
-                for parameter in group["params"]:
-                    parameter.grad = None
-
-    def set(self, step: int) -> float:
-        """Set the rates of a step; return the first group's. A group that ends at a step stands still from it on."""
-        factor = self._factor(step)
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * factor if step < group.get("until", math.inf) else 0.0
-        return self._rates[0] * factor
-
-
-def adapter_metadata(config: TrainConfig, family: Family, *, step: int) -> dict[str, str]:
-    """What a reader of the file should know, as strings."""
-    facts = {
-        "version": __version__,
-        "family": family.name,
-        # the name only: a path tells strangers about the user's machine
-        "base_model": Path(config.model).name if Path(config.model).is_absolute() else config.model,
-        "norm_grad": config.adapter.norm_grad,
-        "magnitude_axis": "out",
-        "instance_prompt": config.data.instance_prompt or "",
-        "words": " ".join(config.words.starts),
-        "steps": str(step),
-    }
-    return {f"dora_diffusion.{name}": value for name, value in facts.items()}
 
 
 def trainable_count(parameters: Iterable[nn.Parameter]) -> int:

@@ -21,13 +21,23 @@ _AHEAD = 64
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: clean latents (N, C, h, w), conditioning, frames (N, 6), and weights in the loss (N,)."""
+    """Samples of one shape.
+
+    Attributes:
+        latents: clean, (N, C, h, w).
+        conditioning: of their captions.
+        frames: (N, 6), see `frame_of`.
+        weights: in the loss, (N,).
+        names: of their pictures.
+        share: of the micro-batch's samples.
+    """
 
     latents: Tensor
     conditioning: Mapping[str, Tensor]
     frames: Tensor
     weights: Tensor
     names: tuple[str, ...]
+    share: float = 1.0
 
 
 def step_seed(seed: int, step: int, purpose: int) -> int:
@@ -168,6 +178,10 @@ class BatchSource:
         """Encode captions that will be asked for beside those of the steps, while the text encoders are at hand."""
         if not self._trains_text:
             self._captions.keep(captions)
+
+    def batches_at(self, index: int) -> list[Batch]:
+        """The micro-batch `index`, in batches of one shape."""
+        return [self.batch_at(index)]
 
     def batch_at(self, index: int) -> Batch:
         """The micro-batch `index` (optimiser step times accumulation, plus the micro step)."""

@@ -1,8 +1,10 @@
-"""The README.md of a run folder: what was trained on what, and how to use it."""
+"""What a run says of itself: its README.md, and the metadata of its adapter."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from dora_diffusion._version import __version__
+from dora_diffusion.families import Family
 from dora_diffusion.training.config import TrainConfig
 
 
@@ -34,3 +36,19 @@ dora-diffusion generate --model {config.model} {" ".join(files)} \\
 | --- | --- |
 {losses}
 """
+
+
+def adapter_metadata(config: TrainConfig, family: Family, *, step: int) -> dict[str, str]:
+    """What a reader of the file should know, as strings."""
+    facts = {
+        "version": __version__,
+        "family": family.name,
+        # the name only: a path tells strangers about the user's machine
+        "base_model": Path(config.model).name if Path(config.model).is_absolute() else config.model,
+        "norm_grad": config.adapter.norm_grad,
+        "magnitude_axis": "out",
+        "instance_prompt": config.data.instance_prompt or "",
+        "words": " ".join(config.words.starts),
+        "steps": str(step),
+    }
+    return {f"dora_diffusion.{name}": value for name, value in facts.items()}

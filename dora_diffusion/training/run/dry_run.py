@@ -25,15 +25,16 @@ def describe_plan(config: TrainConfig) -> str:
 
     from dora_diffusion.training.base.memory import estimate_memory
     from dora_diffusion.training.base.meta import load_skeleton
-    from dora_diffusion.training.base.trainable import PRECISIONS, adapter_metadata, prepare_trainable, trainable_count
+    from dora_diffusion.training.base.trainable import PRECISIONS, prepare_trainable, trainable_count
     from dora_diffusion.training.data.examples import check_words, checked_examples
+    from dora_diffusion.training.run.card import adapter_metadata
     from dora_diffusion.training.step.objective import objective_of
 
     split = checked_examples(config.data, seed=config.optim.seed)
     examples = split.train
     check_words(config.words.starts, examples)
     trainable = prepare_trainable(load_skeleton(config.model, dtype=PRECISIONS[config.optim.mixed_precision]), config)
-    objective_of(trainable.pipe, config, tokens=1)  # raises for a scheduler that cannot be trained
+    objective_of(trainable.pipe, config.optim, config.flow, tokens=1)  # raises for a scheduler that cannot be trained
     optim = config.optim
     seen = optim.steps * optim.batch_size * optim.gradient_accumulation
     file = file_bytes(trainable.adapter(adapter_metadata(config, trainable.family, step=optim.steps)))

@@ -4,15 +4,16 @@ from typing import Any
 
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.functional.objectives import DiffusionObjective, FlowObjective, Objective
-from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.config import FlowConfig, OptimConfig
 
 
-def objective_of(pipe: Any, config: TrainConfig, *, tokens: int) -> Objective:
+def objective_of(pipe: Any, optim: OptimConfig, flow: FlowConfig, *, tokens: int) -> Objective:
     """The objective of a base.
 
     Args:
         pipe: the base; its scheduler says what is predicted, its family how a flow's timesteps are shifted.
-        config: its `optim.min_snr_gamma` and `flow` section.
+        optim: its `min_snr_gamma`, of diffusion.
+        flow: how timesteps of a flow are drawn and weighed.
         tokens: the picture's tokens in the denoiser, on which some schedulers' shift depends.
 
     Raises:
@@ -20,7 +21,6 @@ def objective_of(pipe: Any, config: TrainConfig, *, tokens: int) -> Objective:
     """
     scheduler = pipe.scheduler
     if is_flow(scheduler):
-        flow = config.flow
         shift = family_of_pipeline(pipe).shift(scheduler, tokens) if flow.shift is None else flow.shift
         return FlowObjective(
             shift=shift,
@@ -34,10 +34,10 @@ def objective_of(pipe: Any, config: TrainConfig, *, tokens: int) -> Objective:
     # EDM's schedulers predict epsilon, too, but of another noise
     if kind not in ("epsilon", "v_prediction") or not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
-            f"{config.model}: its {type(scheduler).__name__} predicts {kind!r}; epsilon and v_prediction of a "
+            f"the base's {type(scheduler).__name__} predicts {kind!r}; epsilon and v_prediction of a "
             "scheduler with alphas_cumprod, and flow matching, can be trained"
         )
-    return DiffusionObjective(scheduler.alphas_cumprod.clone(), kind, config.optim.min_snr_gamma)
+    return DiffusionObjective(scheduler.alphas_cumprod.clone(), kind, optim.min_snr_gamma)
 
 
 def is_flow(scheduler: Any) -> bool:

@@ -6,11 +6,14 @@ from diffusers import EDMEulerScheduler
 
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.pretrain.scenes import background
-from dora_diffusion.training.base.trainable import RateSchedule, adapter_metadata, build_optimizer, prepare_trainable
+from dora_diffusion.training.base.trainable import prepare_trainable
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.data.batches import BatchSource
 from dora_diffusion.training.data.examples import Example
+from dora_diffusion.training.run.card import adapter_metadata
 from dora_diffusion.training.step.objective import objective_of
+from dora_diffusion.training.step.optimisers import build_optimizer
+from dora_diffusion.training.step.rates import RateSchedule
 from dora_diffusion.utils.images import read_image
 from tests.families.pipelines import PIPELINES
 from tests.pocket_random import random_pocket_pipeline
@@ -188,8 +191,10 @@ def test_words_past_their_share_have_no_say_in_clipping(tmp_path) -> None:
 def test_a_scheduler_of_another_noise_is_refused_in_a_line(tmp_path) -> None:
     pipe = PIPELINES["sdxl"].build()
     pipe.scheduler = EDMEulerScheduler()
-    with pytest.raises(ValueError, match="its EDMEulerScheduler predicts 'epsilon'; epsilon and v_prediction of a"):
-        objective_of(pipe, make_config(tmp_path), tokens=1)
+    with pytest.raises(
+        ValueError, match="the base's EDMEulerScheduler predicts 'epsilon'; epsilon and v_prediction of a"
+    ):
+        objective_of(pipe, make_config(tmp_path).optim, make_config(tmp_path).flow, tokens=1)
 
 
 def test_an_autoencoder_that_overflows_in_fp16_works_in_fp32() -> None:

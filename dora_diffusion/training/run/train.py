@@ -1,0 +1,69 @@
+"""`train`: what a run needs is checked and loaded, then its loop runs."""
+
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from dora_diffusion.families import family_of_pipeline, pixel_multiple
+from dora_diffusion.functional.objectives import Objective
+from dora_diffusion.training.base.trainable import PRECISIONS, load_base, picture_size, prepare_trainable
+from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.data.examples import check_words, checked_examples
+from dora_diffusion.training.run.loop import Run, TrainResult
+from dora_diffusion.training.step.objective import objective_of
+from dora_diffusion.training.step.priors import ensure_class_examples
+from dora_diffusion.utils.atomic import recover
+
+
+def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
+    """Train an adapter as `config` says and write its run folder.
+
+    Args:
+        config: checked settings.
+        resume: "latest" goes on from the newest valid checkpoint of the run folder; None starts anew.
+
+    Raises:
+        ValueError: data, settings or checkpoint are not usable; one line that says which and how to mend it.
+        KeyboardInterrupt: Ctrl+C, SIGTERM or SIGHUP came; after the step that was under way, and a checkpoint of it.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        config = dd.TrainConfig.from_yaml("subject.yaml")
+        result = dd.train(config)
+        print(f"{result.steps} steps, wrote {result.adapter}")
+        ```
+    """
+    if resume not in (None, "latest"):
+        raise ValueError(f"resume={resume!r}: expected 'latest'")
+    folder = config.output_dir
+    recover(folder / "checkpoints")
+    if resume is None and any(folder.glob("checkpoints/step-*")):
+        raise ValueError(
+            f"{folder}: holds checkpoints of an earlier run; resume it with --resume latest or choose another"
+        )
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
+    accelerator = Accelerator(
+        mixed_precision=config.optim.mixed_precision, log_with="tensorboard", project_dir=str(folder / "logs")
+    )
+    instances, held_out, own_classes = checked_examples(config.data, seed=config.optim.seed)
+    check_words(config.words.starts, instances)
+    pipe = load_base(config.model, PRECISIONS[config.optim.mixed_precision], accelerator.device, config.base)
+    objective = _objective(pipe, config)  # raises for a scheduler that cannot be trained, before anything is drawn
+    with accelerator.main_process_first():  # one process draws the class images, the others find them
+        classes = [*own_classes, *ensure_class_examples(pipe, config)]
+    trainable = prepare_trainable(pipe, config)
+    try:
+        return Run(config, accelerator, trainable, objective, instances, classes, held_out).go(resume is not None)
+    finally:
+        trainable.eject()
+
+
+def _objective(pipe: Any, config: TrainConfig) -> Objective:
+    """The base's objective for pictures of the size that they are trained at."""
+    family = family_of_pipeline(pipe)
+    width, height = picture_size(pipe, family, config.data.resolution)
+    multiple = pixel_multiple(pipe, family)
+    return objective_of(pipe, config.optim, config.flow, tokens=(width // multiple) * (height // multiple))
