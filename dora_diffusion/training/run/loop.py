@@ -10,10 +10,9 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from dora_diffusion.formats import save_adapter
-from dora_diffusion.functional.objectives import Objective
 from dora_diffusion.pipelines.textual_inversion import save_words
 from dora_diffusion.state import AdapterState
-from dora_diffusion.training.base.trainable import TrainablePipeline, picture_size
+from dora_diffusion.training.base.trainable import TrainablePipeline
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.data.batches import BatchSource
 from dora_diffusion.training.data.examples import Example
@@ -22,6 +21,7 @@ from dora_diffusion.training.run.card import adapter_metadata, run_card
 from dora_diffusion.training.run.previews import save_strip
 from dora_diffusion.training.run.signals import StopRequest, stop_requests
 from dora_diffusion.training.run.watchers import Validation, Watchers, due
+from dora_diffusion.training.step.objective import Objectives
 from dora_diffusion.training.step.optimisers import build_optimizer
 from dora_diffusion.training.step.training_step import TrainingStep
 from dora_diffusion.utils.atomic import write_atomically
@@ -52,20 +52,19 @@ class Run:
         config: TrainConfig,
         accelerator: Accelerator,
         trainable: TrainablePipeline,
-        objective: Objective,
+        objectives: Objectives,
         instances: Sequence[Example],
         classes: Sequence[Example],
         held_out: Sequence[Example],
     ) -> None:
         self.config, self.accelerator, self.trainable = config, accelerator, trainable
         self.folder = config.output_dir
-        size = picture_size(trainable.pipe, trainable.family, config.data.resolution)
-        source = BatchSource(trainable, config, size, instances=instances, classes=classes)
+        self.source = source = BatchSource(trainable, config, instances=instances, classes=classes)
         optimizer = build_optimizer(trainable, config.optim, config.words)
         for injection in trainable.injections.values():
             injection.keep_norms()
         self.step = TrainingStep(
-            config.optim, accelerator, trainable, objective, batches_at=source.batches_at, optimizer=optimizer
+            config.optim, accelerator, trainable, objectives.of, batches_at=source.batches_at, optimizer=optimizer
         )
         self.validation = Validation(config.validation, self.step, source, list(held_out or instances))
         samples, last = self.folder / "samples", config.optim.steps
@@ -80,6 +79,8 @@ class Run:
         if self.accelerator.is_main_process:
             write_atomically(self.folder / "config.yaml", self.config.to_yaml().encode())
         self.accelerator.init_trackers("run")
+        steps = range(done, self.config.optim.steps)
+        self.source.prepare(index for step in steps for index in self.step.micro_batches(step))
         if done == 0:
             self.watchers.watch(0)
         alone = self.accelerator.num_processes == 1  # several would have to agree on the step after which to stop

@@ -1,17 +1,16 @@
 """`train`: what a run needs is checked and loaded, then its loop runs."""
 
-from typing import Any
-
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from dora_diffusion.families import family_of_pipeline, pixel_multiple
-from dora_diffusion.functional.objectives import Objective
-from dora_diffusion.training.base.trainable import PRECISIONS, load_base, picture_size, prepare_trainable
+from dora_diffusion.training.base.sizes import sizes_of
+from dora_diffusion.training.base.trainable import PRECISIONS, load_base, prepare_trainable
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.data.examples import check_words, checked_examples
+from dora_diffusion.training.data.buckets import in_buckets
+from dora_diffusion.training.data.concepts import checked_examples, opened
+from dora_diffusion.training.data.examples import check_words
 from dora_diffusion.training.run.loop import Run, TrainResult
-from dora_diffusion.training.step.objective import objective_of
+from dora_diffusion.training.step.objective import Objectives
 from dora_diffusion.training.step.priors import ensure_class_examples
 from dora_diffusion.utils.atomic import recover
 
@@ -51,19 +50,14 @@ def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
     instances, held_out, own_classes = checked_examples(config.data, seed=config.optim.seed)
     check_words(config.words.starts, instances)
     pipe = load_base(config.model, PRECISIONS[config.optim.mixed_precision], accelerator.device, config.base)
-    objective = _objective(pipe, config)  # raises for a scheduler that cannot be trained, before anything is drawn
+    objectives = Objectives(pipe, config.optim, config.flow)  # raises, before anything is drawn
+    sizes = sizes_of(pipe)
+    instances, held_out = (in_buckets(part, config.data, sizes) for part in (instances, held_out))
     with accelerator.main_process_first():  # one process draws the class images, the others find them
-        classes = [*own_classes, *ensure_class_examples(pipe, config)]
+        drawn = ensure_class_examples(pipe, config)
+    classes = in_buckets([*own_classes, *opened(drawn)], config.data, sizes)
     trainable = prepare_trainable(pipe, config)
     try:
-        return Run(config, accelerator, trainable, objective, instances, classes, held_out).go(resume is not None)
+        return Run(config, accelerator, trainable, objectives, instances, classes, held_out).go(resume is not None)
     finally:
         trainable.eject()
-
-
-def _objective(pipe: Any, config: TrainConfig) -> Objective:
-    """The base's objective for pictures of the size that they are trained at."""
-    family = family_of_pipeline(pipe)
-    width, height = picture_size(pipe, family, config.data.resolution)
-    multiple = pixel_multiple(pipe, family)
-    return objective_of(pipe, config.optim, config.flow, tokens=(width // multiple) * (height // multiple))
