@@ -50,9 +50,10 @@ def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
     instances, held_out, own_classes = checked_examples(config.data, seed=config.optim.seed)
     check_words(config.words.starts, instances)
     pipe = load_base(config.model, PRECISIONS[config.optim.mixed_precision], accelerator.device, config.base)
-    objectives = Objectives(pipe, config.optim, config.flow)  # raises, before anything is drawn
     sizes = sizes_of(pipe)
     instances, held_out = (in_buckets(part, config.data, sizes) for part in (instances, held_out))
+    objectives = Objectives(pipe, config.optim, config.flow)
+    objectives.of(instances[0].size)  # raises for a scheduler that cannot be trained, before anything is drawn
     with accelerator.main_process_first():  # one process draws the class images, the others find them
         drawn = ensure_class_examples(pipe, config)
     classes = in_buckets([*own_classes, *opened(drawn)], config.data, sizes)

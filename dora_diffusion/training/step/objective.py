@@ -45,14 +45,12 @@ class Objectives:
     """The objectives of a base, one for each number of tokens that pictures have."""
 
     def __init__(self, pipe: Any, optim: OptimConfig, flow: FlowConfig) -> None:
-        """Raises as `objective_of` does, at once."""
         self._pipe, self._optim, self._flow = pipe, optim, flow
         self._sizes = sizes_of(pipe)
         self._made: dict[int, Objective] = {}
-        self.of((self._sizes.native, self._sizes.native))
 
     def of(self, size: tuple[int, int]) -> Objective:
-        """For pictures of (width, height)."""
+        """For pictures of (width, height); raises as `objective_of` does."""
         tokens = self._sizes.tokens(size)
         if tokens not in self._made:
             self._made[tokens] = objective_of(self._pipe, self._optim, self._flow, tokens=tokens)
