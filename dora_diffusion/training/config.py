@@ -277,6 +277,25 @@ class OptimConfig(_Section):
         return self
 
 
+class GuardConfig(_Section):
+    """What happens when a step goes wrong: it is skipped, then the last good state comes back, then the run stops."""
+
+    spike: Number | None = Field(default=30.0, gt=1)
+    """A step is wrong if its gradient is longer than so many times the median of those before; null = only if it, or
+    the loss, is no finite number."""
+    window: int = Field(default=64, ge=2, le=10_000)
+    """Good steps that the median is taken over; before half as many are done there is none."""
+    skips: int = Field(default=3, ge=1)
+    """Wrong steps in a row after which the last good state comes back; those before are only skipped."""
+    restores: int = Field(default=3, ge=0)
+    """How often it may come back in a run before the run stops; 0 = never, and nothing is kept for it."""
+    every: int = Field(default=20, ge=1)
+    """Steps between copies of the last good state, in main memory: three times the adapter."""
+    missing: Number = Field(default=0.1, ge=0, le=1)
+    """Share of the pictures that may become unreadable while the run is on: their samples are left out. Beyond it a
+    checkpoint is saved and the run stops."""
+
+
 class FlowConfig(_Section):
     """Noise of bases that are trained by flow matching (Stable Diffusion 3, FLUX ...); others leave it unused."""
 
@@ -394,6 +413,8 @@ class TrainConfig(_Section):
     """How it is trained."""
     flow: FlowConfig = FlowConfig()
     """Noise of bases that are trained by flow matching."""
+    guard: GuardConfig = GuardConfig()
+    """What happens when a step goes wrong."""
     preview: PreviewConfig = PreviewConfig()
     """Pictures drawn in training."""
     validation: ValidationConfig = ValidationConfig()

@@ -14,6 +14,8 @@ from dora_diffusion.training.base.trainable import TrainablePipeline
 from dora_diffusion.training.config import DataConfig, TrainConfig
 from dora_diffusion.training.data.captions import caption_at
 from dora_diffusion.training.data.examples import Example, Place, StepSampler, load_sample
+from dora_diffusion.training.data.missing import MissingPictures
+from dora_diffusion.utils.images import UnreadablePicture
 
 # So many micro-batches' captions are encoded together, where each step has others.
 _AHEAD = 64
@@ -170,6 +172,7 @@ class BatchSource:
         batch, seed = config.optim.batch_size, config.optim.seed
         self._instances = _Samples(instances, config.data, batch_size=batch, seed=seed)
         self._classes = _Samples(classes, config.data, batch_size=batch, seed=seed + 1) if classes else None
+        self._missing = MissingPictures(len({one.path for one in (*instances, *classes)}), share=config.guard.missing)
         self._trains_text = trainable.trains_text()
         if not self._instances.is_open:
             self.keep_captions(["", *(caption for one in (*instances, *classes) for caption in one.captions)])
@@ -180,11 +183,16 @@ class BatchSource:
             self._captions.keep(captions)
 
     def batches_at(self, index: int) -> list[Batch]:
-        """The micro-batch `index`, in batches of one shape."""
-        return [self.batch_at(index)]
+        """The micro-batch `index`, in batches of one shape; none where no picture of it can be read."""
+        batch = self.batch_at(index)
+        return [] if batch is None else [batch]
 
-    def batch_at(self, index: int) -> Batch:
-        """The micro-batch `index` (optimiser step times accumulation, plus the micro step)."""
+    def batch_at(self, index: int) -> Batch | None:
+        """The micro-batch `index` (optimiser step times accumulation, plus the micro step), of what can be read.
+
+        Raises:
+            PicturesMissing: too many pictures cannot.
+        """
         rng = Random(step_seed(self._config.optim.seed, index, 1))
         chosen = self._chosen_at(index)
         if not self._captions.knows(caption for _, caption in chosen):
@@ -196,7 +204,20 @@ class BatchSource:
         factor = 1.0 if self._classes is None else 2.0
         weights = [factor * example.weight for example in examples]
         weights[count:] = [self._config.prior.weight * weight for weight in weights[count:]]
-        return self.batch_of(examples, captions, rng, weights=weights)
+        latents = [self._readable(example, rng) for example in examples]
+        whole = zip(examples, captions, weights, latents, strict=True)
+        left = [(*sample, latent) for *sample, latent in whole if latent is not None]
+        return self._batch(*zip(*left, strict=True)) if left else None
+
+    def _readable(self, example: Example, rng: Random) -> Latent | None:
+        """A picture's latents, after as many draws from `rng` as ever; None when it cannot be read any more."""
+        try:
+            latent = self._latents.latent(example, rng)
+        except UnreadablePicture as error:
+            self._missing.note(example.path, error)
+            return None
+        self._missing.found(example.path)
+        return latent
 
     def _chosen_at(self, index: int) -> list[tuple[Example, str]]:
         """The examples of a micro-batch with the captions that they are trained with, the class's last."""
@@ -207,7 +228,15 @@ class BatchSource:
         self, examples: Sequence[Example], captions: Sequence[str], rng: Random, *, weights: Sequence[float]
     ) -> Batch:
         """A batch of chosen examples under given captions and loss weights."""
-        encoded = [self._latents.latent(example, rng) for example in examples]
+        return self._batch(examples, captions, weights, [self._latents.latent(example, rng) for example in examples])
+
+    def _batch(
+        self,
+        examples: Sequence[Example],
+        captions: Sequence[str],
+        weights: Sequence[float],
+        encoded: Sequence[Latent],
+    ) -> Batch:
         latents, frames = (torch.cat(part) for part in zip(*encoded, strict=True))
         conditioning = self._captions.encode(captions)
         names = tuple(example.path.name for example in examples)

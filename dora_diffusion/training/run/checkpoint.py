@@ -13,9 +13,11 @@ from torch import Tensor
 from dora_diffusion.formats import RUN_FILE, save_adapter
 from dora_diffusion.state import AdapterState
 from dora_diffusion.training.config import CaptionsConfig, FlowConfig, OptimConfig, TrainConfig, WordsConfig
+from dora_diffusion.training.step.guard import Guard
 from dora_diffusion.utils import atomic as storage
 
 ADAPTER = RUN_FILE
+_LAST_GOOD = "last-good.safetensors"
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class TrainingState:
         scaler: torch.amp.GradScaler under fp16, else None.
         processes: how many train together.
         validation: (step, loss) pairs so far.
+        guard: with the last good state.
     """
 
     parameters: dict[str, Tensor]
@@ -35,6 +38,7 @@ class TrainingState:
     scaler: Any
     processes: int
     validation: list[tuple[int, float]]
+    guard: Guard
 
 
 def resumable_part(config: TrainConfig) -> dict[str, Any]:
@@ -70,6 +74,7 @@ def save(
         "processes": state.processes,
         "validation": state.validation,
         "settings": resumable_part(config),
+        "guard": state.guard.progress(),
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
     }
     tensors = storage.optimizer_tensors(state.optimizer)
@@ -79,6 +84,8 @@ def save(
         "optimizer.safetensors": lambda path: storage.save_tensors(tensors, path),
         "progress.json": lambda path: storage.write_atomically(path, json.dumps(progress).encode()),
     }
+    if good := state.guard.tensors():
+        files[_LAST_GOOD] = lambda path: storage.save_tensors(good, path)
     if adapter is not None:
         files[ADAPTER] = partial(_write_adapter, adapter)
     storage.save_checkpoint(target, files, keep=config.checkpoint.keep)
@@ -115,6 +122,8 @@ def resume(state: TrainingState, config: TrainConfig, *, folder: Path) -> int:
     storage.load_optimizer_tensors(state.optimizer, storage.load_tensors(newest / "optimizer.safetensors"))
     if state.scaler is not None and progress["scaler"]:
         state.scaler.load_state_dict(progress["scaler"])
+    good = storage.load_tensors(newest / _LAST_GOOD) if (newest / _LAST_GOOD).is_file() else {}
+    state.guard.resume(progress.get("guard"), good)
     state.validation[:] = [(step, loss) for step, loss in progress["validation"]]
     print(f"resuming from {newest.name}" + (f"; skipped what is not whole: {', '.join(broken)}" if broken else ""))
     step: int = progress["step"]
