@@ -18,8 +18,9 @@ from dora_diffusion.training import yaml_config
 
 # Paths in the file are relative to the file; `output_dir` is relative to the current directory.
 _PATHS_BESIDE_FILE = (
-    *("base.transformer", "base.unet", "base.vae"),
-    *("data.instance_dir", "data.validation_dir", "data.concepts[].dir", "prior.class_dir", "evaluation.truth_dir"),
+    *("base.transformer", "base.unet", "base.vae", "base.adapters"),
+    *("data.instance_dir", "data.validation_dir", "data.concepts[].dir", "prior.class_dir"),
+    *("adapter.start", "evaluation.truth_dir"),
 )
 
 
@@ -48,6 +49,7 @@ Number = Annotated[float, BeforeValidator(_to_number)]
 Text = Annotated[str, Field(min_length=1)]
 Rank = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, BeforeValidator(_to_number), Field(gt=0)]
+Strength = Annotated[float, BeforeValidator(_to_number)]
 
 
 class _Section(BaseModel):
@@ -214,6 +216,21 @@ class AdapterConfig(_Section):
     """Adapt the text encoders: true = every one that the base has, or a list of them (text_encoder, text_encoder_2)."""
     text_encoder_rank: Rank | dict[Text, Rank] | None = None
     """Rank in the text encoders, one for all or by name, {text_encoder_2: 4}; null = rank."""
+    start: Location | None = None
+    """An adapter to start from, a file of any format or a run's folder; it is the first step's adapter, at the ranks
+    given here. Null = from nothing."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "AdapterConfig":
+        if self.start is None:
+            return self
+        if not os.path.exists(self.start):
+            raise ValueError(f"adapter.start: got {str(self.start)!r}, expected an existing adapter file or folder")
+        if self.init == "pissa":
+            raise ValueError(
+                "adapter.start: got a file beside adapter.init 'pissa', which is another start; choose one"
+            )
+        return self
 
 
 class WordsConfig(_Section):
@@ -372,6 +389,9 @@ class BaseConfig(_Section):
     """Weights of the UNet; null = the base's own."""
     vae: Location | None = None
     """Weights of the VAE; null = the base's own."""
+    adapters: dict[Location, Strength] = {}
+    """Adapters below what is trained, frozen: file -> strength, {undo-turbo.safetensors: 1.0}. They are folded into the
+    base, for which the adapter that is trained then is."""
 
     @model_validator(mode="after")
     def _check(self) -> "BaseConfig":
@@ -379,6 +399,9 @@ class BaseConfig(_Section):
             file = getattr(self, name)
             if file is not None and not os.path.isfile(file):
                 raise ValueError(f"base.{name}: got {str(file)!r}, expected an existing .safetensors or .gguf file")
+        for file in self.adapters:
+            if not os.path.exists(file):
+                raise ValueError(f"base.adapters: got {str(file)!r}, expected an existing adapter file")
         return self
 
 
@@ -497,11 +520,18 @@ def _start_paths_at(data: dict[Any, Any], folder: Path) -> None:
     for key in _PATHS_BESIDE_FILE:
         *sections, name = key.split(".")
         for fields in _sections_at(data, sections):
-            if isinstance(fields.get(name), str) and fields[name]:
-                fields[name] = str(folder / os.path.expanduser(fields[name]))
+            value = fields.get(name)
+            if isinstance(value, str) and value:
+                fields[name] = _beside(folder, value)
+            elif isinstance(value, dict):  # whose keys are files
+                fields[name] = {_beside(folder, file): setting for file, setting in value.items()}
     model = data.get("model")
     if isinstance(model, str) and model.startswith(("./", "../")):
         data["model"] = os.path.abspath(folder / model)
+
+
+def _beside(folder: Path, file: Any) -> Any:
+    return str(folder / os.path.expanduser(file)) if isinstance(file, str) and file else file
 
 
 def _sections_at(data: Any, sections: Sequence[str]) -> list[dict[Any, Any]]:

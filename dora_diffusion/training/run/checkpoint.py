@@ -1,7 +1,7 @@
 """Training checkpoints: safetensors and JSON only, saved whole or not at all, resumed bit for bit."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ class TrainingState:
         processes: how many train together.
         validation: (step, loss) pairs so far.
         guard: with the last good state.
+        below: name of an adapter in `base.adapters` -> its strength and its file's hash.
     """
 
     parameters: dict[str, Tensor]
@@ -39,6 +40,7 @@ class TrainingState:
     processes: int
     validation: list[tuple[int, float]]
     guard: Guard
+    below: Mapping[str, Sequence[Any]]
 
 
 def resumable_part(config: TrainConfig) -> dict[str, Any]:
@@ -46,6 +48,7 @@ def resumable_part(config: TrainConfig) -> dict[str, Any]:
     parts = config.model_dump(mode="json", include={"model", "data", "prior", "adapter", "words", "optim", "flow"})
     for section, key in (("data", "instance_dir"), ("data", "validation_dir"), ("prior", "class_dir")):
         parts[section].pop(key)
+    parts["adapter"].pop("start")  # a checkpoint has taken its place
     for concept in parts["data"]["concepts"]:
         concept.pop("dir")
     return parts
@@ -75,6 +78,7 @@ def save(
         "validation": state.validation,
         "settings": resumable_part(config),
         "guard": state.guard.progress(),
+        "below": {name: list(facts) for name, facts in state.below.items()},
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
     }
     tensors = storage.optimizer_tensors(state.optimizer)
@@ -112,8 +116,12 @@ def resume(state: TrainingState, config: TrainConfig, *, folder: Path) -> int:
     newest = found[-1]
     progress = json.loads((newest / "progress.json").read_text())
     difference = _first_difference(
-        {**_with_later_defaults(progress["settings"]), "processes": progress["processes"]},
-        {**resumable_part(config), "processes": state.processes},
+        {
+            **_with_later_defaults(progress["settings"]),
+            "processes": progress["processes"],
+            "base.adapters": progress.get("below", {}),
+        },
+        {**resumable_part(config), "processes": state.processes, "base.adapters": dict(state.below)},
     )
     if difference:
         raise ValueError(f"{newest}: cannot resume, {difference}; use the same settings or another output_dir")

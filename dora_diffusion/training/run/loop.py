@@ -80,6 +80,7 @@ class Run:
         self.validation = Validation(config.validation, self.step, source, list(held_out or instances))
         samples, last = self.folder / "samples", config.optim.steps
         self.watchers = Watchers(accelerator, trainable, self.validation, config.preview, samples=samples, last=last)
+        below = {each.name: [each.strength, each.sha256] for each in trainable.below}
         self.state = checkpoint.TrainingState(
             trainable.named_tensors(),
             optimizer,
@@ -87,6 +88,7 @@ class Run:
             accelerator.num_processes,
             self.validation.losses,
             guard,
+            below,
         )
 
     def go(self, resume: bool) -> TrainResult:
@@ -149,7 +151,9 @@ class Run:
         """What is learnt after so many steps, as a file holds it; None when new words are learnt alone."""
         if not self.trainable.injections:
             return None
-        return self.trainable.adapter(adapter_metadata(self.config, self.trainable.family, step=step))
+        return self.trainable.adapter(
+            adapter_metadata(self.config, self.trainable.family, step=step, below=self.trainable.below)
+        )
 
     def _finish(self) -> TrainResult:
         learnt = self._adapter(self.config.optim.steps)
@@ -163,6 +167,8 @@ class Run:
                 words = save_words(self.trainable.words.state(), self.folder / "words")
             save_strip(self.folder / "samples")
             write_atomically(self.folder / "validation.json", json.dumps(losses).encode())
-            write_atomically(self.folder / "README.md", run_card(self.config, losses, words).encode())
+            write_atomically(
+                self.folder / "README.md", run_card(self.config, losses, words, self.trainable.below).encode()
+            )
         self.accelerator.wait_for_everyone()
         return TrainResult(adapter, tuple(words), self.config.optim.steps, tuple(losses))

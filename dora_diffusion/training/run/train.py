@@ -1,5 +1,6 @@
 """`train`: what a run needs is checked and loaded, then its loop runs."""
 
+from dataclasses import replace
 from typing import Any
 
 from accelerate import Accelerator
@@ -7,9 +8,11 @@ from accelerate.state import AcceleratorState
 
 from dora_diffusion.families import family_of_pipeline, pixel_multiple
 from dora_diffusion.functional.objectives import Objective
+from dora_diffusion.training.base.below import lay_below
 from dora_diffusion.training.base.trainable import PRECISIONS, load_base, picture_size, prepare_trainable
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.data.examples import check_words, checked_examples
+from dora_diffusion.training.run.card import base_lines
 from dora_diffusion.training.run.loop import Run, TrainResult
 from dora_diffusion.training.step.objective import objective_of
 from dora_diffusion.training.step.priors import ensure_class_examples
@@ -51,10 +54,15 @@ def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
     instances, held_out, own_classes = checked_examples(config.data, seed=config.optim.seed)
     check_words(config.words.starts, instances)
     pipe = load_base(config.model, PRECISIONS[config.optim.mixed_precision], accelerator.device, config.base)
+    below = lay_below(pipe, config.base.adapters)
     objective = _objective(pipe, config)  # raises for a scheduler that cannot be trained, before anything is drawn
     with accelerator.main_process_first():  # one process draws the class images, the others find them
         classes = [*own_classes, *ensure_class_examples(pipe, config)]
-    trainable = prepare_trainable(pipe, config)
+    goes_on = resume is not None and any(folder.glob("checkpoints/step-*"))
+    trainable = replace(prepare_trainable(pipe, config, from_start=not goes_on), below=below)
+    if accelerator.is_main_process:
+        for line in base_lines(pipe, config, trainable.below, trainable.started):
+            print(line)
     try:
         return Run(config, accelerator, trainable, objective, instances, classes, held_out).go(resume is not None)
     finally:
