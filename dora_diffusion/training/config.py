@@ -222,11 +222,7 @@ class AdapterConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> "AdapterConfig":
-        if self.start is None:
-            return self
-        if not os.path.exists(self.start):
-            raise ValueError(f"adapter.start: got {str(self.start)!r}, expected an existing adapter file or folder")
-        if self.init == "pissa":
+        if self.start is not None and self.init == "pissa":  # whether it is there counts only where it is read
             raise ValueError(
                 "adapter.start: got a file beside adapter.init 'pissa', which is another start; choose one"
             )

@@ -14,7 +14,7 @@ import torch
 from dora_diffusion.adapters.files import AdapterReader
 from dora_diffusion.adapters.matching import Fitted, kind_in_words
 from dora_diffusion.families import family_of_pipeline
-from dora_diffusion.functional.dora import GainForm, apply_gain_form, gain_form, sum_gain_forms
+from dora_diffusion.functional.dora import GainForm, apply_gain_form, gain_form, scale_gain_form, sum_gain_forms
 from dora_diffusion.layers.base_layers import dense_weight, stored_as
 from dora_diffusion.layers.fuse import check_fusable
 from dora_diffusion.pipelines.base_weights import weights_of
@@ -91,10 +91,8 @@ def _fold(modules: PipelineModules, fitted: Sequence[tuple[float, Fitted]]) -> N
         for strength, fit in fitted:
             if (module := fit.modules.get(path)) is not None:
                 down = module.down.reshape(-1, *weight.shape[1:])
-                form = gain_form(
-                    weight, down, module.up, module.scale, module.magnitude, strength=strength, axis=module.axis
-                )
-                forms.append(form)
+                form = gain_form(weight, down, module.up, module.scale, module.magnitude, axis=module.axis)
+                forms.append(scale_gain_form(form, strength))
         base.weight.data = stored_as(base, apply_gain_form(weight, sum_gain_forms(forms)))
     for strength, fit in fitted:
         for path, vector in fit.vectors.items():

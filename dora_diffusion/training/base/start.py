@@ -1,8 +1,8 @@
 """What training starts from: an adapter that exists, in any format, put into the layers that are trained.
 
 The function is that of the file. A lower rank is filled up with a pair whose product is zero, another scale goes into
-B, and a LoRA in a DoRA run gets the magnitudes that its own weights have. Where a layer cannot hold what the file has (a
-higher rank, magnitudes of the in axis), the nearest is sought, and how near it is is told.
+B, and a LoRA in a DoRA run gets the magnitudes that its own weights have. Where a layer cannot hold what the file has
+(a higher rank, magnitudes of the in axis), the nearest is sought, and how near it is is told.
 """
 
 from collections.abc import Mapping

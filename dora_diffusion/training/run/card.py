@@ -74,7 +74,7 @@ It was trained on top of these, which are part of its base:
 {rows}
 
 To draw what was trained, bake them into the base first, and name that as the model:
-`dora-diffusion bake --model {config.model} {files} --output BASE`. On the base alone the adapter draws what was learnt
+`dora-diffusion bake {config.model} BASE {files}`. On the base alone the adapter draws what was learnt
 with what they change left out, which is what an adapter that undoes a distillation is for.
 """
 
