@@ -175,6 +175,19 @@ def test_a_loha_is_started_from_exactly_where_its_rank_fits(tmp_path) -> None:
     assert "LoHa, 1 layers; rank 4;" in trainable.started
 
 
+def test_a_whole_difference_is_cut_and_its_error_told(tmp_path) -> None:
+    adapter = random_adapter(random_pocket_pipeline(), use_dora=False)
+    path, module = next((p, m) for p, m in adapter.modules.items() if p.startswith("unet."))
+    noise = torch.randn(module.shape, generator=torch.Generator().manual_seed(0))
+    diff = module.delta() + 1e-3 * noise
+    whole = FactoredState("full", {"diff": diff})
+    trainable = started(tmp_path, AdapterState({path: whole}), format="lycoris", use_dora=False)
+    missed = trainable.adapter({}).modules[path].delta() - diff
+    error = float(torch.linalg.vector_norm(missed) / torch.linalg.vector_norm(diff))
+    assert f"relative error {error:.2g} on average, {error:.2g} at most ({path})" in trainable.started
+    assert 1e-4 < error < 0.1
+
+
 def test_the_plan_says_what_the_run_says_without_numbers(tmp_path) -> None:
     trainable = started(tmp_path, random_adapter(random_pocket_pipeline()), rank=6)
     chosen = config(tmp_path, tmp_path / "start.safetensors", rank=6)
