@@ -193,6 +193,8 @@ def test_a_step_without_any_picture_left_moves_nothing(base, images, tmp_path, m
     settings["data"]["validation_dir"] = held_out
     train(TrainConfig.model_validate(settings))
     assert_identical(state_at(tmp_path / "run", 3), state_at(tmp_path / "run", 1))
+    progress = json.loads((tmp_path / "run" / "checkpoints" / "step-00000003" / "progress.json").read_text())
+    assert len(progress["guard"]["norms"]) == 1  # what usual gradients are is not told by steps without any
 
 
 def test_too_many_missing_pictures_leave_a_checkpoint_and_the_run_goes_on_when_they_are_back(
