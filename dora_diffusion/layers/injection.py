@@ -58,6 +58,10 @@ class Injection:
         """Layer path -> rank."""
         return {path: layer.adapter.down.shape[0] for path, layer in self._layers.items()}
 
+    def scale(self, path: str) -> float:
+        """s of a layer's D = s B A."""
+        return self._layers[path].adapter.scale
+
     def parameters(self) -> list[nn.Parameter]:
         """Every A, B and m that is trained, fp32."""
         return [parameter for parameter in self.named_parameters().values() if parameter.requires_grad]

@@ -18,9 +18,9 @@ from dora_diffusion.training import yaml_config
 
 # Paths in the file are relative to the file; `output_dir` is relative to the current directory.
 _PATHS_BESIDE_FILE = (
-    *("base.transformer", "base.unet", "base.vae"),
+    *("base.transformer", "base.unet", "base.vae", "base.adapters"),
     *("data.instance_dir", "data.cache_dir", "data.validation_dir", "data.concepts[].dir"),
-    *("prior.class_dir", "evaluation.truth_dir"),
+    *("prior.class_dir", "adapter.start", "evaluation.truth_dir"),
 )
 
 
@@ -50,6 +50,7 @@ Text = Annotated[str, Field(min_length=1)]
 Rank = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, BeforeValidator(_to_number), Field(gt=0)]
 Side = Annotated[int, Field(ge=8, multiple_of=8)]
+Strength = Annotated[float, BeforeValidator(_to_number)]
 
 
 class _Section(BaseModel):
@@ -242,6 +243,17 @@ class AdapterConfig(_Section):
     """Adapt the text encoders: true = every one that the base has, or a list of them (text_encoder, text_encoder_2)."""
     text_encoder_rank: Rank | dict[Text, Rank] | None = None
     """Rank in the text encoders, one for all or by name, {text_encoder_2: 4}; null = rank."""
+    start: Location | None = None
+    """An adapter to start from, a file of any format or a run's folder; it is the first step's adapter, at the ranks
+    given here. Null = from nothing."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "AdapterConfig":
+        if self.start is not None and self.init == "pissa":  # whether it is there counts only where it is read
+            raise ValueError(
+                "adapter.start: got a file beside adapter.init 'pissa', which is another start; choose one"
+            )
+        return self
 
 
 class WordsConfig(_Section):
@@ -303,6 +315,25 @@ class OptimConfig(_Section):
                 f"optim.warmup_steps: got {self.warmup_steps}, expected at most optim.steps, which is {self.steps}"
             )
         return self
+
+
+class GuardConfig(_Section):
+    """What happens when a step goes wrong: it is skipped, then the last good state comes back, then the run stops."""
+
+    spike: Number | None = Field(default=30.0, gt=1)
+    """A step is wrong if its gradient is longer than so many times the median of those before; null = only if it, or
+    the loss, is no finite number."""
+    window: int = Field(default=64, ge=2, le=10_000)
+    """Good steps that the median is taken over; before half as many are done there is none."""
+    skips: int = Field(default=3, ge=1)
+    """Wrong steps in a row after which the last good state comes back; those before are only skipped."""
+    restores: int = Field(default=3, ge=0)
+    """How often it may come back in a run before the run stops; 0 = never, and nothing is kept for it."""
+    every: int = Field(default=20, ge=1)
+    """Steps between copies of the last good state, in main memory: three times the adapter."""
+    missing: Number = Field(default=0.1, ge=0, le=1)
+    """Share of the pictures that may become unreadable while the run is on: their samples are left out. Beyond it a
+    checkpoint is saved and the run stops."""
 
 
 class FlowConfig(_Section):
@@ -381,6 +412,9 @@ class BaseConfig(_Section):
     """Weights of the UNet; null = the base's own."""
     vae: Location | None = None
     """Weights of the VAE; null = the base's own."""
+    adapters: dict[Location, Strength] = {}
+    """Adapters below what is trained, frozen: file -> strength, {undo-turbo.safetensors: 1.0}. They are folded into the
+    base, for which the adapter that is trained then is."""
 
     @model_validator(mode="after")
     def _check(self) -> "BaseConfig":
@@ -388,6 +422,9 @@ class BaseConfig(_Section):
             file = getattr(self, name)
             if file is not None and not os.path.isfile(file):
                 raise ValueError(f"base.{name}: got {str(file)!r}, expected an existing .safetensors or .gguf file")
+        for file in self.adapters:
+            if not os.path.exists(file):
+                raise ValueError(f"base.adapters: got {str(file)!r}, expected an existing adapter file")
         return self
 
 
@@ -427,6 +464,8 @@ class TrainConfig(_Section):
     """How it is trained."""
     flow: FlowConfig = FlowConfig()
     """Noise of bases that are trained by flow matching."""
+    guard: GuardConfig = GuardConfig()
+    """What happens when a step goes wrong."""
     preview: PreviewConfig = PreviewConfig()
     """Pictures drawn in training."""
     validation: ValidationConfig = ValidationConfig()
@@ -509,11 +548,18 @@ def _start_paths_at(data: dict[Any, Any], folder: Path) -> None:
     for key in _PATHS_BESIDE_FILE:
         *sections, name = key.split(".")
         for fields in _sections_at(data, sections):
-            if isinstance(fields.get(name), str) and fields[name]:
-                fields[name] = str(folder / os.path.expanduser(fields[name]))
+            value = fields.get(name)
+            if isinstance(value, str) and value:
+                fields[name] = _beside(folder, value)
+            elif isinstance(value, dict):  # whose keys are files
+                fields[name] = {_beside(folder, file): setting for file, setting in value.items()}
     model = data.get("model")
     if isinstance(model, str) and model.startswith(("./", "../")):
         data["model"] = os.path.abspath(folder / model)
+
+
+def _beside(folder: Path, file: Any) -> Any:
+    return str(folder / os.path.expanduser(file)) if isinstance(file, str) and file else file
 
 
 def _sections_at(data: Any, sections: Sequence[str]) -> list[dict[Any, Any]]:

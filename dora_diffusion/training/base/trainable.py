@@ -15,6 +15,8 @@ from dora_diffusion.layers.injection import Injection, inject
 from dora_diffusion.pipelines.loading import load_pipeline
 from dora_diffusion.pipelines.textual_inversion import Words, add_words
 from dora_diffusion.state import AdapterState, join
+from dora_diffusion.training.base.below import Below
+from dora_diffusion.training.base.start import install, read_start
 from dora_diffusion.training.config import AdapterConfig, BaseConfig, OptimConfig, TrainConfig
 
 Own = TypeVar("Own", int, float)
@@ -23,12 +25,23 @@ PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 
 @dataclass(frozen=True)
 class TrainablePipeline:
-    """A pipeline under training. `injections`: component name -> its adapter; `words`: new ones, or None."""
+    """A pipeline under training.
+
+    Attributes:
+        pipe: the base with what is trained in it.
+        family: of the base.
+        injections: component name -> its adapter.
+        words: new ones, or None.
+        below: the adapters that are part of the base.
+        started: what was started from, on one line; empty for nothing.
+    """
 
     pipe: Any
     family: Family
     injections: Mapping[str, Injection]
     words: Words | None = None
+    below: tuple[Below, ...] = ()
+    started: str = ""
 
     @property
     def denoiser(self) -> nn.Module:
@@ -134,9 +147,13 @@ def load_base(model: str, dtype: torch.dtype, device: torch.device, files: BaseC
     return pipe
 
 
-def prepare_trainable(pipe: Any, config: TrainConfig) -> TrainablePipeline:
-    """Put the adapters and new words that the config asks for into a base pipeline."""
+def prepare_trainable(pipe: Any, config: TrainConfig, *, from_start: bool = True) -> TrainablePipeline:
+    """Put the adapters and new words that the config asks for into a base pipeline.
+
+    `from_start` False leaves `adapter.start` unread: a checkpoint, or nothing, takes its place.
+    """
     family = family_of_pipeline(pipe)
+    start = read_start(pipe, config.adapter) if from_start else None
     wanted = {family.denoiser.name: config.adapter.rank} if config.adapter.train_unet else {}
     for name in text_encoders_of(pipe, family, config.adapter, config.optim):
         wanted[name] = own_setting(config.adapter.text_encoder_rank, name, config.adapter.rank)
@@ -149,12 +166,13 @@ def prepare_trainable(pipe: Any, config: TrainConfig) -> TrainablePipeline:
         )
         for name, rank in wanted.items()
     }
+    started = "" if start is None else install(start, pipe, injections, config.adapter)
     starts = config.words.starts
     words = add_words(pipe, starts, vectors=config.words.vectors) if starts else None
     if config.optim.gradient_checkpointing:
         for name in {family.denoiser.name, *injections}:  # gradients of text adapters run through the denoiser too
             _enable_checkpointing(getattr(pipe, name))
-    trainable = TrainablePipeline(pipe, family, injections, words)
+    trainable = TrainablePipeline(pipe, family, injections, words, started=started)
     trainable.train()
     trainable.offload_encoders()
     return trainable

@@ -14,8 +14,10 @@ from dora_diffusion.training.data.captions import caption_at
 from dora_diffusion.training.data.conditioning import ConditioningSource
 from dora_diffusion.training.data.examples import Example
 from dora_diffusion.training.data.latents import Latent, LatentSource
+from dora_diffusion.training.data.missing import MissingPictures
 from dora_diffusion.training.data.order import Place, StepSampler
 from dora_diffusion.training.data.views import View, view_at
+from dora_diffusion.utils.images import UnreadablePicture
 
 # So many micro-batches' captions are encoded together, where each step has others.
 _AHEAD = 64
@@ -131,6 +133,7 @@ class BatchSource:
         batch, seed = config.optim.batch_size, config.optim.seed
         self._instances = Samples(instances, config.data, batch_size=batch, seed=seed)
         self._classes = Samples(classes, config.data, batch_size=batch, seed=seed + 1) if classes else None
+        self._missing = MissingPictures(len({one.path for one in (*instances, *classes)}), share=config.guard.missing)
         self._trains_text = trainable.trains_text()
         if not config.data.captions.are_open:
             self.keep_captions(["", *(caption for one in (*instances, *classes) for caption in one.captions)])
@@ -152,12 +155,15 @@ class BatchSource:
     def batches_at(self, index: int) -> list[Batch]:
         """Micro-batch `index` (optimiser step times accumulation, plus the micro step), in batches of one shape.
 
-        Instances and class pictures of one size are one batch.
+        Instances and class pictures of one size are one batch. What can no longer be read is left out.
+
+        Raises:
+            PicturesMissing: too many pictures cannot.
         """
         self._look_ahead(index)
-        parts = self._chosen_at(index)
+        parts = [self._readable(part) for part in _by_size(self._chosen_at(index))]
         total = sum(map(len, parts))
-        return [self.batch_of(part, share=len(part) / total) for part in _by_size(parts)]
+        return [self._batch(part, share=len(part) / total) for part in parts if part]
 
     def _look_ahead(self, index: int) -> None:
         if not self._captions.knows(self._captions_at(index)):
@@ -190,9 +196,24 @@ class BatchSource:
         classes = self._classes.at(index, rng)
         return [_weighed(instances, 2.0), _weighed(classes, 2.0 * self._prior_weight)]
 
-    def batch_of(self, shown: Sequence[Shown], *, share: float = 1.0) -> Batch:
+    def _readable(self, shown: Sequence[Shown]) -> list[tuple[Shown, Latent]]:
+        """Samples with their latents, those left out whose pictures cannot be read any more."""
+        found = []
+        for one in shown:
+            try:
+                found.append((one, self._latents.latent(one.example, one.view)))
+            except UnreadablePicture as error:
+                self._missing.note(one.example.path, error)
+            else:
+                self._missing.found(one.example.path)
+        return found
+
+    def batch_of(self, shown: Sequence[Shown]) -> Batch:
         """A batch of chosen samples of one size."""
-        encoded = [self._latents.latent(one.example, one.view) for one in shown]
+        return self._batch([(one, self._latents.latent(one.example, one.view)) for one in shown])
+
+    def _batch(self, samples: Sequence[tuple[Shown, Latent]], *, share: float = 1.0) -> Batch:
+        shown, encoded = zip(*samples, strict=True)
         latents = torch.cat([latent.values for latent in encoded])
         return Batch(
             latents,

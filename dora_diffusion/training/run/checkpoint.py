@@ -1,7 +1,7 @@
 """Training checkpoints: safetensors and JSON only, saved whole or not at all, resumed bit for bit."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,11 @@ from torch import Tensor
 from dora_diffusion.formats import RUN_FILE, save_adapter
 from dora_diffusion.state import AdapterState
 from dora_diffusion.training.config import CaptionsConfig, FlowConfig, OptimConfig, TrainConfig, WordsConfig
+from dora_diffusion.training.step.guard import Guard
 from dora_diffusion.utils import atomic as storage
 
 ADAPTER = RUN_FILE
+_LAST_GOOD = "last-good.safetensors"
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class TrainingState:
         scaler: torch.amp.GradScaler under fp16, else None.
         processes: how many train together.
         validation: (step, loss) pairs so far.
+        guard: with the last good state.
+        below: name of an adapter in `base.adapters` -> its strength and its file's hash.
     """
 
     parameters: dict[str, Tensor]
@@ -35,6 +39,8 @@ class TrainingState:
     scaler: Any
     processes: int
     validation: list[tuple[int, float]]
+    guard: Guard
+    below: Mapping[str, Sequence[Any]]
 
 
 def resumable_part(config: TrainConfig) -> dict[str, Any]:
@@ -42,6 +48,7 @@ def resumable_part(config: TrainConfig) -> dict[str, Any]:
     parts = config.model_dump(mode="json", include={"model", "data", "prior", "adapter", "words", "optim", "flow"})
     for section, key in (("data", "instance_dir"), ("data", "validation_dir"), ("prior", "class_dir")):
         parts[section].pop(key)
+    parts["adapter"].pop("start")  # a checkpoint has taken its place
     for concept in parts["data"]["concepts"]:
         concept.pop("dir")
     return parts
@@ -70,6 +77,8 @@ def save(
         "processes": state.processes,
         "validation": state.validation,
         "settings": resumable_part(config),
+        "guard": state.guard.progress(),
+        "below": {name: list(facts) for name, facts in state.below.items()},
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
     }
     tensors = storage.optimizer_tensors(state.optimizer)
@@ -79,6 +88,8 @@ def save(
         "optimizer.safetensors": lambda path: storage.save_tensors(tensors, path),
         "progress.json": lambda path: storage.write_atomically(path, json.dumps(progress).encode()),
     }
+    if good := state.guard.tensors():
+        files[_LAST_GOOD] = lambda path: storage.save_tensors(good, path)
     if adapter is not None:
         files[ADAPTER] = partial(_write_adapter, adapter)
     storage.save_checkpoint(target, files, keep=config.checkpoint.keep)
@@ -105,8 +116,12 @@ def resume(state: TrainingState, config: TrainConfig, *, folder: Path) -> int:
     newest = found[-1]
     progress = json.loads((newest / "progress.json").read_text())
     difference = _first_difference(
-        {**_with_later_defaults(progress["settings"]), "processes": progress["processes"]},
-        {**resumable_part(config), "processes": state.processes},
+        {
+            **_with_later_defaults(progress["settings"]),
+            "processes": progress["processes"],
+            "base.adapters": progress.get("below", {}),
+        },
+        {**resumable_part(config), "processes": state.processes, "base.adapters": dict(state.below)},
     )
     if difference:
         raise ValueError(f"{newest}: cannot resume, {difference}; use the same settings or another output_dir")
@@ -115,6 +130,8 @@ def resume(state: TrainingState, config: TrainConfig, *, folder: Path) -> int:
     storage.load_optimizer_tensors(state.optimizer, storage.load_tensors(newest / "optimizer.safetensors"))
     if state.scaler is not None and progress["scaler"]:
         state.scaler.load_state_dict(progress["scaler"])
+    good = storage.load_tensors(newest / _LAST_GOOD) if (newest / _LAST_GOOD).is_file() else {}
+    state.guard.resume(progress.get("guard"), good)
     state.validation[:] = [(step, loss) for step, loss in progress["validation"]]
     print(f"resuming from {newest.name}" + (f"; skipped what is not whole: {', '.join(broken)}" if broken else ""))
     step: int = progress["step"]

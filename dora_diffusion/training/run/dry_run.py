@@ -28,20 +28,25 @@ def describe_plan(config: TrainConfig) -> str:
     """
     import torch
 
+    from dora_diffusion.training.base.below import plan_below
     from dora_diffusion.training.base.memory import estimate_memory
     from dora_diffusion.training.base.meta import load_skeleton
     from dora_diffusion.training.base.sizes import sizes_of
+    from dora_diffusion.training.base.start import plan_start
     from dora_diffusion.training.base.trainable import PRECISIONS, prepare_trainable, trainable_count
     from dora_diffusion.training.data.buckets import in_buckets
     from dora_diffusion.training.data.concepts import checked_examples
     from dora_diffusion.training.data.examples import check_words
-    from dora_diffusion.training.run.card import adapter_metadata
+    from dora_diffusion.training.run.card import adapter_metadata, base_lines
     from dora_diffusion.training.step.objective import objective_of
 
     split = checked_examples(config.data, seed=config.optim.seed)
     examples = split.train
     check_words(config.words.starts, examples)
-    trainable = prepare_trainable(load_skeleton(config.model, dtype=PRECISIONS[config.optim.mixed_precision]), config)
+    pipe = load_skeleton(config.model, dtype=PRECISIONS[config.optim.mixed_precision])
+    below = plan_below(pipe, config.base.adapters)
+    trainable = prepare_trainable(pipe, config, from_start=False)
+    started = plan_start(trainable.injections, config.adapter, trainable.family.name)
     objective_of(trainable.pipe, config.optim, config.flow, tokens=1)  # raises for a scheduler that cannot be trained
     sized = in_buckets(examples, config.data, sizes_of(trainable.pipe))
     optim = config.optim
@@ -50,6 +55,7 @@ def describe_plan(config: TrainConfig) -> str:
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     lines = [
         f"base       {config.model} ({trainable.family.name})",
+        *base_lines(trainable.pipe, config, below, started or ""),
         f"images     {_images(config.data, split)}, each seen about {seen / _samples(examples):.0f} times",
         f"sizes      {_sizes(sized)}",
         *(f"adapter    {name}: {len(part.matched)} layers" for name, part in trainable.injections.items()),

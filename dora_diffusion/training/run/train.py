@@ -1,14 +1,18 @@
 """`train`: what a run needs is checked and loaded, then its loop runs."""
 
+from dataclasses import replace
+
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from dora_diffusion.training.base.below import lay_below
 from dora_diffusion.training.base.sizes import sizes_of
 from dora_diffusion.training.base.trainable import PRECISIONS, load_base, prepare_trainable
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.data.buckets import in_buckets
 from dora_diffusion.training.data.concepts import checked_examples, opened
 from dora_diffusion.training.data.examples import check_words
+from dora_diffusion.training.run.card import base_lines
 from dora_diffusion.training.run.loop import Run, TrainResult
 from dora_diffusion.training.step.objective import Objectives
 from dora_diffusion.training.step.priors import ensure_class_examples
@@ -50,6 +54,7 @@ def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
     instances, held_out, own_classes = checked_examples(config.data, seed=config.optim.seed)
     check_words(config.words.starts, instances)
     pipe = load_base(config.model, PRECISIONS[config.optim.mixed_precision], accelerator.device, config.base)
+    below = lay_below(pipe, config.base.adapters)
     sizes = sizes_of(pipe)
     instances, held_out = (in_buckets(part, config.data, sizes) for part in (instances, held_out))
     objectives = Objectives(pipe, config.optim, config.flow)
@@ -57,7 +62,11 @@ def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
     with accelerator.main_process_first():  # one process draws the class images, the others find them
         drawn = ensure_class_examples(pipe, config)
     classes = in_buckets([*own_classes, *opened(drawn)], config.data, sizes)
-    trainable = prepare_trainable(pipe, config)
+    goes_on = resume is not None and any(folder.glob("checkpoints/step-*"))
+    trainable = replace(prepare_trainable(pipe, config, from_start=not goes_on), below=below)
+    if accelerator.is_main_process:
+        for line in base_lines(pipe, config, trainable.below, trainable.started):
+            print(line)
     try:
         return Run(config, accelerator, trainable, objectives, instances, classes, held_out).go(resume is not None)
     finally:
