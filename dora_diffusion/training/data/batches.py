@@ -1,7 +1,7 @@
 """Batches of latents and conditioning. Everything random is a function of (seed, step): a resumed run sees the same."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import NamedTuple
 
@@ -30,6 +30,8 @@ class Batch:
         weights: in the loss, (N,).
         names: of their pictures.
         share: of the micro-batch's samples.
+        untrained: conditioning of the same captions by the text encoders as they were, where the target is what the
+            base says of it; None where the target is the objective's.
     """
 
     latents: Tensor
@@ -38,6 +40,7 @@ class Batch:
     weights: Tensor
     names: tuple[str, ...]
     share: float = 1.0
+    untrained: Mapping[str, Tensor] | None = None
 
 
 def step_seed(seed: int, step: int, purpose: int) -> int:
@@ -116,6 +119,16 @@ class ConditioningCache:
         kept = [self._kept.get(caption) or self._ahead[caption] for caption in captions]
         return {name: _together([made[name] for made in kept]) for name in kept[0]}
 
+    def encode_untrained(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
+        """As `encode`, by the text encoders as they were before training, without gradients.
+
+        All captions at once, as `encode` does where text is trained: another batch would be rounded differently.
+        """
+        if not self._trainable.trains_text():
+            return self.encode(captions)
+        with self._trainable.base_alone():
+            return encode_captions(self._trainable.pipe, self._trainable.family, list(captions))
+
 
 def _together(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors (1, ...) as one batch; where dimension 1 differs the shorter are padded with zeros at their end."""
@@ -153,7 +166,11 @@ class _Samples:
 
 
 class BatchSource:
-    """The batch of any step: instance examples, then as many class examples when there is prior preservation."""
+    """The batch of any step: instance examples, then as many class examples when there is prior preservation.
+
+    Under `prior.mode` adapter_off the second half is a batch of its own, of class examples if there are any, else of
+    the same instance examples: a batch of another size would be rounded differently from the base's own prediction.
+    """
 
     def __init__(
         self,
@@ -172,7 +189,8 @@ class BatchSource:
         self._classes = _Samples(classes, config.data, batch_size=batch, seed=seed + 1) if classes else None
         self._trains_text = trainable.trains_text()
         if not self._instances.is_open:
-            self.keep_captions(["", *(caption for one in (*instances, *classes) for caption in one.captions)])
+            own = [caption for one in (*instances, *classes) for caption in one.captions]
+            self.keep_captions(["", *own, *(config.prior.prompts if config.prior.mode == "adapter_off" else ())])
 
     def keep_captions(self, captions: Iterable[str]) -> None:
         """Encode captions that will be asked for beside those of the steps, while the text encoders are at hand."""
@@ -180,16 +198,32 @@ class BatchSource:
             self._captions.keep(captions)
 
     def batches_at(self, index: int) -> list[Batch]:
-        """The micro-batch `index`, in batches of one shape."""
-        return [self.batch_at(index)]
+        """The micro-batch `index` (optimiser step times accumulation, plus the micro step), in batches of one shape."""
+        if self._config.prior.mode != "adapter_off":
+            return [self.batch_at(index)]
+        rng, chosen = self._prepared_at(index)
+        count, weight = self._config.optim.batch_size, self._config.prior.weight
+        learnt, kept = (self._half(part, rng) for part in (chosen[:count], chosen[count:]))
+        untrained = self._captions.encode_untrained([caption for _, caption in chosen[count:]])
+        return [learnt, replace(kept, weights=weight * kept.weights, untrained=untrained)]
 
-    def batch_at(self, index: int) -> Batch:
-        """The micro-batch `index` (optimiser step times accumulation, plus the micro step)."""
-        rng = Random(step_seed(self._config.optim.seed, index, 1))
+    def _half(self, chosen: Sequence[tuple[Example, str]], rng: Random) -> Batch:
+        """Half of a micro-batch, by itself; weighed twice, as the halves of `batch_at` are."""
+        examples, captions = zip(*chosen, strict=True)
+        batch = self.batch_of(examples, captions, rng, weights=[2.0 * example.weight for example in examples])
+        return replace(batch, share=0.5)
+
+    def _prepared_at(self, index: int) -> tuple[Random, list[tuple[Example, str]]]:
+        """What is random about the pixels of a micro-batch, and `_chosen_at`, of which the captions are encoded."""
         chosen = self._chosen_at(index)
         if not self._captions.knows(caption for _, caption in chosen):
             ahead = (self._chosen_at(later) for later in range(index, index + _AHEAD))
             self._captions.look_ahead(caption for batch in ahead for _, caption in batch)
+        return Random(step_seed(self._config.optim.seed, index, 1)), chosen
+
+    def batch_at(self, index: int) -> Batch:
+        """The micro-batch `index` in one batch."""
+        rng, chosen = self._prepared_at(index)
         examples, captions = zip(*chosen, strict=True)
         count = self._config.optim.batch_size
         # twice beside class pictures, since the mean runs over both halves: mean(instances) + weight * mean(classes)
@@ -200,8 +234,21 @@ class BatchSource:
 
     def _chosen_at(self, index: int) -> list[tuple[Example, str]]:
         """The examples of a micro-batch with the captions that they are trained with, the class's last."""
-        classes = [] if self._classes is None else self._classes.at(index)
-        return [*self._instances.at(index), *classes]
+        instances = self._instances.at(index)
+        classes = None if self._classes is None else self._classes.at(index)
+        if self._config.prior.mode == "adapter_off":
+            classes = self._asked(index, instances if classes is None else classes)
+        return [*instances, *(classes or ())]
+
+    def _asked(self, index: int, samples: Sequence[tuple[Example, str]]) -> list[tuple[Example, str]]:
+        """Samples with the captions under which adapter and base are to predict alike; class prompts take turns."""
+        prior, first = self._config.prior, index * len(samples)
+        if prior.asked_with == "blank":
+            return [(example, "") for example, _ in samples]
+        if prior.asked_with == "instance" or self._classes is not None:
+            return list(samples)
+        turns = (prior.prompts[number % len(prior.prompts)] for number in range(first, first + len(samples)))
+        return [(example, prompt) for (example, _), prompt in zip(samples, turns, strict=True)]
 
     def batch_of(
         self, examples: Sequence[Example], captions: Sequence[str], rng: Random, *, weights: Sequence[float]

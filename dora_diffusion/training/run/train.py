@@ -52,8 +52,8 @@ def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
     check_words(config.words.starts, instances)
     pipe = load_base(config.model, PRECISIONS[config.optim.mixed_precision], accelerator.device, config.base)
     objective = _objective(pipe, config)  # raises for a scheduler that cannot be trained, before anything is drawn
-    with accelerator.main_process_first():  # one process draws the class images, the others find them
-        classes = [*own_classes, *ensure_class_examples(pipe, config)]
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    classes = [*own_classes, *ensure_class_examples(pipe, config, process=rank, processes=ranks)]
     trainable = prepare_trainable(pipe, config)
     try:
         return Run(config, accelerator, trainable, objective, instances, classes, held_out).go(resume is not None)

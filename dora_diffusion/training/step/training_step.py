@@ -1,7 +1,7 @@
 """One step: sample -> noise -> predict -> loss over its micro-batches, then the update."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -68,16 +68,25 @@ class TrainingStep:
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         timesteps = self._objective.timesteps(len(latents), generator).to(latents.device)
         noisy = self._objective.add_noise(latents, noise, timesteps)
+        goal = self._objective.target(latents, noise, timesteps)
+        if batch.untrained is not None:
+            with self._trainable.base_alone():
+                goal = self._predicted(noisy, timesteps, batch.untrained, batch.frames)
+        predicted = self._predicted(noisy, timesteps, batch.conditioning, batch.frames)
+        return weighted_squared_error(predicted, goal, batch.weights * self._objective.weights(timesteps))
+
+    def _predicted(
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], frames: Tensor
+    ) -> Tensor:
+        """What the denoiser says, as it stands."""
         with self._accelerator.autocast():
-            predicted = self._trainable.family.predict(
+            return self._trainable.family.predict(
                 self._trainable.denoiser,
                 noisy.to(PRECISIONS[self._optim.mixed_precision]),
                 timesteps,
-                batch.conditioning,
-                batch.frames,
+                conditioning,
+                frames,
             )
-        goal = self._objective.target(latents, noise, timesteps)
-        return weighted_squared_error(predicted, goal, batch.weights * self._objective.weights(timesteps))
 
     def _update(self, step: int, batch: Batch) -> None:
         """Average the processes' gradients, cut them, and move; `batch` is named should they not be finite."""
