@@ -196,7 +196,9 @@ class PriorConfig(_Section):
                 f"prior.class_dir: got {str(self.class_dir)!r} without prior.class_prompt, expected both or neither"
             )
         if self.mode == "folder" and self.class_dir is None:
-            raise ValueError("prior.class_dir: missing; prior.mode folder expects a folder of class pictures there")
+            raise ValueError(
+                "prior.mode: got 'folder' without prior.class_dir, expected a folder of class pictures there"
+            )
         if self.mode != "adapter_off" and self.caption is not None:
             raise ValueError(
                 f"prior.caption: got {self.caption!r} with prior.mode {self.mode!r}, expected null; it is adapter_off's"
@@ -512,7 +514,7 @@ def _check_asked_with(prior: PriorConfig, words: WordsConfig, *, has_class_pictu
     """A ValueError when base and adapter cannot be asked alike."""
     if prior.asked_with == "class" and not (prior.prompts or has_class_pictures):
         raise ValueError(
-            "prior.class_prompt: missing; prior.mode adapter_off asks with it; expected one, class pictures, or "
+            "prior.mode: got 'adapter_off' without prior.class_prompt to ask with; expected one, class pictures, or "
             "prior.caption blank or instance"
         )
     if words.starts and prior.asked_with == "instance":
