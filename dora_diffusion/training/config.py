@@ -176,16 +176,23 @@ class DataConfig(_Section):
 
 
 class PriorConfig(_Section):
-    """Prior preservation: pictures of the class as the base draws it, trained beside the subject's own."""
+    """Prior preservation: what the base does of the class, trained beside the subject's own pictures."""
 
+    mode: Literal["generated", "folder", "adapter_off"] = "generated"
+    """What is kept: pictures that the base draws (with no prompt, none); those of class_dir as they are; or what the
+    base itself predicts, the adapter off, of class pictures if there are any, else of the subject's own."""
+    caption: Literal["class", "blank", "instance"] | None = None
+    """What base and adapter are asked with under adapter_off: class prompts in turn (a class picture's own caption),
+    nothing, or the picture's own caption; null = class."""
     class_prompt: Text | None = None
     """Prompt of the class pictures, such as "a photo of a dog"; null, with no class_prompts = no prior preservation."""
     class_prompts: list[Text] = []
     """Several prompts, used in turn, instead of class_prompt."""
     class_dir: Location | None = None
-    """Folder of class pictures; null = `class` in the output folder. The base draws those that are missing."""
-    class_images: int = Field(default=40, ge=1)
-    """How many class pictures there shall be."""
+    """Folder of class pictures; null = `class` in the output folder under generated, where the base draws those that
+    are missing. Your own pictures there count, and are never touched."""
+    class_images: int | None = Field(default=None, ge=1)
+    """How many class pictures are trained; null = 40 under generated, else all that there are."""
     guidance_scale: Number | None = Field(default=None, ge=0, le=100)
     """Guidance of the class pictures that the base draws; null = the previews'. Strongly guided ones teach their
     saturation to the adapter, which the next guided drawing then doubles: 1 to 2 keeps what the base is."""
@@ -197,18 +204,41 @@ class PriorConfig(_Section):
         """Every class prompt; empty when prior preservation is off."""
         return tuple(self.class_prompts) if self.class_prompt is None else (self.class_prompt,)
 
+    @property
+    def drawn_images(self) -> int:
+        """How many class pictures there shall be under generated."""
+        return self.class_images or 40
+
+    @property
+    def asked_with(self) -> Literal["class", "blank", "instance"]:
+        """The captions of adapter_off."""
+        return self.caption or "class"
+
     @model_validator(mode="after")
     def _check(self) -> "PriorConfig":
         if self.class_prompt is not None and self.class_prompts:
             raise ValueError(
                 f"prior.class_prompts: got {self.class_prompts} beside prior.class_prompt, expected one of them"
             )
-        if self.class_dir is not None and not self.prompts:
+        if self.mode == "generated" and self.class_dir is not None and not self.prompts:
             raise ValueError(
                 f"prior.class_dir: got {str(self.class_dir)!r} without prior.class_prompt, expected both or neither"
             )
+        if self.mode == "folder" and self.class_dir is None:
+            raise ValueError(
+                "prior.mode: got 'folder' without prior.class_dir, expected a folder of class pictures there"
+            )
+        if self.mode != "adapter_off" and self.caption is not None:
+            raise ValueError(
+                f"prior.caption: got {self.caption!r} with prior.mode {self.mode!r}, expected null; it is adapter_off's"
+            )
         if self.class_dir is not None and os.path.exists(self.class_dir) and not os.path.isdir(self.class_dir):
             raise ValueError(f"prior.class_dir: got the file {str(self.class_dir)!r}, expected a folder")
+        if self.mode != "generated" and self.class_dir is not None and not os.path.isdir(self.class_dir):
+            raise ValueError(
+                f"prior.class_dir: got {str(self.class_dir)!r}, expected an existing folder of pictures, for "
+                f"prior.mode {self.mode} draws none"
+            )
         return self
 
 
@@ -491,7 +521,16 @@ class TrainConfig(_Section):
                 raise ValueError(f"{key}: got {value}, but adapter.train_text_encoder is false; expected null, or true")
         if os.path.exists(self.output_dir) and not os.path.isdir(self.output_dir):
             raise ValueError(f"output_dir: got the file {str(self.output_dir)!r}, expected a folder, new or old")
+        if self.prior.mode == "adapter_off":
+            _check_asked_with(self.prior, self.words, has_class_pictures=self.has_class_pictures)
         return self
+
+    @property
+    def has_class_pictures(self) -> bool:
+        """Whether class pictures are trained, whoever made them."""
+        prior = self.prior
+        is_drawn = prior.mode == "generated" and bool(prior.prompts)
+        return is_drawn or prior.class_dir is not None or any(one.role == "class" for one in self.data.concepts)
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Mapping[str, str] | None = None) -> "TrainConfig":
@@ -541,6 +580,26 @@ class TrainConfig(_Section):
                 raise ValueError(f"{name}: given twice, {overrides[name[2:]]!r} and {value!r}; expected it once")
             overrides[name[2:]] = value
         return overrides
+
+
+def _check_asked_with(prior: PriorConfig, words: WordsConfig, *, has_class_pictures: bool) -> None:
+    """A ValueError when base and adapter cannot be asked alike."""
+    if prior.asked_with == "class" and not (prior.prompts or has_class_pictures):
+        raise ValueError(
+            "prior.mode: got 'adapter_off' without prior.class_prompt to ask with; expected one, class pictures, or "
+            "prior.caption blank or instance"
+        )
+    if words.starts and prior.asked_with == "instance":
+        raise ValueError(
+            "prior.caption: got 'instance' beside words.starts, whose words the base cannot read; expected class or "
+            "blank"
+        )
+    for word in words.starts:
+        if found := [prompt for prompt in prior.prompts if word.lower() in prompt.lower()]:
+            raise ValueError(
+                f"prior.class_prompt: {found[0]!r} holds the new word {word!r}, which the base cannot read; expected "
+                "words that it knows"
+            )
 
 
 def _start_paths_at(data: dict[Any, Any], folder: Path) -> None:

@@ -1,7 +1,7 @@
 """What is trained: the base pipeline with adapters injected."""
 
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dora_diffusion.families import Family, family_of_pipeline
 from dora_diffusion.functional.dora import scale_of
 from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.dora import DoRALayer
 from dora_diffusion.layers.injection import Injection, inject
 from dora_diffusion.pipelines.loading import load_pipeline
 from dora_diffusion.pipelines.textual_inversion import Words, add_words
@@ -102,9 +103,9 @@ class TrainablePipeline:
         return {f"{part}.{name}": tensor for part, named in (parts | words).items() for name, tensor in named.items()}
 
     def train(self, mode: bool = True) -> None:
-        """Training or drawing mode of the adapted components."""
+        """Training or drawing mode of what is trained; what it stands in is frozen, and drops nothing of its own."""
         for name in {self.family.denoiser.name, *self.injections}:
-            getattr(self.pipe, name).train(mode)
+            _train_adapters(getattr(self.pipe, name), mode)
 
     def adapter(self, metadata: Mapping[str, str]) -> AdapterState:
         """The adapter as it stands."""
@@ -116,6 +117,17 @@ class TrainablePipeline:
             injection.eject()
         if self.words is not None:
             self.words.remove()
+
+    @contextmanager
+    def base_alone(self) -> Any:
+        """The base as it was, without gradients: adapters and new words are off, and come back as they were."""
+        with ExitStack() as stack:
+            for injection in self.injections.values():
+                stack.enter_context(injection.off())
+            if self.words is not None:
+                stack.enter_context(self.words.off())
+            stack.enter_context(torch.no_grad())
+            yield
 
     @contextmanager
     def drawing(self) -> Any:
@@ -133,6 +145,17 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
+
+
+def _train_adapters(model: nn.Module, mode: bool) -> None:
+    """T5 would drop a tenth of its own activations in training mode: what is frozen stays in drawing mode."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.eval()
+    for module in model.modules():
+        # transformers recomputes in training mode alone; such a layer only calls others, and drops nothing itself
+        if isinstance(module, DoRALayer | GradientCheckpointingLayer):
+            module.training = mode
 
 
 def load_base(model: str, dtype: torch.dtype, device: torch.device, files: BaseConfig | None = None) -> Any:

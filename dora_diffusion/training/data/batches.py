@@ -36,6 +36,8 @@ class Batch:
         size: (width, height) of the pictures in pixels.
         masks: what counts of each, (N, 1, h, w); None = all of all.
         share: of the micro-batch's samples.
+        untrained: conditioning of the same captions by the text encoders as they were, where the target is what the
+            base says of it; None where the target is the objective's.
     """
 
     latents: Tensor
@@ -46,6 +48,7 @@ class Batch:
     size: tuple[int, int]
     masks: Tensor | None = None
     share: float = 1.0
+    untrained: Mapping[str, Tensor] | None = None
 
 
 def step_seed(seed: int, step: int, purpose: int) -> int:
@@ -54,12 +57,14 @@ def step_seed(seed: int, step: int, purpose: int) -> int:
 
 
 class Shown(NamedTuple):
-    """A sample: a picture, the caption and the view that it is trained with, its weight in the loss."""
+    """A sample: a picture, the caption and the view that it is trained with, its weight in the loss, and whether the
+    target is what the base itself says of it."""
 
     example: Example
     caption: str
     view: View
     weight: float = 1.0
+    is_kept: bool = False
 
 
 class Samples:
@@ -74,10 +79,6 @@ class Samples:
     def at(self, index: int, rng: Random) -> list[Shown]:
         """Those of a micro-batch, all of one size; fresh views are drawn from `rng`."""
         return [self._at(place, rng) for place in self._order.places_at(index)]
-
-    def captions_at(self, index: int) -> list[str]:
-        """Their captions alone."""
-        return [self._caption(place) for place in self._order.places_at(index)]
 
     def views_at(self, index: int, rng: Random) -> list[tuple[Example, View]]:
         """Their pictures and views alone."""
@@ -112,6 +113,9 @@ def _buckets(examples: Sequence[Example]) -> list[list[int]]:
 class BatchSource:
     """The batches of any step: instance examples, then as many class examples when there is prior preservation.
 
+    Under `prior.mode` adapter_off the second half is a batch of its own, of class examples if there are any, else of
+    the same instance examples: a batch of another size would be rounded differently from the base's own prediction.
+
     Args:
         trainable: encodes pictures and captions.
         config: data, batch size, seed, the prior's weight.
@@ -127,7 +131,7 @@ class BatchSource:
         instances: Sequence[Example],
         classes: Sequence[Example],
     ) -> None:
-        self._data, self._prior_weight, self._seed = config.data, config.prior.weight, config.optim.seed
+        self._data, self._prior, self._seed = config.data, config.prior, config.optim.seed
         self._latents = LatentSource(trainable, config.data)
         self._captions = ConditioningSource(trainable, config.data)
         batch, seed = config.optim.batch_size, config.optim.seed
@@ -136,7 +140,8 @@ class BatchSource:
         self._missing = MissingPictures(len({one.path for one in (*instances, *classes)}), share=config.guard.missing)
         self._trains_text = trainable.trains_text()
         if not config.data.captions.are_open:
-            self.keep_captions(["", *(caption for one in (*instances, *classes) for caption in one.captions)])
+            own = [caption for one in (*instances, *classes) for caption in one.captions]
+            self.keep_captions(["", *own, *(config.prior.prompts if config.prior.mode == "adapter_off" else ())])
 
     def keep_captions(self, captions: Iterable[str]) -> None:
         """Encode captions that will be asked for beside those of the steps, while the text encoders are at hand."""
@@ -171,7 +176,7 @@ class BatchSource:
             self._captions.look_ahead(caption for later in ahead for caption in self._captions_at(later))
 
     def _captions_at(self, index: int) -> list[str]:
-        return [caption for samples in self._kinds() for caption in samples.captions_at(index)]
+        return [one.caption for part in self._chosen_at(index) for one in part]
 
     def _views_at(self, index: int) -> Iterator[tuple[Example, View]]:
         rng = self._rng(index)
@@ -187,14 +192,27 @@ class BatchSource:
             yield self._classes
 
     def _chosen_at(self, index: int) -> list[list[Shown]]:
-        """The instances of a micro-batch, and the class pictures."""
+        """What a micro-batch learns, and what it keeps."""
         rng = self._rng(index)
         instances = self._instances.at(index, rng)
-        if self._classes is None:
+        classes = None if self._classes is None else self._classes.at(index, rng)
+        if self._prior.mode == "adapter_off":
+            classes = self._asked(index, instances if classes is None else classes)
+        if classes is None:
             return [instances]
         # twice, since the mean runs over both halves: mean(instances) + weight * mean(classes)
-        classes = self._classes.at(index, rng)
-        return [_weighed(instances, 2.0), _weighed(classes, 2.0 * self._prior_weight)]
+        return [_weighed(instances, 2.0), _weighed(classes, 2.0 * self._prior.weight)]
+
+    def _asked(self, index: int, samples: Sequence[Shown]) -> list[Shown]:
+        """Samples with the captions under which adapter and base are to predict alike; class prompts take turns."""
+        prior, first = self._prior, index * len(samples)
+        kept = [one._replace(is_kept=True) for one in samples]
+        if prior.asked_with == "blank":
+            return [one._replace(caption="") for one in kept]
+        if prior.asked_with == "instance" or self._classes is not None:
+            return kept
+        turns = (prior.prompts[number % len(prior.prompts)] for number in range(first, first + len(kept)))
+        return [one._replace(caption=prompt) for one, prompt in zip(kept, turns, strict=True)]
 
     def _readable(self, shown: Sequence[Shown]) -> list[tuple[Shown, Latent]]:
         """Samples with their latents, those left out whose pictures cannot be read any more."""
@@ -214,16 +232,17 @@ class BatchSource:
 
     def _batch(self, samples: Sequence[tuple[Shown, Latent]], *, share: float = 1.0) -> Batch:
         shown, encoded = zip(*samples, strict=True)
-        latents = torch.cat([latent.values for latent in encoded])
+        latents, captions = torch.cat([latent.values for latent in encoded]), [one.caption for one in shown]
         return Batch(
             latents,
-            self._captions.encode([one.caption for one in shown]),
+            self._captions.encode(captions),
             torch.cat([latent.frame for latent in encoded]),
             torch.tensor([one.weight for one in shown], device=latents.device),
             tuple(one.example.path.name for one in shown),
             shown[0].example.size,
             self._masks(encoded),
             share,
+            self._captions.encode_untrained(captions) if shown[0].is_kept else None,
         )
 
     def _masks(self, encoded: Sequence[Latent]) -> Tensor | None:
@@ -240,8 +259,8 @@ def _weighed(shown: Sequence[Shown], factor: float) -> list[Shown]:
 
 
 def _by_size(parts: Sequence[list[Shown]]) -> list[list[Shown]]:
-    """Parts of one size, joined."""
-    joined: dict[tuple[int, int], list[Shown]] = {}
+    """Parts of one size and of one kind of target, joined."""
+    joined: dict[object, list[Shown]] = {}
     for part in parts:
-        joined.setdefault(part[0].example.size, []).extend(part)
+        joined.setdefault((part[0].example.size, part[0].is_kept), []).extend(part)
     return list(joined.values())

@@ -49,6 +49,8 @@ def resumable_part(config: TrainConfig) -> dict[str, Any]:
     for section, key in (("data", "instance_dir"), ("data", "validation_dir"), ("prior", "class_dir")):
         parts[section].pop(key)
     parts["adapter"].pop("start")  # a checkpoint has taken its place
+    if config.prior.mode == "generated":
+        parts["prior"]["class_images"] = config.prior.drawn_images  # which was a number before it could be null
     for concept in parts["data"]["concepts"]:
         concept.pop("dir")
     return parts
@@ -144,6 +146,7 @@ def _with_later_defaults(settings: dict[str, Any]) -> dict[str, Any]:
         "flow": FlowConfig().model_dump(mode="json"),
         "data": {"trigger": None, "concepts": [], "captions": CaptionsConfig().model_dump(mode="json")},
         "words": WordsConfig().model_dump(mode="json"),
+        "prior": {"mode": "generated", "caption": None},
         "optim": OptimConfig().model_dump(mode="json"),
     }
     return settings | {name: defaults | settings.get(name, {}) for name, defaults in later.items()}

@@ -63,7 +63,7 @@ def describe_plan(config: TrainConfig) -> str:
         f"trained    {trainable_count(trainable.parameters()):,} numbers",
         *([f"file       {file / 1e6:.1f} MB"] if trainable.injections else []),
         f"steps      {optim.steps} of {optim.batch_size} x {optim.gradient_accumulation}, seed {optim.seed}",
-        f"prior      {', '.join(config.prior.prompts) or 'none'}",
+        f"prior      {_prior(config, split)}",
         *memory_lines(estimate_memory(trainable, config, device=device), f"on {device}"),
         f"output     {config.output_dir}",
     ]
@@ -89,6 +89,24 @@ def _sizes(sized: Sequence["Example"]) -> str:
     lost = [1 - float(kept_share(example.original, example.size)) for example in sized]
     mean, most = 100 * sum(lost) / len(lost), 100 * max(lost)
     return f"{named}{more}; {mean:.1f} % of a picture is cut off, at most {most:.1f} %"
+
+
+def _prior(config: TrainConfig, split: "Split") -> str:
+    """What is kept of the base, and how many class pictures it takes; reads those of a folder."""
+    from dora_diffusion.training.step.priors import folder_examples
+
+    prior, prompts = config.prior, ", ".join(config.prior.prompts)
+    if prior.mode == "generated":
+        drawn = [f"{prompts}: {prior.drawn_images} class pictures, drawn by the base where missing"] if prompts else []
+        given = [f"{len(split.classes)} class pictures of data.concepts"] if split.classes else []
+        return "; ".join([*drawn, *given]) or "none"
+    count = len(folder_examples(prior, seed=config.optim.seed)) + len(split.classes)
+    if prior.mode == "folder":
+        return f"{count} class pictures, {prior.class_dir} as it is"
+    asked = {"class": prompts or "their own captions", "blank": "an empty caption", "instance": "their own captions"}
+    pictures = f"{count} class pictures" if count else "the same pictures"
+    said = "their own captions" if count and prior.asked_with == "class" else asked[prior.asked_with]
+    return f"what the base itself predicts of {pictures}, asked with {said}"
 
 
 def _samples(examples: Sequence["Example"]) -> int:

@@ -59,8 +59,8 @@ def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
     instances, held_out = (in_buckets(part, config.data, sizes) for part in (instances, held_out))
     objectives = Objectives(pipe, config.optim, config.flow)
     objectives.of(instances[0].size)  # raises for a scheduler that cannot be trained, before anything is drawn
-    with accelerator.main_process_first():  # one process draws the class images, the others find them
-        drawn = ensure_class_examples(pipe, config)
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    drawn = ensure_class_examples(pipe, config, process=rank, processes=ranks)
     classes = in_buckets([*own_classes, *opened(drawn)], config.data, sizes)
     goes_on = resume is not None and any(folder.glob("checkpoints/step-*"))
     trainable = replace(prepare_trainable(pipe, config, from_start=not goes_on), below=below)

@@ -1,7 +1,7 @@
 """One step: sample -> noise -> predict -> loss over its micro-batches, then the update."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,16 +110,25 @@ class TrainingStep:
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         timesteps = objective.timesteps(len(latents), generator).to(latents.device)
         noisy = objective.add_noise(latents, noise, timesteps)
+        goal = objective.target(latents, noise, timesteps)
+        if batch.untrained is not None:
+            with self._trainable.base_alone():
+                goal = self._predicted(noisy, timesteps, batch.untrained, batch.frames)
+        predicted = self._predicted(noisy, timesteps, batch.conditioning, batch.frames)
+        return weighted_squared_error(predicted, goal, batch.weights * objective.weights(timesteps), batch.masks)
+
+    def _predicted(
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], frames: Tensor
+    ) -> Tensor:
+        """What the denoiser says, as it stands."""
         with self._accelerator.autocast():
-            predicted = self._trainable.family.predict(
+            return self._trainable.family.predict(
                 self._trainable.denoiser,
                 noisy.to(PRECISIONS[self._optim.mixed_precision]),
                 timesteps,
-                batch.conditioning,
-                batch.frames,
+                conditioning,
+                frames,
             )
-        goal = objective.target(latents, noise, timesteps)
-        return weighted_squared_error(predicted, goal, batch.weights * objective.weights(timesteps), batch.masks)
 
     def _update(self, step: int, taken: _Taken) -> float:
         """Average over the processes, cut the gradients, and move, unless the guard finds something wrong."""
