@@ -1,8 +1,9 @@
-"""What each way of prior preservation does to likeness and drift: `python -m benchmarks.priors`.
+"""What each way of prior preservation, and masks, do to likeness and drift: `python -m benchmarks.priors`.
 
 The robot of examples/subject-robot is trained on the pocket base once for each arm and seed. *Likeness* is that of
 `dora-diffusion evaluate`: to true drawings that were not trained on. *Kept* is the likeness of what the adapter draws
-of other things to what the base draws of them, from the same noise: of captions of the prior, and of others.
+of other things to what the base draws of them, from the same noise: of captions of the prior, and of others. Masks are
+what differs from the background that a picture's caption names.
 
 A run that is there is not trained again, one that was cut short goes on, and figures that are there are read: start it
 again after whatever stopped it. All runs are of one commit, or it refuses to go on.
@@ -13,10 +14,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from PIL import Image, ImageChops
 from tqdm import tqdm
 
 from dora_diffusion.adapters.manager import AdapterManager
@@ -24,10 +27,11 @@ from dora_diffusion.evaluate.adapter import Truth, evaluate_adapter
 from dora_diffusion.evaluate.likeness import likeness
 from dora_diffusion.generation.generate import GenerationSettings, generate
 from dora_diffusion.pipelines.loading import load_pipeline
+from dora_diffusion.pretrain.scenes import background, background_in
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.data.examples import find_examples
 from dora_diffusion.training.run.train import train
-from dora_diffusion.utils.atomic import write_atomically
+from dora_diffusion.utils.atomic import atomic_file, write_atomically
 from dora_diffusion.utils.images import read_image
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +44,8 @@ ARMS: Mapping[str, Mapping[str, str]] = {
     "adapter_off, class": {"prior.mode": "adapter_off", "prior.caption": "class"},
     "adapter_off, blank": {"prior.mode": "adapter_off", "prior.caption": "blank"},
     "adapter_off, instance": {"prior.mode": "adapter_off", "prior.caption": "instance"},
+    "none, masked": {"prior.class_prompts": "[]", "data.mask_outside": "0"},
+    "none, masked to 0.1": {"prior.class_prompts": "[]", "data.mask_outside": "0.1"},
 }
 # What no prior asks with and no picture of the robot shows.
 OTHERS = (
@@ -56,13 +62,35 @@ FIGURES = {
     "others": "kept, other captions",
 }
 DRAWN_SEEDS = (11, 12)
+# Greys by which a picture and its background may differ where nothing is drawn.
+_SAME = 4
 
 
 def config_of(arm: str, seed: int, folder: Path, settings: Mapping[str, str]) -> TrainConfig:
     """The run of an arm and a seed, in a folder of its own."""
     name = arm.replace(", ", "-").replace("_", "-")
     own = {"output_dir": str(folder / f"{name}-{seed}"), "optim.seed": str(seed), "preview.prompts": "[]"}
+    if "data.mask_outside" in ARMS[arm]:
+        own["data.instance_dir"] = str(masked(ROBOT / "images", folder / "masked"))
     return TrainConfig.from_yaml(ROBOT / "subject.yaml", {**settings, **ARMS[arm], **own})
+
+
+def masked(pictures: Path, folder: Path) -> Path:
+    """A copy of a folder of drawings with masks of what is drawn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for example in find_examples(pictures, instance_prompt=None):
+        picture, place = read_image(example.path), background_in(example.caption)
+        assert place is not None
+        apart = ImageChops.difference(picture, background(place, picture.width)).convert("L")
+        for name, made in ((f"{example.path.stem}_mask.png", apart.point(_is_drawn)), (example.path.name, picture)):
+            with atomic_file(folder / name) as file:
+                made.save(file, format="PNG")
+        write_atomically(folder / f"{example.path.stem}.txt", example.caption.encode())
+    return folder
+
+
+def _is_drawn(difference: int) -> int:
+    return 255 if difference > _SAME else 0
 
 
 def trained(config: TrainConfig) -> Path:
@@ -94,14 +122,20 @@ def scores_of(config: TrainConfig, draws: int) -> dict[str, float]:
 
 def kept(adapter: Path, captions: Sequence[str], model: str) -> float:
     """Mean likeness of what is drawn with an adapter to what the base draws, of the same captions and noise."""
-    pipe = load_pipeline(model)
     settings = [GenerationSettings(caption, seed=seed) for caption in captions for seed in DRAWN_SEEDS]
-    before = [generate(pipe, one) for one in tqdm(settings, desc="base")]
+    before, pipe = drawn_by_base(tuple(settings), model), load_pipeline(model)
     manager = AdapterManager(pipe)
     manager.load_adapter(adapter, name="adapter")
     manager.set_adapters({"adapter": 1.0})
     after = [generate(pipe, one) for one in tqdm(settings, desc="adapter")]
     return mean(likeness(b, a, one.prompt) for a, b, one in zip(before, after, settings, strict=True))
+
+
+@cache
+def drawn_by_base(settings: tuple[GenerationSettings, ...], model: str) -> list[Image.Image]:
+    """What every adapter is compared with; drawn once."""
+    pipe = load_pipeline(model)
+    return [generate(pipe, one) for one in tqdm(settings, desc="base")]
 
 
 def verdict(first: Sequence[float], second: Sequence[float]) -> str:
@@ -118,7 +152,7 @@ def report(found: Mapping[str, Sequence[Mapping[str, float]]], commit: str, comm
     count = len(next(iter(found.values())))
     first = next(iter(found.values()))[0]
     lines = [
-        "# Ways of prior preservation",
+        "# Ways of prior preservation, and masks",
         "",
         f"`{command}`, commit `{commit}`.",
         f"The pocket base learns the robot of `examples/subject-robot`, {count} seeds an arm. Of likeness the base",
