@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
@@ -166,7 +167,8 @@ class BatchSource:
             PicturesMissing: too many pictures cannot.
         """
         self._look_ahead(index)
-        parts = [self._readable(part) for part in _by_size(self._chosen_at(index))]
+        read: dict[tuple[Path, View], Latent] = {}  # what is learnt may be kept too, in the same view
+        parts = [self._readable(part, read) for part in _by_size(self._chosen_at(index))]
         total = sum(map(len, parts))
         return [self._batch(part, share=len(part) / total) for part in parts if part]
 
@@ -214,12 +216,14 @@ class BatchSource:
         turns = (prior.prompts[number % len(prior.prompts)] for number in range(first, first + len(kept)))
         return [one._replace(caption=prompt) for one, prompt in zip(kept, turns, strict=True)]
 
-    def _readable(self, shown: Sequence[Shown]) -> list[tuple[Shown, Latent]]:
-        """Samples with their latents, those left out whose pictures cannot be read any more."""
+    def _readable(self, shown: Sequence[Shown], read: dict[tuple[Path, View], Latent]) -> list[tuple[Shown, Latent]]:
+        """Samples with their latents, those left out whose pictures cannot be read any more; `read`: those so far."""
         found = []
         for one in shown:
+            key = (one.example.path, one.view)
             try:
-                found.append((one, self._latents.latent(one.example, one.view)))
+                read[key] = read[key] if key in read else self._latents.latent(one.example, one.view)
+                found.append((one, read[key]))
             except UnreadablePicture as error:
                 self._missing.note(one.example.path, error)
             else:
@@ -240,7 +244,7 @@ class BatchSource:
             torch.tensor([one.weight for one in shown], device=latents.device),
             tuple(one.example.path.name for one in shown),
             shown[0].example.size,
-            self._masks(encoded),
+            None if shown[0].is_kept else self._masks(encoded),  # masks say where to learn
             share,
             self._captions.encode_untrained(captions) if shown[0].is_kept else None,
         )

@@ -93,6 +93,7 @@ def _sizes(sized: Sequence["Example"]) -> str:
 
 def _prior(config: TrainConfig, split: "Split") -> str:
     """What is kept of the base, and how many class pictures it takes; reads those of a folder."""
+    from dora_diffusion.training.data.concepts import opened
     from dora_diffusion.training.step.priors import folder_examples
 
     prior, prompts = config.prior, ", ".join(config.prior.prompts)
@@ -100,7 +101,7 @@ def _prior(config: TrainConfig, split: "Split") -> str:
         drawn = [f"{prompts}: {prior.drawn_images} class pictures, drawn by the base where missing"] if prompts else []
         given = [f"{len(split.classes)} class pictures of data.concepts"] if split.classes else []
         return "; ".join([*drawn, *given]) or "none"
-    count = len(folder_examples(prior, seed=config.optim.seed)) + len(split.classes)
+    count = len(opened(folder_examples(prior, seed=config.optim.seed))) + len(split.classes)
     if prior.mode == "folder":
         return f"{count} class pictures, {prior.class_dir} as it is"
     asked = {"class": prompts or "their own captions", "blank": "an empty caption", "instance": "their own captions"}

@@ -28,7 +28,7 @@ from dora_diffusion.training.config import PriorConfig, TrainConfig
 from dora_diffusion.training.data.captions import METADATA_FILES
 from dora_diffusion.training.data.examples import Example, find_examples
 from dora_diffusion.utils.atomic import sha256_of, write_atomically
-from dora_diffusion.utils.images import SUFFIXES, list_files, read_image
+from dora_diffusion.utils.images import SUFFIXES, list_files
 
 MANIFEST = "class.json"
 _DRAWN = re.compile(r"class-\d{4,}\.png")
@@ -50,7 +50,7 @@ def ensure_class_examples(pipe: Any, config: TrainConfig, *, process: int = 0, p
         processes: how many share the folder and the work.
 
     Raises:
-        ValueError: a picture of the folder cannot be read, or has no caption.
+        ValueError: a picture of the folder has no caption.
     """
     prior = config.prior
     if prior.mode != "generated":
@@ -69,18 +69,15 @@ def ensure_class_examples(pipe: Any, config: TrainConfig, *, process: int = 0, p
 
 
 def folder_examples(prior: PriorConfig, *, seed: int) -> list[Example]:
-    """The pictures of class_dir as they are, each opened once; no more than class_images; [] without a class_dir.
+    """The pictures of class_dir as they are, no more than class_images; [] without a class_dir.
 
     Raises:
-        ValueError: there are none, or one cannot be read or has no caption.
+        ValueError: there are none, or one has no caption.
     """
     if prior.class_dir is None:
         return []
     found = find_examples(prior.class_dir, instance_prompt=prior.prompts[0] if prior.prompts else None)
-    chosen = _some(found, prior.class_images or len(found), seed=seed)
-    for example in chosen:
-        read_image(example.path)
-    return chosen
+    return _some(found, prior.class_images or len(found), seed=seed)
 
 
 def _own_pictures(folder: Path, prompt: str) -> list[Example]:

@@ -14,10 +14,13 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import nn
 
+from dora_diffusion.formats import save_adapter
 from dora_diffusion.pretrain.scenes import background
+from dora_diffusion.training.base.below import lay_below
 from dora_diffusion.training.base.trainable import TrainablePipeline, prepare_trainable
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.data.batches import BatchSource
+from dora_diffusion.training.data.concepts import opened
 from dora_diffusion.training.data.examples import Example
 from dora_diffusion.training.step import priors
 from dora_diffusion.training.step.guard import Guard
@@ -27,7 +30,7 @@ from dora_diffusion.training.step.priors import ensure_class_examples, folder_ex
 from dora_diffusion.training.step.training_step import TrainingStep
 from dora_diffusion.utils.atomic import sha256_of
 from tests.families.pipelines import PIPELINES
-from tests.pocket_random import random_pocket_pipeline
+from tests.pocket_random import random_adapter, random_pocket_pipeline
 from tests.tolerances import assert_close, assert_identical
 
 COLOURS = ("red", "blue", "green")
@@ -230,7 +233,7 @@ def test_a_folder_is_taken_as_it_is_and_class_images_caps_it(images) -> None:
     assert any(folder_examples(two, seed=seed) != chosen for seed in range(1, 9))
     (images / "red.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="red.png: not a picture"):
-        folder_examples(prior, seed=0)
+        opened(folder_examples(prior, seed=0))
 
 
 # What is trained of them
@@ -453,3 +456,49 @@ def test_adapter_off_takes_class_pictures_where_there_are_some(images) -> None:
     blank = config.model_copy(update={"prior": config.prior.model_copy(update={"caption": "blank"})})
     source = BatchSource(trained.trainable, blank, instances=sized(examples_of(images)[:1]), classes=sized(classes))
     assert [one.caption for one in source._chosen_at(0)[1]] == ["", ""]
+
+
+def test_masks_say_where_to_learn_and_what_is_kept_is_kept_everywhere(images) -> None:
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save(images / "red_mask.png")
+    masked = [replace(examples_of(images)[0], mask=images / "red_mask.png")]
+    trained = Trained(random_pocket_pipeline(), config_of(images, OFF, data={"mask_outside": 0.0}), masked)
+    trained.disturb()
+    learnt, kept = trained.source.batches_at(0)
+    plain = BatchSource(trained.trainable, config_of(images, OFF), instances=sized(masked), classes=[])
+    all_of_it, the_same = plain.batches_at(0)
+    assert trained.step.loss(learnt, seed=1) != trained.step.loss(all_of_it, seed=1)
+    assert_identical(trained.step.loss(kept, seed=1), trained.step.loss(the_same, seed=1))
+
+
+def test_pictures_are_read_once_for_both_halves(images, monkeypatch) -> None:
+    trained = Trained(random_pocket_pipeline(), config_of(images, OFF, data={"crop": "random"}), examples_of(images))
+    encoded: list[int] = []
+    encode = TrainablePipeline.encode_pictures
+    monkeypatch.setattr(
+        TrainablePipeline, "encode_pictures", lambda self, pixels: encoded.append(len(pixels)) or encode(self, pixels)
+    )
+    learnt, kept = trained.source.batches_at(0)
+    assert sum(encoded) == 2
+    assert_identical(kept.latents, learnt.latents)
+    assert (learnt.share, kept.share) == (0.5, 0.5)
+
+
+def test_adapters_below_are_part_of_the_base_that_is_kept(images, tmp_path) -> None:
+    file = save_adapter(random_adapter(random_pocket_pipeline()), tmp_path / "below.safetensors")
+    pipe = random_pocket_pipeline()
+    before = pipe.unet.state_dict()["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"].clone()
+    lay_below(pipe, {file: 1.0})
+    after = pipe.unet.state_dict()["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
+    assert not torch.equal(before, after)
+    trained = Trained(pipe, config_of(images, OFF, {"train_text_encoder": True}), examples_of(images))
+    _, kept = trained.source.batches_at(0)
+    assert trained.step.loss(kept, seed=1).item() == 0.0
+
+
+def test_an_adapter_that_starts_elsewhere_is_measured_from_the_base(images, tmp_path) -> None:
+    """PiSSA's start is subtracted from itself: nothing but rounding is left."""
+    trained = Trained(random_pocket_pipeline(), config_of(images, OFF, {"init": "pissa"}), examples_of(images))
+    learnt, kept = trained.source.batches_at(0)
+    assert trained.step.loss(kept, seed=1) < 1e-6 * trained.step.loss(learnt, seed=1)
