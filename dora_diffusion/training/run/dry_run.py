@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def describe_plan(config: TrainConfig) -> str:
-    """The plan of a run in a few lines; raises what the run itself would about data, base and targets.
+    """The plan of a run in a few lines; raises what the run itself would about folder, data, base and targets.
 
     The base's weights are not read, nor is anything drawn or trained.
     """
@@ -28,8 +28,10 @@ def describe_plan(config: TrainConfig) -> str:
     from dora_diffusion.training.base.trainable import PRECISIONS, prepare_trainable, trainable_count
     from dora_diffusion.training.data.examples import check_words, checked_examples
     from dora_diffusion.training.run.card import adapter_metadata
+    from dora_diffusion.training.run.folder import check_writable
     from dora_diffusion.training.step.objective import objective_of
 
+    check_writable(config.output_dir)
     split = checked_examples(config.data, seed=config.optim.seed)
     examples = split.train
     check_words(config.words.starts, examples)
