@@ -332,16 +332,26 @@ def remove_folder(folder: Path) -> None:
     """Remove a folder so that it is there whole or not at all, however this ends; what is left of it is hidden.
 
     Raises:
-        OSError: it cannot be set aside; it is still there, whole. What cannot be removed after that is no error.
+        OSError: it cannot be set aside, or nothing in it can be removed; it is still there, whole.
     """
     staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.staging")
+    aside = staging / "old" / folder.name
+    held = _names_in(folder)
     try:
         # `new`, and no successor in it: whoever recovers takes what is set aside for what was replaced
         (staging / "new").mkdir(parents=True)
-        (staging / "old").mkdir()
-        os.rename(folder, staging / "old" / folder.name)
+        aside.parent.mkdir()
+        os.rename(folder, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+        if aside.is_dir() and _names_in(aside) == held:
+            os.rename(aside, folder)
+            raise OSError(errno.EACCES, "cannot be removed", str(folder))
     finally:
         _discard(staging)
+
+
+def _names_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -74,7 +74,11 @@ def _tree(optimizer: Optimizer, told: Groups) -> dict[str, Any]:
         str(index): {name: value for name, value in group.items() if _has_changed(name, value, before)}
         for index, (group, before) in enumerate(zip(groups, told, strict=False))
     }
-    return {**{str(index): values for index, values in kept.items()}, _GROUP: changed, **whole}
+    of_parameters = {
+        str(index) if isinstance(index, int) else f"state of {index!r}": values if isinstance(index, int) else (values,)
+        for index, values in kept.items()
+    }
+    return {**of_parameters, _GROUP: changed, **whole}
 
 
 def _has_changed(name: str, value: Any, before: Mapping[str, Any]) -> bool:
@@ -112,14 +116,17 @@ def load_optimizer_state(optimizer: Optimizer, state: OptimizerState) -> None:
     """Put back what `optimizer_state` took; what an optimiser is told of its groups stays as it is told now.
 
     Raises:
-        ValueError: the state is of an optimiser of other parameters.
+        ValueError: the state is another optimiser's, or of other parameters.
     """
     tree = _grown({**state.tensors, **state.values})
-    groups = optimizer.state_dict()["param_groups"]
+    now = optimizer.state_dict()
+    groups = now["param_groups"]
     for place, group in enumerate(groups):
         group |= tree.get(_GROUP, {}).get(str(place), {})
     kept = {int(place): values for place, values in tree.items() if place.isdigit()}
     whole = {name: value for name, value in tree.items() if not name.isdigit() and name != _GROUP}
+    if strange := sorted(whole.keys() - now.keys()):
+        raise ValueError(f"{type(optimizer).__name__}: knows nothing of {strange[0]}; expected its own state")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if kept and max(kept) >= len(parameters):
         raise ValueError(
