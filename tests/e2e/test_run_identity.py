@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,15 +18,17 @@ from safetensors.torch import load_file
 from dora_diffusion.cli import main
 from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.data.examples import Example
+from dora_diffusion.training.data.examples import Example, Split, checked_examples
 from dora_diffusion.training.run import identity
 from dora_diffusion.training.run import train as start
 from dora_diffusion.training.run.dry_run import describe_plan
 from dora_diffusion.training.run.folder import LOCK, check_writable, run_lock
+from dora_diffusion.training.run.identity import Identity
 from dora_diffusion.training.run.previews import save_strip
 from dora_diffusion.training.run.train import train
-from dora_diffusion.utils.atomic import MANIFEST
-from tests.failing_disk import contents
+from dora_diffusion.training.step.rates import RateSchedule
+from dora_diffusion.utils.atomic import MANIFEST, sha256_of
+from tests.failing_disk import contents, failing_at
 from tests.pocket_random import random_pocket_pipeline
 from tests.tolerances import assert_identical
 
@@ -189,8 +191,6 @@ def test_tensors_that_do_not_fit_are_refused_in_one_line(base, stopped) -> None:
 
 
 def _make_valid(file: Path) -> None:
-    from dora_diffusion.utils.atomic import sha256_of
-
     manifest = json.loads((file.parent / MANIFEST).read_text())
     manifest[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     (file.parent / MANIFEST).write_text(json.dumps(manifest))
@@ -298,8 +298,6 @@ def test_the_rate_of_an_extended_cosine_is_that_of_the_longer_run_from_there_on(
         rates.append((step, rate))
         return rate
 
-    from dora_diffusion.training.step.rates import RateSchedule
-
     real = RateSchedule.set
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RateSchedule, "set", noted)
@@ -359,6 +357,14 @@ def test_a_folder_that_a_run_comes_to_nothing_in_is_not_left(tmp_path) -> None:
     with pytest.raises(RuntimeError), run_lock(tmp_path / "run"):
         raise RuntimeError
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("call", [0, 1])
+def test_a_disk_that_is_full_as_a_run_begins_leaves_no_lock(tmp_path, call) -> None:
+    refused = pytest.raises(ValueError, match=r"\.lock: No space left on device")
+    with failing_at(call, of=("mkdir", "write")), refused, run_lock(tmp_path / "run"):
+        pass
+    assert os.listdir(tmp_path) == []
 
 
 def unwritable(tmp_path: Path) -> Path:
@@ -464,16 +470,36 @@ def test_an_output_or_class_folder_that_is_the_pictures_own_is_refused(
         TrainConfig.model_validate({"data": {"instance_dir": "images"}, **sections})
 
 
-def test_an_identity_takes_whatever_an_example_has(tmp_path, monkeypatch) -> None:
+@dataclass(frozen=True)
+class Masked(Example):
+    """An example with more to it."""
+
+    mask: Path | None = None
+    token: str = ""
+
+
+def identity_of(config: TrainConfig, example: Example) -> Identity:
+    return Identity({"pictures": identity.pictures_identity(config, Split([example], []))})
+
+
+def test_an_identity_takes_whatever_an_example_has(base, work) -> None:
     """Fields that others add: files by their bytes, texts by a hash, numbers as they are."""
-    (tmp_path / "a.png").write_bytes(b"picture")
-    facts = identity._facts(Example(tmp_path / "a.png", "one", ("two",), weight=2.0))
-    assert {one.name for one in fields(Example)} >= {"path", "caption", "others"}
-    assert facts["weight"] == 2.0 and facts["dropout"] is None and len(facts["picture"]) == 64
-    assert (
-        "one" not in json.dumps(facts)
-        and facts["caption"] != identity._facts(Example(tmp_path / "a.png", "one"))["caption"]
-    )
+    config, images = config_of(base, work), work / "images"
+    example = Masked(images / "red.png", "a cat", ("a zqx cat",), mask=images / "blue.png", token="secret")
+    before = identity_of(config, example)
+    assert Identity.from_json(before.to_json()) == before
+    assert "a cat" not in before.to_json() and "secret" not in before.to_json()
+    others = {
+        "1 caption changed: red.png": replace(example, others=("another",)),
+        "1 token changed: red.png": replace(example, token="other"),
+        "1 weight changed: red.png": replace(example, weight=2.0),
+        "1 mask changed: red.png": replace(example, mask=None),
+        "1 picture removed: red.png; 1 picture added: blue.png": replace(example, path=images / "blue.png"),
+    }
+    for told, other in others.items():
+        assert "; ".join(identity.changes(before, identity_of(config, other))) == told
+    repaint(images)
+    assert identity.changes(before, identity_of(config, example)) == ["1 mask changed: red.png"]
 
 
 def test_pictures_of_one_name_in_several_folders_are_told_apart(base, tmp_path) -> None:
@@ -484,8 +510,6 @@ def test_pictures_of_one_name_in_several_folders_are_told_apart(base, tmp_path) 
     settings = config_of(base, tmp_path).model_dump()
     settings["data"] |= {"concepts": concepts}
     config = TrainConfig.model_validate(settings)
-    from dora_diffusion.training.data.examples import checked_examples
-
     split = checked_examples(config.data, seed=0)
     found = identity.pictures_identity(config, split)
     assert list(found) == ["a.png", "10_zqx cat/a.png", "concepts[0]/a.png", "concepts[0]/a.png (2)"]

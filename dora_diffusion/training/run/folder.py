@@ -41,20 +41,26 @@ def run_lock(folder: Path) -> Iterator[None]:
         ValueError: another run trains there, or the folder cannot be written; one line.
     """
     check_writable(folder)
-    path, is_new = folder / LOCK, not folder.exists()
+    is_new = not folder.exists()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _taken(path)
-    except OSError as error:
-        raise ValueError(_unwritable(folder, path, error.strerror)) from None
-    try:
-        yield
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = _taken(folder / LOCK)
+        except OSError as error:
+            raise ValueError(_unwritable(folder, folder / LOCK, error.strerror)) from None
+        try:
+            yield
+        finally:
+            _let_go(descriptor, folder / LOCK)
     finally:
-        path.unlink(missing_ok=True)  # while it is held: whoever waits for this very file sees that it is gone
-        os.close(descriptor)
         if is_new:
             with suppress(OSError):  # a run that came to nothing leaves nothing
                 folder.rmdir()
+
+
+def _let_go(descriptor: int, path: Path) -> None:
+    path.unlink(missing_ok=True)  # while it is held: whoever opened this very file meanwhile sees that it is gone
+    os.close(descriptor)
 
 
 def _taken(path: Path) -> int:
@@ -63,14 +69,19 @@ def _taken(path: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             _lock(descriptor, path)
-            if os.path.lexists(path) and os.path.samestat(os.stat(path), os.fstat(descriptor)):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-                return descriptor
         except BaseException:
             os.close(descriptor)
             raise
+        if os.path.lexists(path) and os.path.samestat(os.stat(path), os.fstat(descriptor)):
+            break
         os.close(descriptor)  # whoever held it has removed it meanwhile
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    except BaseException:
+        _let_go(descriptor, path)
+        raise
+    return descriptor
 
 
 def _lock(descriptor: int, path: Path) -> None:
