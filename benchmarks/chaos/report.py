@@ -52,9 +52,9 @@ Written by `{found["command"]}`. {machine}.
 
 A small run with every feature on ({found["features"]})
 was killed with SIGKILL and resumed, up to four times, then left to come to its end. All {found["files"]} files of its
-folder (adapter, checkpoints with optimiser and identity, class pictures, samples, strip, validation, card, config; not
-the TensorBoard logs) had to equal, byte for byte, those of a run that nothing befell, with nothing beside them. No kill
-may leave a checkpoint that is not whole.
+folders (adapter, checkpoints with optimiser and identity, class pictures, samples, strip, validation, card, config,
+cached latents; not the TensorBoard logs) had to equal, byte for byte, those of a run that nothing befell, with nothing
+beside them. No kill may leave a checkpoint that is not whole.
 
 | killed | kills |
 | --- | --- |

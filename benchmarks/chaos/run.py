@@ -27,7 +27,7 @@ class Reference:
     Attributes:
         files: all that it left, but its logs.
         seconds: that it took.
-        save_seconds: that its longest save took.
+        save_seconds: that its shortest save took.
         saves: how many there were.
     """
 
@@ -73,7 +73,8 @@ class Chaos:
     """
 
     def __init__(self, folder: Path, pipe: Any, config: TrainConfig) -> None:
-        self._run, self._pipe, self._config = folder / "run", pipe, config
+        self._places = (folder / "run", folder / "cache")
+        self._run, self._pipe, self._config = self._places[0], pipe, config
         self.faults: list[Fault] = []
         self.reference = self._refer()
 
@@ -93,30 +94,32 @@ class Chaos:
         seconds = time.monotonic() - begun
         files = self._left()
         self._forget()
-        return Reference(files, seconds, max(saves), len(saves))
+        return Reference(files, seconds, min(saves), len(saves))
 
     def _left(self) -> dict[str, Any]:
-        """All that is in the run's folder, hidden or not, but its logs."""
-        return {name: held for name, held in contents(self._run).items() if name.split("/")[0] != "logs"}
+        """All that is in the folders of run and cache, hidden or not, but logs."""
+        held = {f"{place.name}/{name}": data for place in self._places for name, data in contents(place).items()}
+        return {name: data for name, data in held.items() if not name.startswith("run/logs")}
 
     def _forget(self) -> None:
-        shutil.rmtree(self._run, ignore_errors=True)
+        for place in self._places:
+            shutil.rmtree(place, ignore_errors=True)
 
     def kill(self, kills: int, seed: int) -> list[Kill]:
         """Kill runs until there were so many kills, at least half of them during a save."""
         found: list[Kill] = []
         run = 0
         while len(found) < kills or 2 * sum(kill.where == _SAVE for kill in found) < kills:
-            found += self._killed_run(run, Random(f"{seed}/{run}"), kills - len(found))
+            found += self._killed_run(run, Random(f"{seed}/{run}"))
             run += 1
             print(f"\r{len(found)} kills of {run} runs, {len(self.faults)} faults", end="", flush=True)
         print()
         return found
 
-    def _killed_run(self, run: int, rng: Random, wanted: int) -> list[Kill]:
+    def _killed_run(self, run: int, rng: Random) -> list[Kill]:
         """Kill one run a few times, let it come through, and compare what it left."""
         kills: list[Kill] = []
-        for _ in range(max(1, min(KILLS_A_RUN, wanted))):
+        for _ in range(KILLS_A_RUN):
             life = Life(self._config, self._pipe, resume=self._has_checkpoint())
             self._await(life, rng)
             end = life.kill()
@@ -197,8 +200,8 @@ class Chaos:
         run = f"disk full at call {call}"
         if "No space left on device" not in message or "\n" in message:
             self.faults.append(Fault(run, message))
-        hidden = [name for name in contents(self._run) if any(part.startswith(".") for part in Path(name).parts)]
-        self.faults += [Fault(run, f"{name} was left over") for name in (hidden if self._run.exists() else [])]
+        hidden = [name for name in self._left() if any(part.startswith(".") for part in Path(name).parts)]
+        self.faults += [Fault(run, f"{name} was left over") for name in hidden]
 
 
 def chaos_of(folder: Path, pipe: Any, *, steps: int) -> Chaos:

@@ -162,7 +162,16 @@ def min_snr_weights(
     return clipped / snr.clamp(min=1e-8) if prediction == "epsilon" else clipped / (snr + 1)
 
 
-def weighted_squared_error(prediction: Tensor, goal: Tensor, weights: Tensor) -> Tensor:
-    """Mean over the batch of weight times mean squared error, in fp32: (N, ...), (N, ...), (N,) -> ()."""
-    error = (prediction.float() - goal.float()).square().flatten(1).mean(1)
+def weighted_squared_error(prediction: Tensor, goal: Tensor, weights: Tensor, masks: Tensor | None = None) -> Tensor:
+    """Mean over the batch of weight times mean squared error, in fp32: (N, ...), (N, ...), (N,) -> ().
+
+    With masks (N, 1, h, w) each sample's mean is weighted by its mask, so that a small area counts as much as a large
+    one; where a mask is 0 there is no gradient, and a sample whose mask is 0 all over has no loss.
+    """
+    squared = (prediction.float() - goal.float()).square()
+    if masks is None:
+        return (weights * squared.flatten(1).mean(1)).mean()
+    whole = masks.float().expand_as(squared).flatten(1)
+    area = whole.sum(1)
+    error = (whole * squared.flatten(1)).sum(1) / area.where(area > 0, 1)
     return (weights * error).mean()

@@ -19,7 +19,8 @@ from dora_diffusion.training import yaml_config
 # Paths in the file are relative to the file; `output_dir` is relative to the current directory.
 _PATHS_BESIDE_FILE = (
     *("base.transformer", "base.unet", "base.vae"),
-    *("data.instance_dir", "data.validation_dir", "data.concepts[].dir", "prior.class_dir", "evaluation.truth_dir"),
+    *("data.instance_dir", "data.cache_dir", "data.validation_dir", "data.concepts[].dir"),
+    *("prior.class_dir", "evaluation.truth_dir"),
 )
 
 
@@ -48,6 +49,7 @@ Number = Annotated[float, BeforeValidator(_to_number)]
 Text = Annotated[str, Field(min_length=1)]
 Rank = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, BeforeValidator(_to_number), Field(gt=0)]
+Side = Annotated[int, Field(ge=8, multiple_of=8)]
 
 
 class _Section(BaseModel):
@@ -75,6 +77,11 @@ class CaptionsConfig(_Section):
     wildcards: bool = False
     """Take one of the words of {red|green|blue} each time."""
 
+    @property
+    def are_open(self) -> bool:
+        """Whether captions are made up that no picture has as it stands."""
+        return self.shuffle or self.wildcards or self.tag_dropout > 0
+
 
 class ConceptConfig(_Section):
     """One folder of pictures among several."""
@@ -89,10 +96,17 @@ class ConceptConfig(_Section):
     """How often an epoch shows each of its pictures."""
     weight: Number = Field(default=1.0, gt=0)
     """Weight of its pictures in the loss."""
+    resolution: Side | Annotated[list[Side], Field(min_length=1)] | None = None
+    """As data.resolution, of these pictures; null = that of data."""
     caption_dropout: Number | None = Field(default=None, ge=0, le=1)
     """Share of the samples with an empty caption; null = that of data."""
     role: Literal["instance", "class", "validation"] = "instance"
     """What it is for: learnt, kept as it is (prior preservation), or measured only."""
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """Its own; empty when they are those of data."""
+        return as_resolutions(self.resolution)
 
     @model_validator(mode="after")
     def _check(self) -> "ConceptConfig":
@@ -115,12 +129,26 @@ class DataConfig(_Section):
     """Further folders, each with a prompt, repeats, a weight and a role of its own."""
     captions: CaptionsConfig = CaptionsConfig()
     """How captions become the text of a step."""
-    resolution: int | None = Field(default=None, ge=8, multiple_of=8)
-    """Side of the training pictures in pixels; null = the model's own."""
+    resolution: Side | Annotated[list[Side], Field(min_length=1)] | None = None
+    """Side, in pixels, of a square of as many pixels as training pictures have; several = every picture at each; null =
+    the model's own."""
+    buckets: bool = True
+    """Train each picture at the size, of a few, that is nearest to its own shape; false = crop all to squares."""
+    upscale: bool = False
+    """With buckets, make pictures larger that have fewer pixels; false = train those at a smaller size."""
     flip: bool = False
     """Mirror each picture left to right half of the time."""
     crop: Literal["center", "random"] = "center"
-    """Which part of a picture of another shape is kept."""
+    """Which part of a picture is kept where its shape is not that of its bucket."""
+    mask_outside: Number | None = Field(default=None, ge=0, le=1)
+    """Weight in the loss of what masks leave out, beside 1 for the rest: 0 = it is not learnt. Masks are files
+    (3_mask.png, 3-masklabel.png or masks/3.png for 3.jpg) or alpha channels; null = they are not used."""
+    cache_variants: int = Field(default=0, ge=0, le=1000)
+    """So many views of each picture (crop, flip) are drawn once, encoded once and kept; 0 = fresh ones each time."""
+    cache_dir: Location | None = None
+    """Folder that keeps encoded pictures and captions for this and other runs; null = in memory, for this run."""
+    cache_memory: Number = Field(default=4.0, ge=0)
+    """GiB of main memory for what is kept; what goes beyond is read from cache_dir, or made again."""
     caption_dropout: Number = Field(default=0.0, ge=0, le=1)
     """The same as captions.dropout, by its older name."""
     validation_share: Number = Field(default=0.0, ge=0, lt=1)
@@ -361,6 +389,11 @@ class BaseConfig(_Section):
             if file is not None and not os.path.isfile(file):
                 raise ValueError(f"base.{name}: got {str(file)!r}, expected an existing .safetensors or .gguf file")
         return self
+
+
+def as_resolutions(resolution: int | list[int] | None) -> tuple[int, ...]:
+    """One, several or none."""
+    return tuple(resolution) if isinstance(resolution, list) else () if resolution is None else (resolution,)
 
 
 class TrainConfig(_Section):

@@ -1,10 +1,13 @@
 """Reading pictures that strangers made: right pixels, or one line that names the file."""
 
+import contextlib
 import os
 import re
+import threading
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
@@ -12,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 from dora_diffusion.utils.text import shown_path
 
 Crop = Literal["center", "random"]
+Made = TypeVar("Made")
 
 # Only these decoders ever see a user's file; the others that Pillow has are old, rarely fuzzed, or call programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM") + (("AVIF",) if features.check("avif") else ())
@@ -32,6 +36,37 @@ SUFFIXES = frozenset(suffix for name in FORMATS for suffix in _SUFFIXES_BY_FORMA
 _WHITE = (255, 255, 255, 255)
 
 
+class _Warnings:
+    """Python's warnings are of the process, while pictures are read by several threads: the first in sets how strict
+    they are, the last out sets them back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._readers = 0
+        self._before = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def strict(self) -> Iterator[None]:
+        """What would change pixels is an error."""
+        with self._lock:
+            if not self._readers:
+                self._before.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore", UserWarning)  # odd metadata that changes no pixel
+                warnings.filterwarnings("error", "Corrupt EXIF")  # which may have held the orientation
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._readers -= 1
+                if not self._readers:
+                    self._before.close()
+
+
+_WARNINGS = _Warnings()
+
+
 def read_image(path: str | Path) -> Image.Image:
     """Read a picture as RGB, 8 bits a channel, upright.
 
@@ -42,16 +77,25 @@ def read_image(path: str | Path) -> Image.Image:
         ValueError: one line naming the file, when it is missing, empty, cut short, no picture of `FORMATS`, larger than
             `PIL.Image.MAX_IMAGE_PIXELS`, or of 32-bit or float samples, whose range no one knows.
     """
-    path = Path(path)
+    return _read(Path(path), _to_rgb)
+
+
+def read_alpha(path: str | Path) -> Image.Image | None:
+    """A picture's alpha channel as 8-bit grey, upright; None where it has none.
+
+    Raises:
+        ValueError: as `read_image`.
+    """
+    return _read(Path(path), _alpha)
+
+
+def _read(path: Path, convert: Callable[[Image.Image, str | None], Made]) -> Made:
+    """What `convert` makes of a picture and its format; every failure in one line."""
     try:
         if path.stat().st_size == 0:
             raise ValueError("an empty file (0 bytes)")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # odd metadata that changes no pixel
-            warnings.filterwarnings("error", "Corrupt EXIF")  # which may have held the orientation
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as picture:
-                return _to_rgb(ImageOps.exif_transpose(picture), picture.format)
+        with _WARNINGS.strict(), Image.open(path, formats=FORMATS) as picture:
+            return convert(ImageOps.exif_transpose(picture), picture.format)
     except UnidentifiedImageError:
         raise ValueError(
             f"{shown_path(path)}: not a picture, or damaged; expected one of {', '.join(FORMATS)}"
@@ -75,6 +119,10 @@ def _to_rgb(picture: Image.Image, file_format: str | None) -> Image.Image:
         clear = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", clear.size, _WHITE), clear).convert("RGB")
     return picture.convert("RGB")
+
+
+def _alpha(picture: Image.Image, file_format: str | None) -> Image.Image | None:
+    return picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
 
 
 def _from_grey16(picture: Image.Image) -> Image.Image:

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from dora_diffusion.cli import main
 from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.data.examples import Example, Split, checked_examples
+from dora_diffusion.training.data.concepts import Split, checked_examples
+from dora_diffusion.training.data.examples import Example
 from dora_diffusion.training.run import identity
 from dora_diffusion.training.run import train as start
 from dora_diffusion.training.run.dry_run import describe_plan
@@ -471,10 +472,9 @@ def test_an_output_or_class_folder_that_is_the_pictures_own_is_refused(
 
 
 @dataclass(frozen=True)
-class Masked(Example):
+class Richer(Example):
     """An example with more to it."""
 
-    mask: Path | None = None
     token: str = ""
 
 
@@ -485,7 +485,7 @@ def identity_of(config: TrainConfig, example: Example) -> Identity:
 def test_an_identity_takes_whatever_an_example_has(base, work) -> None:
     """Fields that others add: files by their bytes, texts by a hash, numbers as they are."""
     config, images = config_of(base, work), work / "images"
-    example = Masked(images / "red.png", "a cat", ("a zqx cat",), mask=images / "blue.png", token="secret")
+    example = Richer(images / "red.png", "a cat", ("a zqx cat",), mask=images / "blue.png", token="secret")
     before = identity_of(config, example)
     assert Identity.from_json(before.to_json()) == before
     assert "a cat" not in before.to_json() and "secret" not in before.to_json()

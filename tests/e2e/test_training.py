@@ -20,10 +20,9 @@ from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.training.base.trainable import load_base, prepare_trainable
 from dora_diffusion.training.config import FlowConfig, OptimConfig, TrainConfig
 from dora_diffusion.training.run import checkpoint, loop
-from dora_diffusion.training.run import train as start
 from dora_diffusion.training.run.loop import TrainResult
 from dora_diffusion.training.run.train import train
-from dora_diffusion.training.step import training_step
+from dora_diffusion.training.step import objective, training_step
 from dora_diffusion.training.step.objective import objective_of
 from tests.failing_disk import contents
 from tests.pocket_random import random_pocket_pipeline
@@ -208,7 +207,7 @@ def test_a_run_makes_its_objective_once(base, images, tmp_path, monkeypatch) -> 
         made.append(tokens)
         return objective_of(pipe, optim, flow, tokens=tokens)
 
-    monkeypatch.setattr(start, "objective_of", counted)
+    monkeypatch.setattr(objective, "objective_of", counted)
     train(config(base, images, tmp_path / "run", steps=1))
     assert made == [16]  # 32 pixels, 8 a token
 

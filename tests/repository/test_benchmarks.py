@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from benchmarks import interchange
+from benchmarks import interchange, views
 from benchmarks.layouts_by_family import tables
 from benchmarks.peers import __main__ as benchmarks
 from benchmarks.peers.memory import kept_for_backward, largest_tensor, peak_of
@@ -81,3 +82,15 @@ def test_the_table_of_layouts_is_printed_alone(monkeypatch, capsys) -> None:
     monkeypatch.setattr(interchange, "measure", None)  # would take a quarter of an hour
     assert interchange.main() == 0
     assert capsys.readouterr().out == tables() + "\n"
+
+
+def test_what_views_cost_is_written_down(tmp_path, monkeypatch) -> None:
+    (tmp_path / "photos").mkdir()
+    for index, size in enumerate([(96, 64), (64, 96)]):
+        Image.new("RGB", size, (index * 90, 0, 200)).save(tmp_path / "photos" / f"{index}.png")
+    arguments = ["views", str(tmp_path / "photos"), "--steps", "2", "--output", str(tmp_path / "views.md")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert views.main() == 0
+    text = (tmp_path / "views.md").read_text()
+    assert "| photos | 512 | 2 | 0.0 %, 0.0 % | 33.3 %, 33.3 % |" in text
+    assert all(f"| {name} | " in text for name in views.VIEWS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.data.examples import checked_examples
+from dora_diffusion.training.data.concepts import checked_examples
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(str(path.relative_to(ROOT / "examples")) for path in (ROOT / "examples").glob("*/*.yaml"))

@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dora_diffusion.functional.objectives import weighted_squared_error
-from dora_diffusion.training.base.trainable import PRECISIONS, TrainablePipeline, picture_size
+from dora_diffusion.training.base.sizes import sizes_of
+from dora_diffusion.training.base.trainable import PRECISIONS, TrainablePipeline
 from dora_diffusion.training.config import TrainConfig
 
 Device = Literal["cpu", "cuda"]
@@ -209,7 +210,7 @@ def estimate_memory(trainable: TrainablePipeline, config: TrainConfig, *, device
         gradients=trained,
         optimiser=2 * trained,
         moments=moments,
-        side=picture_size(trainable.pipe, trainable.family, config.data.resolution)[0],
+        side=_largest_side(trainable, config),
     )
 
 
@@ -236,14 +237,14 @@ def _without(some: Iterable[Tensor], tensors: Iterable[Tensor]) -> Iterator[Tens
 def _moments(trainable: TrainablePipeline, config: TrainConfig, watch: Watch) -> dict[str, int]:
     """Encode a picture, take a step, and decode a picture if the run draws any; the peak of each."""
     family, pipe = trainable.family, trainable.pipe
-    side, _ = picture_size(trainable.pipe, trainable.family, config.data.resolution)
+    side = _largest_side(trainable, config)
     latents: list[Tensor] = []
     if config.optim.gradient_accumulation > 1:  # then a forward pass meets the gradients of the one before
         for parameter in trainable.parameters():
             parameter.grad = torch.zeros_like(parameter)
 
     def encode() -> None:
-        latents.append(family.codec.encode(pipe, torch.zeros(1, 3, side, side)))
+        latents.append(trainable.encode_pictures(torch.zeros(1, 3, side, side)))
 
     count = config.optim.batch_size * (2 if config.prior.prompts else 1)
     moments = {"encoding a picture": watch.peak_of(encode)}
@@ -251,6 +252,12 @@ def _moments(trainable: TrainablePipeline, config: TrainConfig, watch: Watch) ->
     if config.preview.prompts:
         moments["decoding a preview"] = watch.peak_of(lambda: family.codec.decode(pipe, latents[0]))
     return moments
+
+
+def _largest_side(trainable: TrainablePipeline, config: TrainConfig) -> int:
+    """Of the square that no picture has more pixels than."""
+    sizes, own = sizes_of(trainable.pipe), [concept.resolutions for concept in config.data.concepts]
+    return max(side for resolutions in ((), *own) for side in sizes.resolutions(config.data, resolutions))
 
 
 def _step(trainable: TrainablePipeline, config: TrainConfig, latent: Tensor, count: int) -> None:

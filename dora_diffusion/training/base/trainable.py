@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dora_diffusion.families import Family, family_of_pipeline, pixel_multiple
+from dora_diffusion.families import Family, family_of_pipeline
 from dora_diffusion.functional.dora import scale_of
 from dora_diffusion.layers.config import DoRAConfig
 from dora_diffusion.layers.injection import Injection, inject
@@ -40,6 +40,22 @@ class TrainablePipeline:
         """Whether captions must be encoded anew at every step."""
         return self.words is not None or any(name != self.family.denoiser.name for name in self.injections)
 
+    @property
+    def device(self) -> torch.device:
+        """Where steps are taken."""
+        return next(self.denoiser.parameters()).device
+
+    def encode_pictures(self, pixels: Tensor) -> Tensor:
+        """Pixels (N, 3, H, W) in [-1, 1] -> latents; in fp32, for some autoencoders overflow below, and it is kept."""
+        vae, dtype = self.pipe.vae, self.pipe.vae.dtype
+        if dtype == torch.float32:
+            return self.family.codec.encode(self.pipe, pixels)
+        _cast(vae, torch.float32)
+        try:
+            return self.family.codec.encode(self.pipe, pixels)
+        finally:
+            _cast(vae, dtype)
+
     def offload_encoders(self) -> None:
         """Move the text encoders to main memory, when none is trained: captions are encoded once, and kept."""
         for encoder in self._resting():
@@ -48,9 +64,8 @@ class TrainablePipeline:
     @contextmanager
     def encoders_on_device(self) -> Any:
         """Text encoders beside the denoiser, to encode new captions or to draw; they rest again afterwards."""
-        device = next(self.denoiser.parameters()).device
         for encoder in self._resting():
-            encoder.to(device)
+            encoder.to(self.device)
         try:
             yield
         finally:
@@ -98,6 +113,13 @@ class TrainablePipeline:
                 yield
         finally:
             self.train(True)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """As `model.to(dtype)`, which tensors that have shapes only refuse."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 def load_base(model: str, dtype: torch.dtype, device: torch.device, files: BaseConfig | None = None) -> Any:
@@ -191,15 +213,6 @@ def _targets(targets: str | list[str] | None, is_denoiser: bool) -> str | list[s
     """Explicit names and patterns are the denoiser's; a text encoder takes presets."""
     presets = ("attention", "all-linear", "all")
     return targets if is_denoiser or targets in presets else None
-
-
-def picture_size(pipe: Any, family: Family, resolution: int | None) -> tuple[int, int]:
-    """(width, height) of training pictures: as asked, or the model's own; a ValueError when it cannot be drawn."""
-    side = resolution or family.native_side(pipe)
-    multiple = pixel_multiple(pipe, family)
-    if side % multiple:
-        raise ValueError(f"data.resolution: got {side}, expected a multiple of {multiple} for {family.name}")
-    return side, side
 
 
 def trainable_count(parameters: Iterable[nn.Parameter]) -> int:

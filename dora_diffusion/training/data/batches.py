@@ -1,19 +1,21 @@
 """Batches of latents and conditioning. Everything random is a function of (seed, step): a resumed run sees the same."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dora_diffusion.generation.prompts import encode_captions
 from dora_diffusion.training.base.trainable import TrainablePipeline
 from dora_diffusion.training.config import DataConfig, TrainConfig
 from dora_diffusion.training.data.captions import caption_at
-from dora_diffusion.training.data.examples import Example, Place, StepSampler, load_sample
+from dora_diffusion.training.data.conditioning import ConditioningSource
+from dora_diffusion.training.data.examples import Example
+from dora_diffusion.training.data.latents import Latent, LatentSource
+from dora_diffusion.training.data.order import Place, StepSampler
+from dora_diffusion.training.data.views import View, view_at
 
 # So many micro-batches' captions are encoded together, where each step has others.
 _AHEAD = 64
@@ -29,6 +31,8 @@ class Batch:
         frames: (N, 6), see `frame_of`.
         weights: in the loss, (N,).
         names: of their pictures.
+        size: (width, height) of the pictures in pixels.
+        masks: what counts of each, (N, 1, h, w); None = all of all.
         share: of the micro-batch's samples.
     """
 
@@ -37,6 +41,8 @@ class Batch:
     frames: Tensor
     weights: Tensor
     names: tuple[str, ...]
+    size: tuple[int, int]
+    masks: Tensor | None = None
     share: float = 1.0
 
 
@@ -45,133 +51,88 @@ def step_seed(seed: int, step: int, purpose: int) -> int:
     return (seed * 1_000_003 + step) * 16 + purpose
 
 
-class Latent(NamedTuple):
-    """A picture's latents (1, C, h, w) and its frame (1, 6)."""
+class Shown(NamedTuple):
+    """A sample: a picture, the caption and the view that it is trained with, its weight in the loss."""
 
-    values: Tensor
-    frame: Tensor
-
-
-class LatentCache:
-    """Latents of examples, encoded once when nothing random is done to the pixels, else at every use."""
-
-    def __init__(self, trainable: TrainablePipeline, data: DataConfig, size: tuple[int, int]) -> None:
-        self._trainable = trainable
-        self._data = data
-        self._size = size
-        self._kept: dict[tuple[str, bool], Latent] = {}
-
-    def latent(self, example: Example, rng: Random) -> "Latent":
-        """The mode of the VAE's posterior, scaled, and where the picture comes from."""
-        flip = self._data.flip and rng.random() < 0.5
-        key = (str(example.path), flip)
-        if key in self._kept:
-            return self._kept[key]
-        sample = load_sample(example, size=self._size, crop=self._data.crop, flip=flip, rng=rng)
-        encoded = self._trainable.family.codec.encode(self._trainable.pipe, sample.pixels[None])
-        latent = Latent(encoded, sample.frame[None].to(encoded.device))
-        if self._data.crop == "center":
-            self._kept[key] = latent
-        return latent
+    example: Example
+    caption: str
+    view: View
+    weight: float = 1.0
 
 
-class ConditioningCache:
-    """Conditioning of captions: kept when no text encoder is trained."""
-
-    def __init__(self, trainable: TrainablePipeline) -> None:
-        self._trainable = trainable
-        self._kept: dict[str, Mapping[str, Tensor]] = {}
-        self._ahead: dict[str, Mapping[str, Tensor]] = {}
-
-    def keep(self, captions: Iterable[str]) -> None:
-        """Encode what is new among captions, once and for all."""
-        self._kept |= self._encoded(captions)
-
-    def look_ahead(self, captions: Iterable[str]) -> None:
-        """Encode what is new among the captions of the next steps, and let go of those of the last."""
-        wanted = set(captions)
-        passed = {caption: made for caption, made in self._ahead.items() if caption in wanted}
-        self._ahead = {**passed, **self._encoded(wanted - passed.keys())}
-
-    def _encoded(self, captions: Iterable[str]) -> dict[str, Mapping[str, Tensor]]:
-        new = sorted(dict.fromkeys(caption for caption in captions if caption not in self._kept))
-        if not new:
-            return {}
-        pipe, family = self._trainable.pipe, self._trainable.family
-        with torch.no_grad(), self._trainable.encoders_on_device():
-            return {caption: encode_captions(pipe, family, [caption]) for caption in new}
-
-    def knows(self, captions: Iterable[str]) -> bool:
-        """Whether nothing has to be encoded for these, for it is here or is encoded anew at every step."""
-        known = self._kept.keys() | self._ahead.keys()
-        return self._trainable.trains_text() or all(caption in known for caption in captions)
-
-    def encode(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
-        """Captions -> batched conditioning, with gradients when a text encoder is trained."""
-        trainable = self._trainable
-        if trainable.trains_text():
-            return encode_captions(trainable.pipe, trainable.family, list(captions))
-        if not self.knows(captions):
-            self.keep(captions)
-        kept = [self._kept.get(caption) or self._ahead[caption] for caption in captions]
-        return {name: _together([made[name] for made in kept]) for name in kept[0]}
-
-
-def _together(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors (1, ...) as one batch; where dimension 1 differs the shorter are padded with zeros at their end."""
-    if tensors[0].dim() < 2:
-        return torch.cat(list(tensors))
-    longest = max(tensor.shape[1] for tensor in tensors)
-    padding = [[0, 0] * (tensor.dim() - 2) + [0, longest - tensor.shape[1]] for tensor in tensors]
-    return torch.cat([F.pad(tensor, pad) for tensor, pad in zip(tensors, padding, strict=True)])
-
-
-class _Samples:
-    """The samples of each step, of one kind: examples in the run's order, each with the text of that step."""
+class Samples:
+    """The samples of each step, of one kind: examples in the run's order, each with the text and view of that step."""
 
     def __init__(self, examples: Sequence[Example], data: DataConfig, *, batch_size: int, seed: int) -> None:
         self._examples = [example for example in examples for _ in range(example.repeats)]
-        self._order = StepSampler(len(self._examples), batch_size=batch_size, seed=seed)
-        self._rules, self._seed = data.captions, seed
+        self._order = StepSampler(_buckets(self._examples), batch_size=batch_size, seed=seed)
+        self._data, self._rules, self._seed = data, data.captions, seed
         self._dropout = data.caption_dropout or data.captions.dropout
 
-    @property
-    def is_open(self) -> bool:
-        """Whether captions are made that no picture has as it stands."""
-        return self._rules.shuffle or self._rules.wildcards or self._rules.tag_dropout > 0
+    def at(self, index: int, rng: Random) -> list[Shown]:
+        """Those of a micro-batch, all of one size; fresh views are drawn from `rng`."""
+        return [self._at(place, rng) for place in self._order.places_at(index)]
 
-    def at(self, index: int) -> list[tuple[Example, str]]:
-        """Those of a micro-batch."""
-        return [self._at(place) for place in self._order.places_at(index)]
+    def captions_at(self, index: int) -> list[str]:
+        """Their captions alone."""
+        return [self._caption(place) for place in self._order.places_at(index)]
 
-    def _at(self, place: Place) -> tuple[Example, str]:
+    def views_at(self, index: int, rng: Random) -> list[tuple[Example, View]]:
+        """Their pictures and views alone."""
+        return [(self._examples[place.sample], self._view(place, rng)) for place in self._order.places_at(index)]
+
+    def _at(self, place: Place, rng: Random) -> Shown:
+        example = self._examples[place.sample]
+        return Shown(example, self._caption(place), self._view(place, rng), example.weight)
+
+    def _view(self, place: Place, rng: Random) -> View:
+        example = self._examples[place.sample]
+        return view_at(self._data, example, rng, seed=self._seed, place=_name(place))
+
+    def _caption(self, place: Place) -> str:
         example = self._examples[place.sample]
         dropout = self._dropout if example.dropout is None else example.dropout
-        where = f"{place.epoch}/{place.sample}"
-        caption = caption_at(example.captions, self._rules, seed=self._seed, place=where, dropout=dropout)
-        return example, caption
+        return caption_at(example.captions, self._rules, seed=self._seed, place=_name(place), dropout=dropout)
+
+
+def _name(place: Place) -> str:
+    return f"{place.epoch}/{place.sample}"
+
+
+def _buckets(examples: Sequence[Example]) -> list[list[int]]:
+    """The samples of each size, sizes in the order in which they come."""
+    buckets: dict[tuple[int, int], list[int]] = {}
+    for index, example in enumerate(examples):
+        buckets.setdefault(example.size, []).append(index)
+    return list(buckets.values())
 
 
 class BatchSource:
-    """The batch of any step: instance examples, then as many class examples when there is prior preservation."""
+    """The batches of any step: instance examples, then as many class examples when there is prior preservation.
+
+    Args:
+        trainable: encodes pictures and captions.
+        config: data, batch size, seed, the prior's weight.
+        instances: to learn; each has a `size`.
+        classes: to keep as they are; each has a `size`.
+    """
 
     def __init__(
         self,
         trainable: TrainablePipeline,
         config: TrainConfig,
-        size: tuple[int, int],
         *,
         instances: Sequence[Example],
         classes: Sequence[Example],
     ) -> None:
-        self._config = config
-        self._latents = LatentCache(trainable, config.data, size)
-        self._captions = ConditioningCache(trainable)
+        self._data, self._prior_weight, self._seed = config.data, config.prior.weight, config.optim.seed
+        self._latents = LatentSource(trainable, config.data)
+        self._captions = ConditioningSource(trainable, config.data)
         batch, seed = config.optim.batch_size, config.optim.seed
-        self._instances = _Samples(instances, config.data, batch_size=batch, seed=seed)
-        self._classes = _Samples(classes, config.data, batch_size=batch, seed=seed + 1) if classes else None
+        self._instances = Samples(instances, config.data, batch_size=batch, seed=seed)
+        self._classes = Samples(classes, config.data, batch_size=batch, seed=seed + 1) if classes else None
         self._trains_text = trainable.trains_text()
-        if not self._instances.is_open:
+        if not config.data.captions.are_open:
             self.keep_captions(["", *(caption for one in (*instances, *classes) for caption in one.captions)])
 
     def keep_captions(self, captions: Iterable[str]) -> None:
@@ -179,36 +140,87 @@ class BatchSource:
         if not self._trains_text:
             self._captions.keep(captions)
 
+    def prepare(self, indices: Iterable[int]) -> None:
+        """Encode the pictures of some micro-batches beforehand, where they are kept."""
+        self._latents.prepare(view for index in indices for view in self._views_at(index))
+
+    def measured(self, example: Example, rng: Random, *, place: str) -> Shown:
+        """A sample that is measured and not trained; a fresh view is drawn from `rng`."""
+        view = view_at(self._data, example, rng, seed=self._seed, place=place)
+        return Shown(example, example.caption, view)
+
     def batches_at(self, index: int) -> list[Batch]:
-        """The micro-batch `index`, in batches of one shape."""
-        return [self.batch_at(index)]
+        """Micro-batch `index` (optimiser step times accumulation, plus the micro step), in batches of one shape.
 
-    def batch_at(self, index: int) -> Batch:
-        """The micro-batch `index` (optimiser step times accumulation, plus the micro step)."""
-        rng = Random(step_seed(self._config.optim.seed, index, 1))
-        chosen = self._chosen_at(index)
-        if not self._captions.knows(caption for _, caption in chosen):
-            ahead = (self._chosen_at(later) for later in range(index, index + _AHEAD))
-            self._captions.look_ahead(caption for batch in ahead for _, caption in batch)
-        examples, captions = zip(*chosen, strict=True)
-        count = self._config.optim.batch_size
-        # twice beside class pictures, since the mean runs over both halves: mean(instances) + weight * mean(classes)
-        factor = 1.0 if self._classes is None else 2.0
-        weights = [factor * example.weight for example in examples]
-        weights[count:] = [self._config.prior.weight * weight for weight in weights[count:]]
-        return self.batch_of(examples, captions, rng, weights=weights)
+        Instances and class pictures of one size are one batch.
+        """
+        self._look_ahead(index)
+        parts = self._chosen_at(index)
+        total = sum(map(len, parts))
+        return [self.batch_of(part, share=len(part) / total) for part in _by_size(parts)]
 
-    def _chosen_at(self, index: int) -> list[tuple[Example, str]]:
-        """The examples of a micro-batch with the captions that they are trained with, the class's last."""
-        classes = [] if self._classes is None else self._classes.at(index)
-        return [*self._instances.at(index), *classes]
+    def _look_ahead(self, index: int) -> None:
+        if not self._captions.knows(self._captions_at(index)):
+            ahead = range(index, index + _AHEAD)
+            self._captions.look_ahead(caption for later in ahead for caption in self._captions_at(later))
 
-    def batch_of(
-        self, examples: Sequence[Example], captions: Sequence[str], rng: Random, *, weights: Sequence[float]
-    ) -> Batch:
-        """A batch of chosen examples under given captions and loss weights."""
-        encoded = [self._latents.latent(example, rng) for example in examples]
-        latents, frames = (torch.cat(part) for part in zip(*encoded, strict=True))
-        conditioning = self._captions.encode(captions)
-        names = tuple(example.path.name for example in examples)
-        return Batch(latents, conditioning, frames, torch.tensor(weights, device=latents.device), names)
+    def _captions_at(self, index: int) -> list[str]:
+        return [caption for samples in self._kinds() for caption in samples.captions_at(index)]
+
+    def _views_at(self, index: int) -> Iterator[tuple[Example, View]]:
+        rng = self._rng(index)
+        for samples in self._kinds():
+            yield from samples.views_at(index, rng)
+
+    def _rng(self, index: int) -> Random:
+        return Random(step_seed(self._seed, index, 1))
+
+    def _kinds(self) -> Iterator[Samples]:
+        yield self._instances
+        if self._classes is not None:
+            yield self._classes
+
+    def _chosen_at(self, index: int) -> list[list[Shown]]:
+        """The instances of a micro-batch, and the class pictures."""
+        rng = self._rng(index)
+        instances = self._instances.at(index, rng)
+        if self._classes is None:
+            return [instances]
+        # twice, since the mean runs over both halves: mean(instances) + weight * mean(classes)
+        classes = self._classes.at(index, rng)
+        return [_weighed(instances, 2.0), _weighed(classes, 2.0 * self._prior_weight)]
+
+    def batch_of(self, shown: Sequence[Shown], *, share: float = 1.0) -> Batch:
+        """A batch of chosen samples of one size."""
+        encoded = [self._latents.latent(one.example, one.view) for one in shown]
+        latents = torch.cat([latent.values for latent in encoded])
+        return Batch(
+            latents,
+            self._captions.encode([one.caption for one in shown]),
+            torch.cat([latent.frame for latent in encoded]),
+            torch.tensor([one.weight for one in shown], device=latents.device),
+            tuple(one.example.path.name for one in shown),
+            shown[0].example.size,
+            self._masks(encoded),
+            share,
+        )
+
+    def _masks(self, encoded: Sequence[Latent]) -> Tensor | None:
+        """Weights of places: 1 where a mask is white, `mask_outside` where it is black, 1 where there is no mask."""
+        outside = self._data.mask_outside
+        if outside is None or all(latent.mask is None for latent in encoded):
+            return None
+        masks = [torch.ones_like(one.values[:, :1]) if one.mask is None else one.mask for one in encoded]
+        return outside + (1 - outside) * torch.cat(masks)
+
+
+def _weighed(shown: Sequence[Shown], factor: float) -> list[Shown]:
+    return [one._replace(weight=factor * one.weight) for one in shown]
+
+
+def _by_size(parts: Sequence[list[Shown]]) -> list[list[Shown]]:
+    """Parts of one size, joined."""
+    joined: dict[tuple[int, int], list[Shown]] = {}
+    for part in parts:
+        joined.setdefault(part[0].example.size, []).extend(part)
+    return list(joined.values())

@@ -172,7 +172,7 @@ def caption_at(captions: Sequence[str], rules: "CaptionsConfig", *, seed: int, p
     """
 
     def draw(purpose: str) -> float:
-        return _unit(f"{seed}/{place}/{purpose}")
+        return unit_of(f"{seed}/{place}/{purpose}")
 
     if draw("dropout") < dropout:
         return ""
@@ -201,7 +201,7 @@ def _chosen(caption: str, draw: Any) -> str:
     return " ".join(caption.split())
 
 
-def _unit(text: str) -> float:
+def unit_of(text: str) -> float:
     """A number in [0, 1) that depends on a text alone."""
     digest = hashlib.sha256(text.encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:7], "big") / 2**56

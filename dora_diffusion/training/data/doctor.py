@@ -23,7 +23,8 @@ from dora_diffusion.training.data.captions import (
     read_metadata,
     sidecars_of,
 )
-from dora_diffusion.training.data.examples import find_pictures, repeated_folders
+from dora_diffusion.training.data.concepts import repeated_folders
+from dora_diffusion.training.data.examples import find_pictures
 from dora_diffusion.utils.atomic import sha256_of
 from dora_diffusion.utils.images import SUFFIXES, list_files, natural_order, read_image
 from dora_diffusion.utils.text import shown_path

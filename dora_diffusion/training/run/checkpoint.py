@@ -18,6 +18,7 @@ from dora_diffusion.utils import atomic as storage
 from dora_diffusion.utils.optimizer_state import Groups, OptimizerState, load_optimizer_state, optimizer_state
 
 ADAPTER = RUN_FILE
+_PLACES = {"data": ("instance_dir", "validation_dir", "cache_dir", "cache_memory"), "prior": ("class_dir",)}
 _IDENTITY, _PROGRESS = "identity.json", "progress.json"
 
 
@@ -77,10 +78,11 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
 
 
 def resumable_part(config: TrainConfig) -> dict[str, Any]:
-    """The settings that must not change between a run and its resumption; previews, and where pictures lie, may."""
+    """The settings that make up a run; previews are not among them, nor where pictures and caches lie."""
     parts = config.model_dump(mode="json", include={"model", "data", "prior", "adapter", "words", "optim", "flow"})
-    for section, key in (("data", "instance_dir"), ("data", "validation_dir"), ("prior", "class_dir")):
-        parts[section].pop(key)
+    for section, keys in _PLACES.items():
+        for key in keys:
+            parts[section].pop(key)
     for concept in parts["data"]["concepts"]:
         concept.pop("dir")
     return parts

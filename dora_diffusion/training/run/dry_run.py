@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,11 @@ if TYPE_CHECKING:
     from dora_diffusion.pipelines.textual_inversion import Words
     from dora_diffusion.state import AdapterState
     from dora_diffusion.training.base.memory import Device, MemoryEstimate
-    from dora_diffusion.training.data.examples import Example, Split
+    from dora_diffusion.training.data.concepts import Split
+    from dora_diffusion.training.data.examples import Example
+
+
+_SIZES_NAMED = 5
 
 
 def describe_plan(config: TrainConfig) -> str:
@@ -25,8 +30,11 @@ def describe_plan(config: TrainConfig) -> str:
 
     from dora_diffusion.training.base.memory import estimate_memory
     from dora_diffusion.training.base.meta import load_skeleton
+    from dora_diffusion.training.base.sizes import sizes_of
     from dora_diffusion.training.base.trainable import PRECISIONS, prepare_trainable, trainable_count
-    from dora_diffusion.training.data.examples import check_words, checked_examples
+    from dora_diffusion.training.data.buckets import in_buckets
+    from dora_diffusion.training.data.concepts import checked_examples
+    from dora_diffusion.training.data.examples import check_words
     from dora_diffusion.training.run.card import adapter_metadata
     from dora_diffusion.training.run.folder import check_writable
     from dora_diffusion.training.step.objective import objective_of
@@ -37,6 +45,7 @@ def describe_plan(config: TrainConfig) -> str:
     check_words(config.words.starts, examples)
     trainable = prepare_trainable(load_skeleton(config.model, dtype=PRECISIONS[config.optim.mixed_precision]), config)
     objective_of(trainable.pipe, config.optim, config.flow, tokens=1)  # raises for a scheduler that cannot be trained
+    sized = in_buckets(examples, config.data, sizes_of(trainable.pipe))
     optim = config.optim
     seen = optim.steps * optim.batch_size * optim.gradient_accumulation
     file = file_bytes(trainable.adapter(adapter_metadata(config, trainable.family, step=optim.steps)))
@@ -44,6 +53,7 @@ def describe_plan(config: TrainConfig) -> str:
     lines = [
         f"base       {config.model} ({trainable.family.name})",
         f"images     {_images(config.data, split)}, each seen about {seen / _samples(examples):.0f} times",
+        f"sizes      {_sizes(sized)}",
         *(f"adapter    {name}: {len(part.matched)} layers" for name, part in trainable.injections.items()),
         *([] if trainable.words is None else [f"words      {_words(trainable.words)}"]),
         f"trained    {trainable_count(trainable.parameters()):,} numbers",
@@ -63,6 +73,18 @@ def _images(data: DataConfig, split: "Split") -> str:
     measured = f", {len(split.validation)} measured" if split.validation else ""
     kept = f", {len(split.classes)} of the class" if split.classes else ""
     return f"{len(split.train)} in {where}{repeats}{measured}{kept}"
+
+
+def _sizes(sized: Sequence["Example"]) -> str:
+    """How many pictures are trained at which size, and how much of them is cut off."""
+    from dora_diffusion.training.data.buckets import kept_share
+
+    counts = Counter(example.size for example in sized).most_common()
+    named = ", ".join(f"{count} of {width}x{height}" for (width, height), count in counts[:_SIZES_NAMED])
+    more = f" and {len(counts) - _SIZES_NAMED} sizes more" if len(counts) > _SIZES_NAMED else ""
+    lost = [1 - float(kept_share(example.original, example.size)) for example in sized]
+    mean, most = 100 * sum(lost) / len(lost), 100 * max(lost)
+    return f"{named}{more}; {mean:.1f} % of a picture is cut off, at most {most:.1f} %"
 
 
 def _samples(examples: Sequence["Example"]) -> int:

@@ -13,7 +13,8 @@ from torch import nn
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.training.base.identity import weights_digest
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.data.examples import Example, Split
+from dora_diffusion.training.data.concepts import Split
+from dora_diffusion.training.data.examples import Example
 from dora_diffusion.utils.atomic import sha256_of
 from dora_diffusion.utils.text import shown_path
 
@@ -21,6 +22,8 @@ _NAMED_AT_MOST = 3
 _HASHED_AT_ONCE = 8
 # An example's fields, by the name of what they make up; others go by their own.
 _WORDS = {"path": "picture", "caption": "caption", "others": "caption"}
+# What follows from the picture, the settings and the base.
+_DERIVED = ("original", "size", "resolutions")
 
 Part = Mapping[str, Any]
 
@@ -82,7 +85,7 @@ def _facts(example: Example) -> dict[str, Any]:
     """What an example says: files by their bytes, texts by a hash, numbers as they are."""
     kept: dict[str, Any] = {}
     texts: dict[str, list[Any]] = {}
-    for one in fields(example):
+    for one in (one for one in fields(example) if one.name not in _DERIVED):
         value, word = getattr(example, one.name), _WORDS.get(one.name, one.name)
         if isinstance(value, Path):
             if value.is_file():

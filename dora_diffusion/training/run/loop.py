@@ -5,12 +5,11 @@ from contextlib import nullcontext
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from dora_diffusion.functional.objectives import Objective
 from dora_diffusion.state import AdapterState
-from dora_diffusion.training.base.trainable import TrainablePipeline, picture_size
+from dora_diffusion.training.base.trainable import TrainablePipeline
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.data.batches import BatchSource
-from dora_diffusion.training.data.examples import Split
+from dora_diffusion.training.data.concepts import Split
 from dora_diffusion.training.run import checkpoint
 from dora_diffusion.training.run.card import adapter_metadata
 from dora_diffusion.training.run.finish import TrainResult, write_outcome
@@ -18,6 +17,7 @@ from dora_diffusion.training.run.identity import Identity
 from dora_diffusion.training.run.previews import forget_previews
 from dora_diffusion.training.run.signals import StopRequest, stop_requests
 from dora_diffusion.training.run.watchers import Validation, Watchers, due
+from dora_diffusion.training.step.objective import Objectives
 from dora_diffusion.training.step.optimisers import build_optimizer
 from dora_diffusion.training.step.training_step import TrainingStep
 from dora_diffusion.utils.atomic import write_atomically
@@ -32,19 +32,18 @@ class Run:
         config: TrainConfig,
         accelerator: Accelerator,
         trainable: TrainablePipeline,
-        objective: Objective,
+        objectives: Objectives,
         examples: Split,
         identity: Identity,
     ) -> None:
         self.config, self.accelerator, self.trainable = config, accelerator, trainable
         self.folder = config.output_dir
-        size = picture_size(trainable.pipe, trainable.family, config.data.resolution)
-        source = BatchSource(trainable, config, size, instances=examples.train, classes=examples.classes)
+        self.source = source = BatchSource(trainable, config, instances=examples.train, classes=examples.classes)
         optimizer = build_optimizer(trainable, config.optim, config.words)
         for injection in trainable.injections.values():
             injection.keep_norms()
         self.step = TrainingStep(
-            config.optim, accelerator, trainable, objective, batches_at=source.batches_at, optimizer=optimizer
+            config.optim, accelerator, trainable, objectives.of, batches_at=source.batches_at, optimizer=optimizer
         )
         self.validation = Validation(config.validation, self.step, source, examples.validation or examples.train)
         samples, last = self.folder / "samples", config.optim.steps
@@ -68,6 +67,8 @@ class Run:
             write_atomically(self.folder / "config.yaml", self.config.to_yaml().encode())
             forget_previews(self.folder / "samples", after=-1 if saved is None else done)
         self.accelerator.init_trackers("run")
+        steps = range(done, self.config.optim.steps)
+        self.source.prepare(index for step in steps for index in self.step.micro_batches(step))
         if saved is None:
             self.watchers.watch(0)
         alone = self.accelerator.num_processes == 1  # several would have to agree on the step after which to stop

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.config import ConceptConfig, TrainConfig
 from dora_diffusion.training.run.checkpoint import Saved, newest, resumable_part
 from dora_diffusion.training.run.identity import Identity, changes
 
@@ -159,4 +159,6 @@ def _filled(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[st
             filled[key] = _filled(old.get(key, {}), now, default)
         elif key not in old and key in defaults:
             filled[key] = default
+        elif key == "concepts" and len(old[key]) == len(now):
+            filled[key] = [_filled(*pair, _defaults_of(ConceptConfig)) for pair in zip(old[key], now, strict=True)]
     return filled

@@ -1,26 +1,25 @@
 """`train`: what a run needs is checked and loaded, then its loop runs."""
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
-from dora_diffusion.families import family_of_pipeline, pixel_multiple
-from dora_diffusion.functional.objectives import Objective
-from dora_diffusion.training.base.trainable import PRECISIONS, load_base, picture_size, prepare_trainable
+from dora_diffusion.training.base.sizes import Sizes, sizes_of
+from dora_diffusion.training.base.trainable import PRECISIONS, load_base, prepare_trainable
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.data.examples import Example, check_words, checked_examples
+from dora_diffusion.training.data.buckets import in_buckets
+from dora_diffusion.training.data.concepts import Split, checked_examples, opened
+from dora_diffusion.training.data.examples import check_words
 from dora_diffusion.training.run.checkpoint import Saved
 from dora_diffusion.training.run.finish import TrainResult, finished_result
 from dora_diffusion.training.run.folder import run_lock
 from dora_diffusion.training.run.identity import Identity, base_identity, examples_identity, pictures_identity
 from dora_diffusion.training.run.loop import Run
 from dora_diffusion.training.run.resumption import Comparison, extended, find_saved
-from dora_diffusion.training.step.objective import objective_of
+from dora_diffusion.training.step.objective import Objectives
 from dora_diffusion.training.step.priors import ensure_class_examples
 from dora_diffusion.utils.atomic import recover
 
@@ -95,18 +94,21 @@ def _train(config: TrainConfig, accelerator: Accelerator, wanted: _Wanted) -> Tr
             accelerator.print(f"{config.output_dir}: has done all of its {saved.step} steps and is left as it is")
             return finished
     pipe = load_base(config.model, PRECISIONS[config.optim.mixed_precision], accelerator.device, config.base)
-    objective = _objective(pipe, config)  # raises for a scheduler that cannot be trained, before anything is drawn
+    objectives = Objectives(pipe, config.optim, config.flow)
+    sized = _sized(split, config, sizes_of(pipe))
+    objectives.of(sized.train[0].size)  # raises for a scheduler that cannot be trained, before anything is drawn
     with accelerator.main_process_first():  # one process draws the class images, the others find them
         drawn = ensure_class_examples(pipe, config)
-    identity = _completed(identity, config, pipe, drawn)
+    late = {"class pictures": examples_identity(config, [("class", one) for one in drawn]), "base": base_identity(pipe)}
+    identity = Identity({**identity.parts, **late})
     if comparison is not None:
-        comparison.check_parts(Identity({name: part for name, part in identity.parts.items() if name != "pictures"}))
+        comparison.check_parts(Identity(late))
         identity = comparison.noted(identity)
         accelerator.print(comparison.message())
-    split = split._replace(classes=(*split.classes, *drawn))
+    sized = _sized(split._replace(classes=(*split.classes, *opened(drawn))), config, sizes_of(pipe))
     trainable = prepare_trainable(pipe, config)
     try:
-        return Run(config, accelerator, trainable, objective, split, identity).go(saved)
+        return Run(config, accelerator, trainable, objectives, sized, identity).go(saved)
     finally:
         trainable.eject()
 
@@ -137,15 +139,7 @@ def _comparison(saved: Saved, config: TrainConfig, accelerator: Accelerator, wan
     return comparison
 
 
-def _completed(identity: Identity, config: TrainConfig, pipe: Any, drawn: Sequence[Example]) -> Identity:
-    """The identity with what is known once the base is loaded."""
-    class_pictures = examples_identity(config, [("class", example) for example in drawn])
-    return Identity({**identity.parts, "class pictures": class_pictures, "base": base_identity(pipe)})
-
-
-def _objective(pipe: Any, config: TrainConfig) -> Objective:
-    """The base's objective for pictures of the size that they are trained at."""
-    family = family_of_pipeline(pipe)
-    width, height = picture_size(pipe, family, config.data.resolution)
-    multiple = pixel_multiple(pipe, family)
-    return objective_of(pipe, config.optim, config.flow, tokens=(width // multiple) * (height // multiple))
+def _sized(split: Split, config: TrainConfig, sizes: Sizes) -> Split:
+    """The examples with the sizes that they are trained at."""
+    train, validation, classes = (in_buckets(list(part), config.data, sizes) for part in split)
+    return Split(train, validation, tuple(classes))

@@ -52,9 +52,9 @@ class Validation:
         return range(self._settings.repeats)
 
     def _loss(self, index: int, repeat: int) -> float:
-        seed, example = step_seed(0, index * 1000 + repeat, 3), self._examples[index]
-        batch = self._source.batch_of([example], [example.caption], Random(seed), weights=[1.0])
-        return self._step.loss(batch, seed=seed).item()
+        seed = step_seed(0, index * 1000 + repeat, 3)
+        shown = self._source.measured(self._examples[index], Random(seed), place=f"measured {index}/{repeat}")
+        return self._step.loss(self._source.batch_of([shown]), seed=seed).item()
 
 
 class Watchers:

@@ -4,6 +4,7 @@ from typing import Any
 
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.functional.objectives import DiffusionObjective, FlowObjective, Objective
+from dora_diffusion.training.base.sizes import sizes_of
 from dora_diffusion.training.config import FlowConfig, OptimConfig
 
 
@@ -38,6 +39,22 @@ def objective_of(pipe: Any, optim: OptimConfig, flow: FlowConfig, *, tokens: int
             "scheduler with alphas_cumprod, and flow matching, can be trained"
         )
     return DiffusionObjective(scheduler.alphas_cumprod.clone(), kind, optim.min_snr_gamma)
+
+
+class Objectives:
+    """The objectives of a base, one for each number of tokens that pictures have."""
+
+    def __init__(self, pipe: Any, optim: OptimConfig, flow: FlowConfig) -> None:
+        self._pipe, self._optim, self._flow = pipe, optim, flow
+        self._sizes = sizes_of(pipe)
+        self._made: dict[int, Objective] = {}
+
+    def of(self, size: tuple[int, int]) -> Objective:
+        """For pictures of (width, height); raises as `objective_of` does."""
+        tokens = self._sizes.tokens(size)
+        if tokens not in self._made:
+            self._made[tokens] = objective_of(self._pipe, self._optim, self._flow, tokens=tokens)
+        return self._made[tokens]
 
 
 def is_flow(scheduler: Any) -> bool:

@@ -26,7 +26,7 @@ class TrainingStep:
         optim: how it is trained.
         accelerator: of the run.
         trainable: what is trained.
-        objective: how latents are noised, and what the denoiser should say of them.
+        objective_of: a picture's size -> how its latents are noised, and what the denoiser should say of them.
         batches_at: micro-batch number -> its batches, each of one shape; their shares add up to 1.
         optimizer: over the trained parameters.
     """
@@ -36,22 +36,20 @@ class TrainingStep:
         optim: OptimConfig,
         accelerator: Accelerator,
         trainable: TrainablePipeline,
-        objective: Objective,
+        objective_of: Callable[[tuple[int, int]], Objective],
         *,
         batches_at: Callable[[int], Sequence[Batch]],
         optimizer: torch.optim.Optimizer,
     ) -> None:
         self._optim, self._accelerator, self._trainable = optim, accelerator, trainable
-        self._objective, self._batches_at = objective, batches_at
+        self._objective_of, self._batches_at = objective_of, batches_at
         self.rates = RateSchedule(optimizer, optim)
         self._optimizer = accelerator.prepare_optimizer(optimizer)
 
     def take(self, step: int) -> float:
         """One optimiser step over its micro-batches; returns the mean loss."""
-        optim, ranks = self._optim, self._accelerator.num_processes
-        total = 0.0
-        for micro in range(optim.gradient_accumulation):
-            index = (step * optim.gradient_accumulation + micro) * ranks + self._accelerator.process_index
+        optim, total = self._optim, 0.0
+        for index in self.micro_batches(step):
             torch.manual_seed(step_seed(optim.seed, index, 0))  # the layers' dropout draws from the global generator
             for part, batch in enumerate(self._batches_at(index)):
                 loss = batch.share * self.loss(batch, seed=step_seed(optim.seed, index, 2 + 2 * part))
@@ -61,13 +59,18 @@ class TrainingStep:
         self._update(step, batch)
         return total
 
+    def micro_batches(self, step: int) -> list[int]:
+        """The numbers of this process's micro-batches of a step; several processes take turns."""
+        count, ranks = self._optim.gradient_accumulation, self._accelerator.num_processes
+        return [(step * count + micro) * ranks + self._accelerator.process_index for micro in range(count)]
+
     def loss(self, batch: Batch, *, seed: int) -> Tensor:
         """Sample a noise and a timestep for each latent, noise it, predict, compare."""
         generator = torch.Generator().manual_seed(seed)
-        latents = batch.latents.float()
+        objective, latents = self._objective_of(batch.size), batch.latents.float()
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        timesteps = self._objective.timesteps(len(latents), generator).to(latents.device)
-        noisy = self._objective.add_noise(latents, noise, timesteps)
+        timesteps = objective.timesteps(len(latents), generator).to(latents.device)
+        noisy = objective.add_noise(latents, noise, timesteps)
         with self._accelerator.autocast():
             predicted = self._trainable.family.predict(
                 self._trainable.denoiser,
@@ -76,8 +79,8 @@ class TrainingStep:
                 batch.conditioning,
                 batch.frames,
             )
-        goal = self._objective.target(latents, noise, timesteps)
-        return weighted_squared_error(predicted, goal, batch.weights * self._objective.weights(timesteps))
+        goal = objective.target(latents, noise, timesteps)
+        return weighted_squared_error(predicted, goal, batch.weights * objective.weights(timesteps), batch.masks)
 
     def _update(self, step: int, batch: Batch) -> None:
         """Average the processes' gradients, cut them, and move; `batch` is named should they not be finite."""

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,8 +21,9 @@ from dora_diffusion.training.base.trainable import prepare_trainable
 from dora_diffusion.training.config import CaptionsConfig, ConceptConfig, DataConfig, TrainConfig
 from dora_diffusion.training.data.batches import BatchSource
 from dora_diffusion.training.data.captions import caption_at, find_captions, read_metadata, words_of_file
+from dora_diffusion.training.data.concepts import checked_examples
 from dora_diffusion.training.data.doctor import examine
-from dora_diffusion.training.data.examples import Example, checked_examples, find_examples
+from dora_diffusion.training.data.examples import Example, find_examples
 from tests.pocket_random import random_pocket_pipeline
 from tests.tolerances import assert_close
 
@@ -161,7 +163,7 @@ def test_concepts_have_prompts_triggers_weights_and_roles(tmp_path: Path) -> Non
         ],
     )
     train, validation, classes = checked_examples(data, seed=0)
-    assert train == [Example(tmp_path / "robot" / "1.png", "zqx robot on a table", (), 3, 0.5, 0.25)]
+    assert train == [Example(tmp_path / "robot" / "1.png", "zqx robot on a table", (), 3, 0.5, 0.25, original=(32, 32))]
     assert [example.caption for example in validation] == ["a photo of zqx robot"]
     assert [example.caption for example in classes] == ["a dog"]
     with pytest.raises(ValueError, match=r"1.png: a caption holds \{\}, which stands for a trigger; set data.trigger"):
@@ -284,7 +286,7 @@ def test_every_epoch_shows_what_repeats_say_under_captions_of_the_rules(tmp_path
         picture(tmp_path / f"{repeats}_{name[0]}" / name)
         (tmp_path / f"{repeats}_{name[0]}" / name).with_suffix(".txt").write_text(f"{name}, a, b, c")
     config = config_of(tmp_path, instance_dir=tmp_path, captions=CaptionsConfig(shuffle=True, keep_tokens=1))
-    examples = checked_examples(config.data, seed=0).train
+    examples = [replace(one, size=(32, 32)) for one in checked_examples(config.data, seed=0).train]
     trainable = prepare_trainable(random_pocket_pipeline(), config)
     encoded: list[str] = []
     seen: list[str] = []
@@ -295,13 +297,15 @@ def test_every_epoch_shows_what_repeats_say_under_captions_of_the_rules(tmp_path
         return encode(pipe, captions)
 
     object.__setattr__(trainable, "family", SimpleNamespace(**{**vars(trainable.family), "encode": record}))
-    source = BatchSource(trainable, config, (32, 32), instances=examples, classes=[])
+    source = BatchSource(trainable, config, instances=examples, classes=[])
     for index in range(20):  # ten epochs of four samples
-        seen += source.batch_at(index).names
+        seen += source.batches_at(index)[0].names
     assert Counter(seen) == {"1.png": 30, "2.png": 10}
     assert len(set(encoded)) == len(encoded) > 6, "captions of later steps are encoded once, together"
-    again = BatchSource(trainable, config, (32, 32), instances=examples, classes=[]).batch_at(13)
-    assert_close(again.conditioning["encoder_hidden_states"], source.batch_at(13).conditioning["encoder_hidden_states"])
+    again = BatchSource(trainable, config, instances=examples, classes=[]).batches_at(13)[0]
+    assert_close(
+        again.conditioning["encoder_hidden_states"], source.batches_at(13)[0].conditioning["encoder_hidden_states"]
+    )
 
 
 def test_weights_of_concepts_weigh_the_loss(tmp_path: Path) -> None:
@@ -316,9 +320,10 @@ def test_weights_of_concepts_weigh_the_loss(tmp_path: Path) -> None:
             ConceptConfig(dir=tmp_path / "dog", role="class", weight=3.0),
         ],
     )
-    train, _, classes = checked_examples(config.data, seed=0)
+    split = checked_examples(config.data, seed=0)
+    train, classes = ([replace(one, size=(32, 32)) for one in part] for part in (split.train, split.classes))
     trainable = prepare_trainable(random_pocket_pipeline(), config)
-    batch = BatchSource(trainable, config, (32, 32), instances=train, classes=classes).batch_at(0)
+    batch = BatchSource(trainable, config, instances=train, classes=classes).batches_at(0)[0]
     assert sorted(batch.weights.tolist()) == [1.0, 2.0, 6.0, 6.0]  # twice, as beside every class picture
 
 

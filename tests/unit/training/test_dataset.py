@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -10,14 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dora_diffusion.training.data.examples import (
-    Example,
-    StepSampler,
-    check_words,
-    find_examples,
-    load_sample,
-    split_validation,
-)
+from dora_diffusion.training.config import DataConfig
+from dora_diffusion.training.data.concepts import split_validation
+from dora_diffusion.training.data.examples import Example, check_words, find_examples
+from dora_diffusion.training.data.order import StepSampler
+from dora_diffusion.training.data.views import View, fresh_view, load_sample
 
 PHOTOS = Path(__file__).parents[4] / "shared" / "data" / "dreambooth"
 
@@ -134,28 +132,29 @@ def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 def test_pixels_lie_in_minus_one_to_one(tmp_path: Path) -> None:
     path = tmp_path / "1.png"
     Image.fromarray(np.array([[[0, 51, 255], [255, 102, 0]]], np.uint8)).save(path)
-    pixels = load_sample(Example(path, "a"), size=(2, 1), crop="center", flip=False, rng=Random(0)).pixels
+    pixels = load_sample(Example(path, "a", size=(2, 1)), View()).pixels
     expected = torch.tensor([[[-1.0, 1.0]], [[-0.6, -0.2]], [[1.0, -1.0]]])
     torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-6)
     assert pixels.dtype == torch.float32 and pixels.is_contiguous()
-    flipped = load_sample(Example(path, "a"), size=(2, 1), crop="center", flip=True, rng=Random(0)).pixels
+    flipped = load_sample(Example(path, "a", size=(2, 1)), View(flip=True)).pixels
     assert torch.equal(flipped, pixels.flip(-1))
 
 
 def test_size_is_width_and_height(tmp_path: Path) -> None:
     path = picture(tmp_path / "1.png")
-    sample = load_sample(Example(path, "a"), size=(4, 6), crop="center", flip=False, rng=Random(0))
+    sample = load_sample(Example(path, "a", size=(4, 6)), View())
     assert sample.pixels.shape == (3, 6, 4)
 
 
 def test_only_a_random_crop_draws_and_the_same_seed_crops_the_same(tmp_path: Path) -> None:
     path = tmp_path / "1.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 60, 3), dtype=np.uint8)).save(path)
-    example = Example(path, "a")
+    example = Example(path, "a", size=(8, 8))
     rng = Random(7)
-    load_sample(example, size=(8, 8), crop="center", flip=True, rng=rng)
+    assert fresh_view(DataConfig(instance_dir=tmp_path), rng) == View()
     assert rng.getstate() == Random(7).getstate()
-    crops = [load_sample(example, size=(8, 8), crop="random", flip=False, rng=Random(seed)) for seed in (7, 7, 8)]
+    random = DataConfig(instance_dir=tmp_path, crop="random")
+    crops = [load_sample(example, fresh_view(random, Random(seed))) for seed in (7, 7, 8)]
     assert torch.equal(crops[0].pixels, crops[1].pixels)
     assert not torch.equal(crops[0].pixels, crops[2].pixels)
     frames = [crop.frame.tolist() for crop in crops]
@@ -167,33 +166,37 @@ def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
     path = tmp_path / "1.png"
     path.write_text("no")
     with pytest.raises(ValueError, match="1.png: not a picture"):
-        load_sample(Example(path, "a"), size=(8, 8), crop="center", flip=False, rng=Random(0))
+        load_sample(Example(path, "a", size=(8, 8)), View())
+
+
+def batch_at(sampler: StepSampler, step: int) -> list[int]:
+    return [place.sample for place in sampler.places_at(step)]
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(5, 1), (5, 2), (5, 3), (4, 4), (3, 8), (1, 2)])
 def test_each_example_once_an_epoch_across_batch_borders(count: int, batch_size: int) -> None:
-    sampler = StepSampler(count, batch_size=batch_size, seed=0)
+    sampler = StepSampler([range(count)], batch_size=batch_size, seed=0)
     epochs = 6
     steps = -(-epochs * count // batch_size)
-    seen = [index for step in range(steps) for index in sampler.batch_at(step)]
+    seen = [index for step in range(steps) for index in batch_at(sampler, step)]
     for epoch in range(epochs):
         assert sorted(seen[epoch * count : (epoch + 1) * count]) == list(range(count))
 
 
 def test_a_step_depends_on_seed_and_step_alone() -> None:
-    sampler = StepSampler(7, batch_size=3, seed=5)
-    forwards = [sampler.batch_at(step) for step in range(40)]
-    again = StepSampler(7, batch_size=3, seed=5)
-    assert [again.batch_at(step) for step in reversed(range(40))] == forwards[::-1]
-    other = StepSampler(7, batch_size=3, seed=6)
-    assert [other.batch_at(step) for step in range(40)] != forwards
+    sampler = StepSampler([range(7)], batch_size=3, seed=5)
+    forwards = [batch_at(sampler, step) for step in range(40)]
+    again = StepSampler([range(7)], batch_size=3, seed=5)
+    assert [batch_at(again, step) for step in reversed(range(40))] == forwards[::-1]
+    other = StepSampler([range(7)], batch_size=3, seed=6)
+    assert [batch_at(other, step) for step in range(40)] != forwards
     # Written down, so that no change of Python or of this code silently breaks the resuming of old runs.
     assert forwards[:3] == [[6, 1, 0], [3, 2, 4], [5, 0, 6]]
 
 
 def test_every_epoch_has_an_order_of_its_own() -> None:
-    sampler = StepSampler(6, batch_size=6, seed=0)
-    orders = Counter(tuple(sampler.batch_at(epoch)) for epoch in range(50))
+    sampler = StepSampler([range(6)], batch_size=6, seed=0)
+    orders = Counter(tuple(batch_at(sampler, epoch)) for epoch in range(50))
     assert len(orders) > 40
     first = Counter(order[0] for order in orders.elements())
     assert set(first) == set(range(6))
@@ -201,8 +204,8 @@ def test_every_epoch_has_an_order_of_its_own() -> None:
 
 @pytest.mark.parametrize(("count", "batch_size"), [(0, 1), (3, 0)])
 def test_nothing_to_sample_is_an_error(count: int, batch_size: int) -> None:
-    with pytest.raises(ValueError, match=f"got {count} examples in batches of {batch_size}"):
-        StepSampler(count, batch_size=batch_size, seed=0)
+    with pytest.raises(ValueError, match=rf"got \[{count}\] samples in batches of {batch_size}"):
+        StepSampler([range(count)], batch_size=batch_size, seed=0)
 
 
 def examples(count: int, folder: str = "a") -> list[Example]:
@@ -243,7 +246,7 @@ def test_one_picture_cannot_be_parted() -> None:
 def test_real_photos(subject: str, count: int) -> None:
     found = find_examples(PHOTOS / subject, instance_prompt=f"a {subject}")
     assert [example.path.name for example in found] == [f"0{index}.jpg" for index in range(count)]
-    pixels = load_sample(found[0], size=(128, 96), crop="random", flip=True, rng=Random(0)).pixels
+    pixels = load_sample(replace(found[0], size=(128, 96)), View(flip=True, offset=(0.3, 0.9))).pixels
     assert pixels.shape == (3, 96, 128)
     assert -1 <= pixels.min() < -0.2 and 0.2 < pixels.max() <= 1
 
@@ -252,8 +255,7 @@ def test_a_mirrored_crop_says_where_it_was_cut(tmp_path: Path) -> None:
     path = tmp_path / "1.png"
     Image.new("RGB", (60, 20)).save(path)
     plain, mirrored = (
-        load_sample(Example(path, "a"), size=(8, 8), crop="random", flip=flip, rng=Random(7)).frame
-        for flip in (False, True)
+        load_sample(Example(path, "a", size=(8, 8)), View(flip, (0.3, 0.6))).frame for flip in (False, True)
     )
     assert plain[3] != mirrored[3] and plain[3] + mirrored[3] == 16  # 24 x 8, of which 8 are kept
 

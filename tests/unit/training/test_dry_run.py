@@ -40,7 +40,7 @@ def test_the_plan_says_what_it_takes_without_reading_weights(tmp_path, base) -> 
     text = describe_plan(config_of(tmp_path, base, adapter={"rank": 3}, prior={"class_prompt": "a dog"}))
     lines = text.splitlines()
     assert [line.split()[0] for line in lines if line[0] != " "] == [
-        *("base", "images", "adapter", "trained", "file", "steps", "prior", "memory", "output")
+        *("base", "images", "sizes", "adapter", "trained", "file", "steps", "prior", "memory", "output")
     ]
     table = lines[lines.index(next(line for line in lines if line.startswith("memory"))) :][:6]
     assert [line[11:22].strip() for line in table] == [

@@ -43,7 +43,7 @@ def make_config(folder, **sections) -> TrainConfig:
 def examples(tmp_path) -> list[Example]:
     for name in ("red", "blue", "green"):
         background(name, 32).save(tmp_path / f"{name}.png")
-    return [Example(tmp_path / f"{name}.png", f"a {name} cat") for name in ("red", "blue", "green")]
+    return [Example(tmp_path / f"{name}.png", f"a {name} cat", size=(32, 32)) for name in ("red", "blue", "green")]
 
 
 def test_groups_have_their_own_rates_and_magnitudes_no_decay(tmp_path) -> None:
@@ -81,11 +81,11 @@ def test_rates_are_a_function_of_the_step(tmp_path) -> None:
 def test_batches_pair_latents_with_their_captions_and_weigh_the_prior(tmp_path, examples) -> None:
     config = make_config(tmp_path, prior={"class_prompt": "a cat", "weight": 0.25})
     trainable = prepare_trainable(random_pocket_pipeline(), config)
-    source = BatchSource(trainable, config, (32, 32), instances=examples[:2], classes=examples[2:] * 2)
+    source = BatchSource(trainable, config, instances=examples[:2], classes=examples[2:] * 2)
     pipe, family = trainable.pipe, trainable.family
     by_name = {example.path.name: example for example in examples}
     for index in range(4):
-        batch = source.batch_at(index)
+        (batch,) = source.batches_at(index)
         assert batch.names[2:] == ("green.png", "green.png")
         assert batch.weights.tolist() == [2.0, 2.0, 0.5, 0.5]  # mean over 4 = mean(instances) + 0.25 mean(classes)
         captions = [by_name[name].caption for name in batch.names]
@@ -139,9 +139,9 @@ def test_micro_conditioning_says_where_each_picture_comes_from(tmp_path) -> None
     config = xl_config(tmp_path, train=False)
     trainable = prepare_trainable(PIPELINES["sdxl"].build(), config)
     background("red", 64).resize((96, 48)).save(tmp_path / "wide.png")
-    examples = [Example(tmp_path / "wide.png", "a cat")]
-    source = BatchSource(trainable, config, (32, 32), instances=examples, classes=[])
-    batch = source.batch_at(0)
+    examples = [Example(tmp_path / "wide.png", "a cat", size=(32, 32))]
+    source = BatchSource(trainable, config, instances=examples, classes=[])
+    (batch,) = source.batches_at(0)
     assert batch.frames.tolist() == [[48, 96, 0, 16, 32, 32]]
     seen = {}
     unet = trainable.denoiser
@@ -159,11 +159,11 @@ def test_untrained_text_encoders_rest_and_captions_are_encoded_once(tmp_path, ex
     encoder = trainable.pipe.text_encoder
     encoder.register_forward_pre_hook(lambda *_: calls.append(len(moves)))
     monkeypatch.setattr(encoder, "to", lambda device: moves.append(str(device)))
-    source = BatchSource(trainable, config, (32, 32), instances=examples, classes=[])
+    source = BatchSource(trainable, config, instances=examples, classes=[])
     assert moves == ["cpu", "cpu"] and set(calls) == {1}  # to the denoiser's device, and back to main memory
     count = len(calls)
     for index in range(4):
-        source.batch_at(index)
+        source.batches_at(index)
     assert len(calls) == count and len(moves) == 2
 
 

@@ -1,0 +1,81 @@
+"""What the text encoders say of captions: encoded once and kept while none of them is trained."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dora_diffusion.generation.prompts import encode_captions
+from dora_diffusion.training.base.identity import weights_digest
+from dora_diffusion.training.base.trainable import TrainablePipeline
+from dora_diffusion.training.config import DataConfig
+from dora_diffusion.training.data.cache import TensorCache, Tensors, made_of
+
+
+class ConditioningSource:
+    """Conditioning of captions; those of pictures stay, on disk too, those that a step makes up for as long as it can
+    use them."""
+
+    def __init__(self, trainable: TrainablePipeline, data: DataConfig) -> None:
+        folder = None if data.cache_dir is None else data.cache_dir / "captions"
+        limit = data.cache_memory * 2**30
+        self._trainable = trainable
+        self._kept, self._passing = TensorCache(folder, limit), TensorCache(None, limit)
+
+    def keep(self, captions: Iterable[str]) -> None:
+        """Encode what is new among captions, once and for all."""
+        self._encode_new(captions, self._kept)
+
+    def look_ahead(self, captions: Iterable[str]) -> None:
+        """Encode what is new among the captions of the next steps."""
+        self._encode_new(captions, self._passing)
+
+    def _encode_new(self, captions: Iterable[str], cache: TensorCache) -> None:
+        new = sorted({caption for caption in captions if self._find(caption) is None})
+        if new:
+            with torch.no_grad(), self._trainable.encoders_on_device():
+                for caption in new:
+                    made = encode_captions(self._trainable.pipe, self._trainable.family, [caption])
+                    cache.add(self._key(caption), made)
+
+    def _find(self, caption: str) -> Tensors | None:
+        key = self._key(caption)
+        return self._kept.find(key) or self._passing.find(key)
+
+    def knows(self, captions: Iterable[str]) -> bool:
+        """Whether nothing has to be encoded for these, for it is here or is encoded anew at every step."""
+        return self._trainable.trains_text() or all(self._find(caption) for caption in captions)
+
+    def encode(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
+        """Captions -> batched conditioning, with gradients when a text encoder is trained."""
+        trainable = self._trainable
+        if trainable.trains_text():
+            return encode_captions(trainable.pipe, trainable.family, list(captions))
+        if not self.knows(captions):
+            self.keep(captions)
+        found = [self._find(caption) for caption in captions]
+        known = [made for made in found if made is not None]
+        device = trainable.device
+        return {name: _together([made[name] for made in known]).to(device) for name in known[0]}
+
+    def _key(self, caption: str) -> str:
+        return made_of(caption=caption, encoder=self._encoders)
+
+    @cached_property
+    def _encoders(self) -> str:
+        """The text encoders that the base has."""
+        pipe, family = self._trainable.pipe, self._trainable.family
+        models = {part.name: getattr(pipe, part.name, None) for part in family.text_encoders}
+        digests = [f"{name} {weights_digest(model)}" for name, model in models.items() if model is not None]
+        return " ".join([family.name, *digests])
+
+
+def _together(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors (1, ...) as one batch; where dimension 1 differs the shorter are padded with zeros at their end."""
+    if tensors[0].dim() < 2:
+        return torch.cat(list(tensors))
+    longest = max(tensor.shape[1] for tensor in tensors)
+    padding = [[0, 0] * (tensor.dim() - 2) + [0, longest - tensor.shape[1]] for tensor in tensors]
+    return torch.cat([F.pad(tensor, pad) for tensor, pad in zip(tensors, padding, strict=True)])
