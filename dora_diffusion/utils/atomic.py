@@ -57,7 +57,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             os.replace(temporary, path)  # while it is still held
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    with _errors_of(path, temporary, within=temporary):
+        sync_folder(path.parent)
 
 
 def _opened(temporary: Path) -> BinaryIO:
@@ -130,8 +131,9 @@ def _exchange(new: Path, path: Path, old: Path) -> None:
             if not in_one_step:
                 _put_back(new, path, old)
         except OSError as another:
-            reason = f"{another.strerror}; what was there could not be put back and lies in {old}"
-            raise OSError(another.errno, reason, str(path)) from error
+            if os.path.lexists(old):
+                reason = f"{another.strerror}; what was there could not be put back and lies in {old}"
+                raise OSError(another.errno, reason, str(path)) from error
         raise
 
 
