@@ -1,6 +1,7 @@
 # `make demo` and `make test` are the only two commands needed; each sets up .venv first.
 # Overridable: PYTHON (makes the environment), VENV, MODEL (pocket or pocket-dit), JOBS (test processes), DEMO_FLAGS,
-# PYTEST_FLAGS, BENCH_FLAGS, COMMANDS_FLAGS, FULL_SIZE_FLAGS, INTERCHANGE_FLAGS, FUZZ_FLAGS, PAYLOADS_FLAGS.
+# PYTEST_FLAGS, BENCH_FLAGS, COMMANDS_FLAGS, FULL_SIZE_FLAGS, INTERCHANGE_FLAGS, FUZZ_FLAGS, PAYLOADS_FLAGS,
+# CHAOS_FLAGS.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -15,10 +16,11 @@ FULL_SIZE_FLAGS ?=
 INTERCHANGE_FLAGS ?=
 FUZZ_FLAGS ?=
 PAYLOADS_FLAGS ?=
+CHAOS_FLAGS ?=
 # Dozens of tests start a process of their own: each would compile the whole package where this is set.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-quantised families bench bench-commands interchange fuzz payloads full-size check format docs release-check browser
+.PHONY: setup demo test test-quantised families bench bench-commands interchange fuzz chaos payloads full-size check format docs release-check browser
 
 setup: $(READY)
 
@@ -63,6 +65,10 @@ interchange: setup
 # More than ten thousand broken adapter files, read under watch -> docs/results/fuzz.md
 fuzz: setup
 	$(PY) -m benchmarks.fuzz $(FUZZ_FLAGS)
+
+# Training runs killed 200 times, half of them while they save, and given full disks -> docs/results/chaos.md
+chaos: setup
+	$(PY) -m benchmarks.chaos $(CHAOS_FLAGS)
 
 # Hostile requests and files against a served app -> docs/results/payloads.md
 payloads: setup

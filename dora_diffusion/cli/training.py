@@ -24,10 +24,21 @@ def _doctor(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "dora-diffusion train CONFIG.yaml [--resume latest] [--dry-run] [--section.key value ...]"
+    parser.usage = (
+        "dora-diffusion train CONFIG.yaml [--resume latest | --extend STEPS] [--accept-changes] [--dry-run] "
+        "[--section.key value ...]"
+    )
     parser.description = "Train an adapter. Any setting of the file can be overridden: --optim.steps 400"
     parser.add_argument("config", type=Path, help="YAML file; see examples/")
     parser.add_argument("--resume", choices=["latest"], help="go on from the newest valid checkpoint")
+    parser.add_argument(
+        "--extend", type=int, metavar="STEPS", help="go on from the newest valid checkpoint to so many steps in all"
+    )
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="go on although settings, pictures, captions or the base have changed; noted in the next checkpoint",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check data and settings, print the plan, train nothing")
     parser.add_argument(
         "--end-with-stdin",
@@ -51,13 +62,13 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         return 0
     from dora_diffusion.training.run.train import train
 
-    result = train(config, resume=arguments.resume)
+    result = train(config, resume=arguments.resume, extend=arguments.extend, accept_changes=arguments.accept_changes)
     if result.validation:
         (_, before), (_, after) = result.validation[0], result.validation[-1]
         print(f"loss on fixed noise: {before:.4f} before, {after:.4f} after {result.steps} steps")
     for path in (result.adapter, *result.words):
         if path is not None:
-            print(f"wrote {path}")
+            print(f"{'wrote' if result.is_new else 'holds'} {path}")
     return 0
 
 

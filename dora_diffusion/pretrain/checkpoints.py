@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.utils import atomic as storage
+from dora_diffusion.utils.optimizer_state import OptimizerState, load_optimizer_state, optimizer_state
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ Parts = Mapping[str, Mapping[str, Tensor]]
 
 def save(folder: Path, parts: Parts, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
     """Save `PART.safetensors` for every part, the optimiser and the progress; add a line to `curve.jsonl`."""
-    contents = {**parts, "optimizer": storage.optimizer_tensors(optimizer)}
+    contents = {**parts, "optimizer": optimizer_state(optimizer).tensors}
     record = json.dumps(asdict(progress))
     files: dict[str, Callable[[Path], None]] = {
         f"{name}.safetensors": partial(storage.save_tensors, tensors) for name, tensors in contents.items()
@@ -45,7 +46,7 @@ def resume(folder: Path, parts: Parts, optimizer: torch.optim.Optimizer) -> Prog
     newest = checkpoints[-1]
     for name, tensors in parts.items():
         load_into(tensors, newest / f"{name}.safetensors")
-    storage.load_optimizer_tensors(optimizer, storage.load_tensors(newest / "optimizer.safetensors"))
+    load_optimizer_state(optimizer, OptimizerState(storage.load_tensors(newest / "optimizer.safetensors"), {}))
     return Progress(**json.loads((newest / "progress.json").read_text()))
 
 

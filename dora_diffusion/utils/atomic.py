@@ -12,22 +12,25 @@ with its files, so a kill at any moment leaves a valid one.
 
 import contextlib
 import errno
+import functools
 import hashlib
+import itertools
 import json
 import os
 import re
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:  # hashing pictures needs no torch, which takes longer to import than they do to read
     from torch import Tensor
-    from torch.optim import Optimizer
 
 MANIFEST = "manifest.json"
+_SETTLED_NANOSECONDS = 10**9
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9]+-[0-9]+\.tmp", re.DOTALL)
 _STAGING = re.compile(r"\.(.+)\.[0-9a-f]{8}\.staging", re.DOTALL)
 
@@ -54,7 +57,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             os.replace(temporary, path)  # while it is still held
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    with _errors_of(path, temporary, within=temporary):
+        sync_folder(path.parent)
 
 
 def _opened(temporary: Path) -> BinaryIO:
@@ -127,8 +131,9 @@ def _exchange(new: Path, path: Path, old: Path) -> None:
             if not in_one_step:
                 _put_back(new, path, old)
         except OSError as another:
-            reason = f"{another.strerror}; what was there could not be put back and lies in {old}"
-            raise OSError(another.errno, reason, str(path)) from error
+            if os.path.lexists(old):
+                reason = f"{another.strerror}; what was there could not be put back and lies in {old}"
+                raise OSError(another.errno, reason, str(path)) from error
         raise
 
 
@@ -293,10 +298,10 @@ def load_tensors(path: Path) -> dict[str, "Tensor"]:
 
 
 def save_checkpoint(folder: Path, files: Mapping[str, Callable[[Path], None]], keep: int = 2) -> None:
-    """Save a checkpoint atomically as `folder`, then remove all but the newest `keep` valid ones beside it.
+    """Save a checkpoint atomically as `folder`, then remove all its elders but the newest valid `keep` - 1.
 
     Args:
-        folder: the checkpoint's place, `.../step-00000100`; siblings named `step-*` are its elders.
+        folder: the checkpoint's place, `.../step-00000100`; siblings named `step-*` of a lower number are its elders.
         files: file name -> function that writes that file at the path it is given.
         keep: how many checkpoints stay, this one included; at least 1.
     """
@@ -306,43 +311,104 @@ def save_checkpoint(folder: Path, files: Mapping[str, Callable[[Path], None]], k
             write(new / name)
         sizes = {name: {"bytes": (new / name).stat().st_size, "sha256": sha256_of(new / name)} for name in files}
         write_atomically(new / MANIFEST, json.dumps(sizes, indent=1).encode())
-    for old in valid_checkpoints(folder.parent)[: -max(1, keep)]:
-        shutil.rmtree(old, ignore_errors=True)  # the new one stands, and the next save tries again
+    remove_elders(folder, keep=keep)
+
+
+def remove_elders(folder: Path, *, keep: int) -> None:
+    """Remove a checkpoint's elders, whole or not, but the newest valid `keep` - 1.
+
+    One that cannot be removed is no error: the next save tries again. Those that go are not read, and one that stays is
+    hashed no second time while nobody touches it.
+    """
+    recover(folder.parent)
+    elders = [path for path in _checkpoints(folder.parent) if _number(path) < _number(folder)]
+    stay = itertools.islice((path for path in reversed(elders) if _is_valid(path, _settled_sha256)), max(1, keep) - 1)
+    kept = set(stay)
+    for elder in elders:
+        if elder not in kept:
+            with contextlib.suppress(OSError):
+                remove_folder(elder)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that it is there whole or not at all, however this ends; what is left of it is hidden.
+
+    Raises:
+        OSError: it cannot be set aside, or nothing in it can be removed; it is still there, whole.
+    """
+    staging = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.staging")
+    aside = staging / "old" / folder.name
+    held = _names_in(folder)
+    try:
+        # `new`, and no successor in it: whoever recovers takes what is set aside for what was replaced
+        (staging / "new").mkdir(parents=True)
+        aside.parent.mkdir()
+        os.rename(folder, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+        if aside.is_dir() and _names_in(aside) == held:
+            os.rename(aside, folder)
+            raise OSError(errno.EACCES, "cannot be removed", str(folder))
+    finally:
+        _discard(staging)
+
+
+def _names_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Whatever is named `step-*`, by number."""
+    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit()), key=_number)
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def is_valid_checkpoint(folder: Path) -> bool:
     """Whether the folder's manifest is there and every file has the size and hash it names."""
+    return _is_valid(folder, sha256_of)
+
+
+def _is_valid(folder: Path, hash_of: Callable[[Path], str]) -> bool:
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         return bool(manifest) and all(
-            (folder / name).stat().st_size == entry["bytes"] and sha256_of(folder / name) == entry["sha256"]
+            (folder / name).stat().st_size == entry["bytes"] and hash_of(folder / name) == entry["sha256"]
             for name, entry in manifest.items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
+def _settled_sha256(file: Path) -> str:
+    """A file's hash, taken once while nobody touches it.
+
+    A clock may stand still between two writes: one that was written a moment ago is hashed at every call.
+    """
+    found = file.stat()
+    if time.time_ns() - found.st_mtime_ns < _SETTLED_NANOSECONDS:
+        return sha256_of(file)
+    return _sha256_as_of(file, (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+
+
+@functools.lru_cache(maxsize=256)
+def _sha256_as_of(file: Path, state: tuple[int, ...]) -> str:
+    return sha256_of(file)
+
+
 def valid_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in `folder` that are whole, oldest first (`step-*`, by number), after `recover`."""
     recover(folder)
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and is_valid_checkpoint(path)]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    return [path for path in _checkpoints(folder) if is_valid_checkpoint(path)]
 
 
-def optimizer_tensors(optimizer: "Optimizer") -> dict[str, "Tensor"]:
-    """An optimiser's state as flat named tensors: `INDEX.NAME`, in the order of its parameters."""
-    import torch
-
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": torch.as_tensor(value) for index, values in state.items() for name, value in values.items()
-    }
-
-
-def load_optimizer_tensors(optimizer: "Optimizer", tensors: Mapping[str, "Tensor"]) -> None:
-    """Put tensors of `optimizer_tensors` back; the parameter groups keep the settings they have now."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
+    """The newest checkpoint in `folder` that is whole, and those after it that are not; its elders are not read."""
+    recover(folder)
+    broken: list[Path] = []
+    for path in reversed(_checkpoints(folder)):
+        if is_valid_checkpoint(path):
+            return path, broken
+        broken.append(path)
+    return None, broken

@@ -1,7 +1,9 @@
 """The benchmarks run from end to end on tiny shapes, and their own comparisons hold."""
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,3 +113,15 @@ def test_every_arm_is_a_run_of_its_own(tmp_path, arm: str) -> None:
     assert (config.optim.seed, config.optim.steps, config.preview.prompts) == (1, 20, [])
     assert arm.startswith("none") == (config.prior.mode == "generated" and not config.prior.prompts)
     assert len({priors.config_of(name, 1, tmp_path, {}).output_dir for name in priors.ARMS}) == len(priors.ARMS)
+
+
+def test_ten_kills_of_training_runs_leave_what_a_whole_run_leaves(tmp_path) -> None:
+    """In a process of its own, which forks: of `make chaos` a slice."""
+    command = [sys.executable, "-m", "benchmarks.chaos", "--kills", "10", "--no-full-disk", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, cwd=Path(__file__).parents[2])
+    found = json.loads((tmp_path / "chaos.json").read_text())
+    assert found["faults"] == [] and done.returncode == 0, done.stderr[-2000:]
+    assert found["kills"] >= 10
+    assert 2 * found["where"]["while a checkpoint was saved"] >= 10
+    assert found["files"] > 30
+    assert "None." in (tmp_path / "chaos.md").read_text()

@@ -100,7 +100,7 @@ class Trainer:
             run_config(run)
             if not _has_learnt(run):  # it begins anew
                 forget_attempt(run)
-            self._spawn(run, "--resume", "latest")
+            self._spawn(run, *(("--resume", "latest") if _has_checkpoints(run) else ()))
 
     def stop(self) -> None:
         """Interrupt the trainer, so that it saves its step and ends; kill it when it does not in time."""
@@ -147,8 +147,12 @@ class Trainer:
 
 
 def _has_learnt(run: Path) -> bool:
+    return _has_checkpoints(run) or (run / ADAPTER).exists()
+
+
+def _has_checkpoints(run: Path) -> bool:
     recover(run / "checkpoints")
-    return any(run.glob("checkpoints/step-*")) or (run / ADAPTER).exists()
+    return any(run.glob("checkpoints/step-*"))
 
 
 def _phase(code: int | None, *, stopped: bool) -> str:

@@ -1,7 +1,7 @@
 """Training checkpoints: safetensors and JSON only, saved whole or not at all, resumed bit for bit."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,12 +12,16 @@ from torch import Tensor
 
 from dora_diffusion.formats import RUN_FILE, save_adapter
 from dora_diffusion.state import AdapterState
-from dora_diffusion.training.config import CaptionsConfig, FlowConfig, OptimConfig, TrainConfig, WordsConfig
+from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.run.identity import Identity
 from dora_diffusion.training.step.guard import Guard
 from dora_diffusion.utils import atomic as storage
+from dora_diffusion.utils.optimizer_state import Groups, OptimizerState, load_optimizer_state, optimizer_state
 
 ADAPTER = RUN_FILE
 _LAST_GOOD = "last-good.safetensors"
+_PLACES = {"data": ("instance_dir", "validation_dir", "cache_dir", "cache_memory"), "prior": ("class_dir",)}
+_IDENTITY, _PROGRESS = "identity.json", "progress.json"
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class TrainingState:
         processes: how many train together.
         validation: (step, loss) pairs so far.
         guard: with the last good state.
-        below: name of an adapter in `base.adapters` -> its strength and its file's hash.
+        told: the optimiser's `group_settings` before the first step.
+        identity: what the run is made of.
     """
 
     parameters: dict[str, Tensor]
@@ -40,14 +45,48 @@ class TrainingState:
     processes: int
     validation: list[tuple[int, float]]
     guard: Guard
-    below: Mapping[str, Sequence[Any]]
+    told: Groups = ()
+    identity: Identity | None = None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A whole checkpoint.
+
+    Attributes:
+        path: its folder.
+        progress: steps done, settings and what else is neither a tensor nor a hash.
+        identity: what its run was made of; None in those from before that was noted.
+        skipped: names of newer ones that are not whole.
+    """
+
+    path: Path
+    progress: dict[str, Any]
+    identity: Identity | None
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        """How many steps were done."""
+        return int(self.progress["step"])
+
+    @property
+    def planned(self) -> int:
+        """How many there were to be."""
+        return int(self.progress["settings"]["optim"]["steps"])
+
+
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint after so many steps lies, in the folder of all."""
+    return folder / f"step-{step:08d}"
 
 
 def resumable_part(config: TrainConfig) -> dict[str, Any]:
-    """The settings that must not change between a run and its resumption; previews, and where pictures lie, may."""
+    """The settings that make up a run; previews are not among them, nor where pictures and caches lie."""
     parts = config.model_dump(mode="json", include={"model", "data", "prior", "adapter", "words", "optim", "flow"})
-    for section, key in (("data", "instance_dir"), ("data", "validation_dir"), ("prior", "class_dir")):
-        parts[section].pop(key)
+    for section, keys in _PLACES.items():
+        for key in keys:
+            parts[section].pop(key)
     parts["adapter"].pop("start")  # a checkpoint has taken its place
     if config.prior.mode == "generated":
         parts["prior"]["class_images"] = config.prior.drawn_images  # which was a number before it could be null
@@ -69,29 +108,32 @@ def save(
         adapter: what is learnt so far, saved beside it as a file to draw with; None when new words are learnt alone.
 
     Raises:
-        ValueError: a value is not finite; nothing is written, and the elders stay.
+        ValueError: a value is not finite, or the optimiser keeps what cannot be saved; nothing is written, and the
+            elders stay.
     """
     for name, parameter in state.parameters.items():
         if not bool(torch.isfinite(parameter).all()):
             raise ValueError(f"step {step}: {name} is no longer finite; lower the learning rate and resume from before")
+    optimizer = optimizer_state(state.optimizer, told=state.told)
     progress = {
         "step": step,
         "processes": state.processes,
         "validation": state.validation,
         "settings": resumable_part(config),
         "guard": state.guard.progress(),
-        "below": {name: list(facts) for name, facts in state.below.items()},
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
+        "optimizer": optimizer.values,
     }
-    tensors = storage.optimizer_tensors(state.optimizer)
-    target = folder / f"step-{step:08d}"
+    target = checkpoint_folder(folder, step)
     files: dict[str, Callable[[Path], None]] = {
         "parameters.safetensors": lambda path: storage.save_tensors(state.parameters, path),
-        "optimizer.safetensors": lambda path: storage.save_tensors(tensors, path),
-        "progress.json": lambda path: storage.write_atomically(path, json.dumps(progress).encode()),
+        "optimizer.safetensors": lambda path: storage.save_tensors(optimizer.tensors, path),
+        _PROGRESS: partial(storage.write_atomically, data=json.dumps(progress).encode()),
     }
     if good := state.guard.tensors():
         files[_LAST_GOOD] = lambda path: storage.save_tensors(good, path)
+    if state.identity is not None:
+        files[_IDENTITY] = partial(storage.write_atomically, data=state.identity.to_json().encode())
     if adapter is not None:
         files[ADAPTER] = partial(_write_adapter, adapter)
     storage.save_checkpoint(target, files, keep=config.checkpoint.keep)
@@ -102,62 +144,52 @@ def _write_adapter(adapter: AdapterState, path: Path) -> None:
     save_adapter(adapter, path)
 
 
-@torch.no_grad()
-def resume(state: TrainingState, config: TrainConfig, *, folder: Path) -> int:
-    """Load the newest valid checkpoint of `folder`; return how many steps it had done, 0 when there is none.
+def newest(folder: Path) -> Saved | None:
+    """The newest whole checkpoint of `folder`; None when it holds none at all.
 
     Raises:
-        ValueError: the checkpoint was made with other settings; the first that differs is named.
+        ValueError: there are some, but none is whole.
     """
-    found = storage.valid_checkpoints(folder)
-    broken = sorted(path.name for path in folder.glob("step-*") if path not in found)
-    if broken and not found:
+    path, broken = storage.newest_checkpoint(folder)
+    if path is None and broken:
         raise ValueError(f"{folder}: none of its {len(broken)} checkpoints is whole; remove the folder to start anew")
-    if not found:
-        return 0
-    newest = found[-1]
-    progress = json.loads((newest / "progress.json").read_text())
-    difference = _first_difference(
-        {
-            **_with_later_defaults(progress["settings"]),
-            "processes": progress["processes"],
-            "base.adapters": progress.get("below", {}),
-        },
-        {**resumable_part(config), "processes": state.processes, "base.adapters": dict(state.below)},
+    if path is None:
+        return None
+    identity = path / _IDENTITY
+    return Saved(
+        path,
+        json.loads((path / _PROGRESS).read_text()),
+        Identity.from_json(identity.read_text()) if identity.is_file() else None,
+        tuple(sorted(other.name for other in broken)),
     )
-    if difference:
-        raise ValueError(f"{newest}: cannot resume, {difference}; use the same settings or another output_dir")
-    for name, value in storage.load_tensors(newest / "parameters.safetensors").items():
+
+
+@torch.no_grad()
+def resume(state: TrainingState, saved: Saved) -> None:
+    """Put back what a checkpoint holds.
+
+    Raises:
+        ValueError: it holds other tensors than are trained now; the first that differs is named.
+    """
+    parameters = storage.load_tensors(saved.path / "parameters.safetensors")
+    _refuse_misfit(saved.path, parameters, state.parameters)
+    for name, value in parameters.items():
         state.parameters[name].copy_(value)
-    storage.load_optimizer_tensors(state.optimizer, storage.load_tensors(newest / "optimizer.safetensors"))
-    if state.scaler is not None and progress["scaler"]:
-        state.scaler.load_state_dict(progress["scaler"])
-    good = storage.load_tensors(newest / _LAST_GOOD) if (newest / _LAST_GOOD).is_file() else {}
-    state.guard.resume(progress.get("guard"), good)
-    state.validation[:] = [(step, loss) for step, loss in progress["validation"]]
-    print(f"resuming from {newest.name}" + (f"; skipped what is not whole: {', '.join(broken)}" if broken else ""))
-    step: int = progress["step"]
-    return step
+    tensors = storage.load_tensors(saved.path / "optimizer.safetensors")
+    load_optimizer_state(state.optimizer, OptimizerState(tensors, saved.progress.get("optimizer", {})))
+    if state.scaler is not None and saved.progress["scaler"]:
+        state.scaler.load_state_dict(saved.progress["scaler"])
+    last_good = saved.path / _LAST_GOOD
+    good = storage.load_tensors(last_good) if last_good.is_file() else {}
+    state.guard.resume(saved.progress.get("guard"), good)
+    state.validation[:] = [(step, loss) for step, loss in saved.progress["validation"]]
 
 
-def _with_later_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an older checkpoint, with the defaults of sections and keys that came later."""
-    later = {
-        "flow": FlowConfig().model_dump(mode="json"),
-        "data": {"trigger": None, "concepts": [], "captions": CaptionsConfig().model_dump(mode="json")},
-        "words": WordsConfig().model_dump(mode="json"),
-        "prior": {"mode": "generated", "caption": None},
-        "optim": OptimConfig().model_dump(mode="json"),
-    }
-    return settings | {name: defaults | settings.get(name, {}) for name, defaults in later.items()}
-
-
-def _first_difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str | None:
-    for key in sorted(old.keys() | new.keys()):
-        before, now = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            if inner := _first_difference(before, now, f"{prefix}{key}."):
-                return inner
-        elif before != now:
-            return f"{prefix}{key} was {before!r} and is now {now!r}"
-    return None
+def _refuse_misfit(path: Path, held: dict[str, Tensor], trained: dict[str, Tensor]) -> None:
+    for name in sorted(held.keys() | trained.keys()):
+        before, now = (None if name not in side else tuple(side[name].shape) for side in (held, trained))
+        if before != now:
+            raise ValueError(
+                f"{path}: cannot be resumed, {name} was {before or 'not trained'} and is now {now or 'not trained'}; "
+                "use the same base and settings, or another output_dir"
+            )

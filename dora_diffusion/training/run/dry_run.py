@@ -22,7 +22,7 @@ _SIZES_NAMED = 5
 
 
 def describe_plan(config: TrainConfig) -> str:
-    """The plan of a run in a few lines; raises what the run itself would about data, base and targets.
+    """The plan of a run in a few lines; raises what the run itself would about folder, data, base and targets.
 
     The base's weights are not read, nor is anything drawn or trained.
     """
@@ -38,8 +38,10 @@ def describe_plan(config: TrainConfig) -> str:
     from dora_diffusion.training.data.concepts import checked_examples
     from dora_diffusion.training.data.examples import check_words
     from dora_diffusion.training.run.card import adapter_metadata, base_lines
+    from dora_diffusion.training.run.folder import check_writable
     from dora_diffusion.training.step.objective import objective_of
 
+    check_writable(config.output_dir)
     split = checked_examples(config.data, seed=config.optim.seed)
     examples = split.train
     check_words(config.words.starts, examples)

@@ -1,25 +1,21 @@
 """The loop of a training run: its steps, what watches them, and what it leaves; resumed bit for bit."""
 
-import json
-from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from dora_diffusion.formats import save_adapter
-from dora_diffusion.pipelines.textual_inversion import save_words
 from dora_diffusion.state import AdapterState
 from dora_diffusion.training.base.trainable import TrainablePipeline
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.data.batches import BatchSource
-from dora_diffusion.training.data.examples import Example
+from dora_diffusion.training.data.concepts import Split
 from dora_diffusion.training.data.missing import PicturesMissing
 from dora_diffusion.training.run import checkpoint
-from dora_diffusion.training.run.card import adapter_metadata, run_card
-from dora_diffusion.training.run.previews import save_strip
+from dora_diffusion.training.run.card import adapter_metadata
+from dora_diffusion.training.run.finish import TrainResult, write_outcome
+from dora_diffusion.training.run.identity import Identity
+from dora_diffusion.training.run.previews import forget_previews
 from dora_diffusion.training.run.signals import StopRequest, stop_requests
 from dora_diffusion.training.run.watchers import Validation, Watchers, due
 from dora_diffusion.training.step.guard import Guard
@@ -28,23 +24,7 @@ from dora_diffusion.training.step.optimisers import build_optimizer
 from dora_diffusion.training.step.training_step import TrainingStep
 from dora_diffusion.utils.atomic import write_atomically
 from dora_diffusion.utils.images import UnreadablePicture
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run leaves.
-
-    Attributes:
-        adapter: its file; None when new words were learnt alone.
-        words: a file for each new word.
-        steps: done.
-        validation: (step, loss) pairs.
-    """
-
-    adapter: Path | None
-    words: tuple[Path, ...]
-    steps: int
-    validation: tuple[tuple[int, float], ...]
+from dora_diffusion.utils.optimizer_state import group_settings
 
 
 class Run:
@@ -56,13 +36,12 @@ class Run:
         accelerator: Accelerator,
         trainable: TrainablePipeline,
         objectives: Objectives,
-        instances: Sequence[Example],
-        classes: Sequence[Example],
-        held_out: Sequence[Example],
+        examples: Split,
+        identity: Identity,
     ) -> None:
         self.config, self.accelerator, self.trainable = config, accelerator, trainable
         self.folder = config.output_dir
-        self.source = source = BatchSource(trainable, config, instances=instances, classes=classes)
+        self.source = source = BatchSource(trainable, config, instances=examples.train, classes=examples.classes)
         optimizer = build_optimizer(trainable, config.optim, config.words)
         for injection in trainable.injections.values():
             injection.keep_norms()
@@ -76,10 +55,9 @@ class Run:
             optimizer=optimizer,
             guard=guard,
         )
-        self.validation = Validation(config.validation, self.step, source, list(held_out or instances))
+        self.validation = Validation(config.validation, self.step, source, examples.validation or examples.train)
         samples, last = self.folder / "samples", config.optim.steps
         self.watchers = Watchers(accelerator, trainable, self.validation, config.preview, samples=samples, last=last)
-        below = {each.name: [each.strength, each.sha256] for each in trainable.below}
         self.state = checkpoint.TrainingState(
             trainable.named_tensors(),
             optimizer,
@@ -87,18 +65,22 @@ class Run:
             accelerator.num_processes,
             self.validation.losses,
             guard,
-            below,
+            told=group_settings(optimizer),
+            identity=identity,
         )
 
-    def go(self, resume: bool) -> TrainResult:
-        """Train to the last step, writing previews, checkpoints and logs on the way."""
-        done = checkpoint.resume(self.state, self.config, folder=self.folder / "checkpoints") if resume else 0
+    def go(self, saved: checkpoint.Saved | None) -> TrainResult:
+        """Train to the last step, from a checkpoint if one is given, writing previews, checkpoints and logs."""
+        done = 0 if saved is None else saved.step
+        if saved is not None:
+            checkpoint.resume(self.state, saved)
         if self.accelerator.is_main_process:
             write_atomically(self.folder / "config.yaml", self.config.to_yaml().encode())
+            forget_previews(self.folder / "samples", after=-1 if saved is None else done)
         self.accelerator.init_trackers("run")
         steps = range(done, self.config.optim.steps)
         self.source.prepare(index for step in steps for index in self.step.micro_batches(step))
-        if done == 0:
+        if saved is None:
             self.watchers.watch(0)
         alone = self.accelerator.num_processes == 1  # several would have to agree on the step after which to stop
         with stop_requests() if alone else nullcontext(StopRequest()) as stop:
@@ -158,18 +140,11 @@ class Run:
 
     def _finish(self) -> TrainResult:
         learnt = self._adapter(self.config.optim.steps)
-        adapter = self.folder / checkpoint.ADAPTER if learnt is not None else None
-        words: list[Path] = []
         losses = self.validation.losses
+        result = TrainResult(
+            None if learnt is None else self.folder / checkpoint.ADAPTER, (), self.config.optim.steps, tuple(losses)
+        )
         if self.accelerator.is_main_process:
-            if learnt is not None and adapter is not None:
-                save_adapter(learnt, adapter)
-            if self.trainable.words is not None:
-                words = save_words(self.trainable.words.state(), self.folder / "words")
-            save_strip(self.folder / "samples")
-            write_atomically(self.folder / "validation.json", json.dumps(losses).encode())
-            write_atomically(
-                self.folder / "README.md", run_card(self.config, losses, words, self.trainable.below).encode()
-            )
+            result = write_outcome(self.config, learnt, self.trainable.words, losses, self.trainable.below)
         self.accelerator.wait_for_everyone()
-        return TrainResult(adapter, tuple(words), self.config.optim.steps, tuple(losses))
+        return result

@@ -11,6 +11,8 @@ from dora_diffusion.training.config import PreviewConfig
 from dora_diffusion.utils.atomic import atomic_file
 from dora_diffusion.utils.image_grid import grid
 
+STRIP = "strip.png"
+
 
 def draw_previews(trainable: TrainablePipeline, preview: PreviewConfig) -> list[Image.Image]:
     """One picture a preview prompt, with the adapter as it stands."""
@@ -34,22 +36,41 @@ def save_previews(pictures: Sequence[Image.Image], folder: Path, *, step: int) -
     return path
 
 
+def forget_previews(folder: Path, *, after: int) -> None:
+    """Remove what an earlier start drew after so many steps: it is drawn anew, or was of other settings."""
+    for file in _numbered(folder):
+        if int(file.stem[5:]) > after:
+            file.unlink(missing_ok=True)
+    if after < 0:
+        (folder / STRIP).unlink(missing_ok=True)
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """The previews of each step, in their order."""
+    found = [file for file in folder.glob("step-*.png") if file.stem[5:].isdigit()]
+    return sorted(found, key=lambda file: int(file.stem[5:]))
+
+
 def save_strip(folder: Path) -> Path | None:
-    """Every step's row under one another, labelled: `samples/strip.png`; None when there are no previews."""
-    files = sorted(folder.glob("step-*.png"))
-    if not files:
-        return None
-    rows = []
-    for file in files:
+    """Every step's row under one another, labelled: `samples/strip.png`; None when there are no previews.
+
+    Rows of another size than the last, drawn before a resumption with other prompts, are left out.
+    """
+    drawn = []
+    for file in _numbered(folder):
         with Image.open(file) as picture:
-            rows.append([picture.convert("RGB")])
-    sheet = grid(rows)
+            drawn.append((file, picture.convert("RGB")))
+    if not drawn:
+        return None
+    alike = [(file, picture) for file, picture in drawn if picture.size == drawn[-1][1].size]
+    files = [file for file, _ in alike]
+    sheet = grid([[picture] for _, picture in alike])
     draw = ImageDraw.Draw(sheet)
     for row, file in enumerate(files):
         y = row * sheet.height // len(files)
         draw.rectangle((0, y, 66, y + 14), fill="white")
         draw.text((3, y + 1), f"step {int(file.stem[5:])}", fill="black")
-    path = folder / "strip.png"
+    path = folder / STRIP
     _save(sheet, path)
     return path
 

@@ -1,33 +1,63 @@
 """`train`: what a run needs is checked and loaded, then its loop runs."""
 
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
 
 from dora_diffusion.training.base.below import lay_below
-from dora_diffusion.training.base.sizes import sizes_of
+from dora_diffusion.training.base.sizes import Sizes, sizes_of
 from dora_diffusion.training.base.trainable import PRECISIONS, load_base, prepare_trainable
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.data.buckets import in_buckets
-from dora_diffusion.training.data.concepts import checked_examples, opened
+from dora_diffusion.training.data.concepts import Split, checked_examples, opened
 from dora_diffusion.training.data.examples import check_words
 from dora_diffusion.training.run.card import base_lines
-from dora_diffusion.training.run.loop import Run, TrainResult
+from dora_diffusion.training.run.checkpoint import Saved
+from dora_diffusion.training.run.finish import TrainResult, finished_result
+from dora_diffusion.training.run.folder import run_lock
+from dora_diffusion.training.run.identity import (
+    Identity,
+    base_identity,
+    below_identity,
+    examples_identity,
+    pictures_identity,
+)
+from dora_diffusion.training.run.loop import Run
+from dora_diffusion.training.run.resumption import Comparison, extended, find_saved
 from dora_diffusion.training.step.objective import Objectives
 from dora_diffusion.training.step.priors import ensure_class_examples
 from dora_diffusion.utils.atomic import recover
 
 
-def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
+@dataclass(frozen=True)
+class _Wanted:
+    """What is asked for beside the config: to go on, and how."""
+
+    resume: bool
+    extend: int | None
+    accept_changes: bool
+
+
+def train(
+    config: TrainConfig, *, resume: str | None = None, extend: int | None = None, accept_changes: bool = False
+) -> TrainResult:
     """Train an adapter as `config` says and write its run folder.
 
     Args:
         config: checked settings.
-        resume: "latest" goes on from the newest valid checkpoint of the run folder; None starts anew.
+        resume: "latest" goes on from the newest valid checkpoint of the run folder; None starts anew. A run that has
+            come to its end is left as it is.
+        extend: go on from the newest checkpoint to so many steps in all, `optim.steps` notwithstanding; schedules of
+            the learning rate are those of a run of that many steps from there on.
+        accept_changes: go on although settings, pictures, captions, masks or the base are not what they were; the
+            next checkpoints note what had changed.
 
     Raises:
-        ValueError: data, settings or checkpoint are not usable; one line that says which and how to mend it.
+        ValueError: data, settings, folder or checkpoint are not usable, or another run trains in the folder; one line
+            that says which and how to mend it.
         KeyboardInterrupt: Ctrl+C, SIGTERM or SIGHUP came; after the step that was under way, and a checkpoint of it.
 
     Examples:
@@ -41,33 +71,90 @@ def train(config: TrainConfig, *, resume: str | None = None) -> TrainResult:
     """
     if resume not in (None, "latest"):
         raise ValueError(f"resume={resume!r}: expected 'latest'")
+    wanted = _Wanted(resume is not None or extend is not None, extend, accept_changes)
+    if accept_changes and not wanted.resume:
+        raise ValueError("--accept-changes: a run that starts anew has nothing to compare; expected --resume latest")
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
+    accelerator = Accelerator(
+        mixed_precision=config.optim.mixed_precision,
+        log_with="tensorboard",
+        project_dir=str(config.output_dir / "logs"),
+        # said outright, or an environment variable of accelerate's would divide the gradients once more
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
+    with run_lock(config.output_dir) if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()
+        return _train(config, accelerator, wanted)
+
+
+def _train(config: TrainConfig, accelerator: Accelerator, wanted: _Wanted) -> TrainResult:
+    """The run in its folder, which is this run's alone."""
+    saved = _saved(config, wanted)
+    if saved is not None and wanted.extend is not None:
+        config = extended(config, saved, wanted.extend)
+    comparison = None if saved is None else _comparison(saved, config, accelerator, wanted)
+    split = checked_examples(config.data, seed=config.optim.seed)
+    check_words(config.words.starts, split.train)
+    identity = Identity({"pictures": pictures_identity(config, split), "base.adapters": below_identity(config)})
+    if saved is not None and comparison is not None:
+        comparison.check_parts(identity)
+        if (finished := finished_result(config, saved)) is not None:
+            accelerator.print(f"{config.output_dir}: has done all of its {saved.step} steps and is left as it is")
+            return finished
+    pipe = load_base(config.model, PRECISIONS[config.optim.mixed_precision], accelerator.device, config.base)
+    base = base_identity(pipe)
+    below = lay_below(pipe, config.base.adapters)
+    objectives = Objectives(pipe, config.optim, config.flow)
+    sized = _sized(split, config, sizes_of(pipe))
+    objectives.of(sized.train[0].size)  # raises for a scheduler that cannot be trained, before anything is drawn
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    drawn = ensure_class_examples(pipe, config, process=rank, processes=ranks)
+    late = {
+        "class pictures": examples_identity(config, [("class", one) for one in drawn]),
+        "base": base,
+    }
+    identity = Identity({**identity.parts, **late})
+    if comparison is not None:
+        comparison.check_parts(Identity(late))
+        identity = comparison.noted(identity)
+        accelerator.print(comparison.message())
+    sized = _sized(split._replace(classes=(*split.classes, *opened(drawn))), config, sizes_of(pipe))
+    trainable = replace(prepare_trainable(pipe, config, from_start=saved is None), below=below)
+    for line in base_lines(pipe, config, trainable.below, trainable.started):
+        accelerator.print(line)
+    try:
+        return Run(config, accelerator, trainable, objectives, sized, identity).go(saved)
+    finally:
+        trainable.eject()
+
+
+def _saved(config: TrainConfig, wanted: _Wanted) -> Saved | None:
+    """What the run goes on from; None for one that starts anew, which must not write over another's checkpoints."""
     folder = config.output_dir
     recover(folder / "checkpoints")
-    if resume is None and any(folder.glob("checkpoints/step-*")):
+    if wanted.resume:
+        return find_saved(config)
+    if any(folder.glob("checkpoints/step-*")):
         raise ValueError(
             f"{folder}: holds checkpoints of an earlier run; resume it with --resume latest or choose another"
         )
-    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
-    accelerator = Accelerator(
-        mixed_precision=config.optim.mixed_precision, log_with="tensorboard", project_dir=str(folder / "logs")
+    return None
+
+
+def _comparison(saved: Saved, config: TrainConfig, accelerator: Accelerator, wanted: _Wanted) -> Comparison:
+    """The comparison with what was saved, its settings compared."""
+    comparison = Comparison(
+        saved,
+        config,
+        processes=accelerator.num_processes,
+        accept=wanted.accept_changes,
+        extends=wanted.extend is not None,
     )
-    instances, held_out, own_classes = checked_examples(config.data, seed=config.optim.seed)
-    check_words(config.words.starts, instances)
-    pipe = load_base(config.model, PRECISIONS[config.optim.mixed_precision], accelerator.device, config.base)
-    below = lay_below(pipe, config.base.adapters)
-    sizes = sizes_of(pipe)
-    instances, held_out = (in_buckets(part, config.data, sizes) for part in (instances, held_out))
-    objectives = Objectives(pipe, config.optim, config.flow)
-    objectives.of(instances[0].size)  # raises for a scheduler that cannot be trained, before anything is drawn
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    drawn = ensure_class_examples(pipe, config, process=rank, processes=ranks)
-    classes = in_buckets([*own_classes, *opened(drawn)], config.data, sizes)
-    goes_on = resume is not None and any(folder.glob("checkpoints/step-*"))
-    trainable = replace(prepare_trainable(pipe, config, from_start=not goes_on), below=below)
-    if accelerator.is_main_process:
-        for line in base_lines(pipe, config, trainable.below, trainable.started):
-            print(line)
-    try:
-        return Run(config, accelerator, trainable, objectives, instances, classes, held_out).go(resume is not None)
-    finally:
-        trainable.eject()
+    comparison.check_settings()
+    return comparison
+
+
+def _sized(split: Split, config: TrainConfig, sizes: Sizes) -> Split:
+    """The examples with the sizes that they are trained at."""
+    train, validation, classes = (in_buckets(list(part), config.data, sizes) for part in split)
+    return Split(train, validation, tuple(classes))

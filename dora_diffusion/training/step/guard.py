@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.training.config import GuardConfig
-from dora_diffusion.utils.atomic import load_optimizer_tensors, optimizer_tensors
+from dora_diffusion.utils.optimizer_state import OptimizerState, group_settings, load_optimizer_state, optimizer_state
 
 Verdict = Literal["skipped", "restored", "stopped"]
 
@@ -56,6 +56,8 @@ class Guard:
         self._norms: deque[float] = deque(maxlen=settings.window)
         self._in_a_row = self._restores = self._skips = 0
         self._good: dict[str, Tensor] = {}
+        self._values: dict[str, Any] = {}  # what of the optimiser's good state is no tensor
+        self._told = group_settings(optimizer)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -101,7 +103,9 @@ class Guard:
     @torch.no_grad()
     def _keep(self) -> None:
         """Copy what is trained and the optimiser's state."""
-        parts = {"trained": self._trained, "optimizer": optimizer_tensors(self._optimizer)}
+        state = optimizer_state(self._optimizer, told=self._told)
+        parts = {"trained": self._trained, "optimizer": state.tensors}
+        self._values = dict(state.values)
         self._good = {
             f"{part}/{name}": tensor.detach().to("cpu", copy=True)
             for part, tensors in parts.items()
@@ -118,7 +122,7 @@ class Guard:
                 self._trained[name].copy_(value)
             else:
                 moments[name] = value.clone()
-        load_optimizer_tensors(self._optimizer, moments)
+        load_optimizer_state(self._optimizer, OptimizerState(moments, self._values))
 
     def history(self) -> str:
         """What was borne until now, in words."""
@@ -129,7 +133,7 @@ class Guard:
     def progress(self) -> dict[str, Any]:
         """What a checkpoint holds of it in JSON; `tensors` are the rest."""
         counts = {"in_a_row": self._in_a_row, "restores": self._restores, "skips": self._skips}
-        return {"norms": list(self._norms), **counts}
+        return {"norms": list(self._norms), "values": self._values, **counts}
 
     def tensors(self) -> dict[str, Tensor]:
         """The last good state, flat; empty before there is one."""
@@ -142,3 +146,4 @@ class Guard:
         self._in_a_row, self._restores = found.get("in_a_row", 0), found.get("restores", 0)
         self._skips = found.get("skips", 0)
         self._good = dict(tensors) if self._settings.restores else {}
+        self._values = dict(found.get("values", {}))

@@ -324,38 +324,91 @@ def test_an_elder_that_cannot_be_removed_does_not_end_the_training(
     assert steps_in(tmp_path) == [3]
 
 
-def train(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, steps: range) -> None:
-    """Deterministic steps: the gradient depends on the step's number and on the parameters."""
-    for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        for parameter in parameters:
-            parameter.grad = parameter.detach() * 0.1 + torch.randn(parameter.shape, generator=generator)
-        optimizer.step()
+def killed_at(call: int, work: Callable[[], object]) -> bool:
+    """Do `work` in a process of its own dying at its `call`-th removal; whether it came through."""
+    child = os.fork()
+    if child == 0:
+        removals = []
+
+        def dying(real: Callable[..., None]) -> Callable[..., None]:
+            def wrapper(*arguments: object, **options: object) -> None:
+                if len(removals) == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                removals.append(1)
+                real(*arguments, **options)
+
+            return wrapper
+
+        os.unlink, os.rmdir = dying(os.unlink), dying(os.rmdir)
+        work()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert status in (0, signal.SIGKILL)
+    return status == 0
 
 
-def adamw(amsgrad: bool) -> tuple[list[torch.nn.Parameter], torch.optim.AdamW]:
-    parameters = [torch.nn.Parameter(torch.ones(4, 3)), torch.nn.Parameter(torch.zeros(5))]
-    groups = [{"params": parameters[:1], "lr": 1e-2}, {"params": parameters[1:], "lr": 3e-3, "weight_decay": 0.0}]
-    return parameters, torch.optim.AdamW(groups, amsgrad=amsgrad)
+def test_a_kill_while_old_checkpoints_are_removed_leaves_no_half_of_one(tmp_path: Path) -> None:
+    for call in range(100):
+        folder = tmp_path / str(call)
+        for step in (1, 2, 3):
+            put(folder, step, keep=3)
+        came_through = killed_at(call, lambda folder=folder: put(folder, 4, keep=1))
+        there = [path for path in folder.glob("step-*") if not storage.is_valid_checkpoint(path)]
+        assert there == [], call
+        assert steps_in(folder)[-1] in (3, 4)
+        put(folder, 5, keep=1)
+        assert os.listdir(folder) == ["step-00000005"]
+        if came_through:
+            break
+    assert came_through and call > 10
 
 
-@pytest.mark.parametrize("amsgrad", [False, True])
-def test_an_optimizer_resumes_bit_for_bit(tmp_path: Path, amsgrad: bool) -> None:
-    whole, whole_optimizer = adamw(amsgrad)
-    train(whole, whole_optimizer, range(10))
+def test_a_full_disk_leaves_nothing_of_a_step(tmp_path: Path) -> None:
+    put(tmp_path, 1, keep=1)
+    before = contents(tmp_path)
+    for size in (0, 1, 100, 300):
+        with disk_full_after(size), pytest.raises(OSError, match="File too large"):
+            put(tmp_path, 2, keep=1)
+        assert contents(tmp_path) == before
 
-    first, first_optimizer = adamw(amsgrad)
-    train(first, first_optimizer, range(6))
-    storage.save_tensors(storage.optimizer_tensors(first_optimizer), tmp_path / "optimizer.safetensors")
 
-    second, second_optimizer = adamw(amsgrad)
-    with torch.no_grad():
-        for new, old in zip(second, first, strict=True):
-            new.copy_(old)
-    storage.load_optimizer_tensors(second_optimizer, storage.load_tensors(tmp_path / "optimizer.safetensors"))
-    assert_identical(storage.optimizer_tensors(second_optimizer), storage.optimizer_tensors(first_optimizer))
+def test_a_save_hashes_what_is_new_and_what_stays_and_that_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
 
-    train(second, second_optimizer, range(6, 10))
-    assert_identical(second, whole)
-    assert_identical(storage.optimizer_tensors(second_optimizer), storage.optimizer_tensors(whole_optimizer))
-    assert [group["lr"] for group in second_optimizer.param_groups] == [1e-2, 3e-3]
+    def counted(path: Path) -> str:
+        hashed.append(f"{path.parent.name}/{path.name}")
+        return real(path)
+
+    real = storage.sha256_of
+    monkeypatch.setattr(storage, "sha256_of", counted)
+    for step in range(1, 6):
+        hashed.clear()
+        for file in put(tmp_path, step, keep=3).iterdir():
+            os.utime(file, ns=(10**18, 10**18))  # as if it had been a while ago
+    files = ("model.safetensors", "progress.json")
+    assert sorted(hashed) == [f"step-0000000{step}/{name}" for step in (4, 5) for name in files]
+    assert steps_in(tmp_path) == [3, 4, 5]
+    hashed.clear()
+    newest, broken = storage.newest_checkpoint(tmp_path)
+    assert (newest, broken) == (tmp_path / "step-00000005", [])
+    assert {name.split("/")[0] for name in hashed} == {"step-00000005"}  # resuming reads that one anew, and no other
+
+
+def test_the_newest_whole_one_is_found_below_those_that_are_broken(tmp_path: Path) -> None:
+    assert storage.newest_checkpoint(tmp_path / "nowhere") == (None, [])
+    for step in (1, 2, 3, 4):
+        put(tmp_path, step, keep=9)
+    for step in (3, 4):
+        truncate(tmp_path / f"step-0000000{step}")
+    broken = [tmp_path / "step-00000004", tmp_path / "step-00000003"]
+    assert storage.newest_checkpoint(tmp_path) == (tmp_path / "step-00000002", broken)
+
+
+def test_elders_that_are_not_whole_go_with_the_others(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        put(tmp_path, step, keep=9)
+    (tmp_path / "step-00000001" / "progress.json").unlink()
+    put(tmp_path, 4, keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["step-00000003", "step-00000004"]
