@@ -25,6 +25,7 @@ from dora_diffusion.training.data.buckets import bucket_of, in_buckets, kept_sha
 from dora_diffusion.training.data.concepts import checked_examples
 from dora_diffusion.training.data.examples import Example
 from dora_diffusion.training.run.train import train
+from dora_diffusion.training.step.guard import Guard
 from dora_diffusion.training.step.objective import Objectives
 from dora_diffusion.training.step.optimisers import build_optimizer
 from dora_diffusion.training.step.training_step import TrainingStep
@@ -108,13 +109,15 @@ def _step_of(config: TrainConfig, trainable: TrainablePipeline) -> Callable[[int
     source = BatchSource(
         trainable, config, instances=in_buckets(examples, config.data, sizes_of(trainable.pipe)), classes=[]
     )
+    optimizer = build_optimizer(trainable, config.optim, config.words)
     step = TrainingStep(
         config.optim,
         Accelerator(),
         trainable,
         Objectives(trainable.pipe, config.optim, config.flow).of,
         batches_at=source.batches_at,
-        optimizer=build_optimizer(trainable, config.optim, config.words),
+        optimizer=optimizer,
+        guard=Guard(config.guard, trainable.named_tensors(), optimizer),
     )
     source.prepare(index for number in range(config.optim.steps) for index in step.micro_batches(number))
     return step.take

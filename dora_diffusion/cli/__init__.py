@@ -9,7 +9,7 @@ from dora_diffusion.cli.drawing import add_generate, add_ui
 from dora_diffusion.cli.environment import add_env
 from dora_diffusion.cli.files import add_convert, add_extract, add_inspect, add_resize
 from dora_diffusion.cli.mixes import add_bake, add_blend
-from dora_diffusion.cli.training import add_doctor, add_evaluate, add_train
+from dora_diffusion.cli.training import add_doctor, add_evaluate, add_import_config, add_train
 from dora_diffusion.utils.console import OneLineParser, line_of_unicode_error, printing_anything
 from dora_diffusion.utils.quiet import quiet_lines
 
@@ -22,6 +22,7 @@ Add = Callable[[argparse.ArgumentParser], None]
 COMMANDS: Mapping[str, tuple[str, Add]] = {
     "doctor": ("check an image set before training", add_doctor),
     "train": ("train an adapter from a YAML config", add_train),
+    "import-config": ("another trainer's file as a YAML config", add_import_config),
     "generate": ("draw pictures with adapters", add_generate),
     "inspect": ("what adapter files hold, and how they meet", add_inspect),
     "convert": ("write an adapter in another format", add_convert),

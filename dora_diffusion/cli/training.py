@@ -1,4 +1,4 @@
-"""`doctor`, `train`, `evaluate`: what needs pictures."""
+"""`doctor`, `train`, `evaluate`: what needs pictures; `import-config`: what others train with, as ours."""
 
 import argparse
 from collections.abc import Sequence
@@ -112,4 +112,36 @@ def _evaluate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         f"(floor {scores.floor:.2f}, ceiling {scores.ceiling:.2f}; {scores.count} pictures each)"
     )
     print(f"wrote {output / 'report.json'} and {output / 'grid.png'}")
+    return 0
+
+
+def add_import_config(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Make our training YAML of another trainer's file: kohya's sd-scripts (training TOML, dataset TOML, GUI JSON), "
+        "ai-toolkit, OneTrainer, a command of diffusers' train_dreambooth_lora*.py. A line for each of its keys says "
+        "what became of it. docs/moving.md has the options side by side."
+    )
+    parser.add_argument("source", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--output", type=Path, metavar="OUT.yaml", help="default: FILE's name with -dora.yaml, beside it"
+    )
+    parser.set_defaults(handler=_import_config)
+
+
+def _import_config(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    from dora_diffusion.training.import_config import read_config, write_config
+    from dora_diffusion.training.import_config.report import report
+
+    source: Path = arguments.source
+    output: Path = arguments.output or source.with_name(f"{source.stem}-dora.yaml")
+    if output.is_dir():
+        raise ValueError(f"--output {output}: a folder; expected the name of a YAML file")
+    if arguments.output is None and output.exists():
+        raise ValueError(f"{output}: is there already; name another with --output, or the same to write over it")
+    if output.exists() and source.exists() and output.samefile(source):
+        raise ValueError(f"--output {output}: the file that is read; expected another")
+    imported = read_config(source, output=output)
+    print(report(imported))
+    write_config(imported, output, source=source)
+    print(f"wrote {output}; next: dora-diffusion train {output} --dry-run")
     return 0

@@ -1,7 +1,8 @@
 """Draw a picture with a pipeline, watched and stoppable, and keep how it was made inside the PNG."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -153,6 +154,56 @@ def generate(
         )
     picture: Image.Image = result.images[0]
     return picture if canvas is None else canvas.kept_outside(picture)
+
+
+def generate_together(pipe: Any, settings: Sequence[GenerationSettings]) -> list[Image.Image]:
+    """Draw pictures in one pass, each as `generate` draws it, up to rounding.
+
+    Prompts with weighed words are drawn one by one.
+
+    Args:
+        pipe: as for `generate`.
+        settings: of each picture, which differ in prompt and seed alone.
+
+    Raises:
+        ValueError: they differ in more, or as `generate`.
+    """
+    first = settings[0]
+    if any(replace(one, prompt=first.prompt, seed=first.seed) != first for one in settings):
+        raise ValueError("settings of pictures that are drawn together differ in more than prompt and seed")
+    family = family_of_pipeline(pipe)
+    words = [_words(pipe, family, one) for one in settings]
+    if len(settings) == 1 or any(isinstance(value, Tensor) for said in words for value in said.values()):
+        return [generate(pipe, one) for one in settings]
+    height, width = _sides(pipe, family, first)
+    with sampling(pipe, first.sampler) as scheduler, _decoding_in_turn(pipe):
+        check_steps(scheduler, first.sampler, first.steps)
+        pipe.set_progress_bar_config(disable=True)
+        result = pipe(
+            **{
+                name: [said[name] for said in words] if isinstance(value, str) else value
+                for name, value in words[0].items()
+            },
+            width=width,
+            height=height,
+            num_inference_steps=first.steps,
+            generator=[torch.Generator().manual_seed(one.seed) for one in settings],
+        )
+    return list(result.images)
+
+
+@contextmanager
+def _decoding_in_turn(pipe: Any) -> Iterator[None]:
+    """The VAE takes one picture after another: whole batches of large ones would need more memory than the drawing."""
+    before = getattr(pipe.vae, "use_slicing", None)
+    if before is None:
+        yield
+        return
+    pipe.vae.use_slicing = True
+    try:
+        yield
+    finally:
+        pipe.vae.use_slicing = before
 
 
 def check_drawable(pipe: Any, settings: GenerationSettings, *, has_canvas: bool = False) -> None:

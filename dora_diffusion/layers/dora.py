@@ -76,6 +76,7 @@ class DoRALayer(Transparent):
 
     Any kind of base that `base_layers` knows. Dropout acts on the low-rank branch only. The output has the base's shape
     and dtype. The norm is taken anew at every forward, unless `keeps_norm`: then once an optimiser step (see `_norms`).
+    While `is_off` the layer is its base, and a norm that is kept stays.
     """
 
     def __init__(self, base: Base, adapter: Adapter, *, dropout: float, norm_grad: NormGrad) -> None:
@@ -84,11 +85,14 @@ class DoRALayer(Transparent):
         self.dropout = dropout
         self.norm_grad = norm_grad
         self.keeps_norm = False
+        self.is_off = False
         self._kept: _KeptNorm | None = None
         self._kind = kind_of(base)
 
     def forward(self, x: Tensor) -> Tensor:
         base: Tensor = self.base(x)
+        if self.is_off:
+            return base
         kind, (down, up) = self._kind, self.adapter.pair()
         h = self.adapter.scale * kind.shrink(self.base, x, down.to(branch_dtype(x, base)), self._drop)
         low = kind.expand(self.base, h, up.to(h.dtype), None)

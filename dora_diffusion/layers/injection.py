@@ -3,7 +3,8 @@
 import math
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,10 @@ class Injection:
         """Layer path -> rank."""
         return {path: layer.adapter.down.shape[0] for path, layer in self._layers.items()}
 
+    def scale(self, path: str) -> float:
+        """s of a layer's D = s B A."""
+        return self._layers[path].adapter.scale
+
     def parameters(self) -> list[nn.Parameter]:
         """Every A, B and m that is trained, fp32."""
         return [parameter for parameter in self.named_parameters().values() if parameter.requires_grad]
@@ -111,6 +116,18 @@ class Injection:
         """Take every norm anew at its next forward."""
         for layer in self._layers.values():
             layer.forget_norm()
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """While the block lasts the model computes what it did before; nothing of the adapter is lost or forgotten."""
+        were = {path: layer.is_off for path, layer in self._layers.items()}
+        for layer in self._layers.values():
+            layer.is_off = True
+        try:
+            yield
+        finally:
+            for path, layer in self._layers.items():
+                layer.is_off = were[path]
 
     def state(self) -> AdapterState:
         """A copy of the adapter; paths are relative to the model (`state().under("unet")` for a file)."""

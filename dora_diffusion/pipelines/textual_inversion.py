@@ -12,7 +12,8 @@ would be: while words are there, the end is found by its own id.
 
 import copy
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,28 @@ class Words:
         Raises:
             ValueError: an adapter's words were added on top of these.
         """
+        self._take_out()
+        self._encoders.clear()
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """While the block lasts the pipeline does not know the words: it reads them by their letters, as before.
+
+        Raises:
+            ValueError: an adapter's words were added on top of these.
+        """
+        self._take_out()
+        try:
+            yield
+        finally:
+            for encoder in self._encoders:
+                encoder.model.set_input_embeddings(encoder.embedding)
+                if getattr(self._pipe, encoder.tokenizer_name, None) is encoder.tokenizer:
+                    setattr(self._pipe, encoder.tokenizer_name, encoder.extended)
+                for module, _ in encoder.ends:
+                    module.eos_token_id = encoder.tokenizer.eos_token_id
+
+    def _take_out(self) -> None:
         if any(encoder.is_covered for encoder in self._encoders):
             raise ValueError(f"{', '.join(self.names)}: adapters brought further words after these; unload them first")
         for encoder in self._encoders:
@@ -167,7 +190,6 @@ class Words:
                 setattr(self._pipe, encoder.tokenizer_name, encoder.tokenizer)
             for module, end in encoder.ends:
                 module.eos_token_id = end
-        self._encoders.clear()
 
 
 def add_words(pipe: Any, starts: Mapping[str, str], *, vectors: int = 1) -> Words:

@@ -18,9 +18,9 @@ from dora_diffusion.training import yaml_config
 
 # Paths in the file are relative to the file; `output_dir` is relative to the current directory.
 _PATHS_BESIDE_FILE = (
-    *("base.transformer", "base.unet", "base.vae"),
+    *("base.transformer", "base.unet", "base.vae", "base.adapters"),
     *("data.instance_dir", "data.cache_dir", "data.validation_dir", "data.concepts[].dir"),
-    *("prior.class_dir", "evaluation.truth_dir"),
+    *("prior.class_dir", "adapter.start", "evaluation.truth_dir"),
 )
 
 
@@ -50,6 +50,7 @@ Text = Annotated[str, Field(min_length=1)]
 Rank = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, BeforeValidator(_to_number), Field(gt=0)]
 Side = Annotated[int, Field(ge=8, multiple_of=8)]
+Strength = Annotated[float, BeforeValidator(_to_number)]
 
 
 class _Section(BaseModel):
@@ -175,16 +176,23 @@ class DataConfig(_Section):
 
 
 class PriorConfig(_Section):
-    """Prior preservation: pictures of the class as the base draws it, trained beside the subject's own."""
+    """Prior preservation: what the base does of the class, trained beside the subject's own pictures."""
 
+    mode: Literal["generated", "folder", "adapter_off"] = "generated"
+    """What is kept: pictures that the base draws (with no prompt, none); those of class_dir as they are; or what the
+    base itself predicts, the adapter off, of class pictures if there are any, else of the subject's own."""
+    caption: Literal["class", "blank", "instance"] | None = None
+    """What base and adapter are asked with under adapter_off: class prompts in turn (a class picture's own caption),
+    nothing, or the picture's own caption; null = class."""
     class_prompt: Text | None = None
     """Prompt of the class pictures, such as "a photo of a dog"; null, with no class_prompts = no prior preservation."""
     class_prompts: list[Text] = []
     """Several prompts, used in turn, instead of class_prompt."""
     class_dir: Location | None = None
-    """Folder of class pictures; null = `class` in the output folder. The base draws those that are missing."""
-    class_images: int = Field(default=40, ge=1)
-    """How many class pictures there shall be."""
+    """Folder of class pictures; null = `class` in the output folder under generated, where the base draws those that
+    are missing. Your own pictures there count, and are never touched."""
+    class_images: int | None = Field(default=None, ge=1)
+    """How many class pictures are trained; null = 40 under generated, else all that there are."""
     guidance_scale: Number | None = Field(default=None, ge=0, le=100)
     """Guidance of the class pictures that the base draws; null = the previews'. Strongly guided ones teach their
     saturation to the adapter, which the next guided drawing then doubles: 1 to 2 keeps what the base is."""
@@ -196,18 +204,41 @@ class PriorConfig(_Section):
         """Every class prompt; empty when prior preservation is off."""
         return tuple(self.class_prompts) if self.class_prompt is None else (self.class_prompt,)
 
+    @property
+    def drawn_images(self) -> int:
+        """How many class pictures there shall be under generated."""
+        return self.class_images or 40
+
+    @property
+    def asked_with(self) -> Literal["class", "blank", "instance"]:
+        """The captions of adapter_off."""
+        return self.caption or "class"
+
     @model_validator(mode="after")
     def _check(self) -> "PriorConfig":
         if self.class_prompt is not None and self.class_prompts:
             raise ValueError(
                 f"prior.class_prompts: got {self.class_prompts} beside prior.class_prompt, expected one of them"
             )
-        if self.class_dir is not None and not self.prompts:
+        if self.mode == "generated" and self.class_dir is not None and not self.prompts:
             raise ValueError(
                 f"prior.class_dir: got {str(self.class_dir)!r} without prior.class_prompt, expected both or neither"
             )
+        if self.mode == "folder" and self.class_dir is None:
+            raise ValueError(
+                "prior.mode: got 'folder' without prior.class_dir, expected a folder of class pictures there"
+            )
+        if self.mode != "adapter_off" and self.caption is not None:
+            raise ValueError(
+                f"prior.caption: got {self.caption!r} with prior.mode {self.mode!r}, expected null; it is adapter_off's"
+            )
         if self.class_dir is not None and os.path.exists(self.class_dir) and not os.path.isdir(self.class_dir):
             raise ValueError(f"prior.class_dir: got the file {str(self.class_dir)!r}, expected a folder")
+        if self.mode != "generated" and self.class_dir is not None and not os.path.isdir(self.class_dir):
+            raise ValueError(
+                f"prior.class_dir: got {str(self.class_dir)!r}, expected an existing folder of pictures, for "
+                f"prior.mode {self.mode} draws none"
+            )
         return self
 
 
@@ -242,6 +273,17 @@ class AdapterConfig(_Section):
     """Adapt the text encoders: true = every one that the base has, or a list of them (text_encoder, text_encoder_2)."""
     text_encoder_rank: Rank | dict[Text, Rank] | None = None
     """Rank in the text encoders, one for all or by name, {text_encoder_2: 4}; null = rank."""
+    start: Location | None = None
+    """An adapter to start from, a file of any format or a run's folder; it is the first step's adapter, at the ranks
+    given here. Null = from nothing."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "AdapterConfig":
+        if self.start is not None and self.init == "pissa":  # whether it is there counts only where it is read
+            raise ValueError(
+                "adapter.start: got a file beside adapter.init 'pissa', which is another start; choose one"
+            )
+        return self
 
 
 class WordsConfig(_Section):
@@ -303,6 +345,25 @@ class OptimConfig(_Section):
                 f"optim.warmup_steps: got {self.warmup_steps}, expected at most optim.steps, which is {self.steps}"
             )
         return self
+
+
+class GuardConfig(_Section):
+    """What happens when a step goes wrong: it is skipped, then the last good state comes back, then the run stops."""
+
+    spike: Number | None = Field(default=30.0, gt=1)
+    """A step is wrong if its gradient is longer than so many times the median of those before; null = only if it, or
+    the loss, is no finite number."""
+    window: int = Field(default=64, ge=2, le=10_000)
+    """Good steps that the median is taken over; before half as many are done there is none."""
+    skips: int = Field(default=3, ge=1)
+    """Wrong steps in a row after which the last good state comes back; those before are only skipped."""
+    restores: int = Field(default=3, ge=0)
+    """How often it may come back in a run before the run stops; 0 = never, and nothing is kept for it."""
+    every: int = Field(default=20, ge=1)
+    """Steps between copies of the last good state, in main memory: three times the adapter."""
+    missing: Number = Field(default=0.1, ge=0, le=1)
+    """Share of the pictures that may become unreadable while the run is on: their samples are left out. Beyond it a
+    checkpoint is saved and the run stops."""
 
 
 class FlowConfig(_Section):
@@ -381,6 +442,9 @@ class BaseConfig(_Section):
     """Weights of the UNet; null = the base's own."""
     vae: Location | None = None
     """Weights of the VAE; null = the base's own."""
+    adapters: dict[Location, Strength] = {}
+    """Adapters below what is trained, frozen: file -> strength, {undo-turbo.safetensors: 1.0}. They are folded into the
+    base, for which the adapter that is trained then is."""
 
     @model_validator(mode="after")
     def _check(self) -> "BaseConfig":
@@ -388,6 +452,9 @@ class BaseConfig(_Section):
             file = getattr(self, name)
             if file is not None and not os.path.isfile(file):
                 raise ValueError(f"base.{name}: got {str(file)!r}, expected an existing .safetensors or .gguf file")
+        for file in self.adapters:
+            if not os.path.exists(file):
+                raise ValueError(f"base.adapters: got {str(file)!r}, expected an existing adapter file")
         return self
 
 
@@ -427,6 +494,8 @@ class TrainConfig(_Section):
     """How it is trained."""
     flow: FlowConfig = FlowConfig()
     """Noise of bases that are trained by flow matching."""
+    guard: GuardConfig = GuardConfig()
+    """What happens when a step goes wrong."""
     preview: PreviewConfig = PreviewConfig()
     """Pictures drawn in training."""
     validation: ValidationConfig = ValidationConfig()
@@ -453,7 +522,16 @@ class TrainConfig(_Section):
         if os.path.exists(self.output_dir) and not os.path.isdir(self.output_dir):
             raise ValueError(f"output_dir: got the file {str(self.output_dir)!r}, expected a folder, new or old")
         _refuse_shared_folders(self)
+        if self.prior.mode == "adapter_off":
+            _check_asked_with(self.prior, self.words, has_class_pictures=self.has_class_pictures)
         return self
+
+    @property
+    def has_class_pictures(self) -> bool:
+        """Whether class pictures are trained, whoever made them."""
+        prior = self.prior
+        is_drawn = prior.mode == "generated" and bool(prior.prompts)
+        return is_drawn or prior.class_dir is not None or any(one.role == "class" for one in self.data.concepts)
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Mapping[str, str] | None = None) -> "TrainConfig":
@@ -512,7 +590,7 @@ def _refuse_shared_folders(config: TrainConfig) -> None:
         if concept.role != "class":
             given[f"data.concepts[{index}].dir"] = concept.dir
     written = {"output_dir": config.output_dir}
-    if config.prior.prompts:
+    if config.prior.mode != "adapter_off" and (config.prior.prompts or config.prior.class_dir):
         written["prior.class_dir"] = config.prior.class_dir or config.output_dir / "class"
     places = {key: os.path.realpath(folder) for key, folder in given.items() if folder is not None}
     for key, folder in written.items():
@@ -521,16 +599,43 @@ def _refuse_shared_folders(config: TrainConfig) -> None:
             raise ValueError(f"{key}: got {str(folder)!r}, which is {shared} too; expected a folder of its own")
 
 
+def _check_asked_with(prior: PriorConfig, words: WordsConfig, *, has_class_pictures: bool) -> None:
+    """A ValueError when base and adapter cannot be asked alike."""
+    if prior.asked_with == "class" and not (prior.prompts or has_class_pictures):
+        raise ValueError(
+            "prior.mode: got 'adapter_off' without prior.class_prompt to ask with; expected one, class pictures, or "
+            "prior.caption blank or instance"
+        )
+    if words.starts and prior.asked_with == "instance":
+        raise ValueError(
+            "prior.caption: got 'instance' beside words.starts, whose words the base cannot read; expected class or "
+            "blank"
+        )
+    for word in words.starts:
+        if found := [prompt for prompt in prior.prompts if word.lower() in prompt.lower()]:
+            raise ValueError(
+                f"prior.class_prompt: {found[0]!r} holds the new word {word!r}, which the base cannot read; expected "
+                "words that it knows"
+            )
+
+
 def _start_paths_at(data: dict[Any, Any], folder: Path) -> None:
     """Let the relative paths of a file's data start at `folder`."""
     for key in _PATHS_BESIDE_FILE:
         *sections, name = key.split(".")
         for fields in _sections_at(data, sections):
-            if isinstance(fields.get(name), str) and fields[name]:
-                fields[name] = str(folder / os.path.expanduser(fields[name]))
+            value = fields.get(name)
+            if isinstance(value, str) and value:
+                fields[name] = _beside(folder, value)
+            elif isinstance(value, dict):  # whose keys are files
+                fields[name] = {_beside(folder, file): setting for file, setting in value.items()}
     model = data.get("model")
     if isinstance(model, str) and model.startswith(("./", "../")):
         data["model"] = os.path.abspath(folder / model)
+
+
+def _beside(folder: Path, file: Any) -> Any:
+    return str(folder / os.path.expanduser(file)) if isinstance(file, str) and file else file
 
 
 def _sections_at(data: Any, sections: Sequence[str]) -> list[dict[Any, Any]]:

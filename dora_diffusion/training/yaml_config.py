@@ -135,21 +135,26 @@ def keys_of(model: Model) -> list[str]:
 
 def one_line(error: ValidationError, file: YamlFile, overrides: Mapping[str, str], model: Model) -> str:
     """The first mistake that pydantic found, where it stands, and how many more there are."""
-    # An unknown key comes first: it is often why another one is missing.
-    errors = sorted(error.errors(), key=lambda details: details["type"] != "extra_forbidden")
-    keys = [_key_of(details, model) for details in errors]
-    key, first = keys[0], [details for details, other in zip(errors, keys, strict=True) if other == keys[0]]
-    if errors[0]["type"] == "value_error":  # a check across keys: its message starts with the key
-        key, _, message = errors[0]["msg"].removeprefix("Value error, ").partition(": ")
-    else:
-        message = _describe(key, first, model)
+    key, message = first_mistake(error, model)
     if key in overrides:
         where = f"--{key}"
     else:
         where = f"{file.path}:{file.lines[key]}: {key}" if key in file.lines else f"{file.path}: {key}"
-    others = len(set(keys)) - 1
+    others = len({_key_of(details, model) for details in error.errors()}) - 1
     more = f" (and {others} more)" if others else ""
     return " ".join(f"{where}: {message}{more}".split())
+
+
+def first_mistake(error: ValidationError, model: Model) -> tuple[str, str]:
+    """The dotted key of the first mistake that pydantic found, and what is wrong with it."""
+    # An unknown key comes first: it is often why another one is missing.
+    errors = sorted(error.errors(), key=lambda details: details["type"] != "extra_forbidden")
+    keys = [_key_of(details, model) for details in errors]
+    if errors[0]["type"] == "value_error":  # a check across keys: its message starts with the key
+        key, _, message = errors[0]["msg"].removeprefix("Value error, ").partition(": ")
+        return key, message
+    first = [details for details, other in zip(errors, keys, strict=True) if other == keys[0]]
+    return keys[0], _describe(keys[0], first, model)
 
 
 def _key_of(details: ErrorDetails, model: Model) -> str:

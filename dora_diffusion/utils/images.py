@@ -36,6 +36,10 @@ SUFFIXES = frozenset(suffix for name in FORMATS for suffix in _SUFFIXES_BY_FORMA
 _WHITE = (255, 255, 255, 255)
 
 
+class UnreadablePicture(ValueError):
+    """A file that is no picture here, or none any more."""
+
+
 class _Warnings:
     """Python's warnings are of the process, while pictures are read by several threads: the first in sets how strict
     they are, the last out sets them back."""
@@ -74,8 +78,8 @@ def read_image(path: str | Path) -> Image.Image:
     an animation. Colour profiles are not applied.
 
     Raises:
-        ValueError: one line naming the file, when it is missing, empty, cut short, no picture of `FORMATS`, larger than
-            `PIL.Image.MAX_IMAGE_PIXELS`, or of 32-bit or float samples, whose range no one knows.
+        UnreadablePicture: one line naming the file, when it is missing, empty, cut short, no picture of `FORMATS`,
+            larger than `PIL.Image.MAX_IMAGE_PIXELS`, or of 32-bit or float samples, whose range no one knows.
     """
     return _read(Path(path), _to_rgb)
 
@@ -97,17 +101,19 @@ def _read(path: Path, convert: Callable[[Image.Image, str | None], Made]) -> Mad
         with _WARNINGS.strict(), Image.open(path, formats=FORMATS) as picture:
             return convert(ImageOps.exif_transpose(picture), picture.format)
     except UnidentifiedImageError:
-        raise ValueError(
+        raise UnreadablePicture(
             f"{shown_path(path)}: not a picture, or damaged; expected one of {', '.join(FORMATS)}"
         ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         most = Image.MAX_IMAGE_PIXELS
-        raise ValueError(f"{shown_path(path)}: too large, expected at most {most} pixels; make it smaller") from None
+        raise UnreadablePicture(
+            f"{shown_path(path)}: too large, expected at most {most} pixels; make it smaller"
+        ) from None
     except FileNotFoundError:
-        raise ValueError(f"{shown_path(path)}: no such file") from None
+        raise UnreadablePicture(f"{shown_path(path)}: no such file") from None
     except Exception as error:  # decoders meet damage with anything: SyntaxError, struct.error, IndexError ...
         reason = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
-        raise ValueError(f"{shown_path(path)}: cannot be read as a picture ({reason}); save it anew") from None
+        raise UnreadablePicture(f"{shown_path(path)}: cannot be read as a picture ({reason}); save it anew") from None
 
 
 def _to_rgb(picture: Image.Image, file_format: str | None) -> Image.Image:

@@ -190,3 +190,31 @@ def test_train_dry_run_and_train_through_the_script(capsys, tmp_path, base) -> N
 )
 def test_adapter_option(text: str, path: str, strength: float) -> None:
     assert tuple(map(str, split_adapter(text))) == (path, str(strength))
+
+
+def test_a_file_of_another_trainer_becomes_a_run_of_ours(tmp_path: Path, capsys) -> None:
+    """Imported, planned, and never written over unasked."""
+    (tmp_path / "img" / "3_zqx robot").mkdir(parents=True)
+    for number in range(4):
+        Image.new("RGB", (64, 64), "teal").save(tmp_path / "img" / "3_zqx robot" / f"{number}.png")
+    source = tmp_path / "robot.toml"
+    source.write_text(
+        'pretrained_model_name_or_path = "pocket"\ntrain_data_dir = "img"\noutput_dir = "runs"\noutput_name = "robot"\n'
+        'network_module = "networks.lora"\nnetwork_dim = 4\nnetwork_alpha = 4\nnetwork_train_unet_only = true\n'
+        "resolution = 64\nmax_train_epochs = 2\ntrain_batch_size = 2\nlearning_rate = 1e-4\nnoise_offset = 0.1\n"
+    )
+    assert main(["import-config", str(source)]) == 0
+    said = capsys.readouterr().out
+    assert "network_dim: 4 -> adapter.rank: 4" in said and "noise_offset: 0.1 -> no counterpart yet" in said
+    assert f"wrote {tmp_path / 'robot-dora.yaml'}" in said
+    assert main(["train", str(tmp_path / "robot-dora.yaml"), "--dry-run"]) == 0
+    assert "steps      12 of 2 x 1" in capsys.readouterr().out
+    assert "is there already" in fails(capsys, "import-config", str(source))
+    assert "the file that is read" in fails(capsys, "import-config", str(source), "--output", str(source))
+    assert main(["import-config", str(source), "--output", str(tmp_path / "robot-dora.yaml")]) == 0
+
+
+def test_a_file_of_no_trainer_is_one_line_and_nothing_is_written(tmp_path: Path, capsys) -> None:
+    (tmp_path / "a.json").write_text("[]")
+    assert "a.json: got a list, expected" in fails(capsys, "import-config", str(tmp_path / "a.json"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks import interchange, views
+from benchmarks import interchange, priors, views
 from benchmarks.layouts_by_family import tables
 from benchmarks.peers import __main__ as benchmarks
 from benchmarks.peers.memory import kept_for_backward, largest_tensor, peak_of
@@ -108,3 +108,20 @@ def test_ten_kills_of_training_runs_leave_what_a_whole_run_leaves(tmp_path) -> N
     assert 2 * found["where"]["while a checkpoint was saved"] >= 10
     assert found["files"] > 30
     assert "None." in (tmp_path / "chaos.md").read_text()
+
+
+def test_arms_that_seeds_do_not_agree_on_are_a_tie() -> None:
+    assert priors.verdict([0.9, 0.8, 0.9], [0.8, 0.7, 0.85]).startswith("higher, +0.083")
+    assert priors.verdict([0.7, 0.6], [0.8, 0.7]).startswith("lower, -0.100")
+    assert priors.verdict([0.9, 0.9, 0.7], [0.5, 0.5, 0.8]).startswith("tie, +0.233")
+    run = {"before": 0.5, "ceiling": 0.9, "likeness": 0.8, "asked": 0.7, "others": 0.6}
+    page = priors.report({"none": [run, run], "generated": [{**run, "asked": 0.8}, run]}, "abc", "python -m x")
+    assert "| generated against none | tie, +0.000 (+0.000 to +0.000) | tie, +0.050" in page
+
+
+@pytest.mark.parametrize("arm", list(priors.ARMS))
+def test_every_arm_is_a_run_of_its_own(tmp_path, arm: str) -> None:
+    config = priors.config_of(arm, 1, tmp_path, {"optim.steps": "20"})
+    assert (config.optim.seed, config.optim.steps, config.preview.prompts) == (1, 20, [])
+    assert arm.startswith("none") == (config.prior.mode == "generated" and not config.prior.prompts)
+    assert len({priors.config_of(name, 1, tmp_path, {}).output_dir for name in priors.ARMS}) == len(priors.ARMS)

@@ -186,7 +186,8 @@ def estimate_memory(trainable: TrainablePipeline, config: TrainConfig, *, device
 
     Args:
         trainable: injected, as `prepare_trainable` leaves it.
-        config: batch, resolution, precision, prior preservation (which doubles the batch).
+        config: batch, resolution, precision, prior preservation (class pictures double the batch; under adapter_off
+            they are a second one, beside the gradients of the first).
         device: where training will run; "cuda" computes norms and softmax in fp32 under autocast.
 
     Raises:
@@ -239,14 +240,15 @@ def _moments(trainable: TrainablePipeline, config: TrainConfig, watch: Watch) ->
     family, pipe = trainable.family, trainable.pipe
     side = _largest_side(trainable, config)
     latents: list[Tensor] = []
-    if config.optim.gradient_accumulation > 1:  # then a forward pass meets the gradients of the one before
+    is_apart = config.prior.mode == "adapter_off"
+    if config.optim.gradient_accumulation > 1 or is_apart:  # then a forward pass meets the gradients of the one before
         for parameter in trainable.parameters():
             parameter.grad = torch.zeros_like(parameter)
 
     def encode() -> None:
         latents.append(trainable.encode_pictures(torch.zeros(1, 3, side, side)))
 
-    count = config.optim.batch_size * (2 if config.prior.prompts else 1)
+    count = config.optim.batch_size * (2 if config.has_class_pictures and not is_apart else 1)
     moments = {"encoding a picture": watch.peak_of(encode)}
     moments[f"a step of {count}"] = watch.peak_of(lambda: _step(trainable, config, latents[0], count))
     if config.preview.prompts:
@@ -263,15 +265,22 @@ def _largest_side(trainable: TrainablePipeline, config: TrainConfig) -> int:
 def _step(trainable: TrainablePipeline, config: TrainConfig, latent: Tensor, count: int) -> None:
     """Noise, predict, compare, backward, as `loop` does it, whatever the noise. `latent`: (1, C, h, w)."""
     dtype = PRECISIONS[config.optim.mixed_precision]
-    conditioning = _conditioning(trainable, count, dtype)
+    is_apart = config.prior.mode == "adapter_off"  # then the captions of both halves are read first
+    conditioning, *_others = [_conditioning(trainable, count, dtype) for _ in range(2 if is_apart else 1)]
     latents = torch.cat([latent] * count).float()
     noise = torch.zeros_like(latents)
-    noisy = latents + noise
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        predicted = trainable.family.predict(
-            trainable.denoiser, noisy.to(dtype), torch.full((count,), 500.0), conditioning, torch.zeros(count, 6)
-        )
-    loss = weighted_squared_error(predicted, noise - latents, torch.ones(count))
+    noisy, timesteps = latents + noise, torch.full((count,), 500.0)
+
+    def predict() -> Tensor:
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            frames = torch.zeros(count, 6)
+            return trainable.family.predict(trainable.denoiser, noisy.to(dtype), timesteps, conditioning, frames)
+
+    goal = noise - latents
+    if is_apart:
+        with trainable.base_alone():
+            goal = predict()
+    loss = weighted_squared_error(predict(), goal, torch.ones(count))
     # as `loss.backward()`, which would hide what checkpointing computes again from a TorchFunctionMode
     _engine_run_backward(
         (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True

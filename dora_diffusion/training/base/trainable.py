@@ -1,7 +1,7 @@
 """What is trained: the base pipeline with adapters injected."""
 
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from dora_diffusion.families import Family, family_of_pipeline
 from dora_diffusion.functional.dora import scale_of
 from dora_diffusion.layers.config import DoRAConfig
+from dora_diffusion.layers.dora import DoRALayer
 from dora_diffusion.layers.injection import Injection, inject
 from dora_diffusion.pipelines.loading import load_pipeline
 from dora_diffusion.pipelines.textual_inversion import Words, add_words
 from dora_diffusion.state import AdapterState, join
+from dora_diffusion.training.base.below import Below
+from dora_diffusion.training.base.start import install, read_start
 from dora_diffusion.training.config import AdapterConfig, BaseConfig, OptimConfig, TrainConfig
 
 Own = TypeVar("Own", int, float)
@@ -23,12 +26,23 @@ PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 
 @dataclass(frozen=True)
 class TrainablePipeline:
-    """A pipeline under training. `injections`: component name -> its adapter; `words`: new ones, or None."""
+    """A pipeline under training.
+
+    Attributes:
+        pipe: the base with what is trained in it.
+        family: of the base.
+        injections: component name -> its adapter.
+        words: new ones, or None.
+        below: the adapters that are part of the base.
+        started: what was started from, on one line; empty for nothing.
+    """
 
     pipe: Any
     family: Family
     injections: Mapping[str, Injection]
     words: Words | None = None
+    below: tuple[Below, ...] = ()
+    started: str = ""
 
     @property
     def denoiser(self) -> nn.Module:
@@ -89,9 +103,9 @@ class TrainablePipeline:
         return {f"{part}.{name}": tensor for part, named in (parts | words).items() for name, tensor in named.items()}
 
     def train(self, mode: bool = True) -> None:
-        """Training or drawing mode of the adapted components."""
+        """Training or drawing mode of what is trained; what it stands in is frozen, and drops nothing of its own."""
         for name in {self.family.denoiser.name, *self.injections}:
-            getattr(self.pipe, name).train(mode)
+            _train_adapters(getattr(self.pipe, name), mode)
 
     def adapter(self, metadata: Mapping[str, str]) -> AdapterState:
         """The adapter as it stands."""
@@ -103,6 +117,17 @@ class TrainablePipeline:
             injection.eject()
         if self.words is not None:
             self.words.remove()
+
+    @contextmanager
+    def base_alone(self) -> Any:
+        """The base as it was, without gradients: adapters and new words are off, and come back as they were."""
+        with ExitStack() as stack:
+            for injection in self.injections.values():
+                stack.enter_context(injection.off())
+            if self.words is not None:
+                stack.enter_context(self.words.off())
+            stack.enter_context(torch.no_grad())
+            yield
 
     @contextmanager
     def drawing(self) -> Any:
@@ -122,6 +147,17 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.to(dtype)
 
 
+def _train_adapters(model: nn.Module, mode: bool) -> None:
+    """T5 would drop a tenth of its own activations in training mode: what is frozen stays in drawing mode."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.eval()
+    for module in model.modules():
+        # transformers recomputes in training mode alone; such a layer only calls others, and drops nothing itself
+        if isinstance(module, DoRALayer | GradientCheckpointingLayer):
+            module.training = mode
+
+
 def load_base(model: str, dtype: torch.dtype, device: torch.device, files: BaseConfig | None = None) -> Any:
     """The base pipeline, frozen, with components from files of their own."""
     own = files or BaseConfig()
@@ -134,9 +170,13 @@ def load_base(model: str, dtype: torch.dtype, device: torch.device, files: BaseC
     return pipe
 
 
-def prepare_trainable(pipe: Any, config: TrainConfig) -> TrainablePipeline:
-    """Put the adapters and new words that the config asks for into a base pipeline."""
+def prepare_trainable(pipe: Any, config: TrainConfig, *, from_start: bool = True) -> TrainablePipeline:
+    """Put the adapters and new words that the config asks for into a base pipeline.
+
+    `from_start` False leaves `adapter.start` unread: a checkpoint, or nothing, takes its place.
+    """
     family = family_of_pipeline(pipe)
+    start = read_start(pipe, config.adapter) if from_start else None
     wanted = {family.denoiser.name: config.adapter.rank} if config.adapter.train_unet else {}
     for name in text_encoders_of(pipe, family, config.adapter, config.optim):
         wanted[name] = own_setting(config.adapter.text_encoder_rank, name, config.adapter.rank)
@@ -149,12 +189,13 @@ def prepare_trainable(pipe: Any, config: TrainConfig) -> TrainablePipeline:
         )
         for name, rank in wanted.items()
     }
+    started = "" if start is None else install(start, pipe, injections, config.adapter)
     starts = config.words.starts
     words = add_words(pipe, starts, vectors=config.words.vectors) if starts else None
     if config.optim.gradient_checkpointing:
         for name in {family.denoiser.name, *injections}:  # gradients of text adapters run through the denoiser too
             _enable_checkpointing(getattr(pipe, name))
-    trainable = TrainablePipeline(pipe, family, injections, words)
+    trainable = TrainablePipeline(pipe, family, injections, words, started=started)
     trainable.train()
     trainable.offload_encoders()
     return trainable

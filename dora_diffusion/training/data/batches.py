@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
@@ -14,8 +15,10 @@ from dora_diffusion.training.data.captions import caption_at
 from dora_diffusion.training.data.conditioning import ConditioningSource
 from dora_diffusion.training.data.examples import Example
 from dora_diffusion.training.data.latents import Latent, LatentSource
+from dora_diffusion.training.data.missing import MissingPictures
 from dora_diffusion.training.data.order import Place, StepSampler
 from dora_diffusion.training.data.views import View, view_at
+from dora_diffusion.utils.images import UnreadablePicture
 
 # So many micro-batches' captions are encoded together, where each step has others.
 _AHEAD = 64
@@ -34,6 +37,8 @@ class Batch:
         size: (width, height) of the pictures in pixels.
         masks: what counts of each, (N, 1, h, w); None = all of all.
         share: of the micro-batch's samples.
+        untrained: conditioning of the same captions by the text encoders as they were, where the target is what the
+            base says of it; None where the target is the objective's.
     """
 
     latents: Tensor
@@ -44,6 +49,7 @@ class Batch:
     size: tuple[int, int]
     masks: Tensor | None = None
     share: float = 1.0
+    untrained: Mapping[str, Tensor] | None = None
 
 
 def step_seed(seed: int, step: int, purpose: int) -> int:
@@ -52,12 +58,14 @@ def step_seed(seed: int, step: int, purpose: int) -> int:
 
 
 class Shown(NamedTuple):
-    """A sample: a picture, the caption and the view that it is trained with, its weight in the loss."""
+    """A sample: a picture, the caption and the view that it is trained with, its weight in the loss, and whether the
+    target is what the base itself says of it."""
 
     example: Example
     caption: str
     view: View
     weight: float = 1.0
+    is_kept: bool = False
 
 
 class Samples:
@@ -72,10 +80,6 @@ class Samples:
     def at(self, index: int, rng: Random) -> list[Shown]:
         """Those of a micro-batch, all of one size; fresh views are drawn from `rng`."""
         return [self._at(place, rng) for place in self._order.places_at(index)]
-
-    def captions_at(self, index: int) -> list[str]:
-        """Their captions alone."""
-        return [self._caption(place) for place in self._order.places_at(index)]
 
     def views_at(self, index: int, rng: Random) -> list[tuple[Example, View]]:
         """Their pictures and views alone."""
@@ -110,6 +114,9 @@ def _buckets(examples: Sequence[Example]) -> list[list[int]]:
 class BatchSource:
     """The batches of any step: instance examples, then as many class examples when there is prior preservation.
 
+    Under `prior.mode` adapter_off the second half is a batch of its own, of class examples if there are any, else of
+    the same instance examples: a batch of another size would be rounded differently from the base's own prediction.
+
     Args:
         trainable: encodes pictures and captions.
         config: data, batch size, seed, the prior's weight.
@@ -125,15 +132,17 @@ class BatchSource:
         instances: Sequence[Example],
         classes: Sequence[Example],
     ) -> None:
-        self._data, self._prior_weight, self._seed = config.data, config.prior.weight, config.optim.seed
+        self._data, self._prior, self._seed = config.data, config.prior, config.optim.seed
         self._latents = LatentSource(trainable, config.data)
         self._captions = ConditioningSource(trainable, config.data)
         batch, seed = config.optim.batch_size, config.optim.seed
         self._instances = Samples(instances, config.data, batch_size=batch, seed=seed)
         self._classes = Samples(classes, config.data, batch_size=batch, seed=seed + 1) if classes else None
+        self._missing = MissingPictures(len({one.path for one in (*instances, *classes)}), share=config.guard.missing)
         self._trains_text = trainable.trains_text()
         if not config.data.captions.are_open:
-            self.keep_captions(["", *(caption for one in (*instances, *classes) for caption in one.captions)])
+            own = [caption for one in (*instances, *classes) for caption in one.captions]
+            self.keep_captions(["", *own, *(config.prior.prompts if config.prior.mode == "adapter_off" else ())])
 
     def keep_captions(self, captions: Iterable[str]) -> None:
         """Encode captions that will be asked for beside those of the steps, while the text encoders are at hand."""
@@ -152,12 +161,16 @@ class BatchSource:
     def batches_at(self, index: int) -> list[Batch]:
         """Micro-batch `index` (optimiser step times accumulation, plus the micro step), in batches of one shape.
 
-        Instances and class pictures of one size are one batch.
+        Instances and class pictures of one size are one batch. What can no longer be read is left out.
+
+        Raises:
+            PicturesMissing: too many pictures cannot.
         """
         self._look_ahead(index)
-        parts = self._chosen_at(index)
+        read: dict[tuple[Path, View], Latent] = {}  # what is learnt may be kept too, in the same view
+        parts = [self._readable(part, read) for part in _by_size(self._chosen_at(index))]
         total = sum(map(len, parts))
-        return [self.batch_of(part, share=len(part) / total) for part in _by_size(parts)]
+        return [self._batch(part, share=len(part) / total) for part in parts if part]
 
     def _look_ahead(self, index: int) -> None:
         if not self._captions.knows(self._captions_at(index)):
@@ -165,7 +178,7 @@ class BatchSource:
             self._captions.look_ahead(caption for later in ahead for caption in self._captions_at(later))
 
     def _captions_at(self, index: int) -> list[str]:
-        return [caption for samples in self._kinds() for caption in samples.captions_at(index)]
+        return [one.caption for part in self._chosen_at(index) for one in part]
 
     def _views_at(self, index: int) -> Iterator[tuple[Example, View]]:
         rng = self._rng(index)
@@ -181,28 +194,59 @@ class BatchSource:
             yield self._classes
 
     def _chosen_at(self, index: int) -> list[list[Shown]]:
-        """The instances of a micro-batch, and the class pictures."""
+        """What a micro-batch learns, and what it keeps."""
         rng = self._rng(index)
         instances = self._instances.at(index, rng)
-        if self._classes is None:
+        classes = None if self._classes is None else self._classes.at(index, rng)
+        if self._prior.mode == "adapter_off":
+            classes = self._asked(index, instances if classes is None else classes)
+        if classes is None:
             return [instances]
         # twice, since the mean runs over both halves: mean(instances) + weight * mean(classes)
-        classes = self._classes.at(index, rng)
-        return [_weighed(instances, 2.0), _weighed(classes, 2.0 * self._prior_weight)]
+        return [_weighed(instances, 2.0), _weighed(classes, 2.0 * self._prior.weight)]
 
-    def batch_of(self, shown: Sequence[Shown], *, share: float = 1.0) -> Batch:
+    def _asked(self, index: int, samples: Sequence[Shown]) -> list[Shown]:
+        """Samples with the captions under which adapter and base are to predict alike; class prompts take turns."""
+        prior, first = self._prior, index * len(samples)
+        kept = [one._replace(is_kept=True) for one in samples]
+        if prior.asked_with == "blank":
+            return [one._replace(caption="") for one in kept]
+        if prior.asked_with == "instance" or self._classes is not None:
+            return kept
+        turns = (prior.prompts[number % len(prior.prompts)] for number in range(first, first + len(kept)))
+        return [one._replace(caption=prompt) for one, prompt in zip(kept, turns, strict=True)]
+
+    def _readable(self, shown: Sequence[Shown], read: dict[tuple[Path, View], Latent]) -> list[tuple[Shown, Latent]]:
+        """Samples with their latents, those left out whose pictures cannot be read any more; `read`: those so far."""
+        found = []
+        for one in shown:
+            key = (one.example.path, one.view)
+            try:
+                read[key] = read[key] if key in read else self._latents.latent(one.example, one.view)
+                found.append((one, read[key]))
+            except UnreadablePicture as error:
+                self._missing.note(one.example.path, error)
+            else:
+                self._missing.found(one.example.path)
+        return found
+
+    def batch_of(self, shown: Sequence[Shown]) -> Batch:
         """A batch of chosen samples of one size."""
-        encoded = [self._latents.latent(one.example, one.view) for one in shown]
-        latents = torch.cat([latent.values for latent in encoded])
+        return self._batch([(one, self._latents.latent(one.example, one.view)) for one in shown])
+
+    def _batch(self, samples: Sequence[tuple[Shown, Latent]], *, share: float = 1.0) -> Batch:
+        shown, encoded = zip(*samples, strict=True)
+        latents, captions = torch.cat([latent.values for latent in encoded]), [one.caption for one in shown]
         return Batch(
             latents,
-            self._captions.encode([one.caption for one in shown]),
+            self._captions.encode(captions),
             torch.cat([latent.frame for latent in encoded]),
             torch.tensor([one.weight for one in shown], device=latents.device),
             tuple(one.example.path.name for one in shown),
             shown[0].example.size,
-            self._masks(encoded),
+            None if shown[0].is_kept else self._masks(encoded),  # masks say where to learn
             share,
+            self._captions.encode_untrained(captions) if shown[0].is_kept else None,
         )
 
     def _masks(self, encoded: Sequence[Latent]) -> Tensor | None:
@@ -219,8 +263,8 @@ def _weighed(shown: Sequence[Shown], factor: float) -> list[Shown]:
 
 
 def _by_size(parts: Sequence[list[Shown]]) -> list[list[Shown]]:
-    """Parts of one size, joined."""
-    joined: dict[tuple[int, int], list[Shown]] = {}
+    """Parts of one size and of one kind of target, joined."""
+    joined: dict[object, list[Shown]] = {}
     for part in parts:
-        joined.setdefault(part[0].example.size, []).extend(part)
+        joined.setdefault((part[0].example.size, part[0].is_kept), []).extend(part)
     return list(joined.values())

@@ -60,6 +60,16 @@ class ConditioningSource:
         device = trainable.device
         return {name: _together([made[name] for made in known]).to(device) for name in known[0]}
 
+    def encode_untrained(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
+        """As `encode`, by the text encoders as they were before training, without gradients.
+
+        All captions at once, as `encode` does where text is trained: another batch would be rounded differently.
+        """
+        if not self._trainable.trains_text():
+            return self.encode(captions)
+        with self._trainable.base_alone():
+            return encode_captions(self._trainable.pipe, self._trainable.family, list(captions))
+
     def _key(self, caption: str) -> str:
         return made_of(caption=caption, encoder=self._encoders)
 

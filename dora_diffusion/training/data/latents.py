@@ -18,6 +18,8 @@ from dora_diffusion.training.data.cache import TensorCache, Tensors, made_of
 from dora_diffusion.training.data.examples import Example
 from dora_diffusion.training.data.views import Sample, View, are_few, load_sample
 from dora_diffusion.utils.atomic import sha256_of
+from dora_diffusion.utils.images import UnreadablePicture
+from dora_diffusion.utils.text import shown_path
 
 Shown = tuple[Example, View]
 
@@ -96,7 +98,10 @@ class LatentSource:
 
     def _hash_of(self, path: Path) -> str:
         if path not in self._hashes:
-            self._hashes[path] = sha256_of(path)
+            try:
+                self._hashes[path] = sha256_of(path)
+            except OSError as error:
+                raise UnreadablePicture(f"{shown_path(path)}: cannot be read ({error.strerror})") from None
         return self._hashes[path]
 
     @cached_property

@@ -14,12 +14,13 @@ from dora_diffusion.formats import RUN_FILE, save_adapter
 from dora_diffusion.state import AdapterState
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.run.identity import Identity
+from dora_diffusion.training.step.guard import Guard
 from dora_diffusion.utils import atomic as storage
 from dora_diffusion.utils.optimizer_state import Groups, OptimizerState, load_optimizer_state, optimizer_state
 
 ADAPTER = RUN_FILE
 _PLACES = {"data": ("instance_dir", "validation_dir", "cache_dir", "cache_memory"), "prior": ("class_dir",)}
-_IDENTITY, _PROGRESS = "identity.json", "progress.json"
+_IDENTITY, _PROGRESS, _LAST_GOOD = "identity.json", "progress.json", "last-good.safetensors"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class TrainingState:
         scaler: torch.amp.GradScaler under fp16, else None.
         processes: how many train together.
         validation: (step, loss) pairs so far.
+        guard: with the last good state.
         told: the optimiser's `group_settings` before the first step.
         identity: what the run is made of.
     """
@@ -41,6 +43,7 @@ class TrainingState:
     scaler: Any
     processes: int
     validation: list[tuple[int, float]]
+    guard: Guard | None = None
     told: Groups = ()
     identity: Identity | None = None
 
@@ -83,6 +86,9 @@ def resumable_part(config: TrainConfig) -> dict[str, Any]:
     for section, keys in _PLACES.items():
         for key in keys:
             parts[section].pop(key)
+    parts["adapter"].pop("start")  # a checkpoint has taken its place
+    if config.prior.mode == "generated":
+        parts["prior"]["class_images"] = config.prior.drawn_images  # which was a number before it could be null
     for concept in parts["data"]["concepts"]:
         concept.pop("dir")
     return parts
@@ -113,6 +119,7 @@ def save(
         "processes": state.processes,
         "validation": state.validation,
         "settings": resumable_part(config),
+        "guard": None if state.guard is None else state.guard.progress(),
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
         "optimizer": optimizer.values,
     }
@@ -124,6 +131,8 @@ def save(
     }
     if state.identity is not None:
         files[_IDENTITY] = partial(storage.write_atomically, data=state.identity.to_json().encode())
+    if state.guard is not None and state.guard.tensors():
+        files[_LAST_GOOD] = partial(storage.save_tensors, state.guard.tensors())
     if adapter is not None:
         files[ADAPTER] = partial(_write_adapter, adapter)
     storage.save_checkpoint(target, files, keep=config.checkpoint.keep)
@@ -169,6 +178,9 @@ def resume(state: TrainingState, saved: Saved) -> None:
     load_optimizer_state(state.optimizer, OptimizerState(tensors, saved.progress.get("optimizer", {})))
     if state.scaler is not None and saved.progress["scaler"]:
         state.scaler.load_state_dict(saved.progress["scaler"])
+    if state.guard is not None:
+        good = saved.path / _LAST_GOOD
+        state.guard.resume(saved.progress.get("guard"), storage.load_tensors(good) if good.is_file() else {})
     state.validation[:] = [(step, loss) for step, loss in saved.progress["validation"]]
 
 

@@ -28,14 +28,16 @@ def describe_plan(config: TrainConfig) -> str:
     """
     import torch
 
+    from dora_diffusion.training.base.below import plan_below
     from dora_diffusion.training.base.memory import estimate_memory
     from dora_diffusion.training.base.meta import load_skeleton
     from dora_diffusion.training.base.sizes import sizes_of
+    from dora_diffusion.training.base.start import plan_start
     from dora_diffusion.training.base.trainable import PRECISIONS, prepare_trainable, trainable_count
     from dora_diffusion.training.data.buckets import in_buckets
     from dora_diffusion.training.data.concepts import checked_examples
     from dora_diffusion.training.data.examples import check_words
-    from dora_diffusion.training.run.card import adapter_metadata
+    from dora_diffusion.training.run.card import adapter_metadata, base_lines
     from dora_diffusion.training.run.folder import check_writable
     from dora_diffusion.training.step.objective import objective_of
 
@@ -43,7 +45,10 @@ def describe_plan(config: TrainConfig) -> str:
     split = checked_examples(config.data, seed=config.optim.seed)
     examples = split.train
     check_words(config.words.starts, examples)
-    trainable = prepare_trainable(load_skeleton(config.model, dtype=PRECISIONS[config.optim.mixed_precision]), config)
+    pipe = load_skeleton(config.model, dtype=PRECISIONS[config.optim.mixed_precision])
+    below = plan_below(pipe, config.base.adapters)
+    trainable = prepare_trainable(pipe, config, from_start=False)
+    started = plan_start(trainable.injections, config.adapter, trainable.family.name)
     objective_of(trainable.pipe, config.optim, config.flow, tokens=1)  # raises for a scheduler that cannot be trained
     sized = in_buckets(examples, config.data, sizes_of(trainable.pipe))
     optim = config.optim
@@ -52,6 +57,7 @@ def describe_plan(config: TrainConfig) -> str:
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     lines = [
         f"base       {config.model} ({trainable.family.name})",
+        *base_lines(trainable.pipe, config, below, started or ""),
         f"images     {_images(config.data, split)}, each seen about {seen / _samples(examples):.0f} times",
         f"sizes      {_sizes(sized)}",
         *(f"adapter    {name}: {len(part.matched)} layers" for name, part in trainable.injections.items()),
@@ -59,7 +65,7 @@ def describe_plan(config: TrainConfig) -> str:
         f"trained    {trainable_count(trainable.parameters()):,} numbers",
         *([f"file       {file / 1e6:.1f} MB"] if trainable.injections else []),
         f"steps      {optim.steps} of {optim.batch_size} x {optim.gradient_accumulation}, seed {optim.seed}",
-        f"prior      {', '.join(config.prior.prompts) or 'none'}",
+        f"prior      {_prior(config, split)}",
         *memory_lines(estimate_memory(trainable, config, device=device), f"on {device}"),
         f"output     {config.output_dir}",
     ]
@@ -85,6 +91,25 @@ def _sizes(sized: Sequence["Example"]) -> str:
     lost = [1 - float(kept_share(example.original, example.size)) for example in sized]
     mean, most = 100 * sum(lost) / len(lost), 100 * max(lost)
     return f"{named}{more}; {mean:.1f} % of a picture is cut off, at most {most:.1f} %"
+
+
+def _prior(config: TrainConfig, split: "Split") -> str:
+    """What is kept of the base, and how many class pictures it takes; reads those of a folder."""
+    from dora_diffusion.training.data.concepts import opened
+    from dora_diffusion.training.step.priors import folder_examples
+
+    prior, prompts = config.prior, ", ".join(config.prior.prompts)
+    if prior.mode == "generated":
+        drawn = [f"{prompts}: {prior.drawn_images} class pictures, drawn by the base where missing"] if prompts else []
+        given = [f"{len(split.classes)} class pictures of data.concepts"] if split.classes else []
+        return "; ".join([*drawn, *given]) or "none"
+    count = len(opened(folder_examples(prior, seed=config.optim.seed))) + len(split.classes)
+    if prior.mode == "folder":
+        return f"{count} class pictures, {prior.class_dir} as it is"
+    asked = {"class": prompts or "their own captions", "blank": "an empty caption", "instance": "their own captions"}
+    pictures = f"{count} class pictures" if count else "the same pictures"
+    said = "their own captions" if count and prior.asked_with == "class" else asked[prior.asked_with]
+    return f"what the base itself predicts of {pictures}, asked with {said}"
 
 
 def _samples(examples: Sequence["Example"]) -> int:

@@ -34,7 +34,7 @@ class Identity:
 
     Attributes:
         parts: `pictures` and `class pictures` (a picture's name -> its hash, its captions' and masks', its role),
-            `base` (component -> hash); one that is not known yet is missing.
+            `base` (component -> hash), `base.adapters`; one that is not known yet is missing.
         accepted: what had changed at a resumption that was to go on all the same, a line each.
     """
 
@@ -79,6 +79,11 @@ def base_identity(pipe: Any) -> Part:
     digests = {name: weights_digest(part) for name, part in parts.items() if isinstance(part, nn.Module)}
     scheduler = pipe.scheduler
     return {**digests, "scheduler": f"{type(scheduler).__name__} {scheduler.config.get('prediction_type')}"}
+
+
+def below_identity(config: TrainConfig) -> Part:
+    """Of the adapters below what is trained: name -> strength and hash."""
+    return {file.name: [strength, sha256_of(file)] for file, strength in config.base.adapters.items()}
 
 
 def _facts(example: Example) -> dict[str, Any]:
@@ -130,6 +135,9 @@ def changes(old: Identity, new: Identity) -> list[str]:
         if part == "base":
             names = sorted(before.keys() | now.keys())
             told += [f"the base's {name} changed" for name in names if _differs(name, before, now)]
+        elif part == "base.adapters":
+            names = sorted(name for name in before.keys() | now.keys() if _differs(name, before, now))
+            told += [f"{part}.{name} was {before.get(name)!r} and is now {now.get(name)!r}" for name in names]
         else:
             told += _of_pictures(before, now, "class picture" if part.startswith("class") else "picture")
     return told

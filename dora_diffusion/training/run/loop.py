@@ -10,6 +10,7 @@ from dora_diffusion.training.base.trainable import TrainablePipeline
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.data.batches import BatchSource
 from dora_diffusion.training.data.concepts import Split
+from dora_diffusion.training.data.missing import PicturesMissing
 from dora_diffusion.training.run import checkpoint
 from dora_diffusion.training.run.card import adapter_metadata
 from dora_diffusion.training.run.finish import TrainResult, write_outcome
@@ -17,10 +18,12 @@ from dora_diffusion.training.run.identity import Identity
 from dora_diffusion.training.run.previews import forget_previews
 from dora_diffusion.training.run.signals import StopRequest, stop_requests
 from dora_diffusion.training.run.watchers import Validation, Watchers, due
+from dora_diffusion.training.step.guard import Guard
 from dora_diffusion.training.step.objective import Objectives
 from dora_diffusion.training.step.optimisers import build_optimizer
 from dora_diffusion.training.step.training_step import TrainingStep
 from dora_diffusion.utils.atomic import write_atomically
+from dora_diffusion.utils.images import UnreadablePicture
 from dora_diffusion.utils.optimizer_state import group_settings
 
 
@@ -42,8 +45,15 @@ class Run:
         optimizer = build_optimizer(trainable, config.optim, config.words)
         for injection in trainable.injections.values():
             injection.keep_norms()
+        guard = Guard(config.guard, trainable.named_tensors(), optimizer)
         self.step = TrainingStep(
-            config.optim, accelerator, trainable, objectives.of, batches_at=source.batches_at, optimizer=optimizer
+            config.optim,
+            accelerator,
+            trainable,
+            objectives.of,
+            batches_at=source.batches_at,
+            optimizer=optimizer,
+            guard=guard,
         )
         self.validation = Validation(config.validation, self.step, source, examples.validation or examples.train)
         samples, last = self.folder / "samples", config.optim.steps
@@ -54,6 +64,7 @@ class Run:
             accelerator.scaler,
             accelerator.num_processes,
             self.validation.losses,
+            guard,
             told=group_settings(optimizer),
             identity=identity,
         )
@@ -84,24 +95,48 @@ class Run:
         with tqdm(range(done, steps), initial=done, total=steps, desc="training", disable=not leads) as bar:
             for step in bar:
                 rate = self.step.rates.set(step)
-                loss = self.step.take(step)
+                loss = self._take(step)
                 bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}", refresh=False)
                 self.accelerator.log({"loss/train": loss, "learning_rate": rate}, step=step + 1)
                 stops = stop.asked and step + 1 < steps  # after the last step, only files are left to write
                 if not stops:  # previews may take longer than whoever asked is ready to wait
-                    self.watchers.watch(step + 1)
+                    self._watch(step + 1)
                     stops = stop.asked and step + 1 < steps
-                if leads and (stops or due(step + 1, self.config.checkpoint.every, steps)):
-                    folder, adapter = self.folder / "checkpoints", self._adapter(step + 1)
-                    checkpoint.save(self.state, self.config, step=step + 1, folder=folder, adapter=adapter)
+                if stops or due(step + 1, self.config.checkpoint.every, steps):
+                    self._save(step + 1)
                 if stops:
                     raise KeyboardInterrupt
+
+    def _take(self, step: int) -> float:
+        """A step; where too many pictures are gone, a checkpoint of those before it."""
+        try:
+            return self.step.take(step)
+        except PicturesMissing:
+            if step:
+                self._save(step)
+            raise
+
+    def _watch(self, step: int) -> None:
+        """What is due after so many steps; where a picture that is measured is gone, a checkpoint."""
+        try:
+            self.watchers.watch(step)
+        except UnreadablePicture:
+            self._save(step)
+            raise
+
+    def _save(self, step: int) -> None:
+        """A checkpoint after so many steps, by the process that leads."""
+        if self.accelerator.is_main_process:
+            folder, adapter = self.folder / "checkpoints", self._adapter(step)
+            checkpoint.save(self.state, self.config, step=step, folder=folder, adapter=adapter)
 
     def _adapter(self, step: int) -> AdapterState | None:
         """What is learnt after so many steps, as a file holds it; None when new words are learnt alone."""
         if not self.trainable.injections:
             return None
-        return self.trainable.adapter(adapter_metadata(self.config, self.trainable.family, step=step))
+        return self.trainable.adapter(
+            adapter_metadata(self.config, self.trainable.family, step=step, below=self.trainable.below)
+        )
 
     def _finish(self) -> TrainResult:
         learnt = self._adapter(self.config.optim.steps)
@@ -110,6 +145,6 @@ class Run:
             None if learnt is None else self.folder / checkpoint.ADAPTER, (), self.config.optim.steps, tuple(losses)
         )
         if self.accelerator.is_main_process:
-            result = write_outcome(self.config, learnt, self.trainable.words, losses)
+            result = write_outcome(self.config, learnt, self.trainable, losses)
         self.accelerator.wait_for_everyone()
         return result

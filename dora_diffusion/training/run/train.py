@@ -1,22 +1,30 @@
 """`train`: what a run needs is checked and loaded, then its loop runs."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
+from dora_diffusion.training.base.below import lay_below
 from dora_diffusion.training.base.sizes import Sizes, sizes_of
 from dora_diffusion.training.base.trainable import PRECISIONS, load_base, prepare_trainable
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.data.buckets import in_buckets
 from dora_diffusion.training.data.concepts import Split, checked_examples, opened
 from dora_diffusion.training.data.examples import check_words
+from dora_diffusion.training.run.card import base_lines
 from dora_diffusion.training.run.checkpoint import Saved
 from dora_diffusion.training.run.finish import TrainResult, finished_result
 from dora_diffusion.training.run.folder import run_lock
-from dora_diffusion.training.run.identity import Identity, base_identity, examples_identity, pictures_identity
+from dora_diffusion.training.run.identity import (
+    Identity,
+    base_identity,
+    below_identity,
+    examples_identity,
+    pictures_identity,
+)
 from dora_diffusion.training.run.loop import Run
 from dora_diffusion.training.run.resumption import Comparison, extended, find_saved
 from dora_diffusion.training.step.objective import Objectives
@@ -87,26 +95,30 @@ def _train(config: TrainConfig, accelerator: Accelerator, wanted: _Wanted) -> Tr
     comparison = None if saved is None else _comparison(saved, config, accelerator, wanted)
     split = checked_examples(config.data, seed=config.optim.seed)
     check_words(config.words.starts, split.train)
-    identity = Identity({"pictures": pictures_identity(config, split)})
+    identity = Identity({"pictures": pictures_identity(config, split), "base.adapters": below_identity(config)})
     if saved is not None and comparison is not None:
         comparison.check_parts(identity)
         if (finished := finished_result(config, saved)) is not None:
             accelerator.print(f"{config.output_dir}: has done all of its {saved.step} steps and is left as it is")
             return finished
     pipe = load_base(config.model, PRECISIONS[config.optim.mixed_precision], accelerator.device, config.base)
+    base = base_identity(pipe)
+    below = lay_below(pipe, config.base.adapters)
     objectives = Objectives(pipe, config.optim, config.flow)
     sized = _sized(split, config, sizes_of(pipe))
     objectives.of(sized.train[0].size)  # raises for a scheduler that cannot be trained, before anything is drawn
-    with accelerator.main_process_first():  # one process draws the class images, the others find them
-        drawn = ensure_class_examples(pipe, config)
-    late = {"class pictures": examples_identity(config, [("class", one) for one in drawn]), "base": base_identity(pipe)}
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    drawn = ensure_class_examples(pipe, config, process=rank, processes=ranks)
+    late = {"class pictures": examples_identity(config, [("class", one) for one in drawn]), "base": base}
     identity = Identity({**identity.parts, **late})
     if comparison is not None:
         comparison.check_parts(Identity(late))
         identity = comparison.noted(identity)
         accelerator.print(comparison.message())
     sized = _sized(split._replace(classes=(*split.classes, *opened(drawn))), config, sizes_of(pipe))
-    trainable = prepare_trainable(pipe, config)
+    trainable = replace(prepare_trainable(pipe, config, from_start=saved is None), below=below)
+    for line in base_lines(pipe, config, trainable.below, trainable.started):
+        accelerator.print(line)
     try:
         return Run(config, accelerator, trainable, objectives, sized, identity).go(saved)
     finally:

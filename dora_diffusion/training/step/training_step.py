@@ -1,22 +1,44 @@
 """One step: sample -> noise -> predict -> loss over its micro-batches, then the update."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from dora_diffusion.functional.objectives import Objective, weighted_squared_error
 from dora_diffusion.training.base.trainable import PRECISIONS, TrainablePipeline
 from dora_diffusion.training.config import OptimConfig
 from dora_diffusion.training.data.batches import Batch, step_seed
+from dora_diffusion.training.data.missing import PicturesMissing
+from dora_diffusion.training.step.guard import Guard, TrainingDiverged, Wrong
 from dora_diffusion.training.step.rates import RateSchedule
 
+_NAMED = 8
+_DONE = {
+    "skipped": "the step is skipped",
+    "restored": "the last good state is put back, and the run goes on with the next pictures",
+}
 
-class TrainingDiverged(ValueError):
-    """The loss is no longer a finite number."""
+
+@dataclass
+class _Taken:
+    """What a step's batches came to in this process.
+
+    Attributes:
+        losses: of each batch, times its share of the step, detached.
+        names: of each batch's pictures.
+        missing: why the step cannot be taken, when too many pictures are gone.
+    """
+
+    losses: list[Tensor] = field(default_factory=list)
+    names: list[tuple[str, ...]] = field(default_factory=list)
+    missing: PicturesMissing | None = None
 
 
 class TrainingStep:
@@ -29,6 +51,7 @@ class TrainingStep:
         objective_of: a picture's size -> how its latents are noised, and what the denoiser should say of them.
         batches_at: micro-batch number -> its batches, each of one shape; their shares add up to 1.
         optimizer: over the trained parameters.
+        guard: judges each step before anything moves.
     """
 
     def __init__(
@@ -40,24 +63,40 @@ class TrainingStep:
         *,
         batches_at: Callable[[int], Sequence[Batch]],
         optimizer: torch.optim.Optimizer,
+        guard: Guard,
     ) -> None:
         self._optim, self._accelerator, self._trainable = optim, accelerator, trainable
-        self._objective_of, self._batches_at = objective_of, batches_at
+        self._objective_of, self._batches_at, self._guard = objective_of, batches_at, guard
         self.rates = RateSchedule(optimizer, optim)
         self._optimizer = accelerator.prepare_optimizer(optimizer)
 
     def take(self, step: int) -> float:
-        """One optimiser step over its micro-batches; returns the mean loss."""
-        optim, total = self._optim, 0.0
+        """One optimiser step over its micro-batches, or none where the guard skips it; returns the mean loss.
+
+        Raises:
+            TrainingDiverged: it went wrong once too often; one line that names the pictures.
+            PicturesMissing: too many pictures are gone; nothing has moved then.
+        """
+        taken = _Taken()
         for index in self.micro_batches(step):
-            torch.manual_seed(step_seed(optim.seed, index, 0))  # the layers' dropout draws from the global generator
-            for part, batch in enumerate(self._batches_at(index)):
-                loss = batch.share * self.loss(batch, seed=step_seed(optim.seed, index, 2 + 2 * part))
-                self._refuse_divergence(step, "loss", loss.detach(), batch)
-                self._accelerator.backward(loss / optim.gradient_accumulation)
-                total += loss.item() / optim.gradient_accumulation
-        self._update(step, batch)
-        return total
+            torch.manual_seed(
+                step_seed(self._optim.seed, index, 0)
+            )  # the layers' dropout draws from the global generator
+            self._backward(index, taken)
+        return self._update(step, taken)
+
+    def _backward(self, index: int, taken: _Taken) -> None:
+        """Gradients of one micro-batch."""
+        try:
+            batches = self._batches_at(index)
+        except PicturesMissing as missing:  # told to the other processes with the gradients: none may wait for another
+            taken.missing = missing
+            return
+        for part, batch in enumerate(batches):
+            loss = batch.share * self.loss(batch, seed=step_seed(self._optim.seed, index, 2 + 2 * part))
+            self._accelerator.backward(loss / self._optim.gradient_accumulation)
+            taken.losses.append(loss.detach())
+            taken.names.append(batch.names)
 
     def micro_batches(self, step: int) -> list[int]:
         """The numbers of this process's micro-batches of a step; several processes take turns."""
@@ -71,37 +110,86 @@ class TrainingStep:
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         timesteps = objective.timesteps(len(latents), generator).to(latents.device)
         noisy = objective.add_noise(latents, noise, timesteps)
+        goal = objective.target(latents, noise, timesteps)
+        if batch.untrained is not None:
+            with self._trainable.base_alone():
+                goal = self._predicted(noisy, timesteps, batch.untrained, batch.frames)
+        predicted = self._predicted(noisy, timesteps, batch.conditioning, batch.frames)
+        return weighted_squared_error(predicted, goal, batch.weights * objective.weights(timesteps), batch.masks)
+
+    def _predicted(
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], frames: Tensor
+    ) -> Tensor:
+        """What the denoiser says, as it stands."""
         with self._accelerator.autocast():
-            predicted = self._trainable.family.predict(
+            return self._trainable.family.predict(
                 self._trainable.denoiser,
                 noisy.to(PRECISIONS[self._optim.mixed_precision]),
                 timesteps,
-                batch.conditioning,
-                batch.frames,
+                conditioning,
+                frames,
             )
-        goal = objective.target(latents, noise, timesteps)
-        return weighted_squared_error(predicted, goal, batch.weights * objective.weights(timesteps), batch.masks)
 
-    def _update(self, step: int, batch: Batch) -> None:
-        """Average the processes' gradients, cut them, and move; `batch` is named should they not be finite."""
-        if self._accelerator.num_processes > 1:
-            for parameter in self._trainable.parameters():
-                if parameter.grad is not None:  # a text encoder's last layer, where the pipeline reads an earlier one
-                    parameter.grad = self._accelerator.reduce(parameter.grad, "mean")
+    def _update(self, step: int, taken: _Taken) -> float:
+        """Average over the processes, cut the gradients, and move, unless the guard finds something wrong."""
+        parameters = self._trainable.parameters()
+        told = parameters[0].new_tensor([0.0, float(taken.missing is not None)])
+        if taken.losses:
+            told[0] = torch.stack(taken.losses).sum() / self._optim.gradient_accumulation
+        told = self._averaged(parameters, told)
         self.rates.drop_ended_gradients(step)
-        longest = self._optim.max_grad_norm or math.inf
-        norm = self._accelerator.clip_grad_norm_(self._trainable.parameters(), longest)
-        if self._accelerator.scaler is None:  # fp16's scaler skips such a step by itself
-            self._refuse_divergence(step, "gradient", norm, batch)
-        self._optimizer.step()
+        norm = self._accelerator.clip_grad_norm_(parameters, self._optim.max_grad_norm or math.inf)
+        loss, missing, length = torch.cat([told, norm.to(told).reshape(1)]).tolist()  # the one wait for the device
+        has_samples = any(parameter.grad is not None for parameter in parameters)
+        if has_samples and not missing:
+            self._move(step, loss, length, taken)
         self._optimizer.zero_grad()
+        if missing:
+            raise taken.missing or PicturesMissing(f"step {step + 1}: another process misses too many pictures")
+        return loss if has_samples else math.nan
 
-    def _refuse_divergence(self, step: int, what: str, value: Tensor, batch: Batch) -> None:
-        """Stop every process before a step that would spoil the adapter."""
-        if bool(torch.isfinite(self._accelerator.gather(value.reshape(1))).all()):
+    def _averaged(self, parameters: Sequence[nn.Parameter], told: Tensor) -> Tensor:
+        """The mean over the processes of their gradients, in place, and of what they tell, in one collective."""
+        if self._accelerator.num_processes == 1:
+            return told
+        # a text encoder's last layer has none, where the pipeline reads an earlier one; nor has a step without pictures
+        has = told.new_tensor([float(parameter.grad is not None) for parameter in parameters])
+        own = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+        flat = self._accelerator.reduce(torch.cat([told, has, *(each.flatten() for each in own)]), "mean")
+        sizes = [parameter.numel() for parameter in parameters]
+        told, has, *pieces = flat.split([len(told), len(parameters), *sizes])
+        for parameter, somewhere, piece in zip(parameters, has.tolist(), pieces, strict=True):
+            parameter.grad = piece.reshape(parameter.shape).to(parameter.dtype) if somewhere else None
+        return told
+
+    def _move(self, step: int, loss: float, norm: float, taken: _Taken) -> None:
+        """One step of the optimiser, if the guard finds nothing wrong."""
+        scaler = self._accelerator.scaler
+        # fp16's scaler skips such a step and lowers its scale by itself, until there is nothing left to lower
+        is_scalers = scaler is not None and math.isfinite(loss) and not math.isfinite(norm) and scaler.get_scale() > 1
+        wrong = None if is_scalers else self._guard.judge(loss, norm)
+        if wrong is not None:
+            if scaler is not None:  # which has looked at these gradients, and waits to hear that they are done with
+                scaler.update()
+            self._tell(step, wrong, taken)
             return
-        checkpoints = Path(self._accelerator.project_dir).parent / "checkpoints"
-        raise TrainingDiverged(
-            f"step {step + 1}: the {what} is {value.item()} on {', '.join(batch.names)}; lower the learning rate. "
-            f"Checkpoints in {checkpoints} are from before"
-        )
+        if not is_scalers:
+            self._guard.passed(step, norm)
+        self._optimizer.step()
+
+    def _tell(self, step: int, wrong: Wrong, taken: _Taken) -> None:
+        """Say what was wrong on which pictures, and what is done; every process gets here, or none."""
+        sizes = torch.stack(taken.losses).isfinite().tolist() if taken.losses else []
+        to_blame = [names for names, is_finite in zip(taken.names, sizes, strict=True) if not is_finite] or taken.names
+        names = list(dict.fromkeys(gather_object([name for batch in to_blame for name in batch])))
+        shown = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+        line = f"step {step + 1}: {wrong.what} on {shown}"
+        self._accelerator.log(self._guard.counts, step=step + 1)
+        if wrong.verdict == "stopped":
+            checkpoints = Path(self._accelerator.project_dir).parent / "checkpoints"
+            raise TrainingDiverged(
+                f"{line}; {self._guard.history()}; lower the learning rate. "
+                f"Checkpoints in {checkpoints} are from before"
+            )
+        if self._accelerator.is_main_process:
+            tqdm.write(f"{line}: {_DONE[wrong.verdict]}")

@@ -165,6 +165,34 @@ def test_bad_arguments(arguments: list[str], message: str) -> None:
             "run.yaml:5: prior.class_dir: got 'c' without prior.class_prompt, expected both or neither",
         ),
         (
+            "prior:\n  mode: folder\n",
+            "run.yaml:5: prior.mode: got 'folder' without prior.class_dir, expected a folder of class pictures there",
+        ),
+        (
+            "prior:\n  mode: folder\n  class_dir: c\n",
+            "run.yaml:6: prior.class_dir: got 'c', expected an existing folder of pictures, for prior.mode folder "
+            "draws none",
+        ),
+        (
+            "prior:\n  caption: blank\n",
+            "run.yaml:5: prior.caption: got 'blank' with prior.mode 'generated', expected null; it is adapter_off's",
+        ),
+        (
+            "prior:\n  mode: adapter_off\n",
+            "run.yaml:5: prior.mode: got 'adapter_off' without prior.class_prompt to ask with; expected one, class "
+            "pictures, or prior.caption blank or instance",
+        ),
+        (
+            "prior: {mode: adapter_off, caption: instance}\nwords: {starts: {<a>: cat}}\n",
+            "run.yaml:4: prior.caption: got 'instance' beside words.starts, whose words the base cannot read; expected "
+            "class or blank",
+        ),
+        (
+            "prior: {mode: adapter_off, class_prompt: an <a>}\nwords: {starts: {<a>: cat}}\n",
+            "run.yaml:4: prior.class_prompt: 'an <a>' holds the new word '<a>', which the base cannot read; expected "
+            "words that it knows",
+        ),
+        (
             "prior: {class_prompt: a, class_prompts: [b]}\n",
             "run.yaml:4: prior.class_prompts: got ['b'] beside prior.class_prompt, expected one of them",
         ),

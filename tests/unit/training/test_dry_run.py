@@ -53,6 +53,32 @@ def test_the_plan_says_what_it_takes_without_reading_weights(tmp_path, base) -> 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("prior", "said"),
+    [
+        ({}, "none"),
+        ({"class_prompt": "a dog"}, "a dog: 40 class pictures, drawn by the base where missing"),
+        ({"mode": "folder", "class_prompt": "a dog"}, "1 class pictures, FOLDER as it is"),
+        (
+            {"mode": "adapter_off", "class_prompts": ["a dog", "a cow"]},
+            "what the base itself predicts of the same pictures, asked with a dog, a cow",
+        ),
+        (
+            {"mode": "adapter_off", "caption": "blank", "class_prompt": "a dog", "class_dir": "FOLDER"},
+            "what the base itself predicts of 1 class pictures, asked with an empty caption",
+        ),
+    ],
+)
+def test_the_plan_says_what_is_kept(tmp_path, base, prior: dict, said: str) -> None:
+    folder = tmp_path / "dogs"
+    folder.mkdir()
+    background("snow", 64).save(folder / "dog.png")
+    takes = {"class_dir": folder} if "class_dir" in prior or prior.get("mode") == "folder" else {}
+    text = describe_plan(config_of(tmp_path, base, prior={**prior, **takes}))
+    (line,) = [line for line in text.splitlines() if line.startswith("prior")]
+    assert line == "prior      " + said.replace("FOLDER", str(folder))
+
+
 def test_the_plan_refuses_what_the_run_would(tmp_path, base) -> None:
     with pytest.raises(ValueError, match="'to_nowhere' matches no layer"):
         describe_plan(config_of(tmp_path, base, adapter={"target_modules": ["to_nowhere"]}))

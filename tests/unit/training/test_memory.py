@@ -130,8 +130,23 @@ def test_more_pictures_and_larger_ones_take_more(tmp_path) -> None:
 def test_class_pictures_double_the_batch_and_accumulation_does_not(tmp_path) -> None:
     plain, doubled = estimate(tmp_path), estimate(tmp_path, optim__batch_size=2)
     assert estimate(tmp_path, prior__class_prompt="a cat") == doubled
+    concepts = [{"dir": str(tmp_path), "prompt": "a cat", "role": "class"}]
+    assert estimate(tmp_path, data__concepts=concepts) == doubled
     accumulated = estimate(tmp_path, optim__gradient_accumulation=4)
     assert step_of(plain) <= step_of(accumulated) <= step_of(plain) + plain.gradients
+
+
+def test_the_base_beside_the_adapter_is_a_second_batch_and_no_larger_one(tmp_path) -> None:
+    off = {"prior__mode": "adapter_off", "prior__class_prompt": "a cat", "optim__batch_size": 2}
+    plain, doubled = estimate(tmp_path, optim__batch_size=2), estimate(tmp_path, optim__batch_size=4)
+    apart, accumulated = (
+        estimate(tmp_path, **off),
+        estimate(tmp_path, optim__batch_size=2, optim__gradient_accumulation=2),
+    )
+    assert step_of(plain) < step_of(apart) < step_of(doubled)
+    target = apart.side**2 * 64  # no more than the base's own prediction comes on top
+    assert step_of(accumulated) <= step_of(apart) <= step_of(accumulated) + target
+    assert replace(apart, moments=plain.moments) == plain
 
 
 def test_checkpointing_and_half_precision_spare_memory(tmp_path) -> None:

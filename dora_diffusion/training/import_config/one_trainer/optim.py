@@ -1,0 +1,261 @@
+"""Options of how it is trained, and of the noise."""
+
+import math
+from typing import Any
+
+from dora_diffusion.training.import_config.counts import samples_of_an_epoch
+from dora_diffusion.training.import_config.one_trainer.network import DENOISERS, has_unet
+from dora_diffusion.training.import_config.one_trainer.steps import accumulation, epoch, steps_of_run
+from dora_diffusion.training.import_config.records import (
+    Answer,
+    Row,
+    Source,
+    copied,
+    is_off,
+    lost,
+    needless,
+    several,
+    to,
+    unneeded,
+    without,
+)
+from dora_diffusion.training.import_config.values import (
+    flag,
+    is_free_of_rates,
+    kind_of_optimiser,
+    number,
+    precision,
+    real,
+    schedule,
+    text,
+    warmup,
+    whole,
+)
+
+
+def _epochs(value: Any, source: Source) -> Answer:
+    found = max(1, int(epoch(source) * whole(value)))
+    return to(
+        "optim.steps",
+        found,
+        f"{whole(value)} x {samples_of_an_epoch(source)} pictures with repeats / batch / accumulation",
+    )
+
+
+def _warmup(value: Any, source: Source) -> Answer:
+    count = number(value)
+    steps = steps_of_run(source)
+    if 0 < count <= 1:
+        return warmup(count, steps, is_share=True)
+    found = int(count / accumulation(source))
+    if steps is not None and found > steps:
+        raise ValueError(f"{found} of {steps} steps: the learning rate would never be reached")
+    return warmup(found, steps, is_share=False)
+
+
+def _lr_scheduler(value: Any, source: Source) -> Answer:
+    found = number(source.get("learning_rate_warmup_steps", 200))
+    try:
+        fits = _warmup(found, source).settings
+    except ValueError:
+        fits = {}
+    return schedule(value, found if fits else 0)
+
+
+def _learning_rate(value: Any, source: Source) -> Answer:
+    own = [source.get(f"{name}.learning_rate") for name in DENOISERS]
+    rate = real(next((one for one in own if one is not None), value))
+    kind = source.get("optimizer.optimizer", "")
+    if is_free_of_rates(kind):
+        raise ValueError(f"with {kind} it is a factor and no rate, which AdamW could not be given")
+    scaler = str(source.get("learning_rate_scaler", "NONE")).upper()
+    scales = {
+        "BATCH": whole(source.get("batch_size", 1)),
+        "GRADIENT_ACCUMULATION": accumulation(source),
+        "BOTH": whole(source.get("batch_size", 1)) * accumulation(source),
+    }
+    factor = math.sqrt(scales.get(scaler, 1))
+    return to("optim.learning_rate", rate * factor, f"x {factor:.3g} of learning_rate_scaler" if factor != 1 else "")
+
+
+def _loss_weight(value: Any, source: Source) -> Answer:
+    kind = text(value).upper()
+    if kind == "MIN_SNR_GAMMA":
+        return to("optim.min_snr_gamma", real(source.get("loss_weight_strength", 5.0)))
+    answer = {"optim.min_snr_gamma": None}
+    if kind == "CONSTANT":
+        return several(answer)
+    if kind == "SIGMA":
+        return several({**answer, "flow.weighting": "sigma_sqrt"}, "the nearest")
+    return several(answer, f"{kind} has no counterpart: every timestep weighs the same")
+
+
+def _is_flow(source: Source) -> bool:
+    kind = str(source.get("model_type", "STABLE_DIFFUSION_15"))
+    return not (has_unet(source) or kind.startswith(("PIXART", "WUERSTCHEN", "STABLE_CASCADE")))
+
+
+def _distribution(value: Any, source: Source) -> Answer:
+    kind = text(value).upper()
+    if not _is_flow(source):
+        return needless("as here") if kind == "UNIFORM" else lost("of bases that are trained by flow matching alone")
+    weight, bias = real(source.get("noising_weight", 0.0)), real(source.get("noising_bias", 0.0))
+    if kind == "UNIFORM":
+        return to("flow.density", "uniform")
+    if kind == "LOGIT_NORMAL":
+        return several({"flow.density": "logit_normal", "flow.logit_mean": bias, "flow.logit_std": weight + 1.0})
+    if kind == "HEAVY_TAIL":
+        return several({"flow.density": "mode", "flow.mode_scale": weight})
+    raise ValueError(f"got {kind}, expected UNIFORM, LOGIT_NORMAL or HEAVY_TAIL")
+
+
+def _shift(value: Any, source: Source) -> Answer:
+    if flag(source.get("dynamic_timestep_shifting", False)):
+        return needless("dynamic_timestep_shifting decides")
+    return to("flow.shift", real(value)) if _is_flow(source) else needless("of flow matching alone")
+
+
+def _dynamic_shift(value: Any, source: Source) -> Answer:
+    if not flag(value):
+        return needless("timestep_shift decides")
+    return to("flow.shift", None, "the shift that the base draws with")
+
+
+def _ema(value: Any, source: Source) -> Answer:
+    return needless("off there too") if is_off(value) else lost("no counterpart yet: EMA")
+
+
+def _checkpointing(value: Any, source: Source) -> Answer:
+    if isinstance(value, bool):
+        return to("optim.gradient_checkpointing", value)
+    kind = text(value).upper()
+    says = "without offloading: no counterpart yet" if kind == "CPU_OFFLOADED" else ""
+    return to("optim.gradient_checkpointing", kind != "OFF", says)
+
+
+OPTIM: list[Row] = [
+    Row(
+        "epochs",
+        ("optim.steps",),
+        "epochs x pictures x repeats / batch / accumulation, when the pictures are here",
+        _epochs,
+        2,
+        beside={"concepts": [{"path": "img"}]},
+        unset=100,
+    ),
+    copied("batch_size", "optim.batch_size", 4, read=whole),
+    copied("gradient_accumulation_steps", "optim.gradient_accumulation", 2, read=whole),
+    Row(
+        "learning_rate",
+        ("optim.learning_rate",),
+        "or the denoiser's own; times the root that learning_rate_scaler asks for",
+        _learning_rate,
+        3e-4,
+        unset=3e-6,
+    ),
+    *unneeded("with learning_rate", "learning_rate_scaler", example="BATCH"),
+    Row(
+        "learning_rate_scheduler",
+        ("optim.lr_scheduler",),
+        "CONSTANT is `constant_with_warmup` where there is a warm-up; restarts are left out",
+        _lr_scheduler,
+        "COSINE",
+        unset="CONSTANT",
+    ),
+    Row(
+        "learning_rate_warmup_steps",
+        ("optim.warmup_steps",),
+        "/ gradient_accumulation_steps; up to 1 it is a share of the steps",
+        _warmup,
+        20,
+        beside={"learning_rate_scheduler": "COSINE"},
+        unset=200,
+    ),
+    *without(
+        "cosine falls to 0 once",
+        "learning_rate_cycles learning_rate_min_factor custom_learning_rate_scheduler scheduler_params",
+        off=(1, 1.0),
+        example=3,
+    ),
+    copied("clip_grad_norm", "optim.max_grad_norm", 0.5, read=real),
+    Row(
+        "optimizer.optimizer",
+        (),
+        "AdamW, also for its 8-bit kinds; others have no counterpart yet",
+        kind_of_optimiser,
+        "PRODIGY",
+    ),
+    copied(
+        "optimizer.weight_decay",
+        "optim.weight_decay",
+        0.05,
+        read=real,
+        says="of the low-rank pair; magnitudes never decay",
+    ),
+    *unneeded("AdamW as torch has it", "optimizer.* optimizer_defaults", example=0.9),
+    copied("train_dtype", "optim.mixed_precision", "BFLOAT_16", unset="FLOAT_16", read=precision),
+    Row("gradient_checkpointing", ("optim.gradient_checkpointing",), "", _checkpointing, "ON"),
+    Row(
+        "loss_weight_fn",
+        ("optim.min_snr_gamma",),
+        "MIN_SNR_GAMMA with loss_weight_strength, else null",
+        _loss_weight,
+        "MIN_SNR_GAMMA",
+        unset="CONSTANT",
+    ),
+    *unneeded("with loss_weight_fn", "loss_weight_strength", example=5.0),
+    Row(
+        "min_snr_gamma",
+        ("optim.min_snr_gamma",),
+        "of older files",
+        lambda value, source: to("optim.min_snr_gamma", real(value)) if number(value) else needless("off there too"),
+        5.0,
+    ),
+    *without(
+        "no counterpart yet: the squared error is the loss here",
+        "mae_strength huber_strength log_cosh_strength",
+        example=0.5,
+    ),
+    *unneeded(
+        "the squared error alone is the loss here", "mse_strength vb_loss_strength huber_delta loss_scaler", example=1.0
+    ),
+    Row("ema", (), "no counterpart yet", _ema, "CPU"),
+    *unneeded("with ema", "ema_decay ema_update_step_interval non_ema_sampling", example=0.999),
+    *without("no counterpart yet", "compile", example=True),
+]
+
+
+NOISE: list[Row] = [
+    *without(
+        "no counterpart yet: plain Gaussian noise is added here",
+        "offset_noise_weight perturbation_noise_weight generalized_offset_noise",
+        example=0.05,
+    ),
+    *without("no counterpart yet", "rescale_noise_scheduler_to_zero_terminal_snr", example=True),
+    *without(
+        "the base's own scheduler says what its denoiser predicts",
+        "force_v_prediction force_epsilon_prediction",
+        example=True,
+    ),
+    *without(
+        "no counterpart yet: every timestep is drawn",
+        "min_noising_strength max_noising_strength",
+        off=(1, 1.0),
+        example=0.2,
+    ),
+    Row(
+        "timestep_distribution",
+        ("flow.density", "flow.logit_mean", "flow.logit_std", "flow.mode_scale"),
+        (
+            "LOGIT_NORMAL: mean noising_bias, deviation noising_weight + 1; HEAVY_TAIL: mode, scale "
+            "noising_weight; of flow matching alone"
+        ),
+        _distribution,
+        "LOGIT_NORMAL",
+        beside={"model_type": "FLUX_DEV_1"},
+        unset="UNIFORM",
+    ),
+    *unneeded("with timestep_distribution", "noising_weight noising_bias", example=0.5),
+    Row("timestep_shift", ("flow.shift",), "", _shift, 3.0, beside={"model_type": "FLUX_DEV_1"}, unset=1.0),
+    Row("dynamic_timestep_shifting", ("flow.shift",), "null: the shift that the base draws with", _dynamic_shift, True),
+]
