@@ -521,9 +521,9 @@ class TrainConfig(_Section):
                 raise ValueError(f"{key}: got {value}, but adapter.train_text_encoder is false; expected null, or true")
         if os.path.exists(self.output_dir) and not os.path.isdir(self.output_dir):
             raise ValueError(f"output_dir: got the file {str(self.output_dir)!r}, expected a folder, new or old")
+        _refuse_shared_folders(self)
         if self.prior.mode == "adapter_off":
             _check_asked_with(self.prior, self.words, has_class_pictures=self.has_class_pictures)
-        _refuse_shared_folders(self)
         return self
 
     @property
@@ -583,6 +583,22 @@ class TrainConfig(_Section):
         return overrides
 
 
+def _refuse_shared_folders(config: TrainConfig) -> None:
+    """What a run writes or draws must not lie among the pictures that it learns or measures."""
+    given = {"data.instance_dir": config.data.instance_dir, "data.validation_dir": config.data.validation_dir}
+    for index, concept in enumerate(config.data.concepts):
+        if concept.role != "class":
+            given[f"data.concepts[{index}].dir"] = concept.dir
+    written = {"output_dir": config.output_dir}
+    if config.prior.mode != "adapter_off" and (config.prior.prompts or config.prior.class_dir):
+        written["prior.class_dir"] = config.prior.class_dir or config.output_dir / "class"
+    places = {key: os.path.realpath(folder) for key, folder in given.items() if folder is not None}
+    for key, folder in written.items():
+        shared = next((other for other, place in places.items() if place == os.path.realpath(folder)), None)
+        if shared is not None:
+            raise ValueError(f"{key}: got {str(folder)!r}, which is {shared} too; expected a folder of its own")
+
+
 def _check_asked_with(prior: PriorConfig, words: WordsConfig, *, has_class_pictures: bool) -> None:
     """A ValueError when base and adapter cannot be asked alike."""
     if prior.asked_with == "class" and not (prior.prompts or has_class_pictures):
@@ -601,22 +617,6 @@ def _check_asked_with(prior: PriorConfig, words: WordsConfig, *, has_class_pictu
                 f"prior.class_prompt: {found[0]!r} holds the new word {word!r}, which the base cannot read; expected "
                 "words that it knows"
             )
-
-
-def _refuse_shared_folders(config: TrainConfig) -> None:
-    """What a run writes or draws must not lie among the pictures that it learns or measures."""
-    given = {"data.instance_dir": config.data.instance_dir, "data.validation_dir": config.data.validation_dir}
-    for index, concept in enumerate(config.data.concepts):
-        if concept.role != "class":
-            given[f"data.concepts[{index}].dir"] = concept.dir
-    written = {"output_dir": config.output_dir}
-    if config.prior.prompts:
-        written["prior.class_dir"] = config.prior.class_dir or config.output_dir / "class"
-    places = {key: os.path.realpath(folder) for key, folder in given.items() if folder is not None}
-    for key, folder in written.items():
-        shared = next((other for other, place in places.items() if place == os.path.realpath(folder)), None)
-        if shared is not None:
-            raise ValueError(f"{key}: got {str(folder)!r}, which is {shared} too; expected a folder of its own")
 
 
 def _start_paths_at(data: dict[Any, Any], folder: Path) -> None:

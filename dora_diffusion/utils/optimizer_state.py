@@ -112,8 +112,14 @@ def _is_same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(one == other)
 
 
-def load_optimizer_state(optimizer: Optimizer, state: OptimizerState) -> None:
+def load_optimizer_state(optimizer: Optimizer, state: OptimizerState, *, told: Groups = ()) -> None:
     """Put back what `optimizer_state` took; what an optimiser is told of its groups stays as it is told now.
+
+    Args:
+        optimizer: of the same kind and parameters.
+        state: what was taken.
+        told: its `group_settings` from before the first step, where it has taken steps since: what it changed itself
+            and the state does not name is as it was told. One that is new needs none.
 
     Raises:
         ValueError: the state is another optimiser's, or of other parameters.
@@ -122,6 +128,8 @@ def load_optimizer_state(optimizer: Optimizer, state: OptimizerState) -> None:
     now = optimizer.state_dict()
     groups = now["param_groups"]
     for place, group in enumerate(groups):
+        if place < len(told):
+            group |= {name: _copied(value) for name, value in told[place].items()}
         group |= tree.get(_GROUP, {}).get(str(place), {})
     kept = {int(place): values for place, values in tree.items() if place.isdigit()}
     whole = {name: value for name, value in tree.items() if not name.isdigit() and name != _GROUP}

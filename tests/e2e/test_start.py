@@ -89,10 +89,10 @@ def test_a_run_on_top_of_an_adapter_says_so_and_resumes_on_nothing_else(config, 
     assert load_file(result.adapter).keys() == load_file(alone.adapter).keys()
     assert result.validation[0] != alone.validation[0]  # already before the first step it is another base
     stronger = config("run", **sections | {"base": {"adapters": {str(undo): 1.0}}})
-    with pytest.raises(ValueError, match=r"cannot resume, base.adapters: undo.safetensors changed; put it back"):
+    with pytest.raises(ValueError, match=r"cannot resume, base.adapters.undo.safetensors was \[0.5, .* is now \[1.0, "):
         train(stronger, resume="latest")
     undo.write_bytes((tmp_path / "other.safetensors").read_bytes())
-    with pytest.raises(ValueError, match=r"cannot resume, base.adapters: undo.safetensors changed; put it back"):
+    with pytest.raises(ValueError, match=r"cannot resume, base.adapters.undo.safetensors was "):
         train(config("run", **sections), resume="latest")
 
 

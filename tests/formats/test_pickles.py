@@ -32,7 +32,6 @@ from dora_diffusion.pipelines.loading import EMBEDDED, load_pipeline
 from dora_diffusion.pipelines.textual_inversion import load_word
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.run import checkpoint
-from dora_diffusion.training.step.guard import Guard
 from dora_diffusion.utils import atomic as storage
 
 ROOT = Path(__file__).parents[2]
@@ -294,9 +293,7 @@ def test_a_checkpoint_is_never_unpickled(tmp_path, name: str, kind: str) -> None
     optimizer.step()
     data = {"instance_dir": ".", "instance_prompt": "a cat"}
     config = TrainConfig.model_validate({"output_dir": str(tmp_path), "data": data})
-    state = checkpoint.TrainingState(
-        {"w": weight}, optimizer, None, 1, [], Guard(config.guard, {"w": weight}, optimizer)
-    )
+    state = checkpoint.TrainingState({"w": weight}, optimizer, None, 1, [])
     folder = checkpoint.save(state, config, step=1, folder=tmp_path / "checkpoints")
     (folder / name).write_bytes(raw := CANARIES[kind](Canary(nest)))
     assert storage.valid_checkpoints(folder.parent) == []

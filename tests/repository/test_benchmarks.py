@@ -98,6 +98,18 @@ def test_what_views_cost_is_written_down(tmp_path, monkeypatch) -> None:
     assert all(f"| {name} | " in text for name in views.VIEWS)
 
 
+def test_ten_kills_of_training_runs_leave_what_a_whole_run_leaves(tmp_path) -> None:
+    """In a process of its own, which forks: of `make chaos` a slice."""
+    command = [sys.executable, "-m", "benchmarks.chaos", "--kills", "10", "--no-full-disk", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, cwd=Path(__file__).parents[2])
+    found = json.loads((tmp_path / "chaos.json").read_text())
+    assert found["faults"] == [] and done.returncode == 0, done.stderr[-2000:]
+    assert found["kills"] >= 10
+    assert 2 * found["where"]["while a checkpoint was saved"] >= 10
+    assert found["files"] > 30
+    assert "None." in (tmp_path / "chaos.md").read_text()
+
+
 def test_arms_that_seeds_do_not_agree_on_are_a_tie() -> None:
     assert priors.verdict([0.9, 0.8, 0.9], [0.8, 0.7, 0.85]).startswith("higher, +0.083")
     assert priors.verdict([0.7, 0.6], [0.8, 0.7]).startswith("lower, -0.100")
@@ -113,15 +125,3 @@ def test_every_arm_is_a_run_of_its_own(tmp_path, arm: str) -> None:
     assert (config.optim.seed, config.optim.steps, config.preview.prompts) == (1, 20, [])
     assert arm.startswith("none") == (config.prior.mode == "generated" and not config.prior.prompts)
     assert len({priors.config_of(name, 1, tmp_path, {}).output_dir for name in priors.ARMS}) == len(priors.ARMS)
-
-
-def test_ten_kills_of_training_runs_leave_what_a_whole_run_leaves(tmp_path) -> None:
-    """In a process of its own, which forks: of `make chaos` a slice."""
-    command = [sys.executable, "-m", "benchmarks.chaos", "--kills", "10", "--no-full-disk", "--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, cwd=Path(__file__).parents[2])
-    found = json.loads((tmp_path / "chaos.json").read_text())
-    assert found["faults"] == [] and done.returncode == 0, done.stderr[-2000:]
-    assert found["kills"] >= 10
-    assert 2 * found["where"]["while a checkpoint was saved"] >= 10
-    assert found["files"] > 30
-    assert "None." in (tmp_path / "chaos.md").read_text()

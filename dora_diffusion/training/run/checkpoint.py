@@ -19,9 +19,8 @@ from dora_diffusion.utils import atomic as storage
 from dora_diffusion.utils.optimizer_state import Groups, OptimizerState, load_optimizer_state, optimizer_state
 
 ADAPTER = RUN_FILE
-_LAST_GOOD = "last-good.safetensors"
 _PLACES = {"data": ("instance_dir", "validation_dir", "cache_dir", "cache_memory"), "prior": ("class_dir",)}
-_IDENTITY, _PROGRESS = "identity.json", "progress.json"
+_IDENTITY, _PROGRESS, _LAST_GOOD = "identity.json", "progress.json", "last-good.safetensors"
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class TrainingState:
     scaler: Any
     processes: int
     validation: list[tuple[int, float]]
-    guard: Guard
+    guard: Guard | None = None
     told: Groups = ()
     identity: Identity | None = None
 
@@ -120,7 +119,7 @@ def save(
         "processes": state.processes,
         "validation": state.validation,
         "settings": resumable_part(config),
-        "guard": state.guard.progress(),
+        "guard": None if state.guard is None else state.guard.progress(),
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
         "optimizer": optimizer.values,
     }
@@ -130,10 +129,10 @@ def save(
         "optimizer.safetensors": lambda path: storage.save_tensors(optimizer.tensors, path),
         _PROGRESS: partial(storage.write_atomically, data=json.dumps(progress).encode()),
     }
-    if good := state.guard.tensors():
-        files[_LAST_GOOD] = lambda path: storage.save_tensors(good, path)
     if state.identity is not None:
         files[_IDENTITY] = partial(storage.write_atomically, data=state.identity.to_json().encode())
+    if state.guard is not None and state.guard.tensors():
+        files[_LAST_GOOD] = partial(storage.save_tensors, state.guard.tensors())
     if adapter is not None:
         files[ADAPTER] = partial(_write_adapter, adapter)
     storage.save_checkpoint(target, files, keep=config.checkpoint.keep)
@@ -179,9 +178,9 @@ def resume(state: TrainingState, saved: Saved) -> None:
     load_optimizer_state(state.optimizer, OptimizerState(tensors, saved.progress.get("optimizer", {})))
     if state.scaler is not None and saved.progress["scaler"]:
         state.scaler.load_state_dict(saved.progress["scaler"])
-    last_good = saved.path / _LAST_GOOD
-    good = storage.load_tensors(last_good) if last_good.is_file() else {}
-    state.guard.resume(saved.progress.get("guard"), good)
+    if state.guard is not None:
+        good = saved.path / _LAST_GOOD
+        state.guard.resume(saved.progress.get("guard"), storage.load_tensors(good) if good.is_file() else {})
     state.validation[:] = [(step, loss) for step, loss in saved.progress["validation"]]
 
 

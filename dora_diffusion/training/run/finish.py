@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dora_diffusion.formats import save_adapter
-from dora_diffusion.pipelines.textual_inversion import Words, save_words
+from dora_diffusion.pipelines.textual_inversion import save_words
 from dora_diffusion.state import AdapterState
-from dora_diffusion.training.base.below import Below
+from dora_diffusion.training.base.trainable import TrainablePipeline
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.run.card import run_card
 from dora_diffusion.training.run.checkpoint import ADAPTER, Saved, checkpoint_folder
@@ -38,19 +38,16 @@ class TrainResult:
 
 
 def write_outcome(
-    config: TrainConfig,
-    learnt: AdapterState | None,
-    words: Words | None,
-    losses: Sequence[tuple[int, float]],
-    below: Sequence[Below] = (),
+    config: TrainConfig, learnt: AdapterState | None, trainable: TrainablePipeline, losses: Sequence[tuple[int, float]]
 ) -> TrainResult:
     """Write what a run leaves beside its checkpoints; the manifest, which says that all of it is there, last."""
+    words = trainable.words
     folder, steps = config.output_dir, config.optim.steps
     adapter = None if learnt is None else save_adapter(learnt, folder / ADAPTER)
     files = [] if words is None else save_words(words.state(), folder / "words")
     save_strip(folder / "samples")
     write_atomically(folder / OUTCOME, json.dumps(losses).encode())
-    write_atomically(folder / "README.md", run_card(config, losses, files, below).encode())
+    write_atomically(folder / "README.md", run_card(config, losses, files, trainable.below).encode())
     newest = checkpoint_folder(folder / "checkpoints", steps)
     remove_elders(newest, keep=config.checkpoint.keep)  # a run that was killed after its last save has not done so
     written = [*([] if adapter is None else [adapter]), *files, folder / OUTCOME, newest / MANIFEST]

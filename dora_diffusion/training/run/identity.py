@@ -25,9 +25,6 @@ _WORDS = {"path": "picture", "caption": "caption", "others": "caption"}
 # What follows from the picture, the settings and the base.
 _DERIVED = ("original", "size", "resolutions")
 
-# Parts of what is no picture, and what stands before the names in them.
-_OWNERS = {"base": "the base's", "base.adapters": "base.adapters:"}
-
 Part = Mapping[str, Any]
 
 
@@ -37,8 +34,7 @@ class Identity:
 
     Attributes:
         parts: `pictures` and `class pictures` (a picture's name -> its hash, its captions' and masks', its role),
-            `base` (component -> hash), `base.adapters` (file -> strength and hash); one that is not known yet is
-            missing.
+            `base` (component -> hash), `base.adapters`; one that is not known yet is missing.
         accepted: what had changed at a resumption that was to go on all the same, a line each.
     """
 
@@ -86,8 +82,8 @@ def base_identity(pipe: Any) -> Part:
 
 
 def below_identity(config: TrainConfig) -> Part:
-    """Of the adapters that are laid below what is trained: name -> strength and hash."""
-    return {path.name: f"{strength} {sha256_of(path)}" for path, strength in config.base.adapters.items()}
+    """Of the adapters below what is trained: name -> strength and hash."""
+    return {file.name: [strength, sha256_of(file)] for file, strength in config.base.adapters.items()}
 
 
 def _facts(example: Example) -> dict[str, Any]:
@@ -136,9 +132,12 @@ def changes(old: Identity, new: Identity) -> list[str]:
         before = old.parts.get(part)
         if before is None:
             continue
-        if part in _OWNERS:
+        if part == "base":
             names = sorted(before.keys() | now.keys())
-            told += [f"{_OWNERS[part]} {name} changed" for name in names if _differs(name, before, now)]
+            told += [f"the base's {name} changed" for name in names if _differs(name, before, now)]
+        elif part == "base.adapters":
+            names = sorted(name for name in before.keys() | now.keys() if _differs(name, before, now))
+            told += [f"{part}.{name} was {before.get(name)!r} and is now {now.get(name)!r}" for name in names]
         else:
             told += _of_pictures(before, now, "class picture" if part.startswith("class") else "picture")
     return told

@@ -145,6 +145,6 @@ class Run:
             None if learnt is None else self.folder / checkpoint.ADAPTER, (), self.config.optim.steps, tuple(losses)
         )
         if self.accelerator.is_main_process:
-            result = write_outcome(self.config, learnt, self.trainable.words, losses, self.trainable.below)
+            result = write_outcome(self.config, learnt, self.trainable, losses)
         self.accelerator.wait_for_everyone()
         return result

@@ -109,10 +109,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, wanted: _Wanted) -> Tr
     objectives.of(sized.train[0].size)  # raises for a scheduler that cannot be trained, before anything is drawn
     rank, ranks = accelerator.process_index, accelerator.num_processes
     drawn = ensure_class_examples(pipe, config, process=rank, processes=ranks)
-    late = {
-        "class pictures": examples_identity(config, [("class", one) for one in drawn]),
-        "base": base,
-    }
+    late = {"class pictures": examples_identity(config, [("class", one) for one in drawn]), "base": base}
     identity = Identity({**identity.parts, **late})
     if comparison is not None:
         comparison.check_parts(Identity(late))

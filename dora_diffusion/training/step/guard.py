@@ -56,8 +56,8 @@ class Guard:
         self._norms: deque[float] = deque(maxlen=settings.window)
         self._in_a_row = self._restores = self._skips = 0
         self._good: dict[str, Tensor] = {}
-        self._values: dict[str, Any] = {}  # what of the optimiser's good state is no tensor
         self._told = group_settings(optimizer)
+        self._values: dict[str, Any] = {}
 
     @property
     def counts(self) -> dict[str, int]:
@@ -122,7 +122,7 @@ class Guard:
                 self._trained[name].copy_(value)
             else:
                 moments[name] = value.clone()
-        load_optimizer_state(self._optimizer, OptimizerState(moments, self._values))
+        load_optimizer_state(self._optimizer, OptimizerState(moments, self._values), told=self._told)
 
     def history(self) -> str:
         """What was borne until now, in words."""
@@ -144,6 +144,5 @@ class Guard:
         found = progress or {}
         self._norms = deque(found.get("norms", ()), maxlen=self._settings.window)
         self._in_a_row, self._restores = found.get("in_a_row", 0), found.get("restores", 0)
-        self._skips = found.get("skips", 0)
+        self._skips, self._values = found.get("skips", 0), found.get("values", {})
         self._good = dict(tensors) if self._settings.restores else {}
-        self._values = dict(found.get("values", {}))

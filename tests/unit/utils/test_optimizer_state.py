@@ -160,6 +160,20 @@ def test_settings_that_an_optimiser_is_told_are_those_of_now() -> None:
     assert [(group["lr"], group["weight_decay"]) for group in other.param_groups] == [(1e-3, 0.2)]
 
 
+def test_a_state_that_is_put_back_later_undoes_what_the_groups_have_become() -> None:
+    """As the guard does: at the beginning the groups are as they were told, and nothing is noted of them."""
+    parameters, optimizer = begun(EstimatesItsRate)
+    told = group_settings(optimizer)
+    first = optimizer_state(optimizer, told=told)
+    assert not first.tensors and not first.values
+    train(parameters, optimizer, range(3))
+    assert optimizer.param_groups[0]["k"] == 3
+    load_optimizer_state(optimizer, first, told=told)
+    again = optimizer_state(optimizer, told=told)
+    assert (optimizer.param_groups[0]["k"], optimizer.param_groups[0]["d"]) == (0, 1e-3)
+    assert not again.tensors and not again.values
+
+
 def test_what_cannot_be_saved_is_refused_and_not_lost() -> None:
     parameters, optimizer = begun(lambda given: torch.optim.SGD(given, lr=0.1, momentum=0.9))
     train(parameters, optimizer, range(1))
