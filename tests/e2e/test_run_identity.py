@@ -207,6 +207,16 @@ def test_an_older_checkpoint_without_an_identity_is_resumed_and_says_so(base, st
     assert "it is from before pictures, captions and base were noted" in capsys.readouterr().out
 
 
+def test_an_older_checkpoint_of_squares_is_not_gone_on_with_in_buckets_unseen(base, stopped) -> None:
+    file = stopped / "run" / "checkpoints" / "step-00000001" / "progress.json"
+    progress = json.loads(file.read_text())
+    del progress["settings"]["data"]["buckets"]
+    file.write_text(json.dumps(progress))
+    _make_valid(file)
+    with pytest.raises(ValueError, match="data.buckets was False and is now True"):
+        train(config_of(base, stopped), resume="latest")
+
+
 def test_accepting_changes_of_nothing_is_an_error(base, work) -> None:
     with pytest.raises(ValueError, match="--accept-changes: a run that starts anew"):
         train(config_of(base, work), accept_changes=True)
