@@ -157,7 +157,7 @@ def _described(stored: Image.Image) -> Described:
         exif.get(ExifTags.Base.Orientation, 1) in range(2, 9),
         any(tag in exif for tag in _PERSONAL),
         stored.mode == "CMYK",
-        bool(profile) and b"sRGB" not in profile,
+        bool(profile) and b"sRGB" not in profile.replace(b"\0", b""),  # its name is in UTF-16 in some
     )
 
 

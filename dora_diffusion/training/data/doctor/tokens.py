@@ -31,6 +31,7 @@ _LAYERS = 256
 # More tokens than any pipeline lets through; and by how much a pipeline may lengthen a caption as it cleans it.
 _LONGER_THAN_ANY = 4096
 _SLACK = 1.25
+_LONGEST_WORD = 24
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ class TokenCounter:
 
     def may_be_cut(self, captions: Sequence[str]) -> list[bool]:
         """Which captions are worth a closer look: far quicker than that, and never False where anything is cut."""
+        if not captions:
+            return []
         short, long = "a", " ".join(["a"] * _LONGER_THAN_ANY)
         rooms = []
         for name in self._heard:
@@ -233,6 +236,13 @@ def _cut(name: str, heard: _Heard, said: str, places: Iterable[int]) -> Cut | No
     end = max((last for first, last in spans if first < last), default=0)
     place = heard.text.casefold().rfind(said.strip().casefold())
     whole = place + len(said.strip()) if place >= 0 else len(heard.text)
-    words = heard.text[end:whole].strip()
+    words = heard.text[_start_of_word(heard.text, end) : whole].strip() if end < whole else ""
     return Cut(name, max(read, default=-1) + 1, heard.total, words) if words else None
 
+
+def _start_of_word(text: str, place: int) -> int:
+    """Where the word begins that is cut at a place, unless it is so long that it is none, as in Chinese."""
+    start = place
+    while 0 < start < len(text) and text[start - 1].isalnum() and text[start].isalnum():
+        start -= 1
+    return start if place - start < _LONGEST_WORD else place
