@@ -76,6 +76,9 @@ def examine(
         from dora_diffusion.training.config import DataConfig
         from dora_diffusion.training.data.doctor.captions_read import base_of, without_base
 
+        for side in resolutions:
+            if side < 8 or side % 8:
+                raise ValueError(f"resolution: got {side}, expected a multiple of 8 pixels")
         sides = list(resolutions) or None
         data = DataConfig(instance_dir=folder, instance_prompt=instance_prompt or None, resolution=sides)
         sizing, reading = without_base(data) if model is None else base_of(model, data)

@@ -1,6 +1,5 @@
 """What lies in a folder: pictures, their captions and masks, and files that are none of these."""
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,8 +172,10 @@ def _subfolders(folder: Path, pictures: Sequence[Path], masks: Masks) -> Iterato
 
 def mask_note(folders: Sequence[Folder], data: "DataConfig | None") -> list[str]:
     """That masks are there which a config does not use."""
-    count = Counter(mask for folder in folders for mask in folder.masks.of.values())
-    if data is None or data.mask_outside is not None or not count:
+    there = sorted({mask for folder in folders for mask in folder.masks.of.values()}, key=natural_order)
+    if data is None or data.mask_outside is not None or not there:
         return []
-    first = shown_path(min(count, key=natural_order).name)
-    return [f"{len(count)} masks ({first} first) are not used; set data.mask_outside to use them"]
+    first = shown_path(there[0].name)
+    if len(there) == 1:
+        return [f"1 mask ({first}) is not used; set data.mask_outside to use it"]
+    return [f"{len(there)} masks ({first} ...) are not used; set data.mask_outside to use them"]

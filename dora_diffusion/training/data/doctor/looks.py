@@ -88,7 +88,7 @@ def _look(asked: Asked) -> tuple[Look | None, list[Finding]]:
     faults: list[Finding] = []
     if asked.uses_mask and (asked.mask is not None or described.has_alpha):
         faults += _mask_faults(path, asked.mask, picture.size)
-    small = picture.resize(_SMALL, Image.Resampling.BOX)
+    small = picture.resize(_SMALL, Image.Resampling.BOX, reducing_gap=2.0)  # in two steps, the first far quicker
     look = Look(
         path,
         picture.size,
