@@ -22,7 +22,7 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", type=Path, help="folder of pictures, or the YAML file of a run, for all its folders")
     parser.add_argument("--instance-prompt", type=typed_text, help="caption of pictures that have none of their own")
     parser.add_argument("--model", type=typed_text, help="base to train: its buckets, and words that it does not read")
-    parser.add_argument("--resolution", type=int, nargs="+", default=[], metavar="N", help="sides to train at, in pixels")
+    parser.add_argument("--resolution", type=int, nargs="+", default=[], metavar="N", help="sides to train at")
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="write a sheet of what is kept of each picture")
     parser.set_defaults(handler=_doctor)
 

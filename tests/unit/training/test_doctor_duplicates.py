@@ -34,10 +34,10 @@ def every_pair(looks: list[Look]) -> list[tuple[int, int]]:
     near = []
     for number, one in enumerate(looks):
         for earlier in range(number):
-            if (bits[earlier] != bits[number]).sum() <= NEAR_BITS:
-                if np.abs(looks[earlier].colours - one.colours).mean() <= NEAR_COLOUR:
-                    near.append((number, earlier))
-                    break
+            differing = (bits[earlier] != bits[number]).sum()
+            if differing <= NEAR_BITS and np.abs(looks[earlier].colours - one.colours).mean() <= NEAR_COLOUR:
+                near.append((number, earlier))
+                break
     return near
 
 

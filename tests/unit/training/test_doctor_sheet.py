@@ -9,7 +9,7 @@ from PIL import Image
 from dora_diffusion.cli import main
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.data.doctor import contact_sheet, examine, examine_config
-from dora_diffusion.training.data.doctor.contact_sheet import CELLS, COLUMNS, _CELL, _HEAD, _LINE, write_contact_sheet
+from dora_diffusion.training.data.doctor.contact_sheet import _CELL, _HEAD, _LINE, CELLS, COLUMNS, write_contact_sheet
 
 PHOTOS = Path(__file__).parents[4] / "shared" / "data" / "dreambooth"
 
@@ -20,9 +20,9 @@ def plain(path: Path, size: tuple[int, int], colour: tuple[int, int, int] = (100
 
 
 def cell(sheet: np.ndarray, number: int = 0) -> np.ndarray:
-    """The picture of a cell of the first size."""
+    """The picture of a cell of the first row."""
     left = number * _CELL
-    return sheet[2 * _HEAD : 2 * _HEAD + _CELL, left : left + _CELL].astype(int)
+    return sheet[_HEAD : _HEAD + _CELL, left : left + _CELL].astype(int)
 
 
 def sheet_of(tmp_path: Path, **data: object) -> np.ndarray:
@@ -71,7 +71,7 @@ def test_every_size_is_shown_and_how_many_are_left_out_is_said(tmp_path: Path, m
     file = tmp_path / "sheet.png"
     assert write_contact_sheet(report, file) == 4
     with Image.open(file) as sheet:
-        assert sheet.size == (COLUMNS * _CELL, 3 * _HEAD + 2 * (_CELL + 2 * _LINE))
+        assert sheet.size == (COLUMNS * _CELL, _HEAD + _CELL + 2 * _LINE + 2)
     arguments = ["doctor", str(tmp_path / "in"), "--instance-prompt", "x", "--model", "pocket", "--sheet", str(file)]
     assert main(arguments) == 0
     assert capsys.readouterr().out.endswith(f"wrote {file}, 4 pictures left out\n")

@@ -5,15 +5,19 @@ What is cut off is dark, what a mask leaves out is red.
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from dora_diffusion.training.data.buckets import kept_share
 from dora_diffusion.training.data.doctor.findings import DoctorReport
-from dora_diffusion.training.data.doctor.report import by_size, cut_share
+from dora_diffusion.training.data.doctor.report import by_size
 from dora_diffusion.training.data.examples import Example
 from dora_diffusion.training.data.masks import read_mask
 from dora_diffusion.utils.atomic import write_atomically
@@ -28,6 +32,8 @@ _LINE = 15
 _HEAD = 26
 _WHITE, _DARK, _FRAME, _OUTSIDE = (255, 255, 255), 0.3, (255, 196, 0), (220, 38, 38)
 _FONT = 11
+# Behind the words, by turns from size to size.
+_SHADES = ((255, 255, 255), (226, 232, 240))
 
 
 def write_contact_sheet(report: DoctorReport, file: Path, *, with_masks: bool = False) -> int:
@@ -46,19 +52,26 @@ def write_contact_sheet(report: DoctorReport, file: Path, *, with_masks: bool = 
     """
     if not report.sized:
         raise ValueError(f"{file}: nothing to draw; expected pictures, and a base or a resolution to train them at")
-    buckets = by_size(report.sized)
-    room = _shares([len(inside) for inside in buckets.values()], CELLS)
-    chosen = {size: inside[:count] for (size, inside), count in zip(buckets.items(), room, strict=True)}
+    buckets = list(by_size(report.sized).values())
+    shares = _shares([len(inside) for inside in buckets], CELLS)
+    chosen = [
+        (example, _SHADES[number % 2])
+        for number, (inside, share) in enumerate(zip(buckets, shares, strict=True))
+        for example in inside[:share]
+    ]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        drawn = {
-            size: list(pool.map(lambda example: _cell(example, with_masks=with_masks), inside))
-            for size, inside in chosen.items()
-        }
-    sheet = _stacked(report, drawn, {size: len(inside) for size, inside in buckets.items()})
+        cells = list(pool.map(lambda one: _cell(*one, with_masks=with_masks), chosen))
+    left_out = len(report.sized) - len(cells)
+    rest = f"; {len(cells)} shown, {left_out} left out" if left_out else ""
+    head = _strip(f"{len(report.sized)} trained by {report.sizes_of}, in {len(buckets)} sizes{rest}")
+    body = grid([cells[at : at + COLUMNS] for at in range(0, len(cells), COLUMNS)])
+    sheet = Image.new("RGB", (max(head.width, body.width), head.height + body.height), _WHITE)
+    sheet.paste(head, (0, 0))
+    sheet.paste(body, (0, head.height))
     made = io.BytesIO()
     sheet.save(made, format="PNG")
     write_atomically(file, made.getvalue())
-    return len(report.sized) - sum(room)
+    return left_out
 
 
 def _shares(counts: Sequence[int], room: int) -> list[int]:
@@ -71,55 +84,40 @@ def _shares(counts: Sequence[int], room: int) -> list[int]:
     return shares
 
 
-def _stacked(
-    report: DoctorReport, drawn: Mapping[tuple[int, int], list[Image.Image]], counts: Mapping[tuple[int, int], int]
-) -> Image.Image:
-    by_bucket = by_size(report.sized)
-    total, cells = sum(counts.values()), sum(map(len, drawn.values()))
-    more = "" if cells == total else f"; {cells} shown, {total - cells} left out"
-    strips = [_strip(f"{total} trained by {report.sizes_of}{more}")]
-    for size, inside in drawn.items():
-        if inside:
-            mean, most = cut_share(by_bucket[size])
-            rest = f", {counts[size] - len(inside)} not shown" if counts[size] > len(inside) else ""
-            line = f"{size[0]}x{size[1]}: {counts[size]}{rest}; cut off {mean:.1f} %, at most {most:.1f} %"
-            strips += [_strip(line), grid([inside[at : at + COLUMNS] for at in range(0, len(inside), COLUMNS)])]
-    sheet = Image.new("RGB", (COLUMNS * _CELL, sum(strip.height for strip in strips)), _WHITE)
-    top = 0
-    for strip in strips:
-        sheet.paste(strip, (0, top))
-        top += strip.height
-    return sheet
-
-
 def _strip(text: str) -> Image.Image:
-    """A line over a size's pictures."""
-    strip = Image.new("RGB", (COLUMNS * _CELL, _HEAD), (226, 232, 240))
+    """A line over all."""
+    strip = Image.new("RGB", (COLUMNS * _CELL, _HEAD), _SHADES[1])
     _write(ImageDraw.Draw(strip), (_EDGE, 6), text, COLUMNS * _CELL)
     return strip
 
 
-def _cell(example: Example, *, with_masks: bool) -> Image.Image:
-    """A picture with its frame, size and the first words of its caption."""
+def _cell(example: Example, shade: tuple[int, int, int], *, with_masks: bool) -> Image.Image:
+    """A picture with its frame, size, share that is cut off, name and the first words of its caption."""
     picture = read_image(example.path)
     inner = _CELL - 2 * _EDGE
     scale = min(inner / picture.width, inner / picture.height)
     small = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    pixels = np.asarray(picture.resize(small, Image.Resampling.BOX)).astype(np.float32)
-    mask = read_mask(example.path, example.mask, picture.size) if with_masks else None
+    pixels: NDArray[np.floating[Any]] = np.asarray(picture.resize(small, Image.Resampling.BOX)).astype(np.float32)
+    mask = None
+    if with_masks:
+        with suppress(ValueError):  # a bad mask, which the report names
+            mask = read_mask(example.path, example.mask, picture.size)
     if mask is not None:
         outside = 1 - np.asarray(mask.resize(small, Image.Resampling.BOX)).astype(np.float32)[..., None] / 255
-        pixels = pixels * (1 - 0.6 * outside) + 0.6 * outside * np.array(_OUTSIDE, np.float32)
+        pixels = pixels * (1 - 0.6 * outside) + outside * np.array(_OUTSIDE, np.float32) * 0.6
     box = _kept(example, picture.size, small)
     kept = np.zeros((*pixels.shape[:2], 1), bool)
     kept[box[1] : box[3], box[0] : box[2]] = True
     shown_picture = Image.fromarray(np.where(kept, pixels, pixels * _DARK).round().astype(np.uint8))
     ImageDraw.Draw(shown_picture).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=_FRAME)
-    cell = Image.new("RGB", (_CELL, _CELL + 2 * _LINE), _WHITE)
+    cell = Image.new("RGB", (_CELL, _CELL + 2 * _LINE + 2), _WHITE)
     cell.paste(shown_picture, ((_CELL - small[0]) // 2, (_CELL - small[1]) // 2))
     draw = ImageDraw.Draw(cell)
-    _write(draw, (_EDGE, _CELL - 2), f"{example.size[0]}x{example.size[1]}, {example.path.name}", inner)
-    _write(draw, (_EDGE, _CELL + _LINE - 3), example.caption, inner)
+    draw.rectangle((0, _CELL, _CELL - 1, cell.height - 1), fill=shade)
+    lost = 100 * (1 - float(kept_share(example.original, example.size)))
+    told = f"{example.size[0]}x{example.size[1]}, {lost:.0f} % cut: {example.path.name}"
+    _write(draw, (_EDGE, _CELL), told, inner)
+    _write(draw, (_EDGE, _CELL + _LINE), example.caption, inner)
     return cell
 
 

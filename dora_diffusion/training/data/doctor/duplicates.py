@@ -1,7 +1,7 @@
 """Pictures that are there twice: by their bytes, or nearly, by a hash of how they look and then by their colours.
 
-Not every pair is compared. Two hashes of 64 bits that differ in up to 6 have one of 7 bands in common (7 bands, 6
-differences: one band has none), so a picture is compared with those alone that share a band with it, and none is missed.
+Not every pair is compared. Of 7 bands that the 64 bits of a hash are parted in, two hashes that differ in up to 6 bits
+have one in common, so a picture is compared with those alone that share a band with it, and none is missed.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,6 +1,6 @@
 """Pictures' shapes: which are refused, which are cut, and the size that each is trained at."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dora_diffusion.training.base.sizes import Sizes
