@@ -28,23 +28,26 @@ TARGET = 120.0
 _LONG = "a photo of a robot on a red background " * 12
 # One in so many pictures has each of the faults.
 _EVERY = 100
+_TEXTURES = 32
 
 
 @cache
-def _grain(number: int) -> np.ndarray:
-    return np.random.default_rng(number).normal(0, 5, (SIDES[1], SIDES[0], 1)).astype(np.float32)
+def _texture(number: int) -> Image.Image:
+    """A part of one of the sources, with grain."""
+    rng = np.random.default_rng(number)
+    with Image.open(SOURCES[number % len(SOURCES)]) as source:
+        left, top, side = *rng.integers(0, source.width // 2, 2), source.width // 2
+        part = source.convert("RGB").resize(SIDES, Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    grain = rng.normal(0, 10, (SIDES[1], SIDES[0], 1))
+    return Image.fromarray((np.asarray(part) + grain).clip(0, 255).astype(np.uint8))
 
 
 def _make(place: tuple[Path, int]) -> None:
     """Picture `number` of a folder, and its caption."""
     folder, number = place
-    rng = np.random.default_rng(number)
-    with Image.open(SOURCES[number % len(SOURCES)]) as source:
-        left, top, side = *rng.integers(0, source.width // 2, 2), source.width // 2
-        part = source.convert("RGB").resize(SIDES, Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    patches = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
-    mixed = Image.blend(part, patches.resize(SIDES, Image.Resampling.BICUBIC), 0.5)
-    picture = Image.fromarray((np.asarray(mixed) + _grain(number % 32)).clip(0, 255).astype(np.uint8))
+    patches = np.random.default_rng(number).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    mixed = Image.fromarray(patches).resize(SIDES, Image.Resampling.BILINEAR)
+    picture = Image.blend(_texture(number % _TEXTURES), mixed, 0.5)
     if number % 2:
         picture = picture.transpose(Image.Transpose.ROTATE_90)
     picture.save(folder / f"{number}.jpg", quality=90)
@@ -54,7 +57,7 @@ def _make(place: tuple[Path, int]) -> None:
 
 def make_set(folder: Path, count: int) -> dict[str, int]:
     """Make the pictures; kind of fault -> how many of it there are."""
-    with ProcessPoolExecutor(initializer=os.nice, initargs=(19,)) as pool:  # others come first
+    with ProcessPoolExecutor(initializer=os.nice, initargs=(5,)) as pool:  # others come first
         for done, _ in enumerate(pool.map(_make, [(folder, n) for n in range(count)], chunksize=50), start=1):
             if not done % 1000:
                 print(f"made {done} of {count}", file=sys.stderr)

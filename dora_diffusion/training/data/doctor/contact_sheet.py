@@ -3,7 +3,6 @@
 What is cut off is dark, what a mask leaves out is red.
 """
 
-import io
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from dora_diffusion.training.data.doctor.findings import DoctorReport
 from dora_diffusion.training.data.doctor.report import by_size
 from dora_diffusion.training.data.examples import Example
 from dora_diffusion.training.data.masks import read_mask
-from dora_diffusion.utils.atomic import write_atomically
+from dora_diffusion.utils.atomic import atomic_file
 from dora_diffusion.utils.image_grid import grid
 from dora_diffusion.utils.images import frame_of, read_image
 from dora_diffusion.utils.text import shown
@@ -36,12 +35,12 @@ _FONT = 11
 _SHADES = ((255, 255, 255), (226, 232, 240))
 
 
-def write_contact_sheet(report: DoctorReport, file: Path, *, with_masks: bool = False) -> int:
+def write_contact_sheet(report: DoctorReport, path: Path, *, with_masks: bool = False) -> int:
     """Write the sheet as a PNG: as many pictures as there is room for, of every size some.
 
     Args:
         report: of an examination that knew at which sizes pictures are trained.
-        file: to write.
+        path: of the PNG.
         with_masks: whether masks count.
 
     Returns:
@@ -51,7 +50,7 @@ def write_contact_sheet(report: DoctorReport, file: Path, *, with_masks: bool = 
         ValueError: no picture has a size.
     """
     if not report.sized:
-        raise ValueError(f"{file}: nothing to draw; expected pictures, and a base or a resolution to train them at")
+        raise ValueError(f"{path}: nothing to draw; expected pictures, and a base or a resolution to train them at")
     buckets = list(by_size(report.sized).values())
     shares = _shares([len(inside) for inside in buckets], CELLS)
     chosen = [
@@ -68,9 +67,8 @@ def write_contact_sheet(report: DoctorReport, file: Path, *, with_masks: bool = 
     sheet = Image.new("RGB", (max(head.width, body.width), head.height + body.height), _WHITE)
     sheet.paste(head, (0, 0))
     sheet.paste(body, (0, head.height))
-    made = io.BytesIO()
-    sheet.save(made, format="PNG")
-    write_atomically(file, made.getvalue())
+    with atomic_file(path) as file:
+        sheet.save(file, format="PNG")
     return left_out
 
 
