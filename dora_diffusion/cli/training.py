@@ -1,26 +1,84 @@
 """`doctor`, `train`, `evaluate`: what needs pictures; `import-config`: what others train with, as ours."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dora_diffusion.cli.arguments import add_device
+from dora_diffusion.cli.arguments import add_device, progress
 from dora_diffusion.utils.console import typed_text
+
+if TYPE_CHECKING:
+    from dora_diffusion.training.data.doctor import DoctorReport
+
+
+# So few pictures are looked at in a moment.
+_MANY = 200
 
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.description = "Check an image set. Exit status 1 when something would be lost in training."
-    parser.add_argument("dataset", type=Path, help="folder of pictures")
+    parser.add_argument("dataset", type=Path, help="folder of pictures, or the YAML file of a run, for all its folders")
     parser.add_argument("--instance-prompt", type=typed_text, help="caption of pictures that have none of their own")
+    parser.add_argument("--model", type=typed_text, help="base to train: its buckets, and words that it does not read")
+    parser.add_argument("--resolution", type=int, nargs="+", default=[], metavar="N", help="sides to train at")
+    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="write a sheet of what is kept of each picture")
     parser.set_defaults(handler=_doctor)
 
 
 def _doctor(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
-    from dora_diffusion.training.data.doctor import examine, format_report
+    from dora_diffusion.training.data.doctor import format_report
 
-    report = examine(arguments.dataset, instance_prompt=arguments.instance_prompt)
+    folder: Path = arguments.dataset
+    is_config = folder.is_file()
+    if arguments.sheet is not None and not (is_config or arguments.model or arguments.resolution):
+        raise ValueError(f"--sheet {arguments.sheet}: needs --model or --resolution, or the YAML file of a run")
+    report, with_masks = (_of_config if is_config else _of_folder)(arguments)
     print(format_report(report))
+    if arguments.sheet is not None:
+        from dora_diffusion.training.data.doctor.contact_sheet import write_contact_sheet
+
+        left_out = write_contact_sheet(report, arguments.sheet, with_masks=with_masks)
+        print(f"wrote {arguments.sheet}" + (f", {left_out} pictures left out" if left_out else ""))
     return 1 if report.losses else 0
+
+
+def _of_folder(arguments: argparse.Namespace) -> "tuple[DoctorReport, bool]":
+    from dora_diffusion.training.data.doctor import examine
+
+    with _bar_of_many() as advance:
+        report = examine(
+            arguments.dataset,
+            instance_prompt=arguments.instance_prompt,
+            model=arguments.model,
+            resolutions=arguments.resolution,
+            progress=advance,
+        )
+    return report, False
+
+
+def _of_config(arguments: argparse.Namespace) -> "tuple[DoctorReport, bool]":
+    """A run's folders; what is said beside its YAML stands for what is said in it."""
+    from dora_diffusion.training.config import TrainConfig
+    from dora_diffusion.training.data.doctor import examine_config
+
+    said = {
+        "model": arguments.model,
+        "data.instance_prompt": arguments.instance_prompt,
+        "data.resolution": str(arguments.resolution) if arguments.resolution else None,
+    }
+    overrides = {key: value for key, value in said.items() if value is not None}
+    config = TrainConfig.from_yaml(arguments.dataset, overrides)
+    with _bar_of_many() as advance:
+        return examine_config(config, progress=advance), config.data.mask_outside is not None
+
+
+@contextmanager
+def _bar_of_many() -> Iterator[Callable[[int, int], None]]:
+    """A bar, where there are so many pictures that it takes a while."""
+    with progress("looking", unit="picture") as advance:
+        yield lambda done, total: advance(done, total) if total >= _MANY else None
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:

@@ -6,11 +6,12 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
 from dora_diffusion.utils.text import shown_path
 
@@ -32,6 +33,9 @@ _SUFFIXES_BY_FORMAT = {
 }
 
 SUFFIXES = frozenset(suffix for name in FORMATS for suffix in _SUFFIXES_BY_FORMAT[name])
+
+# What EXIF may say of a place or a person.
+_PERSONAL = (ExifTags.Base.GPSInfo, ExifTags.Base.Artist, ExifTags.Base.XPAuthor)
 
 _WHITE = (255, 255, 255, 255)
 
@@ -71,6 +75,27 @@ class _Warnings:
 _WARNINGS = _Warnings()
 
 
+@dataclass(frozen=True)
+class Described:
+    """A picture, and what its file says beside it.
+
+    Attributes:
+        picture: as `read_image` gives it.
+        has_alpha: some of it may be clear.
+        is_turned: its EXIF orientation was applied.
+        is_personal: its EXIF names a place or a person.
+        is_cmyk: its samples are CMYK.
+        has_profile: it has a colour profile other than sRGB.
+    """
+
+    picture: Image.Image
+    has_alpha: bool
+    is_turned: bool
+    is_personal: bool
+    is_cmyk: bool
+    has_profile: bool
+
+
 def read_image(path: str | Path) -> Image.Image:
     """Read a picture as RGB, 8 bits a channel, upright.
 
@@ -81,7 +106,16 @@ def read_image(path: str | Path) -> Image.Image:
         UnreadablePicture: one line naming the file, when it is missing, empty, cut short, no picture of `FORMATS`,
             larger than `PIL.Image.MAX_IMAGE_PIXELS`, or of 32-bit or float samples, whose range no one knows.
     """
-    return _read(Path(path), _to_rgb)
+    return _read(Path(path), _upright_rgb)
+
+
+def describe_image(path: str | Path) -> Described:
+    """A picture and what its file says beside it, decoded once.
+
+    Raises:
+        ValueError: as `read_image`.
+    """
+    return _read(Path(path), _described)
 
 
 def read_alpha(path: str | Path) -> Image.Image | None:
@@ -93,13 +127,13 @@ def read_alpha(path: str | Path) -> Image.Image | None:
     return _read(Path(path), _alpha)
 
 
-def _read(path: Path, convert: Callable[[Image.Image, str | None], Made]) -> Made:
-    """What `convert` makes of a picture and its format; every failure in one line."""
+def _read(path: Path, convert: Callable[[Image.Image], Made]) -> Made:
+    """What `convert` makes of a picture as it is stored; every failure in one line."""
     try:
         if path.stat().st_size == 0:
             raise ValueError("an empty file (0 bytes)")
         with _WARNINGS.strict(), Image.open(path, formats=FORMATS) as picture:
-            return convert(ImageOps.exif_transpose(picture), picture.format)
+            return convert(picture)
     except UnidentifiedImageError:
         raise UnreadablePicture(
             f"{shown_path(path)}: not a picture, or damaged; expected one of {', '.join(FORMATS)}"
@@ -116,6 +150,23 @@ def _read(path: Path, convert: Callable[[Image.Image, str | None], Made]) -> Mad
         raise UnreadablePicture(f"{shown_path(path)}: cannot be read as a picture ({reason}); save it anew") from None
 
 
+def _upright_rgb(stored: Image.Image) -> Image.Image:
+    return _to_rgb(ImageOps.exif_transpose(stored), stored.format)
+
+
+def _described(stored: Image.Image) -> Described:
+    picture = _upright_rgb(stored)
+    exif, profile = stored.getexif(), stored.info.get("icc_profile") or b""
+    return Described(
+        picture,
+        stored.has_transparency_data,
+        exif.get(ExifTags.Base.Orientation, 1) in range(2, 9),
+        any(tag in exif for tag in _PERSONAL),
+        stored.mode == "CMYK",
+        bool(profile) and b"sRGB" not in profile.replace(b"\0", b""),  # its name is in UTF-16 in some
+    )
+
+
 def _to_rgb(picture: Image.Image, file_format: str | None) -> Image.Image:
     if picture.mode.startswith("I;16") or (picture.mode == "I" and file_format == "PPM"):
         return _from_grey16(picture)
@@ -127,7 +178,8 @@ def _to_rgb(picture: Image.Image, file_format: str | None) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _alpha(picture: Image.Image, file_format: str | None) -> Image.Image | None:
+def _alpha(stored: Image.Image) -> Image.Image | None:
+    picture = ImageOps.exif_transpose(stored)
     return picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
 
 

@@ -7,11 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from dora_diffusion.training.base.sizes import Sizes
-from dora_diffusion.training.config import DataConfig
 from dora_diffusion.training.data.examples import Example
 from dora_diffusion.utils.text import shown_path
+
+if TYPE_CHECKING:  # the doctor asks for shapes that are cut, and needs neither pydantic nor torch
+    from dora_diffusion.training.base.sizes import Sizes
+    from dora_diffusion.training.config import DataConfig
 
 Size = tuple[int, int]
 
@@ -22,7 +25,7 @@ SLIVER_ASPECT = 8
 _STEPS = 16
 
 
-def in_buckets(examples: Sequence[Example], data: DataConfig, sizes: Sizes) -> list[Example]:
+def in_buckets(examples: Sequence[Example], data: "DataConfig", sizes: "Sizes") -> list[Example]:
     """Examples with the size that each is trained at; once for each resolution at which it has another.
 
     Raises:
@@ -31,7 +34,7 @@ def in_buckets(examples: Sequence[Example], data: DataConfig, sizes: Sizes) -> l
     return [replace(example, size=size) for example in examples for size in _sizes_of(example, data, sizes)]
 
 
-def _sizes_of(example: Example, data: DataConfig, sizes: Sizes) -> list[Size]:
+def _sizes_of(example: Example, data: "DataConfig", sizes: "Sizes") -> list[Size]:
     resolutions = sizes.resolutions(data, example.resolutions)
     width, height = example.original
     if max(width, height) > SLIVER_ASPECT * min(width, height):

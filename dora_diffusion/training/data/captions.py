@@ -201,6 +201,13 @@ def _chosen(caption: str, draw: Any) -> str:
     return " ".join(caption.split())
 
 
+def longest_choice(caption: str) -> str:
+    """A caption with the longest of the words that each `{red|green}` may become."""
+    while (found := _WILDCARD.search(caption)) is not None:
+        caption = caption[: found.start()] + max(found[1].split("|"), key=len).strip() + caption[found.end() :]
+    return " ".join(caption.split())
+
+
 def unit_of(text: str) -> float:
     """A number in [0, 1) that depends on a text alone."""
     digest = hashlib.sha256(text.encode(errors="surrogateescape")).digest()

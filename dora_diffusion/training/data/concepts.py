@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from dora_diffusion.training.data.examples import Example, find_examples
 from dora_diffusion.training.data.order import hash_of
@@ -14,6 +14,8 @@ from dora_diffusion.utils.text import shown_path
 
 if TYPE_CHECKING:  # the doctor reads captions and pictures with what is here, and needs no pydantic
     from dora_diffusion.training.config import DataConfig
+
+Role = Literal["instance", "class", "validation"]
 
 _KOHYA = re.compile(r"(\d+)_(.+)")
 _MOST_REPEATS = 10_000
@@ -52,6 +54,31 @@ def repeated_folders(folder: str | Path) -> list[RepeatedFolder]:
     return found
 
 
+@dataclass(frozen=True)
+class Source:
+    """A folder of pictures, subfolders left out, and what is said of it.
+
+    Attributes:
+        folder: where they lie.
+        prompt: the caption of those that have none of their own.
+        trigger: what stands for {} in captions.
+        role: what they are for.
+        repeats: how often an epoch shows each.
+        weight: of their loss.
+        dropout: share of their samples with an empty caption; None for the run's.
+        resolutions: that are asked for; () for the run's.
+    """
+
+    folder: Path
+    prompt: str | None
+    trigger: str | None = None
+    role: Role = "instance"
+    repeats: int = 1
+    weight: float = 1.0
+    dropout: float | None = None
+    resolutions: tuple[int, ...] = ()
+
+
 class Split(NamedTuple):
     """Examples to train on, examples to measure, and those of the class that is to stay as it is, in their order."""
 
@@ -66,14 +93,13 @@ def checked_examples(data: "DataConfig", *, seed: int) -> Split:
     Raises:
         ValueError: a picture that cannot be read or has no caption, named.
     """
-    sources = {role: _of_concepts(data, role) for role in ("instance", "class", "validation")}
-    learnt = [*(_of_folder(data, data.instance_dir) if data.instance_dir is not None else ()), *sources["instance"]]
-    held_out = sources["validation"]
-    if data.validation_dir is not None:
-        held_out = [*_of_folder(data, data.validation_dir), *held_out]
+    found: dict[str, list[Example]] = {"instance": [], "class": [], "validation": []}
+    for source in sources_of(data):
+        found[source.role] += examples_of(source, from_file_name=data.captions.from_file_name)
+    learnt, held_out = found["instance"], found["validation"]
     parted = split_validation(learnt, share=data.validation_share, seed=seed)
     split = Split(learnt, held_out) if held_out else parted
-    return Split(opened(split.train), opened(split.validation), tuple(opened(sources["class"])))
+    return Split(opened(split.train), opened(split.validation), tuple(opened(found["class"])))
 
 
 def opened(examples: Sequence[Example]) -> list[Example]:
@@ -87,38 +113,58 @@ def opened(examples: Sequence[Example]) -> list[Example]:
     return [replace(example, original=size) for example, size in zip(examples, sizes, strict=True)]
 
 
-def _of_folder(data: "DataConfig", folder: Path) -> list[Example]:
-    """The pictures of a folder and of its subfolders with repeats."""
-    repeated = repeated_folders(folder)
-    found: list[Example] = []
-    if not repeated or any(path.suffix.lower() in SUFFIXES for path in list_files(folder)):
-        found = _found(data, folder, data.instance_prompt, data.trigger)
-    for inner in repeated:
-        examples = _found(data, inner.path, data.instance_prompt or inner.prompt, data.trigger)
-        found += [replace(example, repeats=inner.repeats) for example in examples]
-    return found
-
-
-def _of_concepts(data: "DataConfig", role: str) -> list[Example]:
-    return [
-        replace(
-            example,
+def sources_of(data: "DataConfig") -> list[Source]:
+    """The folders that a config names, those of data itself before its concepts."""
+    own: list[tuple[Role, Path | None]] = [("instance", data.instance_dir), ("validation", data.validation_dir)]
+    found = [
+        replace(source, role=role)
+        for role, folder in own
+        if folder is not None
+        for source in sources_in(folder, data.instance_prompt, data.trigger)
+    ]
+    return found + [
+        Source(
+            concept.dir,
+            concept.prompt or data.instance_prompt,
+            concept.trigger or data.trigger,
+            concept.role,
             repeats=concept.repeats,
             weight=concept.weight,
             dropout=concept.caption_dropout,
             resolutions=concept.resolutions,
         )
         for concept in data.concepts
-        if concept.role == role
-        for example in _found(
-            data, concept.dir, concept.prompt or data.instance_prompt, concept.trigger or data.trigger
-        )
     ]
 
 
-def _found(data: "DataConfig", folder: Path, prompt: str | None, trigger: str | None) -> list[Example]:
-    by_name = data.captions.from_file_name
-    return find_examples(folder, instance_prompt=prompt, trigger=trigger, from_file_name=by_name)
+def sources_in(folder: Path, prompt: str | None, trigger: str | None = None) -> list[Source]:
+    """A folder, if pictures lie in it or nothing does, and its subfolders with repeats."""
+    repeated = repeated_folders(folder) if folder.is_dir() else []
+    has_own = not repeated or any(path.suffix.lower() in SUFFIXES for path in list_files(folder))
+    return [Source(folder, prompt, trigger)] * has_own + [
+        Source(inner.path, prompt or inner.prompt, trigger, repeats=inner.repeats) for inner in repeated
+    ]
+
+
+def examples_of(source: Source, *, from_file_name: bool) -> list[Example]:
+    """The pictures of a folder.
+
+    Raises:
+        ValueError: as `find_examples`.
+    """
+    found = find_examples(
+        source.folder, instance_prompt=source.prompt, trigger=source.trigger, from_file_name=from_file_name
+    )
+    return [
+        replace(
+            example,
+            repeats=source.repeats,
+            weight=source.weight,
+            dropout=source.dropout,
+            resolutions=source.resolutions,
+        )
+        for example in found
+    ]
 
 
 def split_validation(examples: Sequence[Example], *, share: float, seed: int) -> Split:

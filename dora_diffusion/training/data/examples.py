@@ -73,7 +73,7 @@ def find_examples(
         raise ValueError(f"{name}: by its name a mask, but there is no picture that it is of; rename it or take it out")
     own = {path: find_captions(path, listed) for path in files if not is_mask(path)}
     captions = {
-        path: _or_else(found, path, instance_prompt, from_file_name=from_file_name) for path, found in own.items()
+        path: or_else(found, path, instance_prompt, from_file_name=from_file_name) for path, found in own.items()
     }
     lacking = [path for path, found in captions.items() if not found]
     if lacking:
@@ -90,7 +90,7 @@ def find_examples(
     return examples
 
 
-def _or_else(
+def or_else(
     own: tuple[str, ...] | None, path: Path, instance_prompt: str | None, *, from_file_name: bool
 ) -> tuple[str, ...]:
     """Captions of a picture that may have none of its own."""

@@ -45,7 +45,7 @@ def test_every_kind_of_fault(tmp_path: Path) -> None:
     picture(tmp_path / "2.png", seed=2)
     (tmp_path / "3.png").write_bytes((tmp_path / "2.png").read_bytes())
     picture(tmp_path / "4.jpg", seed=2, size=(80, 80))
-    picture(tmp_path / "5.png", seed=5, size=(100, 32))
+    picture(tmp_path / "5.png", seed=5, size=(100, 20))
     (tmp_path / "6.png").write_text("text")
     picture(tmp_path / "7.png", seed=7, size=(64, 64))
     (tmp_path / "7.txt").write_bytes(b"caf\xe9")
@@ -61,7 +61,7 @@ def test_every_kind_of_fault(tmp_path: Path) -> None:
 
     report = examine(tmp_path)
     assert report.images == 8
-    assert report.sizes == ((96, 96), (96, 96), (96, 96), (80, 80), (100, 32), (64, 64), (96, 96))
+    assert report.sizes == ((96, 96), (96, 96), (96, 96), (80, 80), (100, 20), (64, 64), (96, 96))
     assert found(report) == [
         ("corrupt", "6.png"),
         ("corrupt", "7.txt"),
@@ -91,13 +91,13 @@ def test_every_kind_of_fault(tmp_path: Path) -> None:
         "pictures in it are not used (1); move them up",
         "the same bytes as 2.png; keep one of them",
         "nearly the same picture as 2.png; keep one of them",
-        "100x32 pixels, expected at least 64 on the shorter side",
-        "100x32 pixels: cropped to a square, most of it is cut off",
+        "100x20 pixels, expected at least 64 on the shorter side",
+        "100x20 pixels, longer than 4:1: at least 20 % of it is cut off",
     ]
     lines = format_report(report).splitlines()
     assert lines[:4] == [
         f"{tmp_path}: 8 pictures",
-        "widths 64-100, heights 32-96 pixels; 6 square, 1 landscape",
+        "widths 64-100, heights 20-96 pixels; 6 square, 1 landscape",
         "found: 2 corrupt, 1 missing-caption, 1 empty-caption, 1 orphan-caption, 3 not-an-image, 1 subfolder, "
         "2 duplicate, 1 tiny, 1 odd-shape",
         f"  corrupt: 6.png: {messages[0]}",
