@@ -47,7 +47,8 @@ def _make(place: tuple[Path, int]) -> None:
     folder, number = place
     patches = np.random.default_rng(number).integers(0, 256, (9, 12, 3), dtype=np.uint8)
     mixed = Image.fromarray(patches).resize(SIDES, Image.Resampling.BILINEAR)
-    picture = Image.blend(_texture(number % _TEXTURES), mixed, 0.5)
+    # With equal shares, two of one texture may rightly be found to be nearly the same.
+    picture = Image.blend(_texture(number % _TEXTURES), mixed, 0.8)
     if number % 2:
         picture = picture.transpose(Image.Transpose.ROTATE_90)
     picture.save(folder / f"{number}.jpg", quality=90)

@@ -1,8 +1,8 @@
 """What buckets save of pictures, and what kept views save of a step.
 
 `python -m benchmarks.views FOLDER ...` trains each folder with buckets and as squares, times steps with fresh and with
-kept views in turn, and writes docs/results/views.md. Folders hold photos of mixed shapes; the embedded base is trained,
-with its own VAE, on the CPU.
+kept views in turn, and writes docs/results/views.md. Each folder is taken as it is and once more trimmed to the shapes
+of cameras and phones, as photos are before somebody cuts them square; the embedded base is trained on the CPU.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from PIL import Image, ImageOps
 
 from dora_diffusion.training.base.sizes import Sizes, sizes_of
 from dora_diffusion.training.base.trainable import TrainablePipeline, load_base, prepare_trainable
@@ -42,6 +43,8 @@ SHAPES = {
     "2:1": (4000, 2000),
 }
 """What photos and drawings usually are, in pixels."""
+TRIMMED = ((4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (1, 1))
+"""Shapes that photos are trimmed to, in turn."""
 VIEWS: Mapping[str, Mapping[str, object]] = {
     "centre, kept": {"crop": "center"},
     "random, kept (4 variants)": {"crop": "random", "flip": True, "cache_variants": 4},
@@ -57,6 +60,18 @@ class Lost:
     buckets: Sequence[float]
     squares: Sequence[float]
     sizes: int
+
+
+def trimmed(folder: Path, place: Path) -> Path:
+    """A folder in `place` with the photos of another, each trimmed around its middle to one of the shapes in turn."""
+    made = place / f"{folder.name}, trimmed"
+    made.mkdir()
+    photos = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp"}]
+    for number, path in enumerate(photos):
+        with Image.open(path) as photo:
+            size = ImageOps.contain(Image.new("1", TRIMMED[number % len(TRIMMED)]), photo.size).size
+            ImageOps.fit(photo.convert("RGB"), size).save(made / f"{path.stem}.png")
+    return made
 
 
 def config_of(folder: Path, run: Path, steps: int, data: Mapping[str, object]) -> TrainConfig:
@@ -138,9 +153,9 @@ def page(folders: Sequence[Path], steps: int) -> str:
     lines = [
         "# What buckets and kept views save",
         "",
-        f"`python -m benchmarks.views FOLDER ...` on {len(folders)} folders of photos of mixed shapes "
-        f"({', '.join(folder.name for folder in folders)}), which are not part of this repository; embedded base, "
-        f"{os.cpu_count()} CPU cores, torch {torch.__version__.split('+')[0]}.",
+        "`python -m benchmarks.views FOLDER ...` on folders of photos which are not part of this repository; embedded "
+        f"base, {os.cpu_count()} CPU cores, torch {torch.__version__.split('+')[0]}. Trimmed: the same photos cut "
+        "around their middle to 4:3, 3:4, 3:2, 2:3, 16:9 and 1:1 in turn.",
         "",
         "## How much of a picture is cropped off",
         "",
@@ -194,7 +209,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--output", type=Path, default=PAGE)
     arguments = parser.parse_args()
-    write_atomically(arguments.output, page(arguments.folders, arguments.steps).encode())
+    with tempfile.TemporaryDirectory() as place:
+        folders = [both for folder in arguments.folders for both in (folder, trimmed(folder, Path(place)))]
+        write_atomically(arguments.output, page(folders, arguments.steps).encode())
     print(f"wrote {arguments.output}")
     return 0
 
