@@ -7,6 +7,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 # Before torch: a process that is forked has no threads but the one that forked it.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -14,11 +15,21 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
-from benchmarks.chaos.features import make_inputs  # noqa: E402
-from benchmarks.chaos.report import report, summary  # noqa: E402
+from benchmarks.chaos.features import KINDS, make_inputs  # noqa: E402
+from benchmarks.chaos.report import Outcome, report, summary  # noqa: E402
 from benchmarks.chaos.run import chaos_of  # noqa: E402
 from dora_diffusion.training.base.trainable import load_base  # noqa: E402
 from dora_diffusion.utils.atomic import write_atomically  # noqa: E402
+
+
+def outcome_of(folder: Path, pipe: Any, kind: str, arguments: argparse.Namespace) -> Outcome:
+    """What came of the runs of a kind: its share of the kills, and all full disks."""
+    killed = chaos_of(folder, pipe, kind, steps=6)
+    kills = killed.kill(-(-arguments.kills // len(KINDS)), arguments.seed)
+    if arguments.no_full_disk:
+        return Outcome(kills, [], killed.faults, killed.reference)
+    filled = chaos_of(folder, pipe, kind, steps=2)
+    return Outcome(kills, filled.fill_disk(), [*killed.faults, *filled.faults], killed.reference)
 
 
 def main() -> int:
@@ -36,12 +47,9 @@ def main() -> int:
         folder = Path(place)
         make_inputs(folder)
         pipe = load_base(str(folder / "base"), torch.float32, torch.device("cpu"))
-        killed = chaos_of(folder, pipe, steps=6)
-        kills = killed.kill(arguments.kills, arguments.seed)
-        filled = chaos_of(folder, pipe, steps=2)
-        full = [] if arguments.no_full_disk else filled.fill_disk()
+        outcomes = [outcome_of(folder, pipe, kind, arguments) for kind in KINDS]
     command = f"python -m benchmarks.chaos --kills {arguments.kills} --seed {arguments.seed}"
-    found = summary(kills, full, [*killed.faults, *filled.faults], killed.reference, command)
+    found = summary(outcomes, command)
     write_atomically(arguments.output / "chaos.json", (json.dumps(found, indent=1) + "\n").encode())
     write_atomically(arguments.output / "chaos.md", report(found).encode())
     print(f"{found['kills']} kills, {found['full']} full disks, {len(found['faults'])} faults")

@@ -43,11 +43,11 @@ class Kill:
 
     Attributes:
         where: 'while a checkpoint was saved', 'before the first checkpoint', 'between checkpoints' or 'after the last'.
-        run: number of the run that was killed.
+        run: which run it was.
     """
 
     where: str
-    run: int
+    run: str
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,13 @@ class Chaos:
     Args:
         folder: with the inputs; the run's folder lies in it, at the same path each time, so that every byte compares.
         pipe: the base, loaded.
-        config: of the run.
+        kind: of the runs.
+        config: of a run.
     """
 
-    def __init__(self, folder: Path, pipe: Any, config: TrainConfig) -> None:
+    def __init__(self, folder: Path, pipe: Any, kind: str, config: TrainConfig) -> None:
         self._places = (folder / "run", folder / "cache")
-        self._run, self._pipe, self._config = self._places[0], pipe, config
+        self._run, self._pipe, self._kind, self._config = self._places[0], pipe, kind, config
         self.faults: list[Fault] = []
         self.reference = self._refer()
 
@@ -110,13 +111,13 @@ class Chaos:
         found: list[Kill] = []
         run = 0
         while len(found) < kills or 2 * sum(kill.where == _SAVE for kill in found) < kills:
-            found += self._killed_run(run, Random(f"{seed}/{run}"))
+            found += self._killed_run(f"run {run} ({self._kind})", Random(f"{seed}/{run}"))
             run += 1
             print(f"\r{len(found)} kills of {run} runs, {len(self.faults)} faults", end="", flush=True)
         print()
         return found
 
-    def _killed_run(self, run: int, rng: Random) -> list[Kill]:
+    def _killed_run(self, run: str, rng: Random) -> list[Kill]:
         """Kill one run a few times, let it come through, and compare what it left."""
         kills: list[Kill] = []
         for _ in range(KILLS_A_RUN):
@@ -124,11 +125,11 @@ class Chaos:
             self._await(life, rng)
             end = life.kill()
             if end.fault:
-                self.faults.append(Fault(f"run {run}", end.fault))
+                self.faults.append(Fault(run, end.fault))
             if not end.killed:
                 break
             kills.append(Kill(self._where(end), run))
-        self._check_end(f"run {run}", Life(self._config, self._pipe, resume=self._has_checkpoint()).wait())
+        self._check_end(run, Life(self._config, self._pipe, resume=self._has_checkpoint()).wait())
         return kills
 
     def _await(self, life: Life, rng: Random) -> None:
@@ -204,6 +205,6 @@ class Chaos:
         self.faults += [Fault(run, f"{name} was left over") for name in hidden]
 
 
-def chaos_of(folder: Path, pipe: Any, *, steps: int) -> Chaos:
-    """Chaos over runs of so many steps."""
-    return Chaos(folder, pipe, config_of(folder, steps=steps))
+def chaos_of(folder: Path, pipe: Any, kind: str, *, steps: int) -> Chaos:
+    """Chaos over runs of a kind and of so many steps."""
+    return Chaos(folder, pipe, kind, config_of(folder, kind, steps=steps))

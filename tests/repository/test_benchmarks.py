@@ -106,7 +106,7 @@ def test_ten_kills_of_training_runs_leave_what_a_whole_run_leaves(tmp_path) -> N
     assert found["faults"] == [] and done.returncode == 0, done.stderr[-2000:]
     assert found["kills"] >= 10
     assert 2 * found["where"]["while a checkpoint was saved"] >= 10
-    assert found["files"] > 30
+    assert all(count > 30 for count in found["files"])
     assert "None." in (tmp_path / "chaos.md").read_text()
 
 
