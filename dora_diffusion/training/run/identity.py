@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -64,10 +65,11 @@ def examples_identity(config: TrainConfig, examples: Sequence[tuple[str, Example
     with ThreadPoolExecutor(_HASHED_AT_ONCE) as threads:
         facts = list(threads.map(lambda one: {"role": one[0], **_facts(one[1])}, examples))
     named: dict[str, Any] = {}
+    times: Counter[str] = Counter()
     for (_, example), known in zip(examples, facts, strict=True):
         name = _name(example.path, folders)
-        again = sum(other == name or other.startswith(f"{name} (") for other in named)
-        named[f"{name} ({again + 1})" if again else name] = known
+        times[name] += 1
+        named[name if times[name] == 1 else f"{name} ({times[name]})"] = known
     return named
 
 
