@@ -12,7 +12,7 @@ from dora_diffusion.families import Family, family_of_pipeline
 from dora_diffusion.functional.dora import scale_of
 from dora_diffusion.layers.config import DoRAConfig
 from dora_diffusion.layers.dora import DoRALayer
-from dora_diffusion.layers.injection import Injection, inject
+from dora_diffusion.layers.injection import Injection, inject, refresh_norms
 from dora_diffusion.pipelines.loading import load_pipeline
 from dora_diffusion.pipelines.textual_inversion import Words, add_words
 from dora_diffusion.state import AdapterState, join
@@ -118,6 +118,10 @@ class TrainablePipeline:
         if self.words is not None:
             self.words.remove()
 
+    def refresh_norms(self) -> None:
+        """Take the norms that an optimiser's step has made old, of all components, with one wait for the device."""
+        refresh_norms(self.injections.values())
+
     @contextmanager
     def base_alone(self) -> Any:
         """The base as it was, without gradients: adapters and new words are off, and come back as they were."""
@@ -133,6 +137,7 @@ class TrainablePipeline:
     def drawing(self) -> Any:
         """Inference mode for previews and validation; training mode again afterwards."""
         self.train(False)
+        self.refresh_norms()
         try:
             with torch.no_grad():
                 yield
