@@ -111,7 +111,9 @@ def test_a_run_beside_quantised_layers_moves_what_is_trained_and_nothing_else(na
     optimizer = torch.optim.SGD(trainable.parameters(), lr=0.1)
     for _ in range(2):  # A has no gradient while B is zero
         trainable.refresh_norms()
-        pipe.unet(torch.randn(1, 8, 16, 16), torch.tensor(500), torch.randn(1, 77, 256)).sample.square().sum().backward()
+        pipe.unet(
+            torch.randn(1, 8, 16, 16), torch.tensor(500), torch.randn(1, 77, 256)
+        ).sample.square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     assert all(not torch.equal(start[name], tensor) for name, tensor in trainable.named_tensors().items())
