@@ -43,7 +43,7 @@ test: setup browser
 # The quantisation libraries are no part of setup: they are large, and diffusers imports them once they are there.
 test-quantised: setup
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[quantised]'
-	$(PY) -m pytest tests/unit/layers/test_quantisation.py tests/unit/pipelines/test_disk.py $(PYTEST_FLAGS)
+	$(PY) -m pytest tests/unit/layers/test_quantisation.py tests/unit/pipelines/test_disk.py tests/unit/pipelines/test_quantise.py $(PYTEST_FLAGS)
 
 # What each model family can do, from its tests' outcomes -> docs/families.md
 families: setup

@@ -108,8 +108,6 @@ def step_times(folder: Path, steps: int) -> dict[str, list[float]]:
         configs = {name: config_of(folder, Path(run), 2 * steps, data) for name, data in VIEWS.items()}
         first = next(iter(configs.values()))
         trainable = prepare_trainable(load_base("pocket", torch.float32, torch.device("cpu")), first)
-        for injection in trainable.injections.values():
-            injection.keep_norms()
         takes = {name: _step_of(config, trainable) for name, config in configs.items()}
         for number in range(steps):
             for name, take in takes.items():

@@ -12,7 +12,7 @@ Older files hold magnitudes of the other axis, one per input: W' = V diag(m / N(
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -125,12 +125,33 @@ class RowNorms:
     dead: Tensor | None
 
 
-def norms_from(sums: RowSums, weight: Tensor, down: Tensor, up: Tensor, scale: float) -> RowNorms:
-    """N(W + D) of every row, from what is known of W; ||W + D|| of the paper's eq. 5, multiplied out.
+@dataclass(frozen=True)
+class SquaredNorms:
+    """N(V)^2 of every row as the factored formula has it, and the rows for which it is not enough.
 
-        N(V)^2 = ||W||^2 + rowsum(B * (2 s W A^T + s^2 B (A A^T)))
+    Attributes:
+        values: (out,); differentiable in A and B when they were.
+        lost: (out,) bool, rows in which the terms cancel.
+        dead: (out,) bool, rows of W without a direction.
+    """
 
-    Rows in which the terms cancel are taken densely.
+    values: Tensor
+    lost: Tensor
+    dead: Tensor
+
+
+@dataclass(frozen=True)
+class Rare:
+    """Whether any row of a weight is lost, and whether any is dead; both depend on the values alone."""
+
+    lost: bool
+    dead: bool
+
+
+def squared_norms(sums: RowSums, weight: Tensor, down: Tensor, up: Tensor, scale: float) -> SquaredNorms:
+    """N(W + D)^2 of every row, from what is known of W; ||W + D|| of the paper's eq. 5, multiplied out.
+
+    N(V)^2 = ||W||^2 + rowsum(B * (2 s W A^T + s^2 B (A A^T)))
     """
     with torch.autocast(weight.device.type, enabled=False):
         a, b = rows(down), rows(up)
@@ -140,16 +161,50 @@ def norms_from(sums: RowSums, weight: Tensor, down: Tensor, up: Tensor, scale: f
         mixed = torch.addmm(products, b, a @ a.T, beta=2 * scale, alpha=scale**2)
         squared = sums.squares + (b * mixed).sum(1)
         # N(V) can only be far below ||W|| where D is about -W
-        lost = squared.detach() < CANCELLATION * sums.squares
-        dead = sums.squares <= TINY_NORM**2
-        some_lost, some_dead = torch.stack([lost.any(), dead.any()]).tolist()  # the one wait for the device
-        if some_lost:
-            dense = (rows(weight[lost]).to(a.dtype) + scale * (b[lost] @ a)).square().sum(1)
-            squared = squared.masked_scatter(lost, dense)
-            vanished = squared.detach() <= TINY_NORM**2
-            dead, some_dead = dead | vanished, True
+        return SquaredNorms(squared, squared.detach() < CANCELLATION * sums.squares, sums.squares <= TINY_NORM**2)
+
+
+def rare_rows(squared: Sequence[SquaredNorms]) -> list[Rare]:
+    """For each of several weights, what it has of rare rows; one wait for their device in all."""
+    if not squared:
+        return []
+    device = squared[0].values.device
+    flags = [torch.stack([one.lost.any(), one.dead.any()]).to(device, non_blocking=True) for one in squared]
+    return [Rare(*pair) for pair in torch.stack(flags).tolist()]
+
+
+def finished_norms(
+    squared: SquaredNorms, rare: Rare, weight: Callable[[], Tensor], down: Tensor, up: Tensor, scale: float
+) -> RowNorms:
+    """N(W + D) of every row; those in which the terms cancel are taken densely: then alone `weight` is asked for."""
+    values, dead, some_dead = squared.values, squared.dead, rare.dead
+    with torch.autocast(values.device.type, enabled=False):
+        if rare.lost:
+            a, b, lost = rows(down), rows(up), squared.lost
+            dense = (rows(weight()[lost]).to(a.dtype) + scale * (b[lost] @ a)).square().sum(1)
+            values = values.masked_scatter(lost, dense)
+            dead, some_dead = dead | (values.detach() <= TINY_NORM**2), True
         # sqrt has no gradient at 0; such a row's gain is fixed at 1 anyway.
-        return RowNorms(squared.clamp(min=TINY_NORM**2).sqrt(), dead if some_dead else None)
+        return RowNorms(values.clamp(min=TINY_NORM**2).sqrt(), dead if some_dead else None)
+
+
+def norms_from(
+    sums: RowSums, weight: Tensor, down: Tensor, up: Tensor, scale: float, *, rare: Rare | None = None
+) -> RowNorms:
+    """N(W + D) of every row, from what is known of W; see `squared_norms`.
+
+    Args:
+        sums: of the weight.
+        weight: (out, in[, kh, kw]).
+        down: (r, in[, kh, kw]).
+        up: (out, r[, 1, 1]).
+        scale: s.
+        rare: what these very values have of rare rows, when it is known; else it is asked of the device.
+    """
+    squared = squared_norms(sums, weight, down, up, scale)
+    if rare is None:
+        (rare,) = rare_rows([squared])
+    return finished_norms(squared, rare, lambda: weight, down, up, scale)
 
 
 def row_norms(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:

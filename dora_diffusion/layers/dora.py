@@ -4,15 +4,28 @@ It keeps the very base module it stands in for, untouched, so that taking it out
 `base_layers` knows the kinds of layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from dora_diffusion.functional.dora import RowNorms, RowSums, compose, gain, norms_from, row_sums
+from dora_diffusion.functional.dora import (
+    Rare,
+    RowNorms,
+    RowSums,
+    SquaredNorms,
+    compose,
+    finished_norms,
+    gain,
+    norms_from,
+    rare_rows,
+    row_sums,
+    squared_norms,
+)
 from dora_diffusion.layers.base_layers import Base, branch_dtype, dense_weight, kind_of
 from dora_diffusion.layers.config import NormGrad
 from dora_diffusion.layers.initialisation import InitialPair
@@ -68,15 +81,19 @@ class _KeptNorm:
 
     facts: tuple[object, ...]
     sums: RowSums
+    rare: Rare
     norms: RowNorms
+
+    def __deepcopy__(self, memo: object) -> None:
+        """A copy of the layer has parameters of its own, and nobody tells it of steps: it takes its norm anew."""
 
 
 class DoRALayer(Transparent):
     """y = g (x W^T + s B(A x)) + b,  g = m / N(W + s B A); plain LoRA when the adapter has no magnitude.
 
     Any kind of base that `base_layers` knows. Dropout acts on the low-rank branch only. The output has the base's shape
-    and dtype. The norm is taken anew at every forward, unless `keeps_norm`: then once an optimiser step (see `_norms`).
-    While `is_off` the layer is its base, and a norm that is kept stays.
+    and dtype. The norm is taken anew at every forward, unless `keeps_norm`: then once an optimiser step (see
+    `_kept_norm`). While `is_off` the layer is its base, and a norm that is kept stays.
     """
 
     def __init__(self, base: Base, adapter: Adapter, *, dropout: float, norm_grad: NormGrad) -> None:
@@ -87,6 +104,7 @@ class DoRALayer(Transparent):
         self.keeps_norm = False
         self.is_off = False
         self._kept: _KeptNorm | None = None
+        self._fresh: _KeptNorm | None = None  # what `refresh_norms` has taken since the last step
         self._kind = kind_of(base)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,38 +127,61 @@ class DoRALayer(Transparent):
             return None
         return gain(magnitude, self._norms())
 
-    @_disable_dynamo  # torch.compiler.disable itself imports the compiler, which takes longer than torch, here and now
     def _norms(self) -> RowNorms:
-        """N(V), a constant in the backward pass when `norm_grad` is "detached" (paper, section 4.3).
+        """N(V), a constant in the backward pass when `norm_grad` is "detached" (paper, section 4.3)."""
+        kept = self._fresh if torch.compiler.is_compiling() else None
+        if kept is None:
+            kept = self._kept_norm()
+        if self.norm_grad == "detached" or not torch.is_grad_enabled():
+            return kept.norms
+        weight, (down, up) = dense_weight(self.base), self.adapter.pair()
+        return norms_from(kept.sums, weight, down, up, self.adapter.scale, rare=kept.rare)
+
+    @_disable_dynamo  # torch.compiler.disable itself imports the compiler, which takes longer than torch, here and now
+    def _kept_norm(self) -> _KeptNorm:
+        """The norm that is kept, taken anew where it no longer holds.
 
         g depends on the parameters, not on x: one norm serves every micro-batch and the recomputation under gradient
-        checkpointing. It is kept only under gradients and while the clock runs, and is old after any optimiser's step
-        and when A, B, W or s are replaced, moved or edited in place. An edit through `.data` outside an optimiser
-        leaves no trace: `forget_norm` is for that.
+        checkpointing. It is kept only under gradients, or once refreshed, and while the clock runs, and is old after
+        any optimiser's step and when A, B, W or s are replaced, moved or edited in place. An edit through `.data`
+        outside an optimiser leaves no trace: `forget_norm` is for that.
         """
         facts = self._facts()
-        kept = self._kept if self._kept is not None and self._kept.facts == facts else None
-        is_exact = self.norm_grad == "exact"
-        if kept is not None and not is_exact:
-            return kept.norms
-        with torch.set_grad_enabled(is_exact and torch.is_grad_enabled()):
-            weight, (down, up) = dense_weight(self.base), self.adapter.pair()
-            sums = kept.sums if kept is not None else row_sums(weight, down)
-            norms = norms_from(sums, weight, down, up, self.adapter.scale)
-        self._kept = _KeptNorm(facts, sums, RowNorms(norms.values.detach(), norms.dead)) if facts else None
-        return norms
+        if facts and self._kept is not None and self._kept.facts == facts:
+            return self._kept
+        sums, squared = self._squared_norm()
+        (rare,) = rare_rows([squared])
+        return self._keep(facts, sums, squared, rare)
+
+    @torch.no_grad()
+    def _squared_norm(self) -> tuple[RowSums, SquaredNorms]:
+        weight, (down, up) = dense_weight(self.base), self.adapter.pair()
+        sums = row_sums(weight, down)
+        return sums, squared_norms(sums, weight, down, up, self.adapter.scale)
+
+    @torch.no_grad()
+    def _keep(self, facts: tuple[object, ...], sums: RowSums, squared: SquaredNorms, rare: Rare) -> _KeptNorm:
+        down, up = self.adapter.pair()
+        norms = finished_norms(squared, rare, partial(dense_weight, self.base), down, up, self.adapter.scale)
+        kept = _KeptNorm(facts, sums, rare, norms)
+        self._kept = kept if facts else None
+        return kept
 
     def _facts(self) -> tuple[object, ...]:
         """What a kept norm depends on; empty when none may be kept."""
         now = CLOCK.now
-        if not self.keeps_norm or now is None or not torch.is_grad_enabled():
+        if not self.keeps_norm or now is None or not (torch.is_grad_enabled() or self._fresh is not None):
             return ()
         a = self.adapter
         return now, a.scale, stamp(a.down), stamp(a.up), stamp(self.base.weight)
 
     def forget_norm(self) -> None:
         """Take the norm anew at the next forward."""
-        self._kept = None
+        self._kept = self._fresh = None
+
+    def outdated(self) -> None:
+        """An optimiser has stepped: a norm that was refreshed is old."""
+        self._fresh = None
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
@@ -149,3 +190,16 @@ class DoRALayer(Transparent):
         self.forget_norm()
         super()._apply(fn, recurse)
         return self
+
+
+def refresh(layers: Sequence[DoRALayer]) -> None:
+    """Take the norms of layers that do not hold any more, with one wait for the device in all; see `refresh_norms`."""
+    with torch.enable_grad():  # facts are those of training
+        facts = {layer: layer._facts() for layer in layers if layer.adapter.magnitude is not None}
+    stale = [layer for layer, now in facts.items() if layer._kept is None or layer._kept.facts != now]
+    taken = [layer._squared_norm() for layer in stale]
+    for layer, (sums, squared), rare in zip(stale, taken, rare_rows([one for _, one in taken]), strict=True):
+        layer._keep(facts[layer], sums, squared, rare)
+    for layer in facts:
+        layer._fresh = layer._kept
+        CLOCK.tell(layer)

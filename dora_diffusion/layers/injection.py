@@ -3,7 +3,7 @@
 import math
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -13,7 +13,7 @@ from dora_diffusion.functional.dora import count_zero_rows, initial_magnitude, m
 from dora_diffusion.layers.base_layers import Base, check_adaptable, check_shapes, dense_weight
 from dora_diffusion.layers.blended import BlendedLayer
 from dora_diffusion.layers.config import DoRAConfig
-from dora_diffusion.layers.dora import Adapter, DoRALayer
+from dora_diffusion.layers.dora import Adapter, DoRALayer, refresh
 from dora_diffusion.layers.initialisation import embedding_pair, initial_pair, principal_pair
 from dora_diffusion.layers.step_counter import CLOCK
 from dora_diffusion.layers.targets import by_pattern, target_paths
@@ -112,6 +112,15 @@ class Injection:
         for layer in self._layers.values():
             layer.keeps_norm = True
 
+    def refresh_norms(self) -> None:
+        """Take every norm that is old, now: with one wait for the device in all, where each layer would have its own.
+
+        Until an optimiser steps or a parameter is edited, forwards use them, with gradients or without (so do previews
+        and validation), and a compiled model reads them without a break of its graph. Call it before the forwards of
+        each step; it keeps norms from then on, as `keep_norms` does.
+        """
+        refresh_norms([self])
+
     def forget_norms(self) -> None:
         """Take every norm anew at its next forward."""
         for layer in self._layers.values():
@@ -159,6 +168,15 @@ class Injection:
             self._listening()
             self._listening = None
         return self._model
+
+
+def refresh_norms(injections: Iterable[Injection]) -> None:
+    """`Injection.refresh_norms` of several, with one wait for the device in all."""
+    layers: list[DoRALayer] = []
+    for injection in injections:
+        injection.keep_norms()
+        layers += injection._layers.values()
+    refresh(layers)
 
 
 def _check_loadable(path: str, module: ModuleState, layer: DoRALayer) -> None:

@@ -3,11 +3,19 @@
 Neither a tensor's `_version` nor its address tells that: fused optimisers and updates through `.data` change neither.
 """
 
-from typing import Any
+import weakref
+from typing import Any, Protocol
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
+
+
+class Refreshed(Protocol):
+    """What holds something that is good until the next step."""
+
+    def outdated(self) -> None:
+        """An optimiser has stepped."""
 
 
 class StepClock:
@@ -15,6 +23,7 @@ class StepClock:
 
     def __init__(self) -> None:
         self._steps = 0
+        self._told: weakref.WeakSet[Refreshed] = weakref.WeakSet()
         self._listeners = 0
         self._hook: RemovableHandle | None = None
 
@@ -36,8 +45,15 @@ class StepClock:
             self._hook.remove()
             self._hook = None
 
+    def tell(self, holder: Refreshed) -> None:
+        """Tell it of the next step, once."""
+        self._told.add(holder)
+
     def _tick(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._steps += 1
+        for holder in self._told:
+            holder.outdated()
+        self._told.clear()
 
 
 CLOCK = StepClock()

@@ -23,6 +23,7 @@ from dora_diffusion.pipelines.base_weights import POCKET_DIT as POCKET_DIT
 from dora_diffusion.pipelines.component_files import load_component
 from dora_diffusion.pipelines.hub import from_hub, may_be_hub_id
 from dora_diffusion.pipelines.load_errors import LOAD_ERRORS
+from dora_diffusion.pipelines.quantise import check_library, quantise_pipeline
 from dora_diffusion.pipelines.variants import variant_of, variants_for
 from dora_diffusion.utils.hardware import device_of
 from dora_diffusion.utils.quiet import errors_only, quietly
@@ -42,6 +43,7 @@ def load_pipeline(  # noqa: PLR0913 -- each is one fact of a base, by the names 
     transformer: str | Path | None = None,
     unet: str | Path | None = None,
     vae: str | Path | None = None,
+    quantise: str | Mapping[str, str] | None = None,
 ) -> Any:
     """A diffusers pipeline, ready to draw.
 
@@ -60,6 +62,9 @@ def load_pipeline(  # noqa: PLR0913 -- each is one fact of a base, by the names 
             names or the makers', fp8 with scales too, or `.gguf` (pip install gguf), which stays quantised.
         unet: the same for a UNet.
         vae: the same for a VAE.
+        quantise: "nf4" (pip install bitsandbytes), "int8" or "fp8" (pip install torchao) for the denoiser's linear
+            layers, or {"transformer": "nf4", "text_encoder_2": "int8"}. Adapters draw and train beside them; they
+            cannot be fused.
 
     Raises:
         ValueError: one line that says what was looked for, what is there and how to mend it.
@@ -78,8 +83,11 @@ def load_pipeline(  # noqa: PLR0913 -- each is one fact of a base, by the names 
     _check_device(device, offload)
     files = {"transformer": transformer, "unet": unet, "vae": vae}
     given = {name: Path(file) for name, file in files.items() if file is not None}
+    check_library(quantise)
     with quietly():
         pipe = _load(source, dtype, config, given)
+        if quantise is not None:
+            quantise_pipeline(pipe, quantise)
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "sequential":

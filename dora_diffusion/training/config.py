@@ -433,8 +433,12 @@ class EvaluationConfig(_Section):
         return self
 
 
+Quantise = Literal["nf4", "int8", "fp8"]
+
+
 class BaseConfig(_Section):
-    """Components of the base in files of their own: `.safetensors`, fp8 with scales too, or `.gguf`."""
+    """What the base is made of, and how it is held: files of their own for components, `.safetensors` (fp8 with scales
+    too) or `.gguf`; quantised layers; adapters below."""
 
     transformer: Location | None = None
     """Weights of the transformer; null = the base's own."""
@@ -442,6 +446,9 @@ class BaseConfig(_Section):
     """Weights of the UNet; null = the base's own."""
     vae: Location | None = None
     """Weights of the VAE; null = the base's own."""
+    quantise: Quantise | dict[Text, Quantise] | None = None
+    """The denoiser's linear layers in nf4 (bitsandbytes), int8 or fp8 (torchao), or by component, {transformer: nf4,
+    text_encoder_2: int8}. What is trained stays fp32, and is for the quantised base."""
     adapters: dict[Location, Strength] = {}
     """Adapters below what is trained, frozen: file -> strength, {undo-turbo.safetensors: 1.0}. They are folded into the
     base, for which the adapter that is trained then is."""

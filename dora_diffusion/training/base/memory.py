@@ -23,9 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dora_diffusion.functional.objectives import weighted_squared_error
+from dora_diffusion.pipelines.quantise import quantised_bytes, quantised_parts
 from dora_diffusion.training.base.sizes import sizes_of
 from dora_diffusion.training.base.trainable import PRECISIONS, TrainablePipeline
-from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.config import BaseConfig, TrainConfig
 
 Device = Literal["cpu", "cuda"]
 
@@ -203,16 +204,29 @@ def estimate_memory(trainable: TrainablePipeline, config: TrainConfig, *, device
             stack.enter_context(_CastsOfCuda())
         watch = stack.enter_context(Watch(tensor for model in models.values() for tensor in _tensors(model)))
         moments = _moments(trainable, config, watch)
+    saved, dense = _quantised(trainable.pipe, config.base)
+    moments = {name: size + (dense if name.startswith("a step") else 0) for name, size in moments.items()}
     own = list(trainable.named_tensors().values())
     trained = tensor_bytes(trainable.parameters())
     return MemoryEstimate(
-        weights={name: tensor_bytes(_without(own, _tensors(model))) for name, model in models.items()},
+        weights={
+            name: tensor_bytes(_without(own, _tensors(model))) - saved.get(name, 0) for name, model in models.items()
+        },
         adapters=tensor_bytes(own),
         gradients=trained,
         optimiser=2 * trained,
         moments=moments,
         side=_largest_side(trainable, config),
     )
+
+
+def _quantised(pipe: Any, base: BaseConfig) -> tuple[dict[str, int], int]:
+    """Component -> bytes that quantising saves of its weights; and of the largest layer, made dense in its forward."""
+    if base.quantise is None:
+        return {}, 0
+    parts = quantised_parts(pipe, base.quantise, key="base.quantise")
+    sizes = {name: quantised_bytes(getattr(pipe, name), scheme) for name, scheme in parts.items()}
+    return {name: saved for name, (saved, _) in sizes.items()}, max(dense for _, dense in sizes.values())
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

@@ -12,8 +12,9 @@ from dora_diffusion.families import Family, family_of_pipeline
 from dora_diffusion.functional.dora import scale_of
 from dora_diffusion.layers.config import DoRAConfig
 from dora_diffusion.layers.dora import DoRALayer
-from dora_diffusion.layers.injection import Injection, inject
+from dora_diffusion.layers.injection import Injection, inject, refresh_norms
 from dora_diffusion.pipelines.loading import load_pipeline
+from dora_diffusion.pipelines.quantise import check_library, quantise_pipeline
 from dora_diffusion.pipelines.textual_inversion import Words, add_words
 from dora_diffusion.state import AdapterState, join
 from dora_diffusion.training.base.below import Below
@@ -118,6 +119,10 @@ class TrainablePipeline:
         if self.words is not None:
             self.words.remove()
 
+    def refresh_norms(self) -> None:
+        """Take the norms that an optimiser's step has made old, of all components, with one wait for the device."""
+        refresh_norms(self.injections.values())
+
     @contextmanager
     def base_alone(self) -> Any:
         """The base as it was, without gradients: adapters and new words are off, and come back as they were."""
@@ -133,6 +138,7 @@ class TrainablePipeline:
     def drawing(self) -> Any:
         """Inference mode for previews and validation; training mode again afterwards."""
         self.train(False)
+        self.refresh_norms()
         try:
             with torch.no_grad():
                 yield
@@ -159,15 +165,22 @@ def _train_adapters(model: nn.Module, mode: bool) -> None:
 
 
 def load_base(model: str, dtype: torch.dtype, device: torch.device, files: BaseConfig | None = None) -> Any:
-    """The base pipeline, frozen, with components from files of their own."""
+    """The base pipeline, frozen, with components from files of their own; in main memory if it is to be quantised."""
     own = files or BaseConfig()
-    pipe = load_pipeline(
-        model, dtype=dtype, device=str(device), transformer=own.transformer, unet=own.unet, vae=own.vae
-    )
+    check_library(own.quantise, key="base.quantise")
+    where = str(device) if own.quantise is None else "cpu"
+    pipe = load_pipeline(model, dtype=dtype, device=where, transformer=own.transformer, unet=own.unet, vae=own.vae)
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False)
     return pipe
+
+
+def quantise_base(pipe: Any, base: BaseConfig, device: torch.device) -> None:
+    """Quantise what the config names, once nothing is folded into it any more, and move the base to its device."""
+    if base.quantise is not None:
+        quantise_pipeline(pipe, base.quantise, key="base.quantise")
+        pipe.to(device)
 
 
 def prepare_trainable(pipe: Any, config: TrainConfig, *, from_start: bool = True) -> TrainablePipeline:

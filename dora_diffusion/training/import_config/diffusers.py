@@ -373,7 +373,7 @@ ROWS: tuple[Row, ...] = (
         off=("77", "256", "512", 77, 256, 512),
         example=128,
     ),
-    *without("no counterpart yet for quantised bases", "bnb_quantization_config_path", example="config.json"),
+    *without("set `base.quantise: nf4`", "bnb_quantization_config_path", example="config.json"),
     *unneeded(
         "captions are encoded once and kept, latents too",
         "pre_compute_text_embeddings cache_latents offload text_encoder_use_attention_mask",

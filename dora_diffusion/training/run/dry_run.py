@@ -28,6 +28,7 @@ def describe_plan(config: TrainConfig) -> str:
     """
     import torch
 
+    from dora_diffusion.pipelines.quantise import check_library
     from dora_diffusion.training.base.below import plan_below
     from dora_diffusion.training.base.memory import estimate_memory
     from dora_diffusion.training.base.meta import load_skeleton
@@ -42,6 +43,7 @@ def describe_plan(config: TrainConfig) -> str:
     from dora_diffusion.training.step.objective import objective_of
 
     check_writable(config.output_dir)
+    check_library(config.base.quantise, key="base.quantise")
     split = checked_examples(config.data, seed=config.optim.seed)
     examples = split.train
     check_words(config.words.starts, examples)

@@ -43,8 +43,6 @@ class Run:
         self.folder = config.output_dir
         self.source = source = BatchSource(trainable, config, instances=examples.train, classes=examples.classes)
         optimizer = build_optimizer(trainable, config.optim, config.words)
-        for injection in trainable.injections.values():
-            injection.keep_norms()
         guard = Guard(config.guard, trainable.named_tensors(), optimizer)
         self.step = TrainingStep(
             config.optim,

@@ -9,7 +9,7 @@ from accelerate.utils import GradientAccumulationPlugin
 
 from dora_diffusion.training.base.below import lay_below
 from dora_diffusion.training.base.sizes import Sizes, sizes_of
-from dora_diffusion.training.base.trainable import PRECISIONS, load_base, prepare_trainable
+from dora_diffusion.training.base.trainable import PRECISIONS, load_base, prepare_trainable, quantise_base
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.data.buckets import in_buckets
 from dora_diffusion.training.data.concepts import Split, checked_examples, opened
@@ -104,6 +104,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, wanted: _Wanted) -> Tr
     pipe = load_base(config.model, PRECISIONS[config.optim.mixed_precision], accelerator.device, config.base)
     base = base_identity(pipe)
     below = lay_below(pipe, config.base.adapters)
+    quantise_base(pipe, config.base, accelerator.device)
     objectives = Objectives(pipe, config.optim, config.flow)
     sized = _sized(split, config, sizes_of(pipe))
     objectives.of(sized.train[0].size)  # raises for a scheduler that cannot be trained, before anything is drawn

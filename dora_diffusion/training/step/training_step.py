@@ -78,6 +78,7 @@ class TrainingStep:
             PicturesMissing: too many pictures are gone; nothing has moved then.
         """
         taken = _Taken()
+        self._trainable.refresh_norms()
         for index in self.micro_batches(step):
             torch.manual_seed(
                 step_seed(self._optim.seed, index, 0)

@@ -1,4 +1,4 @@
-"""`keep_norms`: one norm a layer and optimiser step, and never an old one, whatever changed the parameters."""
+"""`keep_norms`, `refresh_norms`: a norm a layer and optimiser step, and never an old one, whatever changed."""
 
 import copy
 import gc
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 from torch.utils.checkpoint import checkpoint
 
+from dora_diffusion.functional import dora as functional
 from dora_diffusion.layers import dora as layers
 from dora_diffusion.layers import injection as injection_module
 from dora_diffusion.layers.config import DoRAConfig
@@ -246,4 +247,126 @@ def test_moving_or_casting_a_model_forgets_its_norms() -> None:
     assert all(layer._kept is not None for layer in injection._layers.values())
     model.bfloat16().float()
     assert all(layer._kept is None for layer in injection._layers.values())
+    injection.eject()
+
+
+def refreshed_step(model: nn.Module, injection: Injection, optimizer) -> list[Tensor]:
+    """A step whose norms are taken beforehand, with a forward without gradients before and after it."""
+    injection.refresh_norms()
+    with torch.no_grad():
+        before = model(X)
+    got = step(model, optimizer)
+    with torch.no_grad():
+        return [before, *got, model(X)]
+
+
+@NORM_GRADS
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_with_refreshed_norms_equals_that_without_a_cache(name: str, norm_grad: str) -> None:
+    runs = []
+    for refreshes in (False, True):
+        model, injection = make(norm_grad, keeps=False)
+        optimizer = OPTIMIZERS[name](injection.parameters())
+        if not refreshes:
+            injection.refresh_norms = lambda: None
+        runs.append([part for _ in range(4) for part in refreshed_step(model, injection, optimizer)])
+        injection.eject()
+    assert_identical(*runs)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_change_leaves_a_refreshed_norm(change: Callable[[Injection], None], trains: bool) -> None:
+    answers = []
+    for refreshes in (False, True):
+        model, injection = make(keeps=False)
+        if refreshes:
+            injection.refresh_norms()
+        with torch.set_grad_enabled(trains):
+            before = model(X)
+            change(injection)
+            answers.append([before, model(X)])
+        injection.eject()
+    assert_identical(*answers)
+
+
+@NORM_GRADS
+def test_a_refreshed_step_waits_for_the_device_once(norm_grad: str, monkeypatch) -> None:
+    waits: list[int] = []
+    real = layers.rare_rows
+
+    def counting(squared):
+        waits.append(len(squared))
+        return real(squared)
+
+    for home in (layers, functional):
+        monkeypatch.setattr(home, "rare_rows", counting)
+    model, injection = make(norm_grad, keeps=False)
+    optimizer = torch.optim.AdamW(injection.parameters(), lr=0.01)
+    for _ in range(3):
+        injection.refresh_norms()
+        injection.refresh_norms()  # nothing is old
+        for _ in range(2):
+            checkpoint(model, X.clone().requires_grad_(), use_reentrant=False).square().sum().backward()
+        with torch.no_grad():
+            model(X)
+        optimizer.step()
+    assert [count for count in waits if count] == 3 * [2]  # steps, each with both layers
+    injection.eject()
+
+
+def test_refreshing_finds_rows_that_vanish_or_cancel() -> None:
+    """Such rows are taken apart from the others, as the layer itself does."""
+    answers = []
+    for refreshes in (False, True):
+        model, injection = make(keeps=False)
+        with torch.no_grad():
+            model[0].base.weight[1].zero_()
+            adapter = model[2].adapter
+            adapter.down.copy_(model[2].base.weight[:2] / adapter.scale)
+            adapter.up.copy_(-torch.eye(5, 2))  # rows 0 and 1 of W + D are 0
+        if refreshes:
+            injection.refresh_norms()
+        answers.append([model(X), *(layer.gain() for layer in injection._layers.values())])
+        injection.eject()
+    assert_identical(*answers)
+    assert answers[1][1][1] == 1
+
+
+compiles = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of what it does itself
+
+
+@compiles
+@NORM_GRADS
+def test_a_compiled_step_is_one_graph(norm_grad: str) -> None:
+    """`fullgraph` raises at the first break; and no step after the first compiles anything."""
+    runs = []
+    for is_compiled in (False, True):
+        model, injection = make(norm_grad, keeps=False)
+        optimizer = torch.optim.AdamW(injection.parameters(), lr=0.05)
+        torch._dynamo.reset()
+        ran = torch.compile(model, backend="aot_eager", fullgraph=True) if is_compiled else model
+        outputs = []
+        for number in range(4):
+            injection.refresh_norms()
+            with torch._dynamo.config.patch(error_on_recompile=number > 0):
+                outputs += step(ran, optimizer)
+        runs.append(outputs)
+        injection.eject()
+    assert_identical(*runs)
+
+
+@compiles
+def test_a_compiled_model_never_draws_with_an_old_norm() -> None:
+    model, injection = make(keeps=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizer = torch.optim.SGD(injection.parameters(), lr=0.05)
+    injection.refresh_norms()
+    compiled(X).square().sum().backward()
+    optimizer.step()  # not refreshed since
+    assert_identical(compiled(X), model(X))
+    twin = copy.deepcopy(model)
+    injection.refresh_norms()
+    assert all(layer._fresh is None for layer in twin.modules() if isinstance(layer, layers.DoRALayer))
     injection.eject()

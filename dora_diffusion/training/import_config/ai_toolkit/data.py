@@ -270,7 +270,7 @@ MODEL: list[Row] = [
         example=True,
     ),
     *without(
-        "no counterpart yet for quantised bases; a file in fp8 or GGUF is `base.transformer`",
+        "other ways to quantise here: set `base.quantise` to nf4, int8 or fp8",
         "model.quantize model.quantize_te",
         example=True,
     ),

@@ -312,8 +312,11 @@ OPTIM: list[Row] = [
         example=500,
     ),
     *without(
-        "no counterpart yet for quantised bases and blocks on the CPU: `optim.gradient_checkpointing`, a smaller rank",
-        "fp8_base fp8_base_unet blocks_to_swap cpu_offload_checkpointing split_mode fused_backward_pass",
+        "other ways to quantise here: set `base.quantise` to fp8, int8 or nf4", "fp8_base fp8_base_unet", example=True
+    ),
+    *without(
+        "no counterpart yet for blocks on the CPU: `base.quantise`, `optim.gradient_checkpointing`, a smaller rank",
+        "blocks_to_swap cpu_offload_checkpointing split_mode fused_backward_pass",
         example=True,
     ),
     *without("no counterpart yet", "torch_compile", example=True),

@@ -121,7 +121,7 @@ def _dtype(value: Any, source: Source) -> Answer:
     kind = text(value).upper()
     if kind in {"FLOAT_32", "FLOAT_16", "BFLOAT_16", "NONE", "TFLOAT_32"}:
         return needless("train_dtype decides")
-    return lost("no counterpart yet for quantised bases; a file in fp8 or GGUF is base.transformer or base.unet")
+    return lost("other ways to quantise here: set base.quantise to nf4, int8 or fp8")
 
 
 def _checkpointing_of(name: str) -> Any:
@@ -188,7 +188,7 @@ def parts() -> Iterator[Row]:
         )
         yield from unneeded("the base's pipeline decides", f"{name}_sequence_length", example=512)
     for name in ("unet", "transformer", *_ENCODERS, "vae"):
-        yield Row(f"{name}.weight_dtype", (), "no counterpart yet for quantised ones", _dtype, "NFLOAT_4")
+        yield Row(f"{name}.weight_dtype", (), "other ways to quantise here: `base.quantise`", _dtype, "NFLOAT_4")
         yield from without(
             "no counterpart yet for blocks on the CPU",
             f"{name}.offload_fraction {name}.activation_offloading",
