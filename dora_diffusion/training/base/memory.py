@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from dora_diffusion.functional.objectives import weighted_squared_error
 from dora_diffusion.training.base.sizes import sizes_of
 from dora_diffusion.training.base.trainable import PRECISIONS, TrainablePipeline
-from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.config import OptimConfig, TrainConfig
 
 Device = Literal["cpu", "cuda"]
 
@@ -46,7 +46,7 @@ class MemoryEstimate:
         weights: component -> its frozen weights and buffers; all stay in memory.
         adapters: A, B, m and frozen anchors, and new words' vectors, fp32.
         gradients: of what is trained, fp32.
-        optimiser: AdamW's two moments, fp32.
+        optimiser: what it keeps of what is trained (AdamW two moments, fp32), and the moving average's fp32.
         moments: what is done -> the most that it holds beside weights, adapters and optimiser.
         side: of a picture, in pixels.
     """
@@ -209,10 +209,17 @@ def estimate_memory(trainable: TrainablePipeline, config: TrainConfig, *, device
         weights={name: tensor_bytes(_without(own, _tensors(model))) for name, model in models.items()},
         adapters=tensor_bytes(own),
         gradients=trained,
-        optimiser=2 * trained,
+        optimiser=_kept_bytes(trainable, config.optim),
         moments=moments,
         side=_largest_side(trainable, config),
     )
+
+
+def _kept_bytes(trainable: TrainablePipeline, optim: OptimConfig) -> int:
+    """What is kept of every trained parameter beside its gradient."""
+    parameters, options = trainable.parameters(), optim.options
+    kept = sum(optim.kind.state_bytes(parameter.shape, options) for parameter in parameters)
+    return kept + (0 if optim.ema_decay is None else tensor_bytes(parameters))
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
