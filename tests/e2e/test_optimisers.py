@@ -209,7 +209,9 @@ def test_the_last_good_state_that_comes_back_is_that_of_the_average_too(base, im
     assert_identical(states[3], states[2])  # skipped: neither what is trained nor its average moves
     assert_identical(states[4], states[1])  # put back to before step 2, which step 2 had found good
     assert int(states[1]["average.steps"]) == 1 and int(states[5]["average.steps"]) == 2
-    moved = [key for key in states[5] if key.startswith("average.unet") and not torch.equal(states[5][key], states[4][key])]
+    moved = [
+        key for key in states[5] if key.startswith("average.unet") and not torch.equal(states[5][key], states[4][key])
+    ]
     assert len(moved) > 100
 
 

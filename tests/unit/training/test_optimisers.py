@@ -292,7 +292,9 @@ def test_without_patterns_the_groups_are_those_of_before(tmp_path) -> None:
 
 def test_a_pattern_of_no_layer_is_refused(tmp_path) -> None:
     config = config_of(tmp_path, lr_pattern={"to_nothing": 0.5})
-    with pytest.raises(ValueError, match=r"^optim.lr_pattern: 'to_nothing' decides for none of the \d+ targeted layers"):
+    with pytest.raises(
+        ValueError, match=r"^optim.lr_pattern: 'to_nothing' decides for none of the \d+ targeted layers"
+    ):
         optimizer_of(trainable_of(config), config)
 
 
@@ -474,7 +476,11 @@ def test_a_library_that_is_missing_is_named_with_what_installs_it(tmp_path, monk
 @pytest.mark.parametrize(
     ("name", "options", "complaint"),
     [
-        ("prodigy", {"d_coeff": 2.0}, "optim.optimizer_options.d_coeff: no option of prodigy (Prodigy) that can be set"),
+        (
+            "prodigy",
+            {"d_coeff": 2.0},
+            "optim.optimizer_options.d_coeff: no option of prodigy (Prodigy) that can be set",
+        ),
         ("prodigy", {"lr": 2.0}, "optim.optimizer_options.lr: no option of prodigy"),
         ("adamw", {"weight_decay": 0.1}, "optim.optimizer_options.weight_decay: no option of adamw"),
         ("adafactor", {"relative_step": True}, "optim.optimizer_options.relative_step: no option of adafactor"),
@@ -505,8 +511,7 @@ def test_bitsandbytes_is_asked_for_its_class_of_8_bits(tmp_path, monkeypatch) ->
     library = ModuleType("bitsandbytes.optim")
 
     class AdamW8bit(torch.optim.SGD):
-        def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False,
-                     optim_bits=32, args=None, min_8bit_size=4096, is_paged=False):  # fmt: skip
+        def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), weight_decay=1e-2, min_8bit_size=4096, is_paged=False):
             super().__init__(params, lr=lr, weight_decay=weight_decay)
             self.told = (betas, min_8bit_size, is_paged)
 
