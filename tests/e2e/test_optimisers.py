@@ -21,12 +21,12 @@ from dora_diffusion.training.run.train import train
 from dora_diffusion.training.step import training_step
 from dora_diffusion.training.step.training_step import TrainingStep
 from tests.pocket_random import random_pocket_pipeline
-from tests.tolerances import assert_identical
+from tests.tolerances import assert_close, assert_identical
 
 RATES = {"prodigy": {"optimizer_options": {"d0": 1e-4}}, "schedulefree": {"learning_rate": 1e-2, "warmup_steps": 2}}
 SETTINGS: dict[str, dict[str, object]] = {
     **{name: {"optimizer": name, **RATES.get(name, {"learning_rate": 1e-3})} for name in OPTIMISERS},
-    "moving average": {"ema_decay": 0.6, "learning_rate": 1e-3},
+    "moving average": {"ema_decay": 0.6, "learning_rate": 5e-3, "lr_scheduler": "constant"},
     "patterns and norms": {
         "optimizer": "came",
         "learning_rate": 1e-3,
@@ -209,10 +209,13 @@ def test_the_last_good_state_that_comes_back_is_that_of_the_average_too(base, im
     assert_identical(states[3], states[2])  # skipped: neither what is trained nor its average moves
     assert_identical(states[4], states[1])  # put back to before step 2, which step 2 had found good
     assert int(states[1]["average.steps"]) == 1 and int(states[5]["average.steps"]) == 2
-    moved = [
-        key for key in states[5] if key.startswith("average.unet") and not torch.equal(states[5][key], states[4][key])
-    ]
-    assert len(moved) > 100
+    shadows = {key for key in states[5] if key.startswith("average.unet.")}
+    decay = (1 + 1) / (10 + 1)  # of the second step that counts
+    before, trained = states[4], {key: states[5][key.removeprefix("average.")] for key in shadows}
+    expected = {key: before[key] - (1 - decay) * (before[key] - trained[key]) for key in shadows}
+    assert_close({key: states[5][key] for key in shadows}, expected)
+    wrong = {key: before[key] - (1 - 3 / 12) * (before[key] - trained[key]) for key in shadows}  # had it been the third
+    assert max(float((wrong[key] - expected[key]).abs().max()) for key in shadows) > 5e-5
 
 
 def test_norms_are_cut_in_a_run(base, images, tmp_path) -> None:

@@ -220,7 +220,7 @@ def test_defaults_are_what_they_were(tmp_path) -> None:
     assert optim.options == {}
     said = resumable_part(config_of(tmp_path))["optim"]  # as checkpoints have said it before there was null
     expected = {"learning_rate": 1e-4, "words_learning_rate": 5e-4, "weight_decay": 1e-2, "lr_scheduler": "cosine"}
-    assert expected.items() <= said.items()
+    assert {key: said[key] for key in expected} == expected
 
 
 def test_new_words_have_a_rate_of_their_own_and_prodigys_is_that_of_all(tmp_path) -> None:
