@@ -23,7 +23,11 @@ from dora_diffusion.training.step.training_step import TrainingStep
 from tests.pocket_random import random_pocket_pipeline
 from tests.tolerances import assert_close, assert_identical
 
-RATES = {"prodigy": {"optimizer_options": {"d0": 1e-4}}, "schedulefree": {"learning_rate": 1e-2, "warmup_steps": 2}}
+RATES = {
+    "adamw8bit": {"learning_rate": 1e-3, "optimizer_options": {"min_8bit_size": 1024}},  # so that some are of 8 bits
+    "prodigy": {"optimizer_options": {"d0": 1e-4}},
+    "schedulefree": {"learning_rate": 1e-2, "warmup_steps": 2},
+}
 SETTINGS: dict[str, dict[str, object]] = {
     **{name: {"optimizer": name, **RATES.get(name, {"learning_rate": 1e-3})} for name in OPTIMISERS},
     "moving average": {"ema_decay": 0.6, "learning_rate": 5e-3, "lr_scheduler": "constant"},
