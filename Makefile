@@ -44,6 +44,7 @@ test: setup browser
 test-quantised: setup
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[quantised]'
 	$(PY) -m pytest tests/unit/layers/test_quantisation.py tests/unit/pipelines/test_disk.py tests/unit/pipelines/test_quantise.py $(PYTEST_FLAGS)
+	$(PY) -m pytest tests/unit/training/test_optimisers.py tests/e2e/test_optimisers.py -k adamw8bit $(PYTEST_FLAGS)
 
 # What each model family can do, from its tests' outcomes -> docs/families.md
 families: setup

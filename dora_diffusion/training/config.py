@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dora_diffusion.training import yaml_config
+from dora_diffusion.training.known_optimisers import OPTIMISERS, Optimiser, OptimiserName
 
 # Paths in the file are relative to the file; `output_dir` is relative to the current directory.
 _PATHS_BESIDE_FILE = (
@@ -51,6 +52,8 @@ Rank = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, BeforeValidator(_to_number), Field(gt=0)]
 Side = Annotated[int, Field(ge=8, multiple_of=8)]
 Strength = Annotated[float, BeforeValidator(_to_number)]
+Option = Annotated[bool | int | float | list[Number] | None, BeforeValidator(_to_number)]
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
 
 
 class _Section(BaseModel):
@@ -306,22 +309,38 @@ class OptimConfig(_Section):
     """Pictures in one forward pass, class pictures not counted."""
     gradient_accumulation: int = Field(default=1, ge=1)
     """Forward passes for one optimiser step."""
-    learning_rate: Number = Field(default=1e-4, gt=0)
-    """Peak learning rate."""
+    optimizer: OptimiserName = "adamw"
+    """The optimiser, each from its own library: adamw8bit is bitsandbytes', adafactor transformers'; the others are in
+    the extra `optimisers`. schedulefree averages what it trains, and the average is drawn, measured and saved."""
+    optimizer_options: dict[Text, Option] = {}
+    """Further arguments of the optimiser's class, such as {d_coef: 2} or {betas: [0.9, 0.99]}."""
+    learning_rate: Number | None = Field(default=None, gt=0)
+    """Peak learning rate; null = what the optimiser's library advises: 1e-4 for adamw. For prodigy it is a factor of
+    the rate that it finds, 1 by default."""
     text_encoder_learning_rate: Rate | dict[Text, Rate] | None = None
     """Peak learning rate in the text encoders, one for all or by name; null = learning_rate."""
-    words_learning_rate: Number = Field(default=5e-4, gt=0)
-    """Peak learning rate of new words' vectors."""
+    words_learning_rate: Number | None = Field(default=None, gt=0)
+    """Peak learning rate of new words' vectors; null = five times the optimiser's advised one, 5e-4 for adamw."""
+    lr_pattern: dict[Text, Annotated[Number, Field(ge=0)]] = {}
+    """Learning rates of some layers: a regex for the end of their path, which begins with the component's name -> a
+    factor of their component's rate, {unet.down_blocks.*: 0.5}; the first that fits, and 0 = they stand still."""
     loraplus_lr_ratio: Number = Field(default=1.0, gt=0)
     """LoRA+: the learning rate of B over that of A (arXiv 2402.12354 advises about 16, with a lower learning_rate)."""
     magnitude_lr_multiplier: Number = Field(default=1.0, ge=0)
     """The magnitudes' learning rate over learning_rate."""
-    weight_decay: Number = Field(default=1e-2, ge=0)
-    """AdamW's weight decay of the low-rank pair; magnitudes never decay."""
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
-    """Course of the learning rate, by diffusers' names."""
+    weight_decay: Number | None = Field(default=None, ge=0)
+    """Weight decay of the low-rank pair; magnitudes never decay. Null = what the optimiser's library advises: 0.01 for
+    adamw."""
+    lr_scheduler: Schedule | None = None
+    """Course of the learning rate, by diffusers' names; null = cosine, and constant for schedulefree."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps in which the learning rate rises from 0 to its peak."""
+    ema_decay: Number | None = Field(default=None, gt=0, lt=1)
+    """Draw, measure and save an exponential moving average of what is trained, with this decay (0.99 to 0.9999), after
+    n steps at most (1 + n) / (10 + n); null = none."""
+    max_weight_norm: Number | None = Field(default=None, gt=0)
+    """After each step a layer's update alpha / rank B A that is longer than this (Frobenius norm) is cut to it; null =
+    never. Magnitudes stay."""
     max_grad_norm: Number = Field(default=1.0, ge=0)
     """Gradients longer than this are cut to it; 0 = never."""
     min_snr_gamma: Number | None = Field(default=5.0, gt=0)
@@ -333,9 +352,44 @@ class OptimConfig(_Section):
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Seed of everything random in training."""
 
+    @property
+    def kind(self) -> Optimiser:
+        """The optimiser's record."""
+        return OPTIMISERS[self.optimizer]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of the optimiser's class, those that its library advises among them."""
+        given = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in self.optimizer_options.items()
+        }
+        own = {"warmup_steps": self.warmup_steps} if self.kind.averages else {}
+        return {**self.kind.options, **given, **own}
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate."""
+        return self.kind.rate if self.learning_rate is None else self.learning_rate
+
+    @property
+    def words_rate(self) -> float:
+        """The peak learning rate of new words."""
+        own = self.rate if self.kind.one_rate else 5 * self.kind.rate
+        return own if self.words_learning_rate is None else self.words_learning_rate
+
+    @property
+    def decay(self) -> float:
+        """The weight decay of the low-rank pair."""
+        return self.kind.decay if self.weight_decay is None else self.weight_decay
+
+    @property
+    def schedule(self) -> Schedule:
+        """The course of the learning rate."""
+        return self.lr_scheduler or self.kind.schedule
+
     @model_validator(mode="after")
     def _check(self) -> "OptimConfig":
-        if self.warmup_steps and self.lr_scheduler == "constant":
+        if self.warmup_steps and self.schedule == "constant" and not self.kind.averages:
             raise ValueError(
                 f"optim.warmup_steps: got {self.warmup_steps} with optim.lr_scheduler 'constant', which has none; "
                 "expected 0, or 'constant_with_warmup'"
@@ -344,7 +398,45 @@ class OptimConfig(_Section):
             raise ValueError(
                 f"optim.warmup_steps: got {self.warmup_steps}, expected at most optim.steps, which is {self.steps}"
             )
+        if self.kind.averages:
+            _check_averaging(self)
+        if self.kind.one_rate:
+            _check_one_rate(self)
         return self
+
+
+def _check_averaging(optim: OptimConfig) -> None:
+    """A ValueError for what an optimiser that averages by itself makes no sense of."""
+    told = {
+        "lr_scheduler": (None if optim.lr_scheduler == "constant" else optim.lr_scheduler, "whose rate stays"),
+        "ema_decay": (optim.ema_decay, "which averages by itself"),
+        "max_weight_norm": (optim.max_weight_norm, "whose average would not be cut"),
+    }
+    for key, (value, why) in told.items():
+        if value is not None:
+            raise ValueError(
+                f"optim.{key}: got {value!r} with optim.optimizer {optim.optimizer!r}, {why}; expected null"
+            )
+
+
+def _check_one_rate(optim: OptimConfig) -> None:
+    """A ValueError where parts would have rates of their own, which an optimiser that finds one for all cannot give."""
+    text_rate = optim.text_encoder_learning_rate
+    text_rates = text_rate.values() if isinstance(text_rate, dict) else [text_rate]
+    rates = (None, optim.rate)
+    told: dict[str, tuple[Any, bool, str]] = {
+        "loraplus_lr_ratio": (optim.loraplus_lr_ratio, optim.loraplus_lr_ratio == 1, "1"),
+        "magnitude_lr_multiplier": (optim.magnitude_lr_multiplier, optim.magnitude_lr_multiplier in (0, 1), "1 or 0"),
+        "text_encoder_learning_rate": (text_rate, all(rate in rates for rate in text_rates), "null"),
+        "words_learning_rate": (optim.words_learning_rate, optim.words_learning_rate in rates, "null"),
+        "lr_pattern": (optim.lr_pattern, all(factor in (0, 1) for factor in optim.lr_pattern.values()), "0 or 1 each"),
+    }
+    for key, (value, fits, expected) in told.items():
+        if not fits:
+            raise ValueError(
+                f"optim.{key}: got {value!r} with optim.optimizer {optim.optimizer!r}, which finds one rate for all; "
+                f"expected {expected}"
+            )
 
 
 class GuardConfig(_Section):
@@ -526,6 +618,8 @@ class TrainConfig(_Section):
         for key, value in text_encoder_only.items():
             if value is not None and not self.adapter.train_text_encoder:
                 raise ValueError(f"{key}: got {value}, but adapter.train_text_encoder is false; expected null, or true")
+        if self.optim.max_weight_norm is not None:
+            _check_weight_norm(self.optim.max_weight_norm, self.adapter)
         if os.path.exists(self.output_dir) and not os.path.isdir(self.output_dir):
             raise ValueError(f"output_dir: got the file {str(self.output_dir)!r}, expected a folder, new or old")
         _refuse_shared_folders(self)
@@ -604,6 +698,17 @@ def _refuse_shared_folders(config: TrainConfig) -> None:
         shared = next((other for other, place in places.items() if place == os.path.realpath(folder)), None)
         if shared is not None:
             raise ValueError(f"{key}: got {str(folder)!r}, which is {shared} too; expected a folder of its own")
+
+
+def _check_weight_norm(limit: float, adapter: AdapterConfig) -> None:
+    """A ValueError when there is nothing that could be cut."""
+    if adapter.init == "pissa":
+        raise ValueError(
+            f"optim.max_weight_norm: got {limit} with adapter.init 'pissa', whose update is a difference that shorter "
+            "factors do not shorten; expected null, or another init"
+        )
+    if not (adapter.train_unet or adapter.train_text_encoder):
+        raise ValueError(f"optim.max_weight_norm: got {limit}, but no adapter is trained; expected null")
 
 
 def _check_asked_with(prior: PriorConfig, words: WordsConfig, *, has_class_pictures: bool) -> None:

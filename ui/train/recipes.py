@@ -92,7 +92,9 @@ def recipe_settings(name: object, roots: Sequence[Path]) -> dict[str, Any]:
     file = list_recipes(roots).get(name) if isinstance(name, str) else None
     if file is None:
         raise ValueError(f"recipe: got {repr(name)[:60]}, expected one of the list; pick one")
-    settings = TrainConfig.from_yaml(file).model_dump(mode="json")
+    config = TrainConfig.from_yaml(file)
+    settings = config.model_dump(mode="json")
+    settings["optim"]["learning_rate"] = config.optim.rate
     for section, key in (("data", "validation_dir"), ("prior", "class_dir"), ("evaluation", "truth_dir")):
         settings[section][key] = None
     return settings

@@ -26,7 +26,7 @@ from dora_diffusion.functional.objectives import weighted_squared_error
 from dora_diffusion.pipelines.quantise import quantised_bytes, quantised_parts
 from dora_diffusion.training.base.sizes import sizes_of
 from dora_diffusion.training.base.trainable import PRECISIONS, TrainablePipeline
-from dora_diffusion.training.config import BaseConfig, TrainConfig
+from dora_diffusion.training.config import BaseConfig, OptimConfig, TrainConfig
 
 Device = Literal["cpu", "cuda"]
 
@@ -47,7 +47,7 @@ class MemoryEstimate:
         weights: component -> its frozen weights and buffers; all stay in memory.
         adapters: A, B, m and frozen anchors, and new words' vectors, fp32.
         gradients: of what is trained, fp32.
-        optimiser: AdamW's two moments, fp32.
+        optimiser: what it keeps of what is trained (AdamW two moments, fp32), and the moving average's fp32.
         moments: what is done -> the most that it holds beside weights, adapters and optimiser.
         side: of a picture, in pixels.
     """
@@ -214,7 +214,7 @@ def estimate_memory(trainable: TrainablePipeline, config: TrainConfig, *, device
         },
         adapters=tensor_bytes(own),
         gradients=trained,
-        optimiser=2 * trained,
+        optimiser=_kept_bytes(trainable, config.optim),
         moments=moments,
         side=_largest_side(trainable, config),
     )
@@ -227,6 +227,13 @@ def _quantised(pipe: Any, base: BaseConfig) -> tuple[dict[str, int], int]:
     parts = quantised_parts(pipe, base.quantise, key="base.quantise")
     sizes = {name: quantised_bytes(getattr(pipe, name), scheme) for name, scheme in parts.items()}
     return {name: saved for name, (saved, _) in sizes.items()}, max(dense for _, dense in sizes.values())
+
+
+def _kept_bytes(trainable: TrainablePipeline, optim: OptimConfig) -> int:
+    """What is kept of every trained parameter beside its gradient."""
+    parameters, options = trainable.parameters(), optim.options
+    kept = sum(optim.kind.state_bytes(parameter.shape, options) for parameter in parameters)
+    return kept + (0 if optim.ema_decay is None else tensor_bytes(parameters))
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

@@ -123,6 +123,11 @@ class TrainablePipeline:
         """Take the norms that an optimiser's step has made old, of all components, with one wait for the device."""
         refresh_norms(self.injections.values())
 
+    def forget_norms(self) -> None:
+        """Take every norm anew: parameters have changed where nothing sees it."""
+        for injection in self.injections.values():
+            injection.forget_norms()
+
     @contextmanager
     def base_alone(self) -> Any:
         """The base as it was, without gradients: adapters and new words are off, and come back as they were."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_diffusion.training.import_config.counts import samples_of_an_epoch, steps_of
+from dora_diffusion.training.import_config.optimisers import SET_BY_IT, optimiser, option
 from dora_diffusion.training.import_config.records import (
     Answer,
     Entry,
@@ -26,12 +27,11 @@ from dora_diffusion.training.import_config.records import (
 )
 from dora_diffusion.training.import_config.values import (
     flag,
-    is_free_of_rates,
-    kind_of_optimiser,
     model_name,
     number,
     precision,
     real,
+    refuse_factor,
     schedule,
     side_of,
     text,
@@ -70,10 +70,38 @@ def _epochs(value: Any, source: Source) -> Answer:
     return to("optim.steps", whole(value) * _epoch(source), "epochs x pictures x repeats / batch / accumulation")
 
 
+def _given(source: Source) -> dict[str, Any]:
+    """The arguments of the optimiser, as its class names them."""
+    given: dict[str, Any] = {}
+    if source.has("adam_beta1") or source.has("adam_beta2"):
+        given["betas"] = [source.get("adam_beta1", 0.9), source.get("adam_beta2", 0.999)]
+    own = {"decouple": True, "use_bias_correction": True, "safeguard_warmup": True, "beta3": None}
+    given |= {key: source.get(f"prodigy_{key}", value) for key, value in own.items()}
+    return given | {"eps": source.get("adam_epsilon")}
+
+
+def _optimiser(value: Any, source: Source) -> Answer:
+    is_short = text(value).lower() == "adamw" and flag(source.get("use_8bit_adam", False))
+    return optimiser("AdamW8bit" if is_short else value, _given(source), decays=True)
+
+
+def _short(value: Any, source: Source) -> Answer:
+    if not flag(value) or str(source.get("optimizer", "adamw")).lower() != "adamw":
+        return needless("off there too")
+    return to("optim.optimizer", "adamw8bit")
+
+
+def _option(key: str) -> Any:
+    def convert(value: Any, source: Source) -> Answer:
+        if key in {"decouple", "use_bias_correction", "safeguard_warmup", "beta3"} and not source.has("optimizer"):
+            return needless("of Prodigy")
+        return option(key, source.get("optimizer", "AdamW"), _given(source))
+
+    return convert
+
+
 def _learning_rate(value: Any, source: Source) -> Answer:
-    kind = source.get("optimizer", "")
-    if is_free_of_rates(kind):
-        raise ValueError(f"with {kind} it is a factor and no rate, which AdamW could not be given")
+    refuse_factor(source.get("optimizer", ""))
     factor = (
         _accumulation(source) * whole(source.get("train_batch_size", 4)) if flag(source.get("scale_lr", False)) else 1
     )
@@ -315,8 +343,8 @@ ROWS: tuple[Row, ...] = (
         unset=500,
     ),
     *without("cosine falls to 0 once", "lr_num_cycles lr_power", off=("1", "1.0", 1, 1.0), example=3),
-    Row("optimizer", (), "AdamW; others have no counterpart yet", kind_of_optimiser, "prodigy"),
-    *unneeded("AdamW here, with a state of 32 bits", "use_8bit_adam"),
+    Row("optimizer", SET_BY_IT, "AdamW, prodigy", _optimiser, "prodigy"),
+    Row("use_8bit_adam", ("optim.optimizer",), "", _short, True),
     copied(
         "adam_weight_decay",
         "optim.weight_decay",
@@ -326,14 +354,17 @@ ROWS: tuple[Row, ...] = (
         says="of the low-rank pair; magnitudes never decay",
     ),
     *without("one weight decay for all", "adam_weight_decay_text_encoder", example=1e-3),
-    *without(
-        "AdamW with torch's betas and eps",
-        "adam_beta1 adam_beta2 adam_epsilon",
-        off=("0.9", "0.999", 0.9, 0.999, "1e-8", "1e-08"),
-        example=0.95,
-    ),
-    *unneeded(
-        "of Prodigy", "prodigy_beta3 prodigy_decouple prodigy_use_bias_correction prodigy_safeguard_warmup", example=0.9
+    *(
+        Row(name, ("optim.optimizer_options",), "", _option(key), example, beside=beside)
+        for name, key, example, beside in (
+            ("adam_beta1", "betas", 0.95, {}),
+            ("adam_beta2", "betas", 0.99, {}),
+            ("adam_epsilon", "eps", 1e-6, {}),
+            ("prodigy_beta3", "beta3", 0.98, {"optimizer": "prodigy"}),
+            ("prodigy_decouple", "decouple", "False", {"optimizer": "prodigy"}),
+            ("prodigy_use_bias_correction", "use_bias_correction", "False", {"optimizer": "prodigy"}),
+            ("prodigy_safeguard_warmup", "safeguard_warmup", "False", {"optimizer": "prodigy"}),
+        )
     ),
     copied("max_grad_norm", "optim.max_grad_norm", 0.5, read=real),
     Row("snr_gamma", ("optim.min_snr_gamma",), "without it null", _gamma, 5.0, unset=0),

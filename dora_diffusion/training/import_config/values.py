@@ -16,8 +16,7 @@ _PRECISIONS = {
     **dict.fromkeys(("bf16", "bfloat16", "bfloat_16"), "bf16"),
 }
 _FREE = re.compile(r"prodigy|dadapt|d-adapt", re.IGNORECASE)
-_ADAMW = re.compile(r"(?:.*\.)?(?:paged_?)?adamw?_?(?:8|32)?_?(?:bit)?", re.IGNORECASE)
-OTHER_OPTIMISER = "no counterpart yet: AdamW is the one here"
+_PRODIGY = re.compile(r"(?:.*\.)?prodigy_?(?:8_?bit)?", re.IGNORECASE)
 
 
 def number(value: Any) -> float | int:
@@ -84,34 +83,22 @@ def is_free_of_rates(optimiser: Any) -> bool:
     return bool(_FREE.search(str(optimiser)))
 
 
-def optimiser(value: Any) -> Answer:
-    """What becomes of an optimiser's name."""
-    name = text(value)
-    if name.lower() == "adamw":
-        return needless("AdamW, as here")
-    if _ADAMW.fullmatch(name):
-        return needless("AdamW here: the same formula, with a state of 32 bits")
-    if is_free_of_rates(name):
-        return Answer("lost", {}, f"{OTHER_OPTIMISER}; its learning rate is a factor, so AdamW's stays at our default")
-    return Answer("lost", {}, f"{OTHER_OPTIMISER}; look at the learning rate")
-
-
-def kind_of_optimiser(value: Any, source: Source) -> Answer:
-    """`optimiser` as a row's conversion."""
-    return optimiser(value)
-
-
 def crop(value: Any, source: Source) -> Answer:
     """Whether pictures are cropped at random."""
     return to("data.crop", "random" if flag(value) else "center")
 
 
 def learning_rate(key: str, value: Any, optimiser: Any) -> Answer:
-    """A learning rate, unless the optimiser takes it for a factor."""
+    """A learning rate, unless the optimiser takes it for a factor and is not there here."""
     rate = real(value)
-    if is_free_of_rates(optimiser):
-        raise ValueError(f"with {optimiser} it is a factor and no rate, which AdamW could not be given")
+    refuse_factor(optimiser)
     return to(key, rate)
+
+
+def refuse_factor(optimiser: Any) -> None:
+    """A ValueError when an optimiser that is not there here takes a learning rate for a factor."""
+    if is_free_of_rates(optimiser) and not _PRODIGY.fullmatch(str(optimiser)):
+        raise ValueError(f"with {optimiser} it is a factor and no rate, which AdamW could not be given")
 
 
 def schedule(name: Any, warmup: float) -> Answer:

@@ -48,7 +48,7 @@ def run_card(
     return f"""# {kind} on `{config.model}`
 
 Trained by dora_diffusion: {made}{config.optim.steps} steps of
-batch {config.optim.batch_size} x {config.optim.gradient_accumulation}, learning rate {config.optim.learning_rate:g},
+batch {config.optim.batch_size} x {config.optim.gradient_accumulation}, learning rate {config.optim.rate:g},
 instance prompt `{prompt}`. Everything else stands in `config.yaml`; `samples/strip.png` shows the way.
 {_on_top_of(config, below)}
 ```

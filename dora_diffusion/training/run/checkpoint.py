@@ -28,7 +28,7 @@ class TrainingState:
     """What a checkpoint holds and a resumed run puts back.
 
     Attributes:
-        parameters: name -> tensor, all that the injections need; filled in place.
+        parameters: name -> tensor, all that the injections need, and their average; filled in place.
         optimizer: with its moments.
         scaler: torch.amp.GradScaler under fp16, else None.
         processes: how many train together.
@@ -88,6 +88,9 @@ def resumable_part(config: TrainConfig) -> dict[str, Any]:
         for key in keys:
             parts[section].pop(key)
     parts["adapter"].pop("start")  # a checkpoint has taken its place
+    optim = config.optim  # numbers and words before they could be null
+    parts["optim"] |= {"learning_rate": optim.rate, "words_learning_rate": optim.words_rate}
+    parts["optim"] |= {"weight_decay": optim.decay, "lr_scheduler": optim.schedule}
     if config.prior.mode == "generated":
         parts["prior"]["class_images"] = config.prior.drawn_images  # which was a number before it could be null
     for concept in parts["data"]["concepts"]:

@@ -41,9 +41,11 @@ def describe_plan(config: TrainConfig) -> str:
     from dora_diffusion.training.run.card import adapter_metadata, base_lines
     from dora_diffusion.training.run.folder import check_writable
     from dora_diffusion.training.step.objective import objective_of
+    from dora_diffusion.training.step.optimisers import check_optimizer, parameter_groups
 
     check_writable(config.output_dir)
     check_library(config.base.quantise, key="base.quantise")
+    check_optimizer(config.optim)
     split = checked_examples(config.data, seed=config.optim.seed)
     examples = split.train
     check_words(config.words.starts, examples)
@@ -52,6 +54,7 @@ def describe_plan(config: TrainConfig) -> str:
     trainable = prepare_trainable(pipe, config, from_start=False)
     started = plan_start(trainable.injections, config.adapter, trainable.family.name)
     objective_of(trainable.pipe, config.optim, config.flow, tokens=1)  # raises for a scheduler that cannot be trained
+    parameter_groups(trainable, config.optim, config.words)  # raises for a pattern that names no layer
     sized = in_buckets(examples, config.data, sizes_of(trainable.pipe))
     optim = config.optim
     seen = optim.steps * optim.batch_size * optim.gradient_accumulation

@@ -18,9 +18,10 @@ from dora_diffusion.training.run.identity import Identity
 from dora_diffusion.training.run.previews import forget_previews
 from dora_diffusion.training.run.signals import StopRequest, stop_requests
 from dora_diffusion.training.run.watchers import Validation, Watchers, due
+from dora_diffusion.training.step.average import average_of
 from dora_diffusion.training.step.guard import Guard
 from dora_diffusion.training.step.objective import Objectives
-from dora_diffusion.training.step.optimisers import build_optimizer
+from dora_diffusion.training.step.optimisers import build_optimizer, limit_weight_norms
 from dora_diffusion.training.step.training_step import TrainingStep
 from dora_diffusion.utils.atomic import write_atomically
 from dora_diffusion.utils.images import UnreadablePicture
@@ -43,7 +44,10 @@ class Run:
         self.folder = config.output_dir
         self.source = source = BatchSource(trainable, config, instances=examples.train, classes=examples.classes)
         optimizer = build_optimizer(trainable, config.optim, config.words)
-        guard = Guard(config.guard, trainable.named_tensors(), optimizer)
+        limit_weight_norms(optimizer, trainable, config.optim.max_weight_norm)
+        self.average = average_of(trainable, optimizer, config.optim)
+        moving = {**trainable.named_tensors(), **self.average.tensors}
+        guard = Guard(config.guard, moving, optimizer)
         self.step = TrainingStep(
             config.optim,
             accelerator,
@@ -57,7 +61,7 @@ class Run:
         samples, last = self.folder / "samples", config.optim.steps
         self.watchers = Watchers(accelerator, trainable, self.validation, config.preview, samples=samples, last=last)
         self.state = checkpoint.TrainingState(
-            trainable.named_tensors(),
+            moving,
             optimizer,
             accelerator.scaler,
             accelerator.num_processes,
@@ -79,7 +83,7 @@ class Run:
         steps = range(done, self.config.optim.steps)
         self.source.prepare(index for step in steps for index in self.step.micro_batches(step))
         if saved is None:
-            self.watchers.watch(0)
+            self.watchers.watch(0)  # of which any average is the first
         alone = self.accelerator.num_processes == 1  # several would have to agree on the step after which to stop
         with stop_requests() if alone else nullcontext(StopRequest()) as stop:
             self._steps(done, stop)
@@ -117,7 +121,9 @@ class Run:
     def _watch(self, step: int) -> None:
         """What is due after so many steps; where a picture that is measured is gone, a checkpoint."""
         try:
-            self.watchers.watch(step)
+            if self.watchers.is_due(step):
+                with self.average.shown():
+                    self.watchers.watch(step)
         except UnreadablePicture:
             self._save(step)
             raise
@@ -132,9 +138,9 @@ class Run:
         """What is learnt after so many steps, as a file holds it; None when new words are learnt alone."""
         if not self.trainable.injections:
             return None
-        return self.trainable.adapter(
-            adapter_metadata(self.config, self.trainable.family, step=step, below=self.trainable.below)
-        )
+        metadata = adapter_metadata(self.config, self.trainable.family, step=step, below=self.trainable.below)
+        with self.average.shown():
+            return self.trainable.adapter(metadata)
 
     def _finish(self) -> TrainResult:
         learnt = self._adapter(self.config.optim.steps)
@@ -143,6 +149,7 @@ class Run:
             None if learnt is None else self.folder / checkpoint.ADAPTER, (), self.config.optim.steps, tuple(losses)
         )
         if self.accelerator.is_main_process:
-            result = write_outcome(self.config, learnt, self.trainable, losses)
+            with self.average.shown():
+                result = write_outcome(self.config, learnt, self.trainable, losses)
         self.accelerator.wait_for_everyone()
         return result

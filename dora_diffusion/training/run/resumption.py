@@ -16,7 +16,12 @@ _SHAPING = (
     *("rank", "target_modules", "use_dora", "rank_pattern", "init", "train_magnitude"),
     *("train_unet", "train_text_encoder", "text_encoder_rank"),
 )
-_FIXED = (*(f"adapter.{name}" for name in _SHAPING), "words.starts", "words.vectors", "optim.optimizer")
+_FIXED = (
+    *(f"adapter.{name}" for name in _SHAPING),
+    *("words.starts", "words.vectors"),
+    # what an optimiser keeps is in the order of its groups, which patterns make
+    *("optim.optimizer", "optim.optimizer_options", "optim.lr_pattern", "optim.ema_decay"),
+)
 
 
 def find_saved(config: TrainConfig) -> Saved:

@@ -28,6 +28,7 @@ from dora_diffusion.training.run.identity import (
 from dora_diffusion.training.run.loop import Run
 from dora_diffusion.training.run.resumption import Comparison, extended, find_saved
 from dora_diffusion.training.step.objective import Objectives
+from dora_diffusion.training.step.optimisers import check_optimizer
 from dora_diffusion.training.step.priors import ensure_class_examples
 from dora_diffusion.utils.atomic import recover
 
@@ -93,6 +94,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, wanted: _Wanted) -> Tr
     if saved is not None and wanted.extend is not None:
         config = extended(config, saved, wanted.extend)
     comparison = None if saved is None else _comparison(saved, config, accelerator, wanted)
+    check_optimizer(config.optim)
     split = checked_examples(config.data, seed=config.optim.seed)
     check_words(config.words.starts, split.train)
     identity = Identity({"pictures": pictures_identity(config, split), "base.adapters": below_identity(config)})

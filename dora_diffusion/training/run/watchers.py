@@ -73,10 +73,17 @@ class Watchers:
         self._accelerator, self._trainable, self._validation = accelerator, trainable, validation
         self._preview, self._samples, self._last = preview, samples, last
 
+    def is_due(self, step: int) -> bool:
+        """Whether anything is due after so many steps, in this process."""
+        return self._validation.is_due(step, self._last) or self._draws(step)
+
+    def _draws(self, step: int) -> bool:
+        first_or_due = step == 0 or due(step, self._preview.every, self._last)
+        return bool(self._preview.prompts) and first_or_due and self._accelerator.is_main_process
+
     def watch(self, step: int) -> None:
         """What is due after so many steps."""
         if self._validation.is_due(step, self._last):
             self._accelerator.log({"loss/validation": self._validation.measure(step, self._trainable)}, step=step)
-        first_or_due = step == 0 or due(step, self._preview.every, self._last)
-        if self._preview.prompts and first_or_due and self._accelerator.is_main_process:
+        if self._draws(step):
             save_previews(draw_previews(self._trainable, self._preview), self._samples, step=step)

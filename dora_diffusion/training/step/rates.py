@@ -13,7 +13,7 @@ class RateSchedule:
 
     def __init__(self, optimizer: torch.optim.Optimizer, optim: OptimConfig) -> None:
         scheduler = get_scheduler(
-            optim.lr_scheduler,
+            optim.schedule,
             optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0),
             num_warmup_steps=optim.warmup_steps,
             num_training_steps=optim.steps,
@@ -30,8 +30,12 @@ class RateSchedule:
                     parameter.grad = None
 
     def set(self, step: int) -> float:
-        """Set the rates of a step; return the first group's. A group that ends at a step stands still from it on."""
+        """Set the rates of a step; return the first group's, times what the optimiser has found where it is a factor.
+
+        A group that ends at a step stands still from it on.
+        """
         factor = self._factor(step)
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor if step < group.get("until", math.inf) else 0.0
-        return self._rates[0] * factor
+        found: float = self._optimizer.param_groups[0].get("d", 1.0)  # Prodigy's estimate
+        return self._rates[0] * factor * found

@@ -39,7 +39,7 @@ def test_defaults_and_paths(file: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert config.model == "pocket"
     assert config.prior.prompts == ()
     assert (config.adapter.rank, config.adapter.alpha, config.adapter.use_dora) == (8, 8.0, True)
-    assert (config.optim.steps, config.optim.learning_rate, config.optim.min_snr_gamma) == (1000, 1e-4, 5.0)
+    assert (config.optim.steps, config.optim.rate, config.optim.min_snr_gamma) == (1000, 1e-4, 5.0)
     assert (config.validation.every, config.validation.repeats) == (100, 4)
 
 

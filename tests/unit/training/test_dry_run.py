@@ -1,6 +1,7 @@
 """`train --dry-run`: what it says, what it refuses, and that it reads no weights."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,30 @@ def test_the_plan_says_what_it_takes_without_reading_weights(tmp_path, base) -> 
     assert sum(sizes[:-1]) == pytest.approx(sizes[-1], abs=0.05) and all(sizes)
     assert "a step of 2 at 32 px" in table[4]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("optim", "complaint"),
+    [
+        ({"optimizer": "prodigy"}, "optim.optimizer: 'prodigy' needs the package prodigyopt"),
+        ({"optimizer_options": {"beta": 0.9}}, "optim.optimizer_options.beta: no option of adamw"),
+        ({"lr_pattern": {"to_nothing": 0.5}}, "optim.lr_pattern: 'to_nothing' decides for none of the "),
+    ],
+)
+def test_the_plan_finds_what_an_optimiser_lacks(tmp_path, base, monkeypatch, optim, complaint) -> None:
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    with pytest.raises(ValueError, match=f"^{complaint}"):
+        describe_plan(config_of(tmp_path, base, optim=optim))
+
+
+def test_the_plan_counts_what_the_optimiser_keeps(tmp_path, base) -> None:
+    def row(**optim) -> float:
+        (line,) = [
+            line for line in describe_plan(config_of(tmp_path, base, optim=optim)).splitlines() if "optimiser " in line
+        ]
+        return float(line[22:].split()[0])
+
+    assert row(optimizer="lion") == pytest.approx(row() / 2, abs=0.01) and row() > 0.5
 
 
 @pytest.mark.parametrize(

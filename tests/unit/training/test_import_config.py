@@ -1,5 +1,7 @@
 """Files of other trainers become ours: every row of every table, what can be got wrong, and files that are none."""
 
+import importlib
+import inspect
 import json
 import math
 import re
@@ -18,9 +20,12 @@ from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.import_config import read_config, write_config
 from dora_diffusion.training.import_config.convert import Imported, Line
 from dora_diffusion.training.import_config.kohya.data import DATASETS
+from dora_diffusion.training.import_config.optimisers import OPTIONS
 from dora_diffusion.training.import_config.reading import TOOLS, read
 from dora_diffusion.training.import_config.records import Row, Tool
 from dora_diffusion.training.import_config.report import line_of, report
+from dora_diffusion.training.known_optimisers import OPTIMISERS
+from dora_diffusion.training.step.optimisers import check_optimizer
 
 ROWS = [(tool, row) for tool in TOOLS for row in tool.rows]
 IDS = [f"{tool.name} {row.name}" for tool, row in ROWS]
@@ -358,11 +363,115 @@ def test_epochs_of_pictures_that_are_not_here_are_yours_to_set(folder: Path) -> 
     assert found.missing == {"data.instance_dir": "/not/here"}
 
 
-@pytest.mark.parametrize("name", ["Prodigy", "DAdaptAdam", "prodigyplus.ProdigyPlusScheduleFree"])
+@pytest.mark.parametrize("name", ["DAdaptAdam", "prodigyplus.ProdigyPlusScheduleFree"])
 def test_a_factor_is_no_learning_rate(folder: Path, name: str) -> None:
     found = imported(folder, "a.json", {"network_dim": 8, "optimizer_type": name, "learning_rate": 1.0, "unet_lr": 1.0})
     assert "optim.learning_rate" not in found.settings
     assert line(found, "optimizer_type").answer.kind == "lost" and line(found, "unet_lr").answer.kind == "lost"
+
+
+OF_PRODIGY = {
+    **{"optimizer_type": "prodigyopt.Prodigy", "network_dim": 8, "unet_lr": 0.5, "scale_weight_norms": 1},
+    "optimizer_args": ["d_coef=2", "betas=0.9,0.99", "decouple=True", "use_bias_correction=True", "foo=1"],
+}
+
+
+def test_prodigy_of_kohya_does_what_it_did_there(folder: Path) -> None:
+    """What its arguments leave unsaid is as its class has it, not as we would."""
+    found = imported(folder, "a.json", OF_PRODIGY | {"text_encoder_lr": 0.5, "lr_scheduler": "cosine"})
+    settings = found.settings
+    assert settings["optim.optimizer"] == "prodigy" and settings["optim.learning_rate"] == 0.5
+    assert settings["optim.optimizer_options"] == {
+        **{"use_bias_correction": True, "safeguard_warmup": False, "d_coef": 2, "betas": [0.9, 0.99], "decouple": True},
+    }
+    assert settings["optim.weight_decay"] == 0 and settings["optim.max_weight_norm"] == 1
+    assert settings["adapter.train_text_encoder"] is True
+    assert "optim.text_encoder_learning_rate" not in settings
+    assert line(found, "optimizer_args.foo").answer.kind == "lost"
+    assert line(found, "optimizer_args.d_coef").answer.kind == "taken"
+    config = TrainConfig.model_validate(found.data() | {"data": {"instance_dir": folder / "plain"}})
+    check_optimizer(config.optim)
+
+
+def test_a_schedule_beside_schedule_free_is_left_out_and_its_own_warm_up_is_taken(folder: Path) -> None:
+    data = {"network_dim": 8, "optimizer_type": "AdamWScheduleFree", "max_train_steps": 100, "lr_scheduler": "cosine"}
+    found = imported(folder, "a.json", data | {"optimizer_args": ["warmup_steps=10", "weight_decay=0.01"]})
+    assert found.settings["optim.optimizer"] == "schedulefree" and found.settings["optim.warmup_steps"] == 10
+    assert found.settings["optim.weight_decay"] == 0.01
+    assert "optim.lr_scheduler" not in found.settings
+    answer = line(found, "lr_scheduler").answer
+    assert answer.kind == "lost" and "whose rate stays; expected null" in answer.says
+
+
+def test_adafactor_of_kohya_has_no_rate_unless_relative_step_is_off(folder: Path) -> None:
+    data = {"network_dim": 8, "optimizer_type": "AdaFactor", "unet_lr": 1e-4}
+    assert "optim.learning_rate" not in imported(folder, "a.json", data).settings
+    off = imported(folder, "a.json", data | {"optimizer_args": ["relative_step=False", "scale_parameter=False"]})
+    assert off.settings["optim.optimizer"] == "adafactor" and off.settings["optim.learning_rate"] == 1e-4
+    assert off.settings["optim.optimizer_options"] == {"scale_parameter": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        *((name, None) for name in ("AdamW", "ADAM", "PagedAdamW32bit")),
+        *((name, "adamw8bit") for name in ("AdamW8bit", "adam8bit", "adamw8", "ADAMW_8BIT", "PagedAdamW8bit")),
+        *((name, "prodigy") for name in ("prodigy", "PRODIGY", "prodigyopt.Prodigy", "prodigy8bit")),
+        *((name, "schedulefree") for name in ("AdamWScheduleFree", "SCHEDULE_FREE_ADAMW")),
+        *((name, "adafactor") for name in ("AdaFactor", "ADAFACTOR", "adafactor")),
+        *((name, "lion") for name in ("Lion", "LION_8BIT", "PagedLion8bit", "lion")),
+        *((name, "came") for name in ("CAME", "came_pytorch.CAME", "CAME_8BIT")),
+    ],
+)
+def test_names_of_optimisers_and_options_that_their_classes_take(folder: Path, name: str, ours: str | None) -> None:
+    found = imported(folder, "a.json", {"network_dim": 8, "optimizer_type": name})
+    assert found.settings.get("optim.optimizer") == ours
+    kind = OPTIMISERS[ours or "adamw"]
+    if kind.package != "bitsandbytes":
+        known = inspect.signature(getattr(importlib.import_module(kind.module), kind.class_name).__init__).parameters
+        assert set(OPTIONS[kind.name]) <= set(known) - set(kind.fixed)
+    assert set(OPTIONS) == set(OPTIMISERS)
+
+
+@pytest.mark.parametrize(
+    "name", ["RAdamScheduleFree", "SGDNesterov", "DAdaptLion", "PRODIGY_PLUS_SCHEDULE_FREE", "LION_ADV", "automagic"]
+)
+def test_an_optimiser_that_is_not_here_is_said(folder: Path, name: str) -> None:
+    found = imported(folder, "a.json", {"network_dim": 8, "optimizer_type": name})
+    assert line(found, "optimizer_type").answer.kind == "lost" and "optim.optimizer" not in found.settings
+
+
+def test_the_average_of_one_trainer_is_that_of_one_step(folder: Path) -> None:
+    data = {"training_method": "LORA", "ema": "GPU", "ema_decay": 0.9, "ema_update_step_interval": 5}
+    assert imported(folder, "a.json", data).settings["optim.ema_decay"] ** 5 == pytest.approx(0.9)
+    assert "optim.ema_decay" not in imported(folder, "a.json", data | {"ema": "OFF"}).settings
+
+
+def test_an_optimiser_of_one_trainer_with_every_key_of_its_file(folder: Path) -> None:
+    """Its files name all arguments of all optimisers, most of them null."""
+    optimiser = {
+        **{"optimizer": "CAME", "beta1": 0.9, "beta2": 0.999, "beta3": 0.9995, "eps": 1e-30, "eps2": 1e-16},
+        **{"amsgrad": False, "d0": None, "weight_decay": 0.02, "decouple": None, "nesterov": False},
+    }
+    found = imported(folder, "a.json", {"training_method": "LORA", "optimizer": optimiser, "learning_rate": 1e-4})
+    assert found.settings["optim.optimizer"] == "came" and found.settings["optim.weight_decay"] == 0.02
+    options = {"betas": [0.9, 0.999, 0.9995], "eps": [1e-30, 1e-16]}
+    assert found.settings["optim.optimizer_options"] == options
+    lost = [
+        one.entry.key for one in found.lines if one.answer.kind == "lost" and one.entry.key.startswith("optimizer.")
+    ]
+    assert lost == []
+    config = TrainConfig.model_validate(found.data() | {"data": {"instance_dir": folder / "plain"}})
+    check_optimizer(config.optim)
+
+
+def test_optimisers_of_diffusers(folder: Path) -> None:
+    command = "accelerate launch train_dreambooth_lora_flux.py --rank=4 --learning_rate=1.0 "
+    found = imported(folder, "run.sh", command + "--optimizer=prodigy --adam_beta2=0.99")
+    assert found.settings["optim.optimizer"] == "prodigy" and found.settings["optim.learning_rate"] == 1.0
+    options = found.settings["optim.optimizer_options"]
+    assert options["betas"] == [0.9, 0.99] and options["safeguard_warmup"] is True
+    assert imported(folder, "run.sh", command + "--use_8bit_adam").settings["optim.optimizer"] == "adamw8bit"
 
 
 def test_the_file_that_its_gui_saves(folder: Path) -> None:
@@ -465,7 +574,7 @@ def test_a_job_of_ai_toolkit(folder: Path) -> None:
     assert (settings["flow.density"], settings["flow.shift"]) == ("logit_normal", 1.0)
     assert settings["adapter.use_dora"] is False and settings["adapter.target_modules"] == "all-linear"
     assert settings["output_dir"] == "output/my_first_lora"
-    assert line(found, "train.ema_config.use_ema").answer.kind == "lost"
+    assert settings["optim.optimizer"] == "adamw8bit" and settings["optim.ema_decay"] == 0.99
     assert line(found, "model.quantize").answer.kind == "lost"
     assert line(found, "save.push_to_hub").answer.kind == "needless"
 

@@ -1,9 +1,9 @@
 """Options of how it is trained."""
 
-import re
 from typing import Any
 
 from dora_diffusion.training.import_config.ai_toolkit.steps import accumulated, ours
+from dora_diffusion.training.import_config.optimisers import SAYS, SET_BY_IT, below, optimiser, option
 from dora_diffusion.training.import_config.records import (
     Answer,
     Row,
@@ -20,7 +20,6 @@ from dora_diffusion.training.import_config.values import (
     flag,
     learning_rate,
     number,
-    optimiser,
     precision,
     real,
     schedule,
@@ -29,6 +28,7 @@ from dora_diffusion.training.import_config.values import (
 )
 
 _OPTIMISERS = ("train.optimizer", "adamw")
+_PARAMETERS = "train.optimizer_params."
 _FREE_NOTE = "a plain number, unless the optimiser takes it for a factor"
 
 
@@ -129,8 +129,21 @@ def _gamma(value: Any, source: Source) -> Answer:
 
 
 def _optimiser(value: Any, source: Source) -> Answer:
-    name = text(value)
-    return optimiser("adamw" if re.fullmatch(r"adamw?8(bit)?|adam", name, re.IGNORECASE) else name)
+    given = below(source, _PARAMETERS)
+    return optimiser(value, given, decays="weight_decay" in given)
+
+
+def _option(key: str) -> Any:
+    def convert(value: Any, source: Source) -> Answer:
+        return option(key, source.get(*_OPTIMISERS), below(source, _PARAMETERS))
+
+    return convert
+
+
+def _ema(value: Any, source: Source) -> Answer:
+    if not flag(source.get("train.ema_config.use_ema", False)):
+        return needless("off there too")
+    return to("optim.ema_decay", real(source.get("train.ema_config.ema_decay", 0.999)))
 
 
 TRAIN: list[Row] = [
@@ -158,11 +171,32 @@ TRAIN: list[Row] = [
         "train.refiner_lr train.adapter_lr train.train_refiner",
         example=1e-4,
     ),
-    Row(
-        "train.optimizer", (), "AdamW, also for its 8-bit kinds; others have no counterpart yet", _optimiser, "prodigy"
-    ),
+    Row("train.optimizer", SET_BY_IT, SAYS, _optimiser, "prodigy"),
     copied("train.optimizer_params.weight_decay", "optim.weight_decay", 1e-4, read=real),
-    *without("AdamW with torch's betas and eps", "train.optimizer_params.*", example=0.9),
+    *(
+        Row(
+            f"{_PARAMETERS}{key}",
+            ("optim.optimizer_options",),
+            "",
+            _option(key),
+            example,
+            beside={"train.optimizer": of},
+        )
+        for key, example, of in (
+            ("betas", [0.9, 0.99], "adamw"),
+            ("eps", 1e-6, "adamw"),
+            ("decouple", True, "prodigy"),
+            ("use_bias_correction", True, "prodigy"),
+            ("safeguard_warmup", True, "prodigy"),
+            ("d0", 1e-5, "prodigy"),
+            ("d_coef", 2.0, "prodigy"),
+            ("growth_rate", 1.02, "prodigy"),
+            ("clip_threshold", 1.0, "adafactor"),
+            ("decay_rate", -0.8, "adafactor"),
+            ("scale_parameter", False, "adafactor"),
+        )
+    ),
+    *without("no option of the optimiser here", "train.optimizer_params.*", example=0.9),
     Row(
         "train.lr_scheduler",
         ("optim.lr_scheduler",),
@@ -241,8 +275,16 @@ TRAIN: list[Row] = [
         off=("mse", "noise"),
         example="mae",
     ),
-    *without("no counterpart yet: EMA", "train.ema_config.use_ema", example=True),
-    *unneeded("with ema_config.use_ema", "train.ema_config.*", example=0.99),
+    Row("train.ema_config.use_ema", ("optim.ema_decay",), "with ema_decay", _ema, True),
+    Row(
+        "train.ema_config.ema_decay",
+        ("optim.ema_decay",),
+        "with use_ema",
+        _ema,
+        0.99,
+        beside={"train.ema_config.use_ema": True},
+    ),
+    *without("no counterpart", "train.ema_config.*", example=0.99),
     Row(
         "train.diff_output_preservation",
         ("prior.mode", "prior.caption"),

@@ -84,6 +84,11 @@ def _of_convolutions(key: str) -> Any:
     return convert
 
 
+def _weight_norm(value: Any, source: Source) -> Answer:
+    limit = real(value)
+    return to("optim.max_weight_norm", limit) if limit else needless("off there too")
+
+
 def _unet_only(value: Any, source: Source) -> Answer:
     if not trains_text(source):
         return to("adapter.train_text_encoder", False)
@@ -170,7 +175,7 @@ NETWORK: list[Row] = [
         example="single",
     ),
     *without(
-        "one learning rate for all of the denoiser",
+        "set `optim.lr_pattern`, by the layers' names: `{unet.down_blocks.*: 0.5}`",
         (
             "network_args.down_lr_weight network_args.mid_lr_weight network_args.up_lr_weight "
             "network_args.block_lr_zero_threshold network_args.network_reg_lrs block_lr"
@@ -182,11 +187,12 @@ NETWORK: list[Row] = [
         (
             "network_args.use_tucker network_args.use_scalar network_args.train_norm "
             "network_args.bypass_mode network_args.ggpo_beta network_args.ggpo_sigma network_args.split_qkv "
-            "network_args.decompose_both network_args.constraint scale_weight_norms"
+            "network_args.decompose_both network_args.constraint"
         ),
         example="True",
     ),
     *without("no counterpart: it is of LoKr", "network_args.factor", off=(-1, "-1"), example=8),
+    Row("scale_weight_norms", ("optim.max_weight_norm",), "magnitudes stay", _weight_norm, 1.0),
     *unneeded("with text_encoder_lr", "network_args.train_t5xxl", example="False"),
     *without("set `adapter.rank` to that file's", "dim_from_weights", example=True),
 ]

@@ -15,6 +15,7 @@ from dora_diffusion.training.import_config.kohya.steps import (
     steps_here,
     trains_text,
 )
+from dora_diffusion.training.import_config.optimisers import SAYS, SET_BY_IT, below, name_of, optimiser, option
 from dora_diffusion.training.import_config.records import (
     Answer,
     Row,
@@ -31,7 +32,6 @@ from dora_diffusion.training.import_config.records import (
 from dora_diffusion.training.import_config.values import (
     flag,
     is_free_of_rates,
-    kind_of_optimiser,
     learning_rate,
     number,
     precision,
@@ -83,7 +83,41 @@ def _text_encoder_lr(value: Any, source: Source) -> Answer:
 
 
 def _unet_lr(value: Any, source: Source) -> Answer:
-    return learning_rate("optim.learning_rate", value, source.get("optimizer_type", ""))
+    kind = source.get("optimizer_type", "")
+    if name_of(kind) == "adafactor" and flag(source.get("optimizer_args.relative_step", True)):
+        return needless("not used there: with relative_step Adafactor makes it; here it is the optimiser's own")
+    return learning_rate("optim.learning_rate", value, kind)
+
+
+def _optimiser(value: Any, source: Source) -> Answer:
+    given = below(source, "optimizer_args.")
+    return optimiser(value, given, decays="weight_decay" in given)
+
+
+def _option(key: str) -> Any:
+    def convert(value: Any, source: Source) -> Answer:
+        return option(key, source.get("optimizer_type", "AdamW"), below(source, "optimizer_args."))
+
+    return convert
+
+
+def _flagged(name: str) -> Any:
+    def convert(value: Any, source: Source) -> Answer:
+        if source.has("optimizer_type") or not flag(value):
+            return needless("optimizer_type decides" if flag(value) else "off there too")
+        return to("optim.optimizer", name)
+
+    return convert
+
+
+def _relative_step(value: Any, source: Source) -> Answer:
+    return lost("rates come from the configuration here") if flag(value) else needless("as here")
+
+
+def _own_warmup(value: Any, source: Source) -> Answer:
+    if name_of(source.get("optimizer_type", "")) != "schedulefree":
+        return lost("no option of the optimiser here")
+    return to("optim.warmup_steps", ours(whole(value), source))
 
 
 def _learning_rate(value: Any, source: Source) -> Answer:
@@ -211,15 +245,9 @@ OPTIM: list[Row] = [
         _text_encoder_lr,
         5e-5,
     ),
-    Row(
-        "optimizer_type",
-        (),
-        "AdamW, also for its 8-bit kinds; others have no counterpart yet",
-        kind_of_optimiser,
-        "Prodigy",
-    ),
-    *without("AdamW is the one here: set `optim.learning_rate` for it", "use_lion_optimizer", example=True),
-    *unneeded("AdamW here, with a state of 32 bits", "use_8bit_adam"),
+    Row("optimizer_type", SET_BY_IT, SAYS, _optimiser, "Prodigy"),
+    Row("use_lion_optimizer", ("optim.optimizer",), "of older files", _flagged("lion"), True),
+    Row("use_8bit_adam", ("optim.optimizer",), "of older files", _flagged("adamw8bit"), True),
     copied(
         "optimizer_args.weight_decay",
         "optim.weight_decay",
@@ -227,12 +255,47 @@ OPTIM: list[Row] = [
         read=real,
         says="of the low-rank pair; magnitudes never decay",
     ),
+    *(
+        Row(
+            f"optimizer_args.{key}",
+            ("optim.optimizer_options",),
+            "",
+            _option(key),
+            example,
+            beside={"optimizer_type": of},
+        )
+        for key, example, of in (
+            ("betas", "0.9,0.99", "AdamW"),
+            ("eps", "1e-6", "AdamW"),
+            ("amsgrad", "True", "AdamW"),
+            ("beta3", "0.98", "Prodigy"),
+            ("decouple", "True", "Prodigy"),
+            ("use_bias_correction", "True", "Prodigy"),
+            ("safeguard_warmup", "True", "Prodigy"),
+            ("d0", "1e-5", "Prodigy"),
+            ("d_coef", "2", "Prodigy"),
+            ("growth_rate", "1.02", "Prodigy"),
+            ("slice_p", "11", "Prodigy"),
+            ("r", "0.5", "AdamWScheduleFree"),
+            ("weight_lr_power", "1.0", "AdamWScheduleFree"),
+            ("clip_threshold", "1.0", "AdaFactor"),
+            ("decay_rate", "-0.8", "AdaFactor"),
+            ("beta1", "0.9", "AdaFactor"),
+            ("scale_parameter", "False", "AdaFactor"),
+        )
+    ),
+    Row(
+        "optimizer_args.warmup_steps",
+        ("optim.warmup_steps",),
+        "of AdamWScheduleFree",
+        _own_warmup,
+        "10",
+        beside={"optimizer_type": "AdamWScheduleFree"},
+    ),
+    Row("optimizer_args.relative_step", (), "rates come from the configuration here", _relative_step, "True"),
     *without(
-        "AdamW with torch's betas and eps",
-        (
-            "optimizer_args.betas optimizer_args.eps optimizer_args.* optimizer_schedulefree_wrapper "
-            "schedulefree_wrapper_args"
-        ),
+        "no option of the optimiser here",
+        "optimizer_args.* optimizer_schedulefree_wrapper schedulefree_wrapper_args",
         example="0.9,0.99",
     ),
     Row(

@@ -6,6 +6,15 @@ from typing import Any
 from dora_diffusion.training.import_config.counts import samples_of_an_epoch
 from dora_diffusion.training.import_config.one_trainer.network import DENOISERS, has_unet
 from dora_diffusion.training.import_config.one_trainer.steps import accumulation, epoch, steps_of_run
+from dora_diffusion.training.import_config.optimisers import (
+    OPTIONS,
+    SAYS,
+    SET_BY_IT,
+    below,
+    name_of,
+    optimiser,
+    option,
+)
 from dora_diffusion.training.import_config.records import (
     Answer,
     Row,
@@ -21,11 +30,10 @@ from dora_diffusion.training.import_config.records import (
 )
 from dora_diffusion.training.import_config.values import (
     flag,
-    is_free_of_rates,
-    kind_of_optimiser,
     number,
     precision,
     real,
+    refuse_factor,
     schedule,
     text,
     warmup,
@@ -65,9 +73,7 @@ def _lr_scheduler(value: Any, source: Source) -> Answer:
 def _learning_rate(value: Any, source: Source) -> Answer:
     own = [source.get(f"{name}.learning_rate") for name in DENOISERS]
     rate = real(next((one for one in own if one is not None), value))
-    kind = source.get("optimizer.optimizer", "")
-    if is_free_of_rates(kind):
-        raise ValueError(f"with {kind} it is a factor and no rate, which AdamW could not be given")
+    refuse_factor(source.get("optimizer.optimizer", ""))
     scaler = str(source.get("learning_rate_scaler", "NONE")).upper()
     scales = {
         "BATCH": whole(source.get("batch_size", 1)),
@@ -122,7 +128,46 @@ def _dynamic_shift(value: Any, source: Source) -> Answer:
 
 
 def _ema(value: Any, source: Source) -> Answer:
-    return needless("off there too") if is_off(value) else lost("no counterpart yet: EMA")
+    if is_off(source.get("ema", "OFF")):
+        return needless("off there too")
+    decay, every = real(source.get("ema_decay", 0.999)), max(1, whole(source.get("ema_update_step_interval", 5)))
+    says = "" if every == 1 else f"of one step: there it is taken every {every}"
+    return to("optim.ema_decay", decay ** (1 / every) if decay > 0 else decay, says)
+
+
+def _given(source: Source) -> dict[str, Any]:
+    """What is said of the optimiser, as its class names it."""
+    given = below(source, "optimizer.")
+    name = name_of(given.get("optimizer", "ADAMW"))
+    betas = [given.get(f"beta{number}") for number in ((1, 2, 3) if name == "came" else (1, 2))]
+    if name != "adafactor" and all(beta is not None for beta in betas):
+        given["betas"] = betas
+    if name in {"adafactor", "came"} and given.get("eps") is not None and given.get("eps2") is not None:
+        given["eps"] = [given["eps"], given["eps2"]]
+    elif name in {"adafactor", "came"}:
+        given.pop("eps", None)
+    return given
+
+
+def _optimiser(value: Any, source: Source) -> Answer:
+    return optimiser(value, _given(source), decays=source.has("optimizer.weight_decay"))
+
+
+def _option(key: str) -> Any:
+    """An argument, by the name of the class's that it is a part of."""
+
+    def convert(value: Any, source: Source) -> Answer:
+        given = _given(source)
+        name = name_of(given.get("optimizer", "ADAMW"))
+        of = {"beta1": "beta1" if name == "adafactor" else "betas", "beta2": "betas", "eps2": "eps"}.get(key, key)
+        of = "betas" if key == "beta3" and name == "came" else of
+        if value is False and name is not None and of not in OPTIONS[name]:
+            return needless("off there too")
+        return (
+            option(of, given.get("optimizer", "ADAMW"), given) if of in given else lost("it is one of several numbers")
+        )
+
+    return convert
 
 
 def _checkpointing(value: Any, source: Source) -> Answer:
@@ -178,13 +223,7 @@ OPTIM: list[Row] = [
         example=3,
     ),
     copied("clip_grad_norm", "optim.max_grad_norm", 0.5, read=real),
-    Row(
-        "optimizer.optimizer",
-        (),
-        "AdamW, also for its 8-bit kinds; others have no counterpart yet",
-        kind_of_optimiser,
-        "PRODIGY",
-    ),
+    Row("optimizer.optimizer", SET_BY_IT, SAYS, _optimiser, "PRODIGY"),
     copied(
         "optimizer.weight_decay",
         "optim.weight_decay",
@@ -192,7 +231,40 @@ OPTIM: list[Row] = [
         read=real,
         says="of the low-rank pair; magnitudes never decay",
     ),
-    *unneeded("AdamW as torch has it", "optimizer.* optimizer_defaults", example=0.9),
+    *(
+        Row(
+            f"optimizer.{key}",
+            ("optim.optimizer_options",),
+            "",
+            _option(key),
+            example,
+            beside={"optimizer.optimizer": of, **({"optimizer.beta1": 0.9} if key == "beta2" else {})}
+            | ({"optimizer.beta2": 0.99} if key == "beta1" else {})
+            | ({"optimizer.eps": 1e-30} if key == "eps2" else {}),
+        )
+        for key, example, of in (
+            ("beta1", 0.9, "ADAMW"),
+            ("beta2", 0.99, "ADAMW"),
+            ("beta3", 0.98, "PRODIGY"),
+            ("eps", 1e-6, "ADAMW"),
+            ("eps2", 1e-3, "ADAFACTOR"),
+            ("amsgrad", True, "ADAMW"),
+            ("min_8bit_size", 4096, "ADAMW_8BIT"),
+            ("decouple", True, "PRODIGY"),
+            ("use_bias_correction", True, "PRODIGY"),
+            ("safeguard_warmup", True, "PRODIGY"),
+            ("d0", 1e-5, "PRODIGY"),
+            ("d_coef", 2.0, "PRODIGY"),
+            ("growth_rate", 1.02, "PRODIGY"),
+            ("slice_p", 11, "PRODIGY"),
+            ("r", 0.5, "SCHEDULE_FREE_ADAMW"),
+            ("weight_lr_power", 1.0, "SCHEDULE_FREE_ADAMW"),
+            ("clip_threshold", 1.0, "ADAFACTOR"),
+            ("decay_rate", -0.8, "ADAFACTOR"),
+            ("scale_parameter", False, "ADAFACTOR"),
+        )
+    ),
+    *unneeded("as the optimiser's library has it", "optimizer.* optimizer_defaults", example=0.9),
     copied("train_dtype", "optim.mixed_precision", "BFLOAT_16", unset="FLOAT_16", read=precision),
     Row("gradient_checkpointing", ("optim.gradient_checkpointing",), "", _checkpointing, "ON"),
     Row(
@@ -219,8 +291,9 @@ OPTIM: list[Row] = [
     *unneeded(
         "the squared error alone is the loss here", "mse_strength vb_loss_strength huber_delta loss_scaler", example=1.0
     ),
-    Row("ema", (), "no counterpart yet", _ema, "CPU"),
-    *unneeded("with ema", "ema_decay ema_update_step_interval non_ema_sampling", example=0.999),
+    Row("ema", ("optim.ema_decay",), "the root of ema_decay that makes it that of one step", _ema, "CPU"),
+    Row("ema_decay", ("optim.ema_decay",), "with ema", _ema, 0.99, beside={"ema": "CPU"}),
+    *unneeded("with ema", "ema_update_step_interval non_ema_sampling", example=5),
     *without("no counterpart yet", "compile", example=True),
 ]
 
