@@ -18,7 +18,7 @@ from dora_diffusion.pipelines.loading import load_pipeline
 from dora_diffusion.pipelines.textual_inversion import add_words, install_words, load_word
 from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.training.base.trainable import load_base, prepare_trainable
-from dora_diffusion.training.config import FlowConfig, OptimConfig, TrainConfig
+from dora_diffusion.training.config import FlowConfig, LossConfig, OptimConfig, TrainConfig
 from dora_diffusion.training.run import checkpoint, loop
 from dora_diffusion.training.run.loop import TrainResult
 from dora_diffusion.training.run.train import train
@@ -97,7 +97,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(base, images, whol
 def test_a_signal_leaves_a_checkpoint_of_the_step_under_way(base, images, whole, tmp_path, monkeypatch) -> None:
     settings = config(base, images, tmp_path / "stopped")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training_step, "weighted_squared_error", _signalling(training_step.weighted_squared_error))
+        patch.setattr(training_step, "weighted_mean", _signalling(training_step.weighted_mean))
         train(settings)
     assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["step-00000001"]
     resumed = train(settings, resume="latest")
@@ -107,7 +107,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_step_under_way(base, images, whole,
 def test_a_stop_does_not_wait_for_previews(base, images, tmp_path, monkeypatch) -> None:
     watched: list[int] = []
     monkeypatch.setattr(loop.Watchers, "watch", lambda watchers, step: watched.append(step))
-    monkeypatch.setattr(training_step, "weighted_squared_error", _signalling(training_step.weighted_squared_error))
+    monkeypatch.setattr(training_step, "weighted_mean", _signalling(training_step.weighted_mean))
     with pytest.raises(KeyboardInterrupt):
         train(config(base, images, tmp_path / "run"))
     assert watched == [0]
@@ -115,7 +115,7 @@ def test_a_stop_does_not_wait_for_previews(base, images, tmp_path, monkeypatch) 
 
 
 def test_a_signal_in_the_last_step_does_not_keep_the_run_from_its_files(base, images, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(training_step, "weighted_squared_error", _signalling(training_step.weighted_squared_error))
+    monkeypatch.setattr(training_step, "weighted_mean", _signalling(training_step.weighted_mean))
     assert train(config(base, images, tmp_path / "run", steps=1)).adapter.is_file()
 
 
@@ -203,9 +203,9 @@ def test_resuming_with_other_settings_names_the_difference(base, images, tmp_pat
 def test_a_run_makes_its_objective_once(base, images, tmp_path, monkeypatch) -> None:
     made: list[int] = []
 
-    def counted(pipe: object, optim: OptimConfig, flow: FlowConfig, *, tokens: int) -> object:
+    def counted(pipe: object, optim: OptimConfig, flow: FlowConfig, loss: LossConfig, *, tokens: int) -> object:
         made.append(tokens)
-        return objective_of(pipe, optim, flow, tokens=tokens)
+        return objective_of(pipe, optim, flow, loss, tokens=tokens)
 
     monkeypatch.setattr(objective, "objective_of", counted)
     train(config(base, images, tmp_path / "run", steps=1))
