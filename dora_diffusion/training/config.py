@@ -399,8 +399,8 @@ class TimestepsConfig(_Section):
             value = getattr(self, name)
             if value != type(self).model_fields[name].default and self.density != density:
                 raise ValueError(
-                    f"loss.timesteps.{name}: got {value} with density {self.density!r}, which has none; expected "
-                    f"density {density} beside it"
+                    f"loss.timesteps.{name}: got {value} with density {self.density or 'null'}, which has none; "
+                    f"expected density {density} beside it"
                 )
         return self
 
