@@ -67,9 +67,9 @@ def _to_pure_noise(config: TrainConfig) -> str:
     if not config.loss.zero_terminal_snr:
         return ""
     return """
-It was trained down to pure noise (zero terminal SNR, arXiv 2305.08891). Draw it with a scheduler of
-`rescale_betas_zero_snr=True` and `timestep_spacing="trailing"`, in ComfyUI with `ModelSamplingDiscrete`, v_prediction and
-zsnr; otherwise pictures are neither as dark nor as bright as they could be.
+It was trained down to pure noise (zero terminal SNR, arXiv 2305.08891). Draw it with v_prediction and a scheduler of
+`rescale_betas_zero_snr=True` and `timestep_spacing="trailing"`; in ComfyUI that is `ModelSamplingDiscrete` with zsnr.
+Otherwise pictures are neither as dark nor as bright as they could be.
 """
 
 

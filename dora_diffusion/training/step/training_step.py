@@ -104,7 +104,13 @@ class TrainingStep:
         return [(step * count + micro) * ranks + self._accelerator.process_index for micro in range(count)]
 
     def loss(self, batch: Batch, *, seed: int, objective: Objective | None = None) -> Tensor:
-        """Sample a noise and a timestep for each latent, noise it, predict, compare; by the run's objective unless told."""
+        """Sample a noise and a timestep for each latent, noise it, predict, compare.
+
+        Args:
+            batch: whose share does not count yet.
+            seed: of all that is drawn.
+            objective: another than that of the run.
+        """
         generator = torch.Generator().manual_seed(seed)
         objective, latents = objective or self._objective_of(batch.size), batch.latents.float()
         plain = torch.randn(latents.shape, generator=generator).to(latents.device)

@@ -390,7 +390,7 @@ def test_flux_of_kohya_is_a_transformer_beside_a_base(folder: Path) -> None:
     settings = found.settings
     assert settings["model"] == "black-forest-labs/FLUX.1-dev"
     assert settings["base.transformer"] == "flux1-dev.safetensors" and settings["base.vae"] == "ae.safetensors"
-    assert (settings["flow.density"], settings["flow.shift"], settings["flow.logit_std"]) == (
+    assert (settings["loss.timesteps.density"], settings["flow.shift"], settings["loss.timesteps.std"]) == (
         "logit_normal",
         3.1582,
         1.5,
@@ -401,7 +401,7 @@ def test_flux_of_kohya_is_a_transformer_beside_a_base(folder: Path) -> None:
 
 def test_flux_of_kohya_draws_timesteps_evenly_where_nothing_is_said(folder: Path) -> None:
     settings = imported(folder, "flux.json", {"network_module": "networks.lora_flux"}).settings
-    assert settings["flow.density"] == "uniform" and settings["flow.shift"] == 3.0
+    assert settings["loss.timesteps.density"] == "uniform" and settings["flow.shift"] == 3.0
 
 
 # ai-toolkit
@@ -462,7 +462,7 @@ def test_a_job_of_ai_toolkit(folder: Path) -> None:
     assert settings["preview.prompts"] == ["zqx holding a sign"]
     assert settings["data.resolution"] == [512, 768] and settings["data.cache_dir"] == "cache"
     assert settings["data.mask_outside"] == 0.1
-    assert (settings["flow.density"], settings["flow.shift"]) == ("logit_normal", 1.0)
+    assert (settings["loss.timesteps.density"], settings["flow.shift"]) == ("logit_normal", 1.0)
     assert settings["adapter.use_dora"] is False and settings["adapter.target_modules"] == "all-linear"
     assert settings["output_dir"] == "output/my_first_lora"
     assert line(found, "train.ema_config.use_ema").answer.kind == "lost"
@@ -536,7 +536,11 @@ def test_a_configuration_of_one_trainer(folder: Path) -> None:
     assert settings["optim.text_encoder_learning_rate"] == {"text_encoder_2": 1e-5}
     assert settings["adapter.use_dora"] is True and settings["adapter.alpha"] == 1
     assert settings["adapter.target_modules"] == "all"
-    assert (settings["flow.logit_mean"], settings["flow.logit_std"], settings["flow.shift"]) == (0.5, 1.25, None)
+    assert (settings["loss.timesteps.mean"], settings["loss.timesteps.std"], settings["flow.shift"]) == (
+        0.5,
+        1.25,
+        None,
+    )
     assert settings["output_dir"] == "runs/robot"
     assert found.data()["data"]["concepts"] == [
         {"dir": "plain", "repeats": 3, "weight": 0.5},
