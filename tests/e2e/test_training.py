@@ -19,10 +19,10 @@ from dora_diffusion.pipelines.textual_inversion import add_words, install_words,
 from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.training.base.trainable import load_base, prepare_trainable
 from dora_diffusion.training.config import FlowConfig, LossConfig, OptimConfig, TrainConfig
-from dora_diffusion.training.run import checkpoint, loop
+from dora_diffusion.training.run import checkpoint, loop, previews
 from dora_diffusion.training.run.loop import TrainResult
 from dora_diffusion.training.run.train import train
-from dora_diffusion.training.step import objective, training_step
+from dora_diffusion.training.step import objective, priors, training_step
 from dora_diffusion.training.step.objective import objective_of
 from tests.failing_disk import contents
 from tests.pocket_random import random_pocket_pipeline
@@ -126,6 +126,33 @@ def test_a_run_with_every_option_of_loss_and_noise_resumes_bit_for_bit(base, ima
     )
     # measured alike: the pocket's own schedule ends in pure noise as it is
     assert through.validation[0] == whole.validation[0]
+
+
+def test_zero_terminal_snr_draws_class_pictures_and_previews_by_the_schedule_that_it_trains(
+    images, tmp_path, monkeypatch
+) -> None:
+    pipe, drawn = random_pocket_pipeline(), []
+    changes = {"rescale_betas_zero_snr": False, "timestep_spacing": "leading"}
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
+    pipe.save_pretrained(tmp_path / "base")
+
+    def spied(draw):
+        def drawing(pipe, settings):
+            drawn.append(dict(pipe.scheduler.config))
+            return draw(pipe, settings)
+
+        return drawing
+
+    monkeypatch.setattr(priors, "generate_together", spied(priors.generate_together))
+    monkeypatch.setattr(previews, "generate", spied(previews.generate))
+    fields = config(tmp_path / "base", images, tmp_path / "run", steps=1).model_dump()
+    fields["prior"] = {"class_prompt": "a cat", "class_images": 1}
+    fields["preview"] = {"steps": 1, "prompts": ["a zqx cat"]}
+    fields["loss"] = {"zero_terminal_snr": True, "weighting": "none"}
+    train(TrainConfig.model_validate(fields))
+    assert len(drawn) == 3  # a class picture, a preview before and one after
+    assert {(one["rescale_betas_zero_snr"], one["timestep_spacing"]) for one in drawn} == {(True, "trailing")}
+    assert "rescale_betas_zero_snr=True" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_a_signal_leaves_a_checkpoint_of_the_step_under_way(base, images, whole, tmp_path, monkeypatch) -> None:

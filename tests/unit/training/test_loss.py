@@ -32,6 +32,7 @@ from dora_diffusion.training.data.batches import Batch, BatchSource
 from dora_diffusion.training.data.examples import Example
 from dora_diffusion.training.run.card import run_card
 from dora_diffusion.training.run.checkpoint import resumable_part
+from dora_diffusion.training.run.dry_run import describe_plan
 from dora_diffusion.training.run.resumption import _defaults, _differences, _filled
 from dora_diffusion.training.run.watchers import Validation
 from dora_diffusion.training.step.guard import Guard
@@ -74,6 +75,25 @@ def made(name: str, loss: LossConfig, *, flow: dict[str, Any] | None = None, gam
     """The objective of a tiny pipeline."""
     flows, optim = FlowConfig.model_validate(flow or {}), OptimConfig(min_snr_gamma=gamma)
     return objective_of(PIPELINES[name].build(), optim, flows, loss, tokens=16)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for name in ("red", "blue"):
+        background(name, 32).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def config_of(images: Path, **sections: Any) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {
+            "output_dir": images / "run",
+            "data": {"instance_dir": images, "instance_prompt": "a cat", "resolution": 32},
+            "adapter": {"rank": 2},
+            "optim": {"batch_size": 2},
+            **sections,
+        }
+    )
 
 
 # The objective
@@ -141,6 +161,12 @@ def test_what_does_not_suit_a_base_is_refused_in_a_line(name: str, loss: dict[st
     assert "\n" not in str(caught.value) and "; expected " in str(caught.value)
 
 
+def test_the_plan_of_a_run_refuses_it_too(images: Path) -> None:
+    config = config_of(images, model="pocket-dit", loss={"zero_terminal_snr": True})
+    with pytest.raises(ValueError, match="loss.zero_terminal_snr: got true for a base of flow matching"):
+        describe_plan(config)
+
+
 # Zero terminal SNR
 
 
@@ -179,25 +205,6 @@ def test_class_pictures_of_another_schedule_are_others() -> None:
 
 
 # A step, and what is measured
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    for name in ("red", "blue"):
-        background(name, 32).save(tmp_path / f"{name}.png")
-    return tmp_path
-
-
-def config_of(images: Path, **sections: Any) -> TrainConfig:
-    return TrainConfig.model_validate(
-        {
-            "output_dir": images / "run",
-            "data": {"instance_dir": images, "instance_prompt": "a cat", "resolution": 32},
-            "adapter": {"rank": 2},
-            "optim": {"batch_size": 2},
-            **sections,
-        }
-    )
 
 
 def test_a_step_is_what_the_section_says_from_one_generator(images: Path) -> None:
