@@ -5,6 +5,7 @@ Diffusion (epsilon, v):  x_t = a_t x_0 + sigma_t eps, with a_t^2 = alphas_cumpro
 Rectified flow:          x_s = (1 - s) x_0 + s eps for s in 0..1, timestep 1000 s; the velocity is eps - x_0.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -56,8 +57,7 @@ class TimestepDistribution:
 
     def draw_integers(self, count: int, generator: torch.Generator, *, length: int) -> Tensor:
         """(count,) int64 of the range in 0..length - 1, of which `highest` itself is none."""
-        first = self.lowest * length // 1000
-        past = max(first + 1, -(-self.highest * length // 1000))
+        first, past = self.lowest * length // 1000, math.ceil(self.highest * length / 1000)
         if self.density == "uniform" and self.bias == 1:
             return torch.randint(first, past, (count,), generator=generator, device=generator.device)
         return self.draw(count, generator, length=length).long().clamp(first, past - 1)

@@ -156,7 +156,7 @@ def test_no_timestep_leaves_its_range_and_a_seed_draws_the_same(
     integers = diffusion.timesteps(64, seeded(seed))
     first = distribution.lowest * length // 1000
     assert integers.dtype == torch.int64
-    assert first <= integers.min() and integers.max() <= max(first, math.ceil(distribution.highest * length / 1000) - 1)
+    assert first <= integers.min() and integers.max() < math.ceil(distribution.highest * length / 1000)
     assert_identical([flow.timesteps(64, seeded(seed)), diffusion.timesteps(64, seeded(seed))], [of_flow, integers])
 
 
@@ -203,6 +203,15 @@ def test_a_bias_leans_as_a_shift_does_and_multiplies_it(density: Density) -> Non
     assert_close(leant.draw(500, seeded(), length=1), 3 * u / (1 + 2 * u))
     both = FlowObjective(shift=2.0, distribution=leant).timesteps(500, seeded())
     assert_close(both / 1000, FlowObjective(shift=6.0, distribution=plain).timesteps(500, seeded()) / 1000)
+    of_diffusion = DiffusionObjective(ALPHAS, "epsilon", distribution=leant).timesteps(500, seeded())
+    assert_identical(of_diffusion, leant.draw(500, seeded(), length=1000).long().clamp(max=999))
+
+
+def test_rounding_takes_no_timestep_out_of_its_range() -> None:
+    """Nearly all of these are at the very end, where a shift rounds up every now and then."""
+    for shift in range(1, 2000):
+        noisiest = TimestepDistribution("beta", alpha=100, beta=0.01, highest=900)
+        assert FlowObjective(shift=shift / 100, distribution=noisiest).timesteps(8, seeded()).max() <= 900
 
 
 def test_a_range_squeezes_a_flows_density_after_its_shift() -> None:
@@ -233,7 +242,8 @@ def test_an_offset_is_one_number_for_each_channel_and_is_aimed_at(shape: tuple[i
     weaker = NoiseChanges(offset=0.1, has_random_offset=True).apply(noise, seeded())
     ratios = ((weaker.added - noise) / (expected - noise)).flatten(1)
     assert_close(ratios, ratios[:, :1].expand_as(ratios), computed_in=torch.float16)  # one strength a sample
-    assert ratios.min() >= 0 and ratios.max() <= 1.001 and len(set(ratios[:, 0].tolist())) == 5
+    strengths = ratios[:, 0].sort().values
+    assert strengths[0] >= 0 and strengths[-1] <= 1.001 and strengths.diff().min() > 0.01
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.1])
@@ -292,7 +302,7 @@ def test_huber_lies_below_squares_and_lines_and_is_one_of_them_in_the_limit(diff
     d, zero = torch.tensor([[difference]], dtype=torch.float32), torch.zeros(1, 1)
     error = pseudo_huber(d, zero, torch.tensor([c])).item()
     square, line = difference**2, 2 * c * abs(difference)
-    assert 0 <= error <= square * (1 + 1e-5) and error <= line * (1 + 1e-5)
+    assert 0 <= error <= square * (1 + 1e-5) + 1e-30 and error <= line * (1 + 1e-5)  # fp32 ends at 1e-38
     if abs(difference) < 1e-3 * c:
         assert error == pytest.approx(square, rel=1e-5, abs=1e-30)
     if abs(difference) > 1e3 * c:
