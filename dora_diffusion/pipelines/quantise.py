@@ -120,7 +120,7 @@ def linear_paths(model: nn.Module) -> list[str]:
 
 def quantised_bytes(model: nn.Module, scheme: str) -> tuple[int, int]:
     """What quantising saves of a model's weights, and the largest layer's dense weight, in bytes."""
-    weights = [model.get_submodule(path).weight for path in linear_paths(model)]
+    weights = [model.get_parameter(f"{path}.weight") for path in linear_paths(model)]
     dense = [weight.numel() * weight.element_size() for weight in weights]
     kept = sum(weight.numel() for weight in weights) * SCHEMES[scheme].bits / 8
     return round(sum(dense) - kept), max(dense, default=0)

@@ -344,7 +344,7 @@ class OptimConfig(_Section):
     max_grad_norm: Number = Field(default=1.0, ge=0)
     """Gradients longer than this are cut to it; 0 = never."""
     min_snr_gamma: Number | None = Field(default=5.0, gt=0)
-    """Gamma of min-SNR weighting (arXiv 2303.09556); null = every timestep weighs the same."""
+    """Gamma of min-SNR weighting (arXiv 2303.09556), loss.weighting min_snr; null = every timestep weighs the same."""
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_no_is_a_word)] = "no"
     """Precision of the frozen weights and activations; what is trained stays fp32."""
     gradient_checkpointing: bool = False
@@ -458,19 +458,94 @@ class GuardConfig(_Section):
     checkpoint is saved and the run stops."""
 
 
+class TimestepsConfig(_Section):
+    """Where in the schedule noise is drawn."""
+
+    min: int = Field(default=0, ge=0, le=999)
+    """The least timestep that is trained, of 1000; 0 is next to no noise."""
+    max: int = Field(default=1000, ge=1, le=1000)
+    """No timestep is above it, and of bases that predict epsilon or v it is itself none. Densities are squeezed in
+    between."""
+    density: Literal["uniform", "logit_normal", "mode", "beta"] | None = None
+    """Density of the timesteps before a flow's shift (arXiv 2403.03206; beta: doi 10.1007/978-3-031-72646-0_7); null =
+    uniform, of a flow what section flow says."""
+    mean: Number = 0.0
+    """Mean of logit_normal; above 0 leans to noise."""
+    std: Number = Field(default=1.0, gt=0)
+    """Deviation of logit_normal."""
+    mode_scale: Number = Field(default=1.29, ge=-1, le=1.75)
+    """How far "mode" is from uniform; 0 = not at all."""
+    alpha: Number = Field(default=1.0, ge=1e-2, le=100)
+    """Of beta, whose mean is alpha / (alpha + beta): the larger, the more noise."""
+    beta: Number = Field(default=1.0, ge=1e-2, le=100)
+    """Of beta: the larger, the less noise."""
+    bias: Number = Field(default=1.0, gt=0, le=100)
+    """Leans any density, to noise above 1 and to detail below, as a flow's shift does; it multiplies that."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TimestepsConfig":
+        if self.min >= self.max:
+            raise ValueError(f"loss.timesteps.min: got {self.min}, expected less than max, which is {self.max}")
+        owners = {"mean": "logit_normal", "std": "logit_normal", "mode_scale": "mode", "alpha": "beta", "beta": "beta"}
+        for name, density in owners.items():
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default and self.density != density:
+                raise ValueError(
+                    f"loss.timesteps.{name}: got {value} with density {self.density or 'null'}, which has none; "
+                    f"expected density {density} beside it"
+                )
+        return self
+
+
+class LossConfig(_Section):
+    """How wrong a prediction is, and of what noise. The validation loss is measured without any of it."""
+
+    kind: Literal["mse", "huber"] = "mse"
+    """mse = the squared error; huber = pseudo-Huber, which forgives what lies far off (arXiv 2403.16728)."""
+    huber_c: Number = Field(default=0.1, ge=1e-4, le=100)
+    """Where squares begin to turn into distances; under a schedule, at the noisiest timestep."""
+    huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
+    """Whether that is everywhere so, or falls from 1 at the clean picture to huber_c."""
+    weighting: Literal["none", "min_snr", "debiased"] = "min_snr"
+    """Weight of each timestep, of bases that predict epsilon or v: min_snr by optim.min_snr_gamma (null there = none);
+    debiased estimation (arXiv 2310.08442). A flow is weighed by flow.weighting."""
+    noise_offset: Number = Field(default=0.0, ge=0, le=1)
+    """Strength of noise that is the same all over a channel, for very dark and bright pictures; 0.05 is usual."""
+    noise_offset_random: bool = False
+    """Draw that strength for each picture, between 0 and noise_offset."""
+    input_perturbation: Number = Field(default=0.0, ge=0, le=1)
+    """Strength of noise in the input that the target does not know of (arXiv 2301.11706); 0.1 is usual."""
+    zero_terminal_snr: bool = False
+    """Let the last timestep be pure noise (arXiv 2305.08891), of bases that predict v; best beside weighting none.
+    Previews and class pictures are drawn so; what is drawn later must be, too: rescaled betas, trailing timesteps."""
+    timesteps: TimestepsConfig = TimestepsConfig()
+    """Where in the schedule noise is drawn."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "LossConfig":
+        if self.huber_schedule != "constant" and self.huber_c > 1:
+            raise ValueError(
+                f"loss.huber_c: got {self.huber_c} with loss.huber_schedule {self.huber_schedule!r}, which falls to it "
+                "from 1; expected at most 1, or 'constant'"
+            )
+        if self.noise_offset_random and not self.noise_offset:
+            raise ValueError("loss.noise_offset_random: got true without loss.noise_offset, expected both or neither")
+        return self
+
+
 class FlowConfig(_Section):
     """Noise of bases that are trained by flow matching (Stable Diffusion 3, FLUX ...); others leave it unused."""
 
     shift: Number | None = Field(default=None, gt=0, le=100)
     """Shift of the timesteps towards noise; null = what the base's scheduler draws with."""
     density: Literal["uniform", "logit_normal", "mode"] = "logit_normal"
-    """Density of the timesteps before the shift (arXiv 2403.03206)."""
+    """Density of the timesteps before the shift, unless loss.timesteps.density says another."""
     logit_mean: Number = 0.0
-    """Mean of logit_normal; above 0 leans to noise."""
+    """The same as loss.timesteps.mean, beside the density here."""
     logit_std: Number = Field(default=1.0, gt=0)
-    """Deviation of logit_normal."""
+    """The same as loss.timesteps.std, beside the density here."""
     mode_scale: Number = Field(default=1.29, ge=-1, le=1.75)
-    """How far "mode" is from uniform; 0 = not at all."""
+    """The same as loss.timesteps.mode_scale, beside the density here."""
     weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none"
     """Weight of each timestep's loss."""
 
@@ -591,6 +666,8 @@ class TrainConfig(_Section):
     """New words."""
     optim: OptimConfig = OptimConfig()
     """How it is trained."""
+    loss: LossConfig = LossConfig()
+    """How wrong a prediction is, and of what noise."""
     flow: FlowConfig = FlowConfig()
     """Noise of bases that are trained by flow matching."""
     guard: GuardConfig = GuardConfig()
@@ -623,6 +700,7 @@ class TrainConfig(_Section):
         if os.path.exists(self.output_dir) and not os.path.isdir(self.output_dir):
             raise ValueError(f"output_dir: got the file {str(self.output_dir)!r}, expected a folder, new or old")
         _refuse_shared_folders(self)
+        _refuse_two_densities(self.loss.timesteps, self.flow)
         if self.prior.mode == "adapter_off":
             _check_asked_with(self.prior, self.words, has_class_pictures=self.has_class_pictures)
         return self
@@ -709,6 +787,16 @@ def _check_weight_norm(limit: float, adapter: AdapterConfig) -> None:
         )
     if not (adapter.train_unet or adapter.train_text_encoder):
         raise ValueError(f"optim.max_weight_norm: got {limit}, but no adapter is trained; expected null")
+
+
+def _refuse_two_densities(timesteps: TimestepsConfig, flow: FlowConfig) -> None:
+    """Of a flow, both sections could say where timesteps lie."""
+    for name in ("density", "logit_mean", "logit_std", "mode_scale"):
+        value = getattr(flow, name)
+        if timesteps.density is not None and value != FlowConfig.model_fields[name].default:
+            raise ValueError(
+                f"flow.{name}: got {value!r} beside loss.timesteps.density, expected one of them: loss.timesteps"
+            )
 
 
 def _check_asked_with(prior: PriorConfig, words: WordsConfig, *, has_class_pictures: bool) -> None:

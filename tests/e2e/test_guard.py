@@ -57,7 +57,7 @@ def config(base: Path, images: Path, output: Path, *, steps: int, **guard) -> Tr
 
 def patched_steps(monkeypatch, before: Callable[[int], object], factors: Factors) -> None:
     """Do something before each step, and multiply the losses of some."""
-    take, measure = TrainingStep.take, training_step.weighted_squared_error
+    take, measure = TrainingStep.take, training_step.weighted_mean
     factor = [1.0]
 
     def taken(self: TrainingStep, step: int) -> float:
@@ -68,7 +68,7 @@ def patched_steps(monkeypatch, before: Callable[[int], object], factors: Factors
         return loss
 
     monkeypatch.setattr(TrainingStep, "take", taken)
-    monkeypatch.setattr(training_step, "weighted_squared_error", lambda *tensors: factor[0] * measure(*tensors))
+    monkeypatch.setattr(training_step, "weighted_mean", lambda *tensors: factor[0] * measure(*tensors))
 
 
 def state_at(run: Path, step: int) -> dict[str, torch.Tensor]:

@@ -18,11 +18,11 @@ from dora_diffusion.pipelines.loading import load_pipeline
 from dora_diffusion.pipelines.textual_inversion import add_words, install_words, load_word
 from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.training.base.trainable import load_base, prepare_trainable
-from dora_diffusion.training.config import FlowConfig, OptimConfig, TrainConfig
-from dora_diffusion.training.run import checkpoint, loop
+from dora_diffusion.training.config import FlowConfig, LossConfig, OptimConfig, TrainConfig
+from dora_diffusion.training.run import checkpoint, loop, previews
 from dora_diffusion.training.run.loop import TrainResult
 from dora_diffusion.training.run.train import train
-from dora_diffusion.training.step import objective, training_step
+from dora_diffusion.training.step import objective, priors, training_step
 from dora_diffusion.training.step.objective import objective_of
 from tests.failing_disk import contents
 from tests.pocket_random import random_pocket_pipeline
@@ -94,10 +94,71 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(base, images, whol
     assert_identical(load_file(tmp_path / "stopped" / newest), load_file(whole.adapter.parent / newest))
 
 
+LOSS = {
+    "kind": "huber",
+    "huber_schedule": "snr",
+    "weighting": "debiased",
+    "noise_offset": 0.1,
+    "noise_offset_random": True,
+    "input_perturbation": 0.1,
+    "zero_terminal_snr": True,
+    "timesteps": {"min": 50, "max": 950, "density": "beta", "alpha": 2.0, "beta": 1.5, "bias": 1.2},
+}
+
+
+def test_a_run_with_every_option_of_loss_and_noise_resumes_bit_for_bit(base, images, whole, tmp_path) -> None:
+    def with_loss(output: Path) -> TrainConfig:
+        return TrainConfig.model_validate({**config(base, images, output).model_dump(), "loss": LOSS})
+
+    through = train(with_loss(tmp_path / "through"))
+    stopped = with_loss(tmp_path / "stopped")
+    train(stopped)
+    cut_short(tmp_path / "stopped")
+    changed = stopped.model_copy(update={"loss": stopped.loss.model_copy(update={"noise_offset": 0.2})})
+    with pytest.raises(ValueError, match="loss.noise_offset was 0.1 and is now 0.2"):
+        train(changed, resume="latest")
+    resumed = train(stopped, resume="latest")
+    assert_identical(load_file(resumed.adapter), load_file(through.adapter))
+    assert resumed.validation == through.validation
+    other = load_file(whole.adapter)
+    assert not any(
+        torch.equal(tensor, other[key]) for key, tensor in load_file(through.adapter).items() if "lora" in key
+    )
+    # measured alike: the pocket's own schedule ends in pure noise as it is
+    assert through.validation[0] == whole.validation[0]
+
+
+def test_zero_terminal_snr_draws_class_pictures_and_previews_by_the_schedule_that_it_trains(
+    images, tmp_path, monkeypatch
+) -> None:
+    pipe, drawn = random_pocket_pipeline(), []
+    changes = {"rescale_betas_zero_snr": False, "timestep_spacing": "leading"}
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
+    pipe.save_pretrained(tmp_path / "base")
+
+    def spied(draw):
+        def drawing(pipe, settings):
+            drawn.append(dict(pipe.scheduler.config))
+            return draw(pipe, settings)
+
+        return drawing
+
+    monkeypatch.setattr(priors, "generate_together", spied(priors.generate_together))
+    monkeypatch.setattr(previews, "generate", spied(previews.generate))
+    fields = config(tmp_path / "base", images, tmp_path / "run", steps=1).model_dump()
+    fields["prior"] = {"class_prompt": "a cat", "class_images": 1}
+    fields["preview"] = {"steps": 1, "prompts": ["a zqx cat"]}
+    fields["loss"] = {"zero_terminal_snr": True, "weighting": "none"}
+    train(TrainConfig.model_validate(fields))
+    assert len(drawn) == 3  # a class picture, a preview before and one after
+    assert {(one["rescale_betas_zero_snr"], one["timestep_spacing"]) for one in drawn} == {(True, "trailing")}
+    assert "rescale_betas_zero_snr=True" in (tmp_path / "run" / "README.md").read_text()
+
+
 def test_a_signal_leaves_a_checkpoint_of_the_step_under_way(base, images, whole, tmp_path, monkeypatch) -> None:
     settings = config(base, images, tmp_path / "stopped")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training_step, "weighted_squared_error", _signalling(training_step.weighted_squared_error))
+        patch.setattr(training_step, "weighted_mean", _signalling(training_step.weighted_mean))
         train(settings)
     assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["step-00000001"]
     resumed = train(settings, resume="latest")
@@ -107,7 +168,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_step_under_way(base, images, whole,
 def test_a_stop_does_not_wait_for_previews(base, images, tmp_path, monkeypatch) -> None:
     watched: list[int] = []
     monkeypatch.setattr(loop.Watchers, "watch", lambda watchers, step: watched.append(step))
-    monkeypatch.setattr(training_step, "weighted_squared_error", _signalling(training_step.weighted_squared_error))
+    monkeypatch.setattr(training_step, "weighted_mean", _signalling(training_step.weighted_mean))
     with pytest.raises(KeyboardInterrupt):
         train(config(base, images, tmp_path / "run"))
     assert watched == [0]
@@ -115,7 +176,7 @@ def test_a_stop_does_not_wait_for_previews(base, images, tmp_path, monkeypatch) 
 
 
 def test_a_signal_in_the_last_step_does_not_keep_the_run_from_its_files(base, images, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(training_step, "weighted_squared_error", _signalling(training_step.weighted_squared_error))
+    monkeypatch.setattr(training_step, "weighted_mean", _signalling(training_step.weighted_mean))
     assert train(config(base, images, tmp_path / "run", steps=1)).adapter.is_file()
 
 
@@ -203,9 +264,9 @@ def test_resuming_with_other_settings_names_the_difference(base, images, tmp_pat
 def test_a_run_makes_its_objective_once(base, images, tmp_path, monkeypatch) -> None:
     made: list[int] = []
 
-    def counted(pipe: object, optim: OptimConfig, flow: FlowConfig, *, tokens: int) -> object:
+    def counted(pipe: object, optim: OptimConfig, flow: FlowConfig, loss: LossConfig, *, tokens: int) -> object:
         made.append(tokens)
-        return objective_of(pipe, optim, flow, tokens=tokens)
+        return objective_of(pipe, optim, flow, loss, tokens=tokens)
 
     monkeypatch.setattr(objective, "objective_of", counted)
     train(config(base, images, tmp_path / "run", steps=1))
@@ -303,7 +364,7 @@ def test_a_checkpoint_from_before_a_section_was_added_is_resumed(base, images, t
 
     def as_it_was(given: TrainConfig) -> dict[str, object]:
         parts = now(given)
-        del parts["flow"], parts["words"], parts["optim"]["words_learning_rate"]
+        del parts["flow"], parts["loss"], parts["words"], parts["optim"]["words_learning_rate"]
         return parts
 
     now = checkpoint.resumable_part

@@ -1,6 +1,7 @@
 """diffusers' `train_dreambooth_lora*.py`: a shell script, or any text, with the command and its flags.
 
-Read in huggingface/diffusers: examples/dreambooth/train_dreambooth_lora{,_sdxl,_sd3,_flux,_qwen_image}.py.
+Read in huggingface/diffusers: examples/dreambooth/train_dreambooth_lora{,_sdxl,_sd3,_flux,_qwen_image}.py,
+examples/advanced_diffusion_training, examples/research_projects/scheduled_huber_loss_training.
 """
 
 import math
@@ -27,8 +28,10 @@ from dora_diffusion.training.import_config.records import (
 )
 from dora_diffusion.training.import_config.values import (
     flag,
+    loss_kind,
     model_name,
     number,
+    of_huber,
     precision,
     real,
     refuse_factor,
@@ -194,7 +197,7 @@ def _dataset(value: Any, source: Source) -> Answer:
 
 def _weighting(value: Any, source: Source) -> Answer:
     kind = text(value).lower()
-    settings: dict[str, Any] = {"flow.density": kind if kind in {"logit_normal", "mode"} else "uniform"}
+    settings: dict[str, Any] = {"loss.timesteps.density": kind if kind in {"logit_normal", "mode"} else "uniform"}
     if kind in {"sigma_sqrt", "cosmap"}:
         settings["flow.weighting"] = kind
     return several(settings)
@@ -204,9 +207,10 @@ def _of_weighting(name: str, scheme: str) -> Row:
     def convert(value: Any, source: Source) -> Answer:
         if source.get("weighting_scheme") != scheme:
             return needless("not used with that weighting_scheme")
-        return to(f"flow.{name}", real(value))
+        return to(ours, real(value))
 
-    return Row(name, (f"flow.{name}",), f"with {scheme}", convert, 0.5, beside={"weighting_scheme": scheme})
+    ours = f"loss.timesteps.{name.removeprefix('logit_')}"
+    return Row(name, (ours,), f"with {scheme}", convert, 0.5, beside={"weighting_scheme": scheme})
 
 
 def _validation_epochs(value: Any, source: Source) -> Answer:
@@ -368,7 +372,11 @@ ROWS: tuple[Row, ...] = (
     ),
     copied("max_grad_norm", "optim.max_grad_norm", 0.5, read=real),
     Row("snr_gamma", ("optim.min_snr_gamma",), "without it null", _gamma, 5.0, unset=0),
-    Row("weighting_scheme", ("flow.density", "flow.weighting"), "", _weighting, "logit_normal"),
+    copied("noise_offset", "loss.noise_offset", 0.05, read=real, says="of the advanced scripts"),
+    Row("loss_type", ("loss.kind",), "huber is that of the scheduled Huber scripts", loss_kind, "huber"),
+    of_huber("huber_c", "loss.huber_c", real, 0.2),
+    of_huber("huber_schedule", "loss.huber_schedule", text, "constant"),
+    Row("weighting_scheme", ("loss.timesteps.density", "flow.weighting"), "", _weighting, "logit_normal"),
     _of_weighting("logit_mean", "logit_normal"),
     _of_weighting("logit_std", "logit_normal"),
     _of_weighting("mode_scale", "mode"),

@@ -2,10 +2,10 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dora_diffusion.training.import_config.records import Answer, Source, needless, several, to
+from dora_diffusion.training.import_config.records import Answer, Row, Source, needless, several, to
 from dora_diffusion.utils.text import shown_value
 
 LATENT = 8
@@ -207,3 +207,22 @@ def model_name(value: Any, source: Source) -> Answer:
     name = text(value)
     says = "a pickle: make a .safetensors file of it first" if name.lower().endswith((".ckpt", ".pt", ".bin")) else ""
     return to("model", name, says)
+
+
+def loss_kind(value: Any, source: Source) -> Answer:
+    """`l2` and `huber`, as sd-scripts and the scripts of scheduled Huber call them."""
+    kind = text(value).lower()
+    if kind not in {"l2", "mse", "huber"}:
+        raise ValueError(f"got {kind}, expected l2 or huber: the nearest is `loss.kind: huber`, with a small huber_c")
+    return to("loss.kind", "huber" if kind == "huber" else "mse")
+
+
+def of_huber(name: str, ours: str, read: Callable[[Any], Any], example: Any) -> Row:
+    """A row that counts with `loss_type: huber` alone."""
+
+    def convert(value: Any, source: Source) -> Answer:
+        if str(source.get("loss_type", "l2")).lower() != "huber":
+            return needless("with loss_type huber")
+        return to(ours, read(value))
+
+    return Row(name, (ours,), "with loss_type huber", convert, example, beside={"loss_type": "huber"})

@@ -50,7 +50,7 @@ def run_card(
 Trained by dora_diffusion: {made}{config.optim.steps} steps of
 batch {config.optim.batch_size} x {config.optim.gradient_accumulation}, learning rate {config.optim.rate:g},
 instance prompt `{prompt}`. Everything else stands in `config.yaml`; `samples/strip.png` shows the way.
-{_on_top_of(config, below)}
+{_on_top_of(config, below)}{_to_pure_noise(config)}
 ```
 dora-diffusion generate --model {config.model} {" ".join(files)} \\
     --prompt "{example}" --output out.png
@@ -59,6 +59,17 @@ dora-diffusion generate --model {config.model} {" ".join(files)} \\
 | step | loss on fixed noise |
 | --- | --- |
 {losses}
+"""
+
+
+def _to_pure_noise(config: TrainConfig) -> str:
+    """What must be set to draw what was trained."""
+    if not config.loss.zero_terminal_snr:
+        return ""
+    return """
+It was trained down to pure noise (zero terminal SNR, arXiv 2305.08891). Draw it with v_prediction and a scheduler of
+`rescale_betas_zero_snr=True` and `timestep_spacing="trailing"`; in ComfyUI that is `ModelSamplingDiscrete` with zsnr.
+Otherwise pictures are neither as dark nor as bright as they could be.
 """
 
 

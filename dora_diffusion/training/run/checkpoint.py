@@ -82,7 +82,8 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
 
 def resumable_part(config: TrainConfig) -> dict[str, Any]:
     """The settings that make up a run; previews are not among them, nor where pictures and caches lie."""
-    parts = config.model_dump(mode="json", include={"model", "data", "prior", "adapter", "words", "optim", "flow"})
+    sections = {"model", "data", "prior", "adapter", "words", "optim", "loss", "flow"}
+    parts = config.model_dump(mode="json", include=sections)
     parts["base"] = {"quantise": config.base.quantise}  # its weights and adapters are compared by their bytes
     for section, keys in _PLACES.items():
         for key in keys:

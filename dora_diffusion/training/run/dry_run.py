@@ -53,7 +53,8 @@ def describe_plan(config: TrainConfig) -> str:
     below = plan_below(pipe, config.base.adapters)
     trainable = prepare_trainable(pipe, config, from_start=False)
     started = plan_start(trainable.injections, config.adapter, trainable.family.name)
-    objective_of(trainable.pipe, config.optim, config.flow, tokens=1)  # raises for a scheduler that cannot be trained
+    # raises for a scheduler that cannot be trained
+    objective_of(trainable.pipe, config.optim, config.flow, config.loss, tokens=1)
     parameter_groups(trainable, config.optim, config.words)  # raises for a pattern that names no layer
     sized = in_buckets(examples, config.data, sizes_of(trainable.pipe))
     optim = config.optim

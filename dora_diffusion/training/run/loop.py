@@ -57,7 +57,8 @@ class Run:
             optimizer=optimizer,
             guard=guard,
         )
-        self.validation = Validation(config.validation, self.step, source, examples.validation or examples.train)
+        measured = examples.validation or examples.train
+        self.validation = Validation(config.validation, self.step, source, measured, objective_of=objectives.measuring)
         samples, last = self.folder / "samples", config.optim.steps
         self.watchers = Watchers(accelerator, trainable, self.validation, config.preview, samples=samples, last=last)
         self.state = checkpoint.TrainingState(

@@ -27,7 +27,7 @@ from dora_diffusion.training.run.identity import (
 )
 from dora_diffusion.training.run.loop import Run
 from dora_diffusion.training.run.resumption import Comparison, extended, find_saved
-from dora_diffusion.training.step.objective import Objectives
+from dora_diffusion.training.step.objective import Objectives, with_zero_terminal_snr
 from dora_diffusion.training.step.optimisers import check_optimizer
 from dora_diffusion.training.step.priors import ensure_class_examples
 from dora_diffusion.utils.atomic import recover
@@ -107,9 +107,11 @@ def _train(config: TrainConfig, accelerator: Accelerator, wanted: _Wanted) -> Tr
     base = base_identity(pipe)
     below = lay_below(pipe, config.base.adapters)
     quantise_base(pipe, config.base, accelerator.device)
-    objectives = Objectives(pipe, config.optim, config.flow)
+    objectives = Objectives(pipe, config.optim, config.flow, config.loss)
     sized = _sized(split, config, sizes_of(pipe))
     objectives.of(sized.train[0].size)  # raises for a scheduler that cannot be trained, before anything is drawn
+    if config.loss.zero_terminal_snr:
+        pipe.scheduler = with_zero_terminal_snr(pipe.scheduler)
     rank, ranks = accelerator.process_index, accelerator.num_processes
     drawn = ensure_class_examples(pipe, config, process=rank, processes=ranks)
     late = {"class pictures": examples_identity(config, [("class", one) for one in drawn]), "base": base}

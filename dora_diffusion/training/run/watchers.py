@@ -1,11 +1,12 @@
 """What looks at a run from outside: the validation loss and previews, when they are due."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
 from accelerate import Accelerator
 
+from dora_diffusion.functional.objectives import Objective
 from dora_diffusion.training.base.trainable import TrainablePipeline
 from dora_diffusion.training.config import PreviewConfig, ValidationConfig
 from dora_diffusion.training.data.batches import BatchSource, step_seed
@@ -22,14 +23,24 @@ def due(step: int, every: int, last: int) -> bool:
 class Validation:
     """The mean loss on some examples at noises and timesteps that never change, so that runs compare.
 
+    It is measured by `Objectives.measuring`, without the section `loss` that is trained by: a Huber loss, an offset or
+    half of the timesteps would make it a number of another kind, and hide what a run loses where it does not train.
+
     Attributes:
         losses: (step, loss) pairs so far.
     """
 
     def __init__(
-        self, settings: ValidationConfig, step: TrainingStep, source: BatchSource, examples: Sequence[Example]
+        self,
+        settings: ValidationConfig,
+        step: TrainingStep,
+        source: BatchSource,
+        examples: Sequence[Example],
+        *,
+        objective_of: Callable[[tuple[int, int]], Objective],
     ) -> None:
         self._settings, self._step, self._source, self._examples = settings, step, source, examples
+        self._objective_of = objective_of
         self.losses: list[tuple[int, float]] = []
         source.keep_captions(example.caption for example in examples)
 
@@ -54,7 +65,8 @@ class Validation:
     def _loss(self, index: int, repeat: int) -> float:
         seed = step_seed(0, index * 1000 + repeat, 3)
         shown = self._source.measured(self._examples[index], Random(seed), place=f"measured {index}/{repeat}")
-        return self._step.loss(self._source.batch_of([shown]), seed=seed).item()
+        batch = self._source.batch_of([shown])
+        return self._step.loss(batch, seed=seed, objective=self._objective_of(batch.size)).item()
 
 
 class Watchers:

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dora_diffusion.functional.objectives import Objective, weighted_squared_error
+from dora_diffusion.functional.objectives import Objective, weighted_mean
 from dora_diffusion.training.base.trainable import PRECISIONS, TrainablePipeline
 from dora_diffusion.training.config import OptimConfig
 from dora_diffusion.training.data.batches import Batch, step_seed
@@ -104,19 +104,27 @@ class TrainingStep:
         count, ranks = self._optim.gradient_accumulation, self._accelerator.num_processes
         return [(step * count + micro) * ranks + self._accelerator.process_index for micro in range(count)]
 
-    def loss(self, batch: Batch, *, seed: int) -> Tensor:
-        """Sample a noise and a timestep for each latent, noise it, predict, compare."""
+    def loss(self, batch: Batch, *, seed: int, objective: Objective | None = None) -> Tensor:
+        """Sample a noise and a timestep for each latent, noise it, predict, compare.
+
+        Args:
+            batch: whose share does not count yet.
+            seed: of all that is drawn.
+            objective: another than that of the run.
+        """
         generator = torch.Generator().manual_seed(seed)
-        objective, latents = self._objective_of(batch.size), batch.latents.float()
-        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        objective, latents = objective or self._objective_of(batch.size), batch.latents.float()
+        plain = torch.randn(latents.shape, generator=generator).to(latents.device)
         timesteps = objective.timesteps(len(latents), generator).to(latents.device)
-        noisy = objective.add_noise(latents, noise, timesteps)
-        goal = objective.target(latents, noise, timesteps)
+        noise = objective.noise.apply(plain, generator)
+        noisy = objective.add_noise(latents, noise.added, timesteps)
+        goal = objective.target(latents, noise.aimed_at, timesteps)
         if batch.untrained is not None:
             with self._trainable.base_alone():
                 goal = self._predicted(noisy, timesteps, batch.untrained, batch.frames)
         predicted = self._predicted(noisy, timesteps, batch.conditioning, batch.frames)
-        return weighted_squared_error(predicted, goal, batch.weights * objective.weights(timesteps), batch.masks)
+        errors = objective.errors(predicted, goal, timesteps)
+        return weighted_mean(errors, batch.weights * objective.weights(timesteps), batch.masks)
 
     def _predicted(
         self, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], frames: Tensor

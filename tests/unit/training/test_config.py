@@ -212,6 +212,38 @@ def test_bad_arguments(arguments: list[str], message: str) -> None:
             "expected 0, or 'constant_with_warmup'",
         ),
         (
+            "loss: {timesteps: {min: 500, max: 500}}\n",
+            "run.yaml:4: loss.timesteps.min: got 500, expected less than max, which is 500",
+        ),
+        (
+            "loss:\n  timesteps:\n    mean: 0.5\n",
+            "run.yaml:6: loss.timesteps.mean: got 0.5 with density null, which has none; expected density logit_normal "
+            "beside it",
+        ),
+        (
+            "loss: {timesteps: {density: mode, alpha: 2}}\n",
+            "run.yaml:4: loss.timesteps.alpha: got 2.0 with density mode, which has none; expected density beta "
+            "beside it",
+        ),
+        (
+            "loss: {timesteps: {density: uniform}}\nflow:\n  logit_mean: 1\n",
+            "run.yaml:6: flow.logit_mean: got 1.0 beside loss.timesteps.density, expected one of them: loss.timesteps",
+        ),
+        (
+            "loss:\n  kind: huber\n  huber_c: 2\n",
+            "run.yaml:6: loss.huber_c: got 2.0 with loss.huber_schedule 'snr', which falls to it from 1; expected at "
+            "most 1, or 'constant'",
+        ),
+        (
+            "loss: {noise_offset_random: true}\n",
+            "run.yaml:4: loss.noise_offset_random: got true without loss.noise_offset, expected both or neither",
+        ),
+        ("loss:\n  kind: l1\n", "run.yaml:5: loss.kind: got 'l1', expected 'mse' or 'huber'"),
+        (
+            "loss:\n  noise_ofset: 0.1\n",
+            "run.yaml:5: loss.noise_ofset: no such key; did you mean loss.noise_offset?",
+        ),
+        (
             "optim:\n  warmup_steps: 5\n  steps: 4\n",
             "run.yaml:5: optim.warmup_steps: got 5, expected at most optim.steps, which is 4",
         ),

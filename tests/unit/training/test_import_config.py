@@ -264,7 +264,7 @@ def test_a_training_toml_of_kohya(folder: Path) -> None:
     assert settings["optim.weight_decay"] == 0.1 and settings["optim.min_snr_gamma"] is None
     assert settings["preview.prompts"] == ["a robot", "a car"]
     assert (settings["preview.seed"], settings["preview.guidance_scale"], settings["preview.steps"]) == (7, 3.5, 12)
-    assert line(found, "training_arguments.noise_offset").answer.kind == "lost"
+    assert settings["loss.noise_offset"] == 0.05
     assert line(found, "training_arguments.color_aug").answer.kind == "needless"
     assert line(found, "training_arguments.frobnicate").answer.kind == "unknown"
     said = report(found)
@@ -499,7 +499,7 @@ def test_flux_of_kohya_is_a_transformer_beside_a_base(folder: Path) -> None:
     settings = found.settings
     assert settings["model"] == "black-forest-labs/FLUX.1-dev"
     assert settings["base.transformer"] == "flux1-dev.safetensors" and settings["base.vae"] == "ae.safetensors"
-    assert (settings["flow.density"], settings["flow.shift"], settings["flow.logit_std"]) == (
+    assert (settings["loss.timesteps.density"], settings["flow.shift"], settings["loss.timesteps.std"]) == (
         "logit_normal",
         3.1582,
         1.5,
@@ -510,7 +510,48 @@ def test_flux_of_kohya_is_a_transformer_beside_a_base(folder: Path) -> None:
 
 def test_flux_of_kohya_draws_timesteps_evenly_where_nothing_is_said(folder: Path) -> None:
     settings = imported(folder, "flux.json", {"network_module": "networks.lora_flux"}).settings
-    assert settings["flow.density"] == "uniform" and settings["flow.shift"] == 3.0
+    assert settings["loss.timesteps.density"] == "uniform" and settings["flow.shift"] == 3.0
+
+
+FLUX = {"network_module": "networks.lora_flux"}
+SD3 = {"network_module": "networks.lora_sd3"}
+HUBER = {"loss_type": "huber", "huber_c": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (
+            {"noise_offset": 0.05, "noise_offset_random_strength": True},
+            {"noise_offset": 0.05, "noise_offset_random": True},
+        ),
+        ({"noise_offset": 0.05, "noise_offset_type": "Multires", "noise_offset_random_strength": True}, {}),
+        ({**FLUX, "noise_offset": 0.05, "min_timestep": 100, "zero_terminal_snr": True}, {}),
+        ({"min_timestep": 100, "max_timestep": 500}, {"timesteps.min": 100, "timesteps.max": 500}),
+        ({"min_timestep": 0, "max_timestep": 1000}, {}),
+        ({"min_timestep": 500, "max_timestep": 500}, {"timesteps.max": 500}),  # ours has none between
+        ({**SD3, "max_timestep": 500, "ip_noise_gamma": 0.1}, {"timesteps.max": 500, "timesteps.density": "uniform"}),
+        (
+            {**HUBER, "huber_schedule": "constant", "huber_scale": 2},
+            {"kind": "huber", "huber_c": 0.4, "huber_schedule": "constant"},
+        ),
+        ({**HUBER, "huber_scale": 2}, {"kind": "huber", "huber_c": 0.2}),
+        ({**HUBER, "loss_type": "smooth_l1"}, {}),
+        ({**HUBER, "loss_type": "l2"}, {"kind": "mse"}),
+        ({"debiased_estimation_loss": True}, {"weighting": "debiased"}),
+        ({"debiased_estimation_loss": True, "v_parameterization": True}, {}),
+        ({"debiased_estimation_loss": True, "min_snr_gamma": 5}, {}),
+        ({"zero_terminal_snr": True, "v_parameterization": True}, {"zero_terminal_snr": True}),
+        ({"zero_terminal_snr": True}, {}),
+    ],
+)
+def test_losses_and_noise_of_kohya(folder: Path, data: dict[str, Any], expected: dict[str, Any]) -> None:
+    settings = imported(folder, "a.json", {"network_dim": 4, "ip_noise_gamma": 0.1, **data}).settings
+    found = {key.removeprefix("loss."): value for key, value in settings.items() if key.startswith("loss.")}
+    if data.get("network_module") == "networks.lora_flux":
+        expected = {**expected, "timesteps.density": "uniform"}
+    perturbed = {} if "sd3" in str(data) else {"input_perturbation": 0.1}
+    assert found == {**perturbed, **expected}
 
 
 # ai-toolkit
@@ -571,7 +612,7 @@ def test_a_job_of_ai_toolkit(folder: Path) -> None:
     assert settings["preview.prompts"] == ["zqx holding a sign"]
     assert settings["data.resolution"] == [512, 768] and settings["data.cache_dir"] == "cache"
     assert settings["data.mask_outside"] == 0.1
-    assert (settings["flow.density"], settings["flow.shift"]) == ("logit_normal", 1.0)
+    assert (settings["loss.timesteps.density"], settings["flow.shift"]) == ("logit_normal", 1.0)
     assert settings["adapter.use_dora"] is False and settings["adapter.target_modules"] == "all-linear"
     assert settings["output_dir"] == "output/my_first_lora"
     assert settings["optim.optimizer"] == "adamw8bit" and settings["optim.ema_decay"] == 0.99
@@ -597,6 +638,47 @@ def test_dora_of_ai_toolkit(folder: Path) -> None:
     settings = imported(folder, "job.yaml", text).settings
     assert settings["adapter.use_dora"] is True
     assert settings["adapter.rank"] == 8 and settings["adapter.alpha"] == 4
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ("noise_scheduler: ddpm, content_or_style: style", {"density": "beta", "alpha": 1 / 3}),
+        ("noise_scheduler: ddpm, content_or_style: content", {"density": "beta", "beta": 1 / 3}),
+        ("timestep_type: linear, content_or_style: content", {"density": "beta", "beta": 1 / 3}),
+        ("timestep_type: sigmoid, content_or_style: content", {"density": "logit_normal"}),
+        ("timestep_type: shift, content_or_style: balanced", {"density": "uniform"}),
+        ("timestep_type: linear, min_denoising_steps: 100", {"density": "uniform", "max": 900}),
+        ("noise_scheduler: ddpm, max_denoising_steps: 400", {"min": 600}),
+        ("timestep_type: shift, max_denoising_steps: 400", {"density": "uniform"}),
+    ],
+)
+def test_timesteps_of_ai_toolkit(folder: Path, train: str, expected: dict[str, Any]) -> None:
+    process = f"{{datasets: [{{folder_path: plain}}], train: {{noise_scheduler: flowmatch, {train}}}}}"
+    if "ddpm" in train:
+        process = process.replace("noise_scheduler: flowmatch, ", "")
+    found = imported(folder, "job.yaml", f"job: extension\nconfig: {{name: x, process: [{process}]}}\n").settings
+    assert {key: value for key, value in found.items() if key.startswith("loss.timesteps.")} == {
+        f"loss.timesteps.{key}": value for key, value in expected.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ("noise_offset: 0.05", {"noise_offset": 0.05}),
+        ("random_noise_shift: 0.05", {"noise_offset": 0.05}),
+        ("noise_offset: 0.05, random_noise_shift: 0.1", {"noise_offset": 0.05}),
+        ("loss_type: pseudo_huber", {"kind": "huber", "huber_c": 0.01, "huber_schedule": "constant"}),
+        ("loss_type: wavelet", {}),
+    ],
+)
+def test_losses_and_noise_of_ai_toolkit(folder: Path, train: str, expected: dict[str, Any]) -> None:
+    process = f"{{datasets: [{{folder_path: plain}}], train: {{{train}}}}}"
+    found = imported(folder, "job.yaml", f"job: extension\nconfig: {{name: x, process: [{process}]}}\n").settings
+    assert {key: value for key, value in found.items() if key.startswith("loss.")} == {
+        f"loss.{key}": value for key, value in expected.items()
+    }
 
 
 # OneTrainer
@@ -645,7 +727,11 @@ def test_a_configuration_of_one_trainer(folder: Path) -> None:
     assert settings["optim.text_encoder_learning_rate"] == {"text_encoder_2": 1e-5}
     assert settings["adapter.use_dora"] is True and settings["adapter.alpha"] == 1
     assert settings["adapter.target_modules"] == "all"
-    assert (settings["flow.logit_mean"], settings["flow.logit_std"], settings["flow.shift"]) == (0.5, 1.25, None)
+    assert (settings["loss.timesteps.mean"], settings["loss.timesteps.std"], settings["flow.shift"]) == (
+        0.5,
+        1.25,
+        None,
+    )
     assert settings["output_dir"] == "runs/robot"
     assert found.data()["data"]["concepts"] == [
         {"dir": "plain", "repeats": 3, "weight": 0.5},
@@ -655,6 +741,39 @@ def test_a_configuration_of_one_trainer(folder: Path) -> None:
     assert settings["data.flip"] is True and settings["data.upscale"] is True
     assert settings["data.resolution"] == [512, 768] and settings["data.mask_outside"] == 0.05
     assert "hunter2" not in report(found)
+
+
+XL = {"training_method": "LORA", "model_type": "STABLE_DIFFUSION_XL_10_BASE", "concepts": [{"path": "plain"}]}
+V = {"model_type": "STABLE_DIFFUSION_21"}
+BETA = {"timestep_distribution": "BETA", "noising_weight": 0.8, "noising_bias": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"loss_weight_fn": "DEBIASED_ESTIMATION"}, {"weighting": "debiased"}),
+        ({**V, "loss_weight_fn": "DEBIASED_ESTIMATION"}, {}),
+        ({"offset_noise_weight": 0.05, "perturbation_noise_weight": 0.1}, {"noise_offset": 0.05}),
+        ({"offset_noise_weight": 0.05, "generalized_offset_noise": True}, {}),
+        ({**V, "rescale_noise_scheduler_to_zero_terminal_snr": True}, {"zero_terminal_snr": True}),
+        ({"rescale_noise_scheduler_to_zero_terminal_snr": True}, {}),
+        ({"min_noising_strength": 0.1, "max_noising_strength": 0.9}, {"timesteps.min": 100, "timesteps.max": 900}),
+        ({"min_noising_strength": 0.1, "timestep_shift": 3.0}, {"timesteps.bias": 3.0}),
+        (BETA, {"timesteps.density": "beta", "timesteps.alpha": 0.8, "timesteps.beta": 1.0}),
+        (
+            {"timestep_distribution": "HEAVY_TAIL", "noising_weight": 0.5},
+            {"timesteps.density": "mode", "timesteps.mode_scale": 0.5},
+        ),
+        ({"timestep_distribution": "COS_MAP"}, {}),
+        ({"timestep_distribution": "UNIFORM"}, {}),
+    ],
+)
+def test_losses_and_noise_of_one_trainer(folder: Path, data: dict[str, Any], expected: dict[str, Any]) -> None:
+    settings = imported(folder, "config.json", {**XL, **data}).settings
+    assert {key: value for key, value in settings.items() if key.startswith("loss.")} == {
+        f"loss.{key}": value for key, value in expected.items()
+    }
+    assert settings.get("flow.shift") is None
 
 
 def test_concepts_of_one_trainer_may_lie_in_a_file_of_their_own(folder: Path) -> None:

@@ -254,7 +254,7 @@ class Trained:
             config.optim,
             self.accelerator,
             self.trainable,
-            Objectives(pipe, config.optim, config.flow).of,
+            Objectives(pipe, config.optim, config.flow, config.loss).of,
             batches_at=self.source.batches_at,
             optimizer=optimizer,
             guard=Guard(config.guard, self.trainable.named_tensors(), optimizer),
@@ -300,6 +300,29 @@ def test_all_class_pictures_are_seen_however_few_the_instances(images) -> None:
     trained = Trained(random_pocket_pipeline(), config, one, classes)
     chosen = [trained.source._chosen_at(index)[1][0].caption for index in range(6)]
     assert sorted(chosen) == sorted(example.caption for example in classes)
+
+
+NOISY = {"noise_offset": 0.1, "noise_offset_random": True, "input_perturbation": 0.1}
+HUBERS = [
+    {"kind": "huber", "huber_c": c, "huber_schedule": schedule, **NOISY}
+    for c in (1e-4, 0.1)
+    for schedule in ("constant", "exponential", "snr")
+]
+
+
+@pytest.mark.parametrize("loss", [NOISY, *HUBERS])
+@pytest.mark.parametrize("kind", ["pocket", "sd3"])
+def test_adapter_off_costs_exactly_nothing_at_first_by_any_loss(images, kind: str, loss: dict) -> None:
+    pipe = random_pocket_pipeline() if kind == "pocket" else PIPELINES[kind].build()
+    trained = Trained(pipe, config_of(images, OFF, {"dropout": 0.2}, loss=loss), examples_of(images))
+    learnt, kept = trained.source.batches_at(0)
+    assert trained.step.loss(learnt, seed=1) > 0
+    nothing = trained.step.loss(kept, seed=1)
+    assert nothing.item() == 0.0
+    nothing.backward()
+    assert all(torch.count_nonzero(p.grad) == 0 for p in trained.trainable.parameters() if p.grad is not None)
+    trained.disturb()
+    assert trained.step.loss(kept, seed=1) > 0
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])

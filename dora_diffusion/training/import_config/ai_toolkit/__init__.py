@@ -6,11 +6,12 @@ toolkit/scheduler.py, toolkit/prompt_utils.py, toolkit/samplers/, jobs/process/B
 
 from dora_diffusion.training.import_config.ai_toolkit.data import DATASETS, JOB, MODEL
 from dora_diffusion.training.import_config.ai_toolkit.network import NETWORK
+from dora_diffusion.training.import_config.ai_toolkit.noise import NOISE
 from dora_diffusion.training.import_config.ai_toolkit.reading import read
 from dora_diffusion.training.import_config.ai_toolkit.run import SAVE
 from dora_diffusion.training.import_config.ai_toolkit.train import TRAIN
 from dora_diffusion.training.import_config.records import Row, Tool
 
-ROWS: tuple[Row, ...] = (*JOB, *NETWORK, *DATASETS, *TRAIN, *MODEL, *SAVE)
+ROWS: tuple[Row, ...] = (*JOB, *NETWORK, *DATASETS, *TRAIN, *NOISE, *MODEL, *SAVE)
 
 AI_TOOLKIT = Tool("ai-toolkit", "a job's YAML", ROWS, read)

@@ -9,7 +9,6 @@ from dora_diffusion.training.import_config.records import (
     Row,
     Source,
     copied,
-    is_off,
     needless,
     several,
     to,
@@ -75,32 +74,6 @@ def _ratio(value: Any, source: Source) -> Answer:
     return needless("1, as here") if number(value) == 1 else to("optim.gradient_accumulation", whole(value))
 
 
-def _is_flow(source: Source) -> bool:
-    return "flow" in str(source.get("train.noise_scheduler", "ddpm")).lower()
-
-
-def _timestep_type(value: Any, source: Source) -> Answer:
-    if not _is_flow(source):
-        return needless("of flow matching alone")
-    if flag(source.get("train.linear_timesteps", False)):
-        return needless("linear_timesteps decides")
-    kind = text(value).lower()
-    if kind == "sigmoid":
-        return several({"flow.density": "logit_normal", "flow.shift": 1.0})
-    if kind in {"linear", "weighted"}:
-        says = "without its weights" if kind == "weighted" else ""
-        return several({"flow.density": "uniform", "flow.shift": 1.0}, says)
-    if kind in {"shift", "flux_shift", "lumina2_shift"}:
-        return to("flow.density", "uniform", "with the shift that the base draws with")
-    raise ValueError(f"got {kind}, expected sigmoid, linear or shift")
-
-
-def _linear(value: Any, source: Source) -> Answer:
-    if not flag(value):
-        return needless("off there too")
-    return several({"flow.density": "uniform", "flow.shift": 1.0}, "without its weights")
-
-
 def _preservation(value: Any, source: Source) -> Answer:
     if not flag(value):
         return needless("off there too")
@@ -122,10 +95,6 @@ def _of(switch: str, key: str, read_value: Any) -> Any:
         return to(key, read_value(value))
 
     return convert
-
-
-def _gamma(value: Any, source: Source) -> Answer:
-    return to("optim.min_snr_gamma", None if is_off(value) else real(value))
 
 
 def _optimiser(value: Any, source: Source) -> Answer:
@@ -215,8 +184,6 @@ TRAIN: list[Row] = [
     ),
     *without("no counterpart", "train.lr_scheduler_params.*", example=3),
     copied("train.max_grad_norm", "optim.max_grad_norm", 0.5, read=real),
-    Row("train.min_snr_gamma", ("optim.min_snr_gamma",), "not given = null", _gamma, 5.0, unset=0),
-    *without("set `optim.min_snr_gamma`", "train.snr_gamma train.learnable_snr_gos", example=5.0),
     copied("train.dtype", "optim.mixed_precision", "bf16", read=precision),
     copied("train.gradient_checkpointing", "optim.gradient_checkpointing", False, read=flag, unset=True),
     Row(
@@ -225,39 +192,6 @@ TRAIN: list[Row] = [
         "the base's own says what its denoiser predicts",
         lambda value, source: needless("the base's own scheduler decides"),
         "flowmatch",
-    ),
-    Row(
-        "train.timestep_type",
-        ("flow.density", "flow.shift"),
-        "sigmoid: logit_normal, shift 1; linear: uniform, shift 1; shift: uniform, the base's own",
-        _timestep_type,
-        "sigmoid",
-        beside={"train.noise_scheduler": "flowmatch"},
-        unset="sigmoid",
-    ),
-    Row(
-        "train.linear_timesteps", ("flow.density", "flow.shift"), "uniform, shift 1, without its weights", _linear, True
-    ),
-    *without("set `flow.density: uniform`", "train.linear_timesteps2", example=True),
-    *without(
-        "timesteps lean with `flow.logit_mean`: above 0 to noise, so to composition, below 0 to detail",
-        "train.content_or_style train.content_or_style_reg",
-        off=("balanced",),
-        example="style",
-    ),
-    *without(
-        "no counterpart yet: every timestep is drawn",
-        "train.min_denoising_steps train.max_denoising_steps",
-        off=(999, 1000),
-        example=500,
-    ),
-    *without(
-        "no counterpart yet: plain Gaussian noise is added here",
-        (
-            "train.noise_offset train.random_noise_shift train.random_noise_multiplier "
-            "train.force_consistent_noise train.blended_blur_noise train.dynamic_noise_offset"
-        ),
-        example=0.05,
     ),
     *without(
         "no counterpart: noise and latents are what the base's own are",
@@ -268,12 +202,6 @@ TRAIN: list[Row] = [
         ),
         off=(1, 1.0),
         example=0.9,
-    ),
-    *without(
-        "no counterpart yet: the squared error of what the base predicts is the loss here",
-        "train.loss_type train.loss_target",
-        off=("mse", "noise"),
-        example="mae",
     ),
     Row("train.ema_config.use_ema", ("optim.ema_decay",), "with ema_decay", _ema, True),
     Row(

@@ -6,6 +6,7 @@ Read in kohya-ss/sd-scripts: library/train_util.py, library/config_util.py, trai
 
 from dora_diffusion.training.import_config.kohya.data import DATASETS, PATHS
 from dora_diffusion.training.import_config.kohya.network import NETWORK
+from dora_diffusion.training.import_config.kohya.noise import LOSS
 from dora_diffusion.training.import_config.kohya.optim import FLOW, OPTIM
 from dora_diffusion.training.import_config.kohya.reading import read
 from dora_diffusion.training.import_config.kohya.run import RUN
@@ -18,6 +19,6 @@ def _is_whole(source: Source) -> bool:
     return any(source.has(name) for name in training)
 
 
-ROWS: tuple[Row, ...] = (*PATHS, *DATASETS, *NETWORK, *OPTIM, *FLOW, *RUN)
+ROWS: tuple[Row, ...] = (*PATHS, *DATASETS, *NETWORK, *OPTIM, *LOSS, *FLOW, *RUN)
 
 KOHYA = Tool("kohya sd-scripts", "a training TOML, a dataset TOML or the GUI's JSON", ROWS, read, _is_whole)

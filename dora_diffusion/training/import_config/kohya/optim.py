@@ -21,7 +21,6 @@ from dora_diffusion.training.import_config.records import (
     Row,
     Source,
     copied,
-    is_off,
     lost,
     needless,
     several,
@@ -43,7 +42,6 @@ from dora_diffusion.training.import_config.values import (
     whole,
 )
 
-_NOISE = "no counterpart yet: plain Gaussian noise is added here"
 _FLOWS = ("sigmoid", "uniform", "shift", "flux_shift")
 _NO_FLOW = "of bases that are trained by flow matching"
 
@@ -157,11 +155,11 @@ def _timestep_sampling(value: Any, source: Source) -> Answer:
         return needless("weighting_scheme and discrete_flow_shift decide")
     density = "uniform" if kind == "uniform" else "logit_normal"
     if kind in {"sigmoid", "uniform"}:
-        return several({"flow.density": density, "flow.shift": 1.0})
+        return several({"loss.timesteps.density": density, "flow.shift": 1.0})
     if kind == "flux_shift":
-        return several({"flow.density": density}, "the shift that the base draws with")
+        return several({"loss.timesteps.density": density}, "the shift that the base draws with")
     if kind == "shift":
-        return several({"flow.density": density})
+        return several({"loss.timesteps.density": density})
     raise ValueError(f"got {kind}, expected sigma, uniform, sigmoid, shift or flux_shift")
 
 
@@ -184,7 +182,7 @@ def _training_shift(value: Any, source: Source) -> Answer:
 def _sigmoid_scale(value: Any, source: Source) -> Answer:
     if _sampling(source) in {"sigma", "uniform"}:
         return needless(f"not used with {_sampling(source)}")
-    return to("flow.logit_std", real(value))
+    return to("loss.timesteps.std", real(value))
 
 
 def _weighting_scheme(value: Any, source: Source) -> Answer:
@@ -195,15 +193,19 @@ def _weighting_scheme(value: Any, source: Source) -> Answer:
     if kind in {"sigma_sqrt", "cosmap"}:
         settings["flow.weighting"] = kind
     if _sampling(source) not in _FLOWS:
-        settings["flow.density"] = kind if kind in {"logit_normal", "mode"} else "uniform"
+        settings["loss.timesteps.density"] = kind if kind in {"logit_normal", "mode"} else "uniform"
     return several(settings, "" if settings else "timestep_sampling decides")
 
 
 def _of_logits(key: str) -> Any:
     def convert(value: Any, source: Source) -> Answer:
+        if not is_flow(source):
+            return needless(_NO_FLOW)
         if source.get("weighting_scheme") != ("mode" if key == "mode_scale" else "logit_normal"):
             return needless("not used with that weighting_scheme")
-        return to(f"flow.{key}", real(value))
+        if _sampling(source) in _FLOWS:
+            return needless("timestep_sampling decides")
+        return to(f"loss.timesteps.{key.removeprefix('logit_')}", real(value))
 
     return convert
 
@@ -212,10 +214,6 @@ def _guidance(value: Any, source: Source) -> Answer:
     return (
         needless("1, as here") if real(value) == 1 else lost("bases that were distilled from guidance are told 1 here")
     )
-
-
-def _gamma(value: Any, source: Source) -> Answer:
-    return to("optim.min_snr_gamma", None if is_off(value) else real(value))
 
 
 OPTIM: list[Row] = [
@@ -332,15 +330,12 @@ OPTIM: list[Row] = [
         example=3,
     ),
     copied("max_grad_norm", "optim.max_grad_norm", 0.5, read=real),
-    Row("min_snr_gamma", ("optim.min_snr_gamma",), "not given = null", _gamma, 5, unset=0),
     copied("mixed_precision", "optim.mixed_precision", "bf16", read=precision),
     *without("what is trained stays fp32 here", "full_fp16 full_bf16", example=True),
     copied("gradient_checkpointing", "optim.gradient_checkpointing", True, read=flag),
     copied("seed", "optim.seed", 42, read=whole, says="not given: 0 here, another each time there"),
     copied("prior_loss_weight", "prior.weight", 0.5, read=real),
-    *unneeded(
-        "the base's own scheduler says so", "v2 v_parameterization v_pred_like_loss scale_v_pred_loss_like_noise_pred"
-    ),
+    *unneeded("the base's own scheduler says so", "v2 v_parameterization"),
     *unneeded("always so here", "weighted_captions", example=True),
     *without(
         "captions end where the base's text encoder ends",
@@ -350,29 +345,6 @@ OPTIM: list[Row] = [
     ),
     *without(
         "the text encoder's last layers are those that the base's pipeline takes", "clip_skip", off=(1, "1"), example=2
-    ),
-    *without(
-        _NOISE,
-        (
-            "noise_offset noise_offset_random_strength adaptive_noise_scale multires_noise_iterations "
-            "multires_noise_discount ip_noise_gamma ip_noise_gamma_random_strength perlin_noise "
-            "noise_offset_type"
-        ),
-        off=("original", 0.3),
-        example=0.05,
-    ),
-    *without("no counterpart yet: the squared error is the loss here", "loss_type", off=("l2",), example="huber"),
-    *unneeded("with loss_type", "huber_schedule huber_c huber_scale", example=0.1),
-    *without(
-        "no counterpart yet; for a v-predicting base see `optim.min_snr_gamma`",
-        "zero_terminal_snr debiased_estimation_loss",
-        example=True,
-    ),
-    *without(
-        "no counterpart yet: every timestep is drawn; bases of flow matching lean with `flow.logit_mean`",
-        "min_timestep max_timestep",
-        off=(1000, "1000"),
-        example=500,
     ),
     *without(
         "other ways to quantise here: set `base.quantise` to fp8, int8 or nf4", "fp8_base fp8_base_unet", example=True
@@ -390,12 +362,12 @@ OPTIM: list[Row] = [
 FLOW: list[Row] = [
     Row(
         "timestep_sampling",
-        ("flow.density", "flow.shift"),
+        ("loss.timesteps.density", "flow.shift"),
         "sigmoid: logit_normal, shift 1; uniform: shift 1; flux_shift: the base's own; sigma: by weighting_scheme",
         _timestep_sampling,
         "sigmoid",
     ),
-    Row("sigmoid_scale", ("flow.logit_std",), "", _sigmoid_scale, 1.5, beside={"timestep_sampling": "sigmoid"}),
+    Row("sigmoid_scale", ("loss.timesteps.std",), "", _sigmoid_scale, 1.5, beside={"timestep_sampling": "sigmoid"}),
     Row(
         "discrete_flow_shift",
         ("flow.shift",),
@@ -416,7 +388,7 @@ FLOW: list[Row] = [
     ),
     Row(
         "weighting_scheme",
-        ("flow.density", "flow.weighting"),
+        ("loss.timesteps.density", "flow.weighting"),
         "of flow matching alone",
         _weighting_scheme,
         "cosmap",
@@ -424,10 +396,16 @@ FLOW: list[Row] = [
         unset="uniform",
     ),
     *(
-        Row(key, (f"flow.{key}",), "", _of_logits(key), 0.5, beside={"weighting_scheme": "logit_normal"})
-        for key in ("logit_mean", "logit_std")
+        Row(
+            key,
+            (f"loss.timesteps.{key.removeprefix('logit_')}",),
+            f"with weighting_scheme {scheme}",
+            _of_logits(key),
+            0.5,
+            beside={"weighting_scheme": scheme, "network_module": "networks.lora_flux"},
+        )
+        for key, scheme in (("logit_mean", "logit_normal"), ("logit_std", "logit_normal"), ("mode_scale", "mode"))
     ),
-    Row("mode_scale", ("flow.mode_scale",), "", _of_logits("mode_scale"), 1.0, beside={"weighting_scheme": "mode"}),
     Row("guidance_scale", (), "bases that were distilled from guidance are told 1 here", _guidance, 3.5),
     *unneeded(
         "the base's objective, by its scheduler",

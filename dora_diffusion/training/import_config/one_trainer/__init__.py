@@ -7,7 +7,8 @@ training_presets/.
 
 from dora_diffusion.training.import_config.one_trainer.data import DATA
 from dora_diffusion.training.import_config.one_trainer.network import RUN, parts
-from dora_diffusion.training.import_config.one_trainer.optim import NOISE, OPTIM
+from dora_diffusion.training.import_config.one_trainer.noise import NOISE
+from dora_diffusion.training.import_config.one_trainer.optim import OPTIM
 from dora_diffusion.training.import_config.one_trainer.reading import read
 from dora_diffusion.training.import_config.one_trainer.run import REST
 from dora_diffusion.training.import_config.records import Row, Tool

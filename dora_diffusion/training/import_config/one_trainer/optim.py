@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from dora_diffusion.training.import_config.counts import samples_of_an_epoch
-from dora_diffusion.training.import_config.one_trainer.network import DENOISERS, has_unet
+from dora_diffusion.training.import_config.one_trainer.network import DENOISERS
 from dora_diffusion.training.import_config.one_trainer.steps import accumulation, epoch, steps_of_run
 from dora_diffusion.training.import_config.optimisers import (
     OPTIONS,
@@ -23,13 +23,11 @@ from dora_diffusion.training.import_config.records import (
     is_off,
     lost,
     needless,
-    several,
     to,
     unneeded,
     without,
 )
 from dora_diffusion.training.import_config.values import (
-    flag,
     number,
     precision,
     real,
@@ -82,49 +80,6 @@ def _learning_rate(value: Any, source: Source) -> Answer:
     }
     factor = math.sqrt(scales.get(scaler, 1))
     return to("optim.learning_rate", rate * factor, f"x {factor:.3g} of learning_rate_scaler" if factor != 1 else "")
-
-
-def _loss_weight(value: Any, source: Source) -> Answer:
-    kind = text(value).upper()
-    if kind == "MIN_SNR_GAMMA":
-        return to("optim.min_snr_gamma", real(source.get("loss_weight_strength", 5.0)))
-    answer = {"optim.min_snr_gamma": None}
-    if kind == "CONSTANT":
-        return several(answer)
-    if kind == "SIGMA":
-        return several({**answer, "flow.weighting": "sigma_sqrt"}, "the nearest")
-    return several(answer, f"{kind} has no counterpart: every timestep weighs the same")
-
-
-def _is_flow(source: Source) -> bool:
-    kind = str(source.get("model_type", "STABLE_DIFFUSION_15"))
-    return not (has_unet(source) or kind.startswith(("PIXART", "WUERSTCHEN", "STABLE_CASCADE")))
-
-
-def _distribution(value: Any, source: Source) -> Answer:
-    kind = text(value).upper()
-    if not _is_flow(source):
-        return needless("as here") if kind == "UNIFORM" else lost("of bases that are trained by flow matching alone")
-    weight, bias = real(source.get("noising_weight", 0.0)), real(source.get("noising_bias", 0.0))
-    if kind == "UNIFORM":
-        return to("flow.density", "uniform")
-    if kind == "LOGIT_NORMAL":
-        return several({"flow.density": "logit_normal", "flow.logit_mean": bias, "flow.logit_std": weight + 1.0})
-    if kind == "HEAVY_TAIL":
-        return several({"flow.density": "mode", "flow.mode_scale": weight})
-    raise ValueError(f"got {kind}, expected UNIFORM, LOGIT_NORMAL or HEAVY_TAIL")
-
-
-def _shift(value: Any, source: Source) -> Answer:
-    if flag(source.get("dynamic_timestep_shifting", False)):
-        return needless("dynamic_timestep_shifting decides")
-    return to("flow.shift", real(value)) if _is_flow(source) else needless("of flow matching alone")
-
-
-def _dynamic_shift(value: Any, source: Source) -> Answer:
-    if not flag(value):
-        return needless("timestep_shift decides")
-    return to("flow.shift", None, "the shift that the base draws with")
 
 
 def _ema(value: Any, source: Source) -> Answer:
@@ -267,68 +222,8 @@ OPTIM: list[Row] = [
     *unneeded("as the optimiser's library has it", "optimizer.* optimizer_defaults", example=0.9),
     copied("train_dtype", "optim.mixed_precision", "BFLOAT_16", unset="FLOAT_16", read=precision),
     Row("gradient_checkpointing", ("optim.gradient_checkpointing",), "", _checkpointing, "ON"),
-    Row(
-        "loss_weight_fn",
-        ("optim.min_snr_gamma",),
-        "MIN_SNR_GAMMA with loss_weight_strength, else null",
-        _loss_weight,
-        "MIN_SNR_GAMMA",
-        unset="CONSTANT",
-    ),
-    *unneeded("with loss_weight_fn", "loss_weight_strength", example=5.0),
-    Row(
-        "min_snr_gamma",
-        ("optim.min_snr_gamma",),
-        "of older files",
-        lambda value, source: to("optim.min_snr_gamma", real(value)) if number(value) else needless("off there too"),
-        5.0,
-    ),
-    *without(
-        "no counterpart yet: the squared error is the loss here",
-        "mae_strength huber_strength log_cosh_strength",
-        example=0.5,
-    ),
-    *unneeded(
-        "the squared error alone is the loss here", "mse_strength vb_loss_strength huber_delta loss_scaler", example=1.0
-    ),
     Row("ema", ("optim.ema_decay",), "the root of ema_decay that makes it that of one step", _ema, "CPU"),
     Row("ema_decay", ("optim.ema_decay",), "with ema", _ema, 0.99, beside={"ema": "CPU"}),
     *unneeded("with ema", "ema_update_step_interval non_ema_sampling", example=5),
     *without("no counterpart yet", "compile", example=True),
-]
-
-
-NOISE: list[Row] = [
-    *without(
-        "no counterpart yet: plain Gaussian noise is added here",
-        "offset_noise_weight perturbation_noise_weight generalized_offset_noise",
-        example=0.05,
-    ),
-    *without("no counterpart yet", "rescale_noise_scheduler_to_zero_terminal_snr", example=True),
-    *without(
-        "the base's own scheduler says what its denoiser predicts",
-        "force_v_prediction force_epsilon_prediction",
-        example=True,
-    ),
-    *without(
-        "no counterpart yet: every timestep is drawn",
-        "min_noising_strength max_noising_strength",
-        off=(1, 1.0),
-        example=0.2,
-    ),
-    Row(
-        "timestep_distribution",
-        ("flow.density", "flow.logit_mean", "flow.logit_std", "flow.mode_scale"),
-        (
-            "LOGIT_NORMAL: mean noising_bias, deviation noising_weight + 1; HEAVY_TAIL: mode, scale "
-            "noising_weight; of flow matching alone"
-        ),
-        _distribution,
-        "LOGIT_NORMAL",
-        beside={"model_type": "FLUX_DEV_1"},
-        unset="UNIFORM",
-    ),
-    *unneeded("with timestep_distribution", "noising_weight noising_bias", example=0.5),
-    Row("timestep_shift", ("flow.shift",), "", _shift, 3.0, beside={"model_type": "FLUX_DEV_1"}, unset=1.0),
-    Row("dynamic_timestep_shifting", ("flow.shift",), "null: the shift that the base draws with", _dynamic_shift, True),
 ]
