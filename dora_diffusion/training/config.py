@@ -51,6 +51,25 @@ Rank = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, BeforeValidator(_to_number), Field(gt=0)]
 Side = Annotated[int, Field(ge=8, multiple_of=8)]
 Strength = Annotated[float, BeforeValidator(_to_number)]
+# Spelt out, for importing the library costs seconds; a test keeps the list true.
+Export = Literal[
+    "diffusers",
+    "peft",
+    "kohya",
+    "comfyui",
+    "lycoris",
+    "ai-toolkit",
+    "old-diffusers",
+    "omi",
+    "onetrainer-legacy",
+    "original",
+    "for-comfyui",
+    "for-forge",
+    "for-a1111",
+    "for-invokeai",
+    "for-sdnext",
+    "for-diffusers",
+]
 
 
 class _Section(BaseModel):
@@ -502,6 +521,12 @@ class TrainConfig(_Section):
     """The validation loss."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
+    export: list[Export] = []
+    """What the adapter is written as too, at the end, under `exports`: formats by the names that `convert --to` has,
+    and `for-TOOL`, made as by `convert --for TOOL`, so that this tool draws what we draw."""
+    metadata: Literal["full", "minimal"] = "full"
+    """What the adapter's file says of itself: "full" for other tools and pages too (ModelSpec, kohya's ss_*: settings,
+    how often each tag of the captions occurs); "minimal" what is needed to load it, base, prompt and steps."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is measured after training."""
 
@@ -521,6 +546,7 @@ class TrainConfig(_Section):
                 raise ValueError(f"{key}: got {value}, but adapter.train_text_encoder is false; expected null, or true")
         if os.path.exists(self.output_dir) and not os.path.isdir(self.output_dir):
             raise ValueError(f"output_dir: got the file {str(self.output_dir)!r}, expected a folder, new or old")
+        _check_export(self)
         _refuse_shared_folders(self)
         if self.prior.mode == "adapter_off":
             _check_asked_with(self.prior, self.words, has_class_pictures=self.has_class_pictures)
@@ -581,6 +607,15 @@ class TrainConfig(_Section):
                 raise ValueError(f"{name}: given twice, {overrides[name[2:]]!r} and {value!r}; expected it once")
             overrides[name[2:]] = value
         return overrides
+
+
+def _check_export(config: TrainConfig) -> None:
+    if twice := [name for name in config.export if config.export.count(name) > 1]:
+        raise ValueError(f"export: got {twice[0]!r} twice, expected it once")
+    if config.export and not (config.adapter.train_unet or config.adapter.train_text_encoder):
+        raise ValueError(
+            f"export: got {config.export} where new words are learnt alone, which files of their own hold; expected []"
+        )
 
 
 def _refuse_shared_folders(config: TrainConfig) -> None:

@@ -12,9 +12,10 @@ from dora_diffusion.training.data.batches import BatchSource
 from dora_diffusion.training.data.concepts import Split
 from dora_diffusion.training.data.missing import PicturesMissing
 from dora_diffusion.training.run import checkpoint
-from dora_diffusion.training.run.card import adapter_metadata
-from dora_diffusion.training.run.finish import TrainResult, write_outcome
+from dora_diffusion.training.run.finish import Story, TrainResult, write_outcome
+from dora_diffusion.training.run.history import History
 from dora_diffusion.training.run.identity import Identity
+from dora_diffusion.training.run.metadata import adapter_metadata, tool_metadata
 from dora_diffusion.training.run.previews import forget_previews
 from dora_diffusion.training.run.signals import StopRequest, stop_requests
 from dora_diffusion.training.run.watchers import Validation, Watchers, due
@@ -39,13 +40,14 @@ class Run:
         examples: Split,
         identity: Identity,
     ) -> None:
-        self.config, self.accelerator, self.trainable = config, accelerator, trainable
+        self.config, self.accelerator, self.trainable, self.examples = config, accelerator, trainable, examples
         self.folder = config.output_dir
         self.source = source = BatchSource(trainable, config, instances=examples.train, classes=examples.classes)
         optimizer = build_optimizer(trainable, config.optim, config.words)
         for injection in trainable.injections.values():
             injection.keep_norms()
-        guard = Guard(config.guard, trainable.named_tensors(), optimizer)
+        self.guard = guard = Guard(config.guard, trainable.named_tensors(), optimizer)
+        self.history = History()
         self.step = TrainingStep(
             config.optim,
             accelerator,
@@ -67,6 +69,7 @@ class Run:
             guard,
             told=group_settings(optimizer),
             identity=identity,
+            history=self.history,
         )
 
     def go(self, saved: checkpoint.Saved | None) -> TrainResult:
@@ -96,6 +99,7 @@ class Run:
             for step in bar:
                 rate = self.step.rates.set(step)
                 loss = self._take(step)
+                self.history.add(step + 1, loss, rate)
                 bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}", refresh=False)
                 self.accelerator.log({"loss/train": loss, "learning_rate": rate}, step=step + 1)
                 stops = stop.asked and step + 1 < steps  # after the last step, only files are left to write
@@ -134,9 +138,8 @@ class Run:
         """What is learnt after so many steps, as a file holds it; None when new words are learnt alone."""
         if not self.trainable.injections:
             return None
-        return self.trainable.adapter(
-            adapter_metadata(self.config, self.trainable.family, step=step, below=self.trainable.below)
-        )
+        own = adapter_metadata(self.config, self.trainable.family, step=step, below=self.trainable.below)
+        return self.trainable.adapter(tool_metadata(self.config, self.trainable.pipe, self.examples, step=step) | own)
 
     def _finish(self) -> TrainResult:
         learnt = self._adapter(self.config.optim.steps)
@@ -145,6 +148,7 @@ class Run:
             None if learnt is None else self.folder / checkpoint.ADAPTER, (), self.config.optim.steps, tuple(losses)
         )
         if self.accelerator.is_main_process:
-            result = write_outcome(self.config, learnt, self.trainable, losses)
+            story = Story(self.examples, tuple(losses), self.history, self.guard.counts)
+            result = write_outcome(self.config, learnt, self.trainable, story)
         self.accelerator.wait_for_everyone()
         return result

@@ -16,6 +16,7 @@ from dora_diffusion.training.data.concepts import Split, checked_examples, opene
 from dora_diffusion.training.data.examples import check_words
 from dora_diffusion.training.run.card import base_lines
 from dora_diffusion.training.run.checkpoint import Saved
+from dora_diffusion.training.run.exports import check_exports
 from dora_diffusion.training.run.finish import TrainResult, finished_result
 from dora_diffusion.training.run.folder import run_lock
 from dora_diffusion.training.run.identity import (
@@ -120,6 +121,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, wanted: _Wanted) -> Tr
     for line in base_lines(pipe, config, trainable.below, trainable.started):
         accelerator.print(line)
     try:
+        check_exports(config, trainable)
         return Run(config, accelerator, trainable, objectives, sized, identity).go(saved)
     finally:
         trainable.eject()
