@@ -39,7 +39,7 @@ _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#111827;max-width:1000px;margin:24px auto;padding:0 16px}
 h1{font-size:24px}h2{font-size:18px;margin-top:32px;border-bottom:1px solid #e5e7eb}
 table{border-collapse:collapse}td,th{text-align:left;vertical-align:top;padding:2px 16px 2px 0}
-td{overflow-wrap:anywhere}img,svg{max-width:100%;height:auto}code,pre{font:13px/1.45 ui-monospace,monospace}
+td+td{overflow-wrap:anywhere}img,svg{max-width:100%;height:auto}code,pre{font:13px/1.45 ui-monospace,monospace}
 pre{overflow-x:auto;background:#f3f4f6;padding:8px}svg text{font:11px system-ui,sans-serif;fill:#4b5563}
 .grid{stroke:#e5e7eb}.axis{stroke:#9ca3af}.legend span{margin-right:16px}
 """

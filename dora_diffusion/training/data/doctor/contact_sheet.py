@@ -51,22 +51,22 @@ def write_contact_sheet(report: DoctorReport, path: Path, *, with_masks: bool = 
     """
     if not report.sized:
         raise ValueError(f"{path}: nothing to draw; expected pictures, and a base or a resolution to train them at")
-    sheet, left_out = contact_sheet(report.sized, sizes_of=report.sizes_of, with_masks=with_masks)
+    sheet, left_out = contact_sheet(report.sized, sizes_of=report.sizes_of, cells=CELLS, with_masks=with_masks)
     with atomic_file(path) as file:
         sheet.save(file, format="PNG")
     return left_out
 
 
 def contact_sheet(
-    sized: Sequence[Example], *, sizes_of: str, with_masks: bool = False, cells: int = CELLS
+    sized: Sequence[Example], *, sizes_of: str, cells: int, with_masks: bool = False
 ) -> tuple[Image.Image, int]:
     """The sheet, and how many pictures are left out.
 
     Args:
         sized: pictures with the sizes that they are trained at; some.
         sizes_of: what says the sizes, in words.
-        with_masks: whether masks count.
         cells: how many pictures there is room for.
+        with_masks: whether masks count.
     """
     buckets = list(by_size(sized).values())
     shares = _shares([len(inside) for inside in buckets], cells)
