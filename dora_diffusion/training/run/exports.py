@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dora_diffusion.conversion import TOOLS, for_tool
 from dora_diffusion.formats import FORMATS, load_adapter, peft, save_adapter
 from dora_diffusion.formats.family_detection import family_of
@@ -15,7 +17,7 @@ from dora_diffusion.formats.reading import as_stored
 from dora_diffusion.formats.writing import write
 from dora_diffusion.inspection.verify import verify_copy, verify_for_tool
 from dora_diffusion.pipelines.base_weights import weights_of
-from dora_diffusion.state import AdapterState, WeightOf
+from dora_diffusion.state import AdapterState, Module, ModuleState, WeightOf
 from dora_diffusion.training.base.trainable import TrainablePipeline
 from dora_diffusion.training.config import Export, TrainConfig
 from dora_diffusion.training.run.metadata import adapter_metadata, named_for_tools
@@ -55,11 +57,27 @@ def check_exports(config: TrainConfig, trainable: TrainablePipeline) -> None:
     if not config.export:
         return
     adapter = trainable.adapter(adapter_metadata(config, trainable.family, step=0))
+    if next(trainable.denoiser.parameters()).is_meta:
+        adapter = _with_numbers(adapter)
     for name in config.export:
         try:
             _check(name, adapter)
         except ValueError as error:
             raise ValueError(f"export: {name}: {error}") from None
+
+
+def _with_numbers(adapter: AdapterState) -> AdapterState:
+    """An adapter of the meta device with some numbers, others in each layer: writers ask whether two are equal."""
+    modules = {path: _numbered(module, number) for number, (path, module) in enumerate(adapter.modules.items(), 1)}
+    return replace(adapter, modules=modules)
+
+
+def _numbered(module: Module, number: float) -> Module:
+    if not isinstance(module, ModuleState):
+        return module
+    down, up = (torch.full(tensor.shape, number) for tensor in (module.down, module.up))
+    magnitude = None if module.magnitude is None else torch.full(module.magnitude.shape, number)
+    return replace(module, down=down, up=up, magnitude=magnitude)
 
 
 def _check(name: Export, adapter: AdapterState) -> None:
