@@ -88,7 +88,7 @@ def _command(config: TrainConfig, words: Sequence[Path]) -> str:
     files = ["--adapter adapter.safetensors:1.0"] if _has_adapter(config) else []
     files += [f"--words words/{shlex.quote(path.name)}" for path in words]
     example = (config.preview.prompts or [config.data.instance_prompt or ", ".join(trigger_words(config))])[0]
-    model, prompt = shlex.quote(base_name(config)), shlex.quote(" ".join(example.split()))
+    model, prompt = shlex.quote(base_name(config)), shlex.quote(one_line(example))
     return f"dora-diffusion generate --model {model} {' '.join(files)} \\\n    --prompt {prompt} --output out.png"
 
 
@@ -113,11 +113,11 @@ def front_matter(config: TrainConfig, pictures: Sequence[str] = ()) -> str:
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "tags": tags,
-        **({"instance_prompt": ", ".join(triggers)} if triggers else {}),
+        **({"instance_prompt": one_line(", ".join(triggers))} if triggers else {}),
     }
     if pictures:
         shown = zip(config.preview.prompts, pictures, strict=True)
-        found["widget"] = [{"text": prompt, "output": {"url": url}} for prompt, url in shown]
+        found["widget"] = [{"text": one_line(prompt), "output": {"url": url}} for prompt, url in shown]
     text = yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=1000)
     return f"---\n# license: name it here, as the hub spells it, such as openrail++ or apache-2.0\n{text}---\n"
 
@@ -126,9 +126,14 @@ def _is_hub_id(model: str) -> bool:
     return may_be_hub_id(model) and not Path(model).exists()
 
 
+def one_line(text: str) -> str:
+    """Text of strangers without breaks of lines."""
+    return " ".join(encodable(text).split())
+
+
 def code(text: str) -> str:
     """Text of strangers as a code span of Markdown, on one line, whatever it holds."""
-    line = " ".join(encodable(text).split())
+    line = one_line(text)
     ticks = _fence(line, 1)
     edge = " " if line.startswith("`") or line.endswith("`") else ""
     return f"{ticks}{edge}{line}{edge}{ticks}"
