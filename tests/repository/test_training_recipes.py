@@ -1,4 +1,4 @@
-"""examples/recipes: each is planned on its model's published architecture, without weights, and says why of each value."""
+"""examples/recipes: planned on the published architectures, without weights; each value has its reason beside it."""
 
 import re
 from pathlib import Path

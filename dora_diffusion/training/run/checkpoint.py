@@ -136,7 +136,7 @@ def save(
     if state.identity is not None:
         files[_IDENTITY] = partial(storage.write_atomically, data=state.identity.to_json().encode())
     if state.history is not None:
-        files[HISTORY] = partial(storage.write_atomically, data=state.history.to_csv().encode())
+        files[HISTORY] = partial(storage.write_atomically, data=state.history.as_csv().encode())
     if state.guard is not None and state.guard.tensors():
         files[_LAST_GOOD] = partial(storage.save_tensors, state.guard.tensors())
     if adapter is not None:

@@ -73,7 +73,7 @@ def write_outcome(
     save_strip(folder / "samples")
     pictures = save_last_apart(folder / "samples", len(config.preview.prompts))
     write_atomically(folder / OUTCOME, json.dumps(story.validation).encode())
-    write_atomically(folder / HISTORY, story.history.to_csv().encode())
+    write_atomically(folder / HISTORY, story.history.as_csv().encode())
     left = Left(story.validation, files, trainable.below, exports)
     urls = [path.relative_to(folder).as_posix() for path in pictures]
     write_atomically(folder / "README.md", run_card(config, left, urls).encode())

@@ -27,7 +27,7 @@ class History:
         """(step, loss) pairs."""
         return [(step, loss) for step, loss, _ in self._rows]
 
-    def to_csv(self) -> str:
+    def as_csv(self) -> str:
         """A line for each step, under a head."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")

@@ -103,11 +103,11 @@ class Ended:
     @property
     def reason(self) -> str:
         """Why it is not done, on one line."""
-        if self.status is not None and self.status < 0:
+        if self.status is not None and self.status < 0 and self.status not in _STOPPED:
             name = signal.Signals(-self.status).name
             memory = "; the system does so where memory runs out" if -self.status == signal.SIGKILL else ""
             return f"killed by {name}{memory}"
-        return self.said
+        return "--resume latest goes on with it" if self.status in _STOPPED else self.said
 
 
 def check_queue(runs: Sequence[Queued], environment: Mapping[str, str] = os.environ) -> None:
