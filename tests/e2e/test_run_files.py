@@ -21,7 +21,7 @@ from tests.failing_disk import contents, fail_at_every_call
 from tests.pocket_random import random_pocket_pipeline
 
 EVIL = "<script>alert(1)</script> & \"'`"
-EXPORTS = ["kohya", "peft", "lycoris", "for-comfyui"]
+EXPORTS = ["kohya", "peft", "for-comfyui"]
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +71,13 @@ def without_logs(folder: Path) -> dict:
 def test_exports_hold_the_adapter_under_the_names_that_were_asked_for(finished) -> None:
     run = finished / "robot"
     assert sorted(path.name for path in (run / "exports").iterdir()) == sorted(
-        ["robot-kohya.safetensors", "robot-peft", "robot-lycoris.safetensors", "robot-for-comfyui.safetensors"]
+        ["robot-kohya.safetensors", "robot-peft", "robot-for-comfyui.safetensors"]
     )
     adapter = load_adapter(run / "adapter.safetensors")
-    for name in ("kohya", "lycoris"):
-        path = run / "exports" / f"robot-{name}.safetensors"
-        assert verify_copy(load_adapter(path), adapter).error == 0 and detect_format(path) == name
-        with safe_open(path, "pt") as file:
-            assert file.metadata()["ss_output_name"] == f"robot-{name}"
+    path = run / "exports" / "robot-kohya.safetensors"
+    assert verify_copy(load_adapter(path), adapter).error == 0 and detect_format(path) == "kohya"
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["ss_output_name"] == "robot-kohya"
     assert verify_copy(load_adapter(run / "exports" / "robot-peft"), adapter).error == 0
     card = (run / "README.md").read_text()
     assert "- `exports/robot-kohya.safetensors`: read back: largest relative error 0 of " in card
