@@ -73,9 +73,9 @@ Written by `{found["command"]}`. {machine}.
 Small runs with every feature on ({found["features"]}), of two
 kinds ({kinds}),
 were killed with SIGKILL and resumed, up to four times, then left to come to their ends. All {files} files of
-their folders (adapter, checkpoints with optimiser and identity, class pictures, samples, strip, validation, card,
-config, cached latents; not the TensorBoard logs) had to equal, byte for byte, those of a run that nothing befell, with
-nothing beside them. No kill may leave a checkpoint that is not whole.
+their folders (adapter, checkpoints with optimiser and identity, class pictures, samples, strip, validation, losses,
+exports, report, card, config, cached latents; not the TensorBoard logs) had to equal, byte for byte, those of a run
+that nothing befell, with nothing beside them. No kill may leave a checkpoint that is not whole.
 
 | killed | kills |
 | --- | --- |

@@ -1,7 +1,7 @@
 """`doctor`, `train`, `evaluate`: what needs pictures; `import-config`: what others train with, as ours."""
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from dora_diffusion.cli.arguments import add_device, progress
 from dora_diffusion.utils.console import typed_text
 
 if TYPE_CHECKING:
+    from dora_diffusion.training.config import TrainConfig
     from dora_diffusion.training.data.doctor import DoctorReport
 
 
@@ -83,12 +84,21 @@ def _bar_of_many() -> Iterator[Callable[[int, int], None]]:
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
-        "dora-diffusion train CONFIG.yaml [--resume latest | --extend STEPS] [--accept-changes] [--dry-run] "
-        "[--section.key value ...]"
+        "dora-diffusion train CONFIG.yaml [CONFIG.yaml ...] [--resume latest | --extend STEPS] [--accept-changes] "
+        "[--dry-run] [--section.key value ...]"
     )
-    parser.description = "Train an adapter. Any setting of the file can be overridden: --optim.steps 400"
-    parser.add_argument("config", type=Path, help="YAML file; see examples/")
-    parser.add_argument("--resume", choices=["latest"], help="go on from the newest valid checkpoint")
+    parser.description = (
+        "Train an adapter. Any setting of the file can be overridden: --optim.steps 400. Several files are a queue: "
+        "all are checked first, then each is trained in a process of its own, with the same flags. A run that fails "
+        "does not keep the others; Ctrl+C saves a checkpoint of the run under way and ends the queue. Exit status 1 "
+        "when any failed."
+    )
+    parser.add_argument("config", type=Path, nargs="+", help="YAML files; see examples/")
+    parser.add_argument(
+        "--resume",
+        choices=["latest"],
+        help="go on from the newest valid checkpoint; in a queue, runs without one begin, finished ones are left",
+    )
     parser.add_argument(
         "--extend", type=int, metavar="STEPS", help="go on from the newest valid checkpoint to so many steps in all"
     )
@@ -112,7 +122,14 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
     if arguments.end_with_stdin:
         end_with_stdin()
-    config = TrainConfig.from_yaml(arguments.config, TrainConfig.parse_overrides(rest))
+    paths: list[Path] = arguments.config
+    overrides = TrainConfig.parse_overrides(rest)
+    configs = {path: TrainConfig.from_yaml(path, overrides) for path in paths}
+    if len(configs) < len(paths):
+        raise ValueError(f"{next(path for path in paths if paths.count(path) > 1)}: named twice; expected it once")
+    if len(configs) > 1:
+        return _train_queue(configs, arguments, rest)
+    (config,) = configs.values()
     if arguments.dry_run:
         from dora_diffusion.training.run.dry_run import describe_plan
 
@@ -127,7 +144,33 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     for path in (result.adapter, *result.words):
         if path is not None:
             print(f"{'wrote' if result.is_new else 'holds'} {path}")
+    for exported in result.exports:
+        print(f"wrote {exported.path}\n      {exported.line}")
     return 0
+
+
+def _train_queue(configs: "Mapping[Path, TrainConfig]", arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Everything is checked before the first run begins; 0 when all are done, 1 when not, 130 after a stop."""
+    from dora_diffusion.training.run.dry_run import describe_plan
+    from dora_diffusion.training.run.queue import check_queue, queue_of, run_queue, summary
+
+    if arguments.accept_changes and arguments.resume is None and arguments.extend is None:
+        raise ValueError("--accept-changes: runs that start anew have nothing to compare; expected --resume latest")
+    runs = queue_of(
+        configs,
+        resume=arguments.resume,
+        extend=arguments.extend,
+        accept_changes=arguments.accept_changes,
+        settings=rest,
+    )
+    check_queue(runs)
+    if arguments.dry_run:
+        print("\n\n".join(f"queue      {run.file}\n{describe_plan(run.config)}" for run in runs))
+        return 0
+    ended = run_queue(runs)
+    print(summary(runs, ended))
+    words = {end.word for end in ended}
+    return 130 if words & {"stopped", "waits"} else 1 if "failed" in words else 0
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:

@@ -23,6 +23,7 @@ class Distilled:
         evidence: why these facts tell it.
         facts: all of them hold; empty where configs do not tell it.
         called: expression that is found in its name, in lower case; empty where facts alone tell it.
+        architecture: its own in Stability's ModelSpec, without `/lora`; empty = that of its family.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Distilled:
     evidence: str
     facts: Facts = field(default_factory=dict)
     called: str = ""
+    architecture: str = ""
 
 
 _END = r"(?![a-z])"
@@ -46,6 +48,7 @@ DISTILLED = (
             "scheduler.shift": 1.0,
         },
         called="flux.*schnell",
+        architecture="flux-1-schnell",
     ),
     Distilled(
         name="FLUX.2 klein",

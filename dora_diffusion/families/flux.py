@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dora_diffusion.families.codecs import SCALED
 from dora_diffusion.families.packing import grid_ids, pack, thousandth, unpack
-from dora_diffusion.families.record import Component, Drawing, Family, no_negative_prompt
+from dora_diffusion.families.record import Component, Drawing, Family, ToolNames, no_negative_prompt
 from dora_diffusion.families.signature import (
     ADAPTIVE_NAMES,
     EMBEDDER_NAMES,
@@ -147,6 +147,7 @@ SIGNATURE = Signature(
 
 FLUX = Family(
     name="flux",
+    names=ToolNames("flux-1-dev", "flux1"),
     pipeline_classes=("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"),
     denoiser=TRANSFORMER,
     text_encoders=(clip("text_encoder"), t5("text_encoder_2")),

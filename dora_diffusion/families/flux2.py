@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dora_diffusion.families.codecs import PATCHED
 from dora_diffusion.families.flux import native_side, training_guidance
 from dora_diffusion.families.packing import flatten, grid_ids, thousandth, unflatten
-from dora_diffusion.families.record import Component, Drawing, Family, no_negative_prompt
+from dora_diffusion.families.record import Component, Drawing, Family, ToolNames, no_negative_prompt
 from dora_diffusion.families.shifts import flux_2_shift
 from dora_diffusion.families.signature import (
     ADAPTIVE_NAMES,
@@ -144,6 +144,7 @@ def _size(width: int, blocks: int, single: int, text: int) -> PublishedSize:
 
 FLUX_2 = Family(
     name="flux2",
+    names=ToolNames("flux-2-dev", "flux_2_dev"),
     pipeline_classes=("Flux2Pipeline",),
     denoiser=TRANSFORMER,
     text_encoders=(MISTRAL,),
@@ -170,6 +171,7 @@ FLUX_2 = Family(
 FLUX_2_KLEIN = replace(
     FLUX_2,
     name="flux2-klein",
+    names=ToolNames("flux-2-klein"),
     pipeline_classes=("Flux2KleinPipeline", "Flux2KleinInpaintPipeline"),
     text_encoders=(QWEN,),
     signature=Signature(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dora_diffusion.families.codecs import SCALED
 from dora_diffusion.families.gemma import encode_captions, gemma, gemma_signature
-from dora_diffusion.families.record import Component, Family
+from dora_diffusion.families.record import Component, Family, ToolNames
 from dora_diffusion.families.signature import (
     ADAPTIVE_NAMES,
     ATTENTION_NAMES,
@@ -116,6 +116,7 @@ SIGNATURE = Signature(
 
 LUMINA_2 = Family(
     name="lumina2",
+    names=ToolNames("lumina-2", "lumina2"),
     pipeline_classes=("Lumina2Pipeline",),
     denoiser=TRANSFORMER,
     text_encoders=(gemma("text_encoder"),),

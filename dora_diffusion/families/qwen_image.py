@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dora_diffusion.families.codecs import FRAME
 from dora_diffusion.families.packing import pack, thousandth, unpack
-from dora_diffusion.families.record import Component, Drawing, Family
+from dora_diffusion.families.record import Component, Drawing, Family, ToolNames
 from dora_diffusion.families.signature import (
     ADAPTIVE_NAMES,
     EMBEDDER_NAMES,
@@ -122,6 +122,7 @@ SIGNATURE = Signature(
 
 QWEN_IMAGE = Family(
     name="qwen-image",
+    names=ToolNames("Qwen-Image", "qwen_image"),
     pipeline_classes=("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
     denoiser=TRANSFORMER,
     text_encoders=(QWEN,),

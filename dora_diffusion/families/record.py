@@ -85,6 +85,28 @@ class Drawing(Protocol):
 
 
 @dataclass(frozen=True)
+class ToolNames:
+    """What other tools call a base in the metadata of its adapters; empty where none of them has a name for it.
+
+    Attributes:
+        architecture: of Stability's ModelSpec, without `/lora`; empty = the family's own name.
+        version: kohya's `ss_base_model_version`.
+        architecture_v: the architecture where the base predicts v; empty = the same.
+        version_v: the version, likewise.
+    """
+
+    architecture: str = ""
+    version: str = ""
+    architecture_v: str = ""
+    version_v: str = ""
+
+    def of(self, *, predicts_v: bool) -> tuple[str, str]:
+        """Architecture and version."""
+        found = (self.architecture, self.version)
+        return (self.architecture_v or found[0], self.version_v or found[1]) if predicts_v else found
+
+
+@dataclass(frozen=True)
 class Codec:
     """How pictures become the latents that a denoiser sees, and back.
 
@@ -157,6 +179,7 @@ class Family:
         shift: a flow's scheduler, and a picture's tokens -> the shift of timesteps towards noise that it draws with.
         embeds: names of `encode` -> the pipeline's arguments for them, where single words of a prompt can be weighed:
             the first are the tokens' (N, tokens, width), text encoders side by side. Empty where they cannot.
+        names: what other tools call its base.
     """
 
     name: str
@@ -177,6 +200,7 @@ class Family:
     scheduler_time: Callable[[Tensor], Tensor] = same_time
     shift: Callable[[Any, int], float] = scheduler_shift
     embeds: Mapping[str, str] = field(default_factory=dict)
+    names: ToolNames = ToolNames()
 
     @property
     def components(self) -> tuple[Component, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.families.codecs import SCALED
-from dora_diffusion.families.record import Component, Family
+from dora_diffusion.families.record import Component, Family, ToolNames
 from dora_diffusion.families.signature import (
     ATTENTION_NAMES,
     EMBEDDER_NAMES,
@@ -141,6 +141,7 @@ _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "Stab
 
 STABLE_DIFFUSION_1 = Family(
     name="sd1",
+    names=ToolNames("stable-diffusion-v1", "sd_v1", version_v="sd_v1_v"),
     pipeline_classes=_PIPELINES,
     denoiser=UNET,
     text_encoders=(clip("text_encoder"),),
@@ -163,6 +164,7 @@ STABLE_DIFFUSION_1 = Family(
 STABLE_DIFFUSION_2 = replace(
     STABLE_DIFFUSION_1,
     name="sd2",
+    names=ToolNames("stable-diffusion-v2-512", "sd_v2", "stable-diffusion-v2-768-v", "sd_v2_v"),
     is_mine=projects_by_linear_layers,
     signature=Signature(
         parts={
@@ -176,6 +178,7 @@ STABLE_DIFFUSION_2 = replace(
 
 STABLE_DIFFUSION_XL = Family(
     name="sdxl",
+    names=ToolNames("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
     pipeline_classes=(
         "StableDiffusionXLPipeline",
         "StableDiffusionXLImg2ImgPipeline",

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_diffusion.families.codecs import SCALED
-from dora_diffusion.families.record import Component, Drawing, Family, plain_arguments
+from dora_diffusion.families.record import Component, Drawing, Family, ToolNames, plain_arguments
 from dora_diffusion.families.signature import (
     ADAPTIVE_NAMES,
     EMBEDDER_NAMES,
@@ -152,6 +152,7 @@ SIGNATURE = Signature(
 
 STABLE_DIFFUSION_3 = Family(
     name="sd3",
+    names=ToolNames("stable-diffusion-3", "sd3"),
     pipeline_classes=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
     denoiser=TRANSFORMER,
     text_encoders=(clip("text_encoder"), clip("text_encoder_2"), t5("text_encoder_3")),

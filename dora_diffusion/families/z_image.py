@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dora_diffusion.families.codecs import SCALED
-from dora_diffusion.families.record import Component, Drawing, Family, plain_arguments
+from dora_diffusion.families.record import Component, Drawing, Family, ToolNames, plain_arguments
 from dora_diffusion.families.signature import (
     ATTENTION_NAMES,
     PartSignature,
@@ -110,6 +110,7 @@ SIGNATURE = Signature(
 
 Z_IMAGE = Family(
     name="z-image",
+    names=ToolNames("Z-Image", "z_image"),
     pipeline_classes=("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
     denoiser=TRANSFORMER,
     text_encoders=(QWEN,),

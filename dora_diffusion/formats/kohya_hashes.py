@@ -28,6 +28,11 @@ def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> d
     return {**metadata, **{key: value for key, value in taken.items() if key in metadata}}
 
 
+def without_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The same metadata for tensors that lie in several files."""
+    return {key: text for key, text in metadata.items() if key not in (*_KOHYA, _MODELSPEC)}
+
+
 def _slice(header: bytes, body: memoryview, start: int, end: int) -> bytes:
     """Bytes of a file whose header and body lie apart."""
     behind = len(header)

@@ -21,6 +21,7 @@ from dora_diffusion.formats.dialects import COMPONENTS
 from dora_diffusion.formats.family_detection import family_of
 from dora_diffusion.formats.json_metadata import LONGEST, json_object
 from dora_diffusion.formats.keys import PEFT
+from dora_diffusion.formats.kohya_hashes import without_hashes
 from dora_diffusion.formats.peft_alphas import METADATA_KEY, Scales, peft_config
 from dora_diffusion.formats.reading import read, take_apart
 from dora_diffusion.formats.safetensors_reader import read_tensors
@@ -188,7 +189,8 @@ def write_folder(adapter: AdapterState, path: Path) -> None:
         for folder, (tensors, config) in files.items():
             save_tensors(tensors, new / folder / WEIGHTS, {"format": "pt"})
             write_atomically(new / folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
-        note = {key: text for key, text in adapter.metadata.items() if key not in (METADATA_KEY, "format")}
+        kept = without_hashes(adapter.metadata)
+        note = {key: text for key, text in kept.items() if key not in (METADATA_KEY, "format")}
         write_atomically(new / _NOTE, json.dumps(note, indent=2, sort_keys=True).encode())
         if adapter.extra:
             save_tensors(dict(adapter.extra), new / _EXTRA)

@@ -54,6 +54,25 @@ Side = Annotated[int, Field(ge=8, multiple_of=8)]
 Strength = Annotated[float, BeforeValidator(_to_number)]
 Option = Annotated[bool | int | float | list[Number] | None, BeforeValidator(_to_number)]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
+# Spelt out, for importing the library costs seconds; a test keeps the list true.
+Export = Literal[
+    "diffusers",
+    "peft",
+    "kohya",
+    "comfyui",
+    "lycoris",
+    "ai-toolkit",
+    "old-diffusers",
+    "omi",
+    "onetrainer-legacy",
+    "original",
+    "for-comfyui",
+    "for-forge",
+    "for-a1111",
+    "for-invokeai",
+    "for-sdnext",
+    "for-diffusers",
+]
 
 
 class _Section(BaseModel):
@@ -678,6 +697,12 @@ class TrainConfig(_Section):
     """The validation loss."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
+    export: list[Export] = []
+    """What the adapter is written as too, at the end, under `exports`: formats by the names that `convert --to` has,
+    and `for-TOOL`, made as by `convert --for TOOL`, so that this tool draws what we draw."""
+    metadata: Literal["full", "minimal"] = "full"
+    """What the adapter's file says of itself: "full" for other tools and pages too (ModelSpec, kohya's ss_*: settings,
+    how often each tag of the captions occurs); "minimal" what is needed to load it, base, prompt and steps."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is measured after training."""
 
@@ -699,6 +724,7 @@ class TrainConfig(_Section):
             _check_weight_norm(self.optim.max_weight_norm, self.adapter)
         if os.path.exists(self.output_dir) and not os.path.isdir(self.output_dir):
             raise ValueError(f"output_dir: got the file {str(self.output_dir)!r}, expected a folder, new or old")
+        _check_export(self)
         _refuse_shared_folders(self)
         _refuse_two_densities(self.loss.timesteps, self.flow)
         if self.prior.mode == "adapter_off":
@@ -760,6 +786,15 @@ class TrainConfig(_Section):
                 raise ValueError(f"{name}: given twice, {overrides[name[2:]]!r} and {value!r}; expected it once")
             overrides[name[2:]] = value
         return overrides
+
+
+def _check_export(config: TrainConfig) -> None:
+    if twice := [name for name in config.export if config.export.count(name) > 1]:
+        raise ValueError(f"export: got {twice[0]!r} twice, expected it once")
+    if config.export and not (config.adapter.train_unet or config.adapter.train_text_encoder):
+        raise ValueError(
+            f"export: got {config.export} where new words are learnt alone, which files of their own hold; expected []"
+        )
 
 
 def _refuse_shared_folders(config: TrainConfig) -> None:

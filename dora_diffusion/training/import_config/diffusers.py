@@ -419,9 +419,16 @@ ROWS: tuple[Row, ...] = (
         example=True,
     ),
     *unneeded(
-        "adapters are .safetensors in fp32; `dora-diffusion convert` writes other formats",
-        "output_kohya_format upcast_before_saving",
+        "adapters are .safetensors in fp32; `export` and `dora-diffusion convert` write other formats",
+        "upcast_before_saving",
         example=True,
+    ),
+    Row(
+        "output_kohya_format",
+        ("export",),
+        "`[kohya]`",
+        lambda value, source: to("export", ["kohya"]) if flag(value) else needless("off there too"),
+        True,
     ),
     *unneeded("nothing is sent anywhere", "push_to_hub hub_model_id", example=True),
     *unneeded("nothing is sent anywhere", "hub_token", example="x", is_secret=True),

@@ -1,15 +1,21 @@
-"""What a run says of itself: its README.md, and the metadata of its adapter."""
+"""What a run says of itself: before its first step, and in its README.md, a model card."""
 
-import json
+import re
+import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dora_diffusion._version import __version__
-from dora_diffusion.families import Family
+import yaml
+
 from dora_diffusion.families.distilled import distilled_kind
+from dora_diffusion.pipelines.hub import may_be_hub_id
 from dora_diffusion.training.base.below import Below
 from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.run.exports import Exported
+from dora_diffusion.training.run.metadata import base_name, trigger_words
+from dora_diffusion.utils.text import encodable
 
 
 def base_lines(pipe: Any, config: TrainConfig, below: Sequence[Below], started: str) -> list[str]:
@@ -20,42 +26,46 @@ def base_lines(pipe: Any, config: TrainConfig, below: Sequence[Below], started: 
     return [*warning, *lines]
 
 
-def run_card(
-    config: TrainConfig,
-    validation: Sequence[tuple[int, float]],
-    words: Sequence[Path] = (),
-    below: Sequence[Below] = (),
-) -> str:
-    """A model card in Markdown.
+@dataclass(frozen=True)
+class Left:
+    """What a run has left, for its card and its report.
 
-    Args:
-        config: of the run.
+    Attributes:
         validation: (step, loss) pairs.
         words: files of its new words.
         below: adapters that are part of its base.
+        exports: what the adapter was written as too.
     """
-    adapter = config.adapter
-    has_adapter = bool(adapter.train_unet or adapter.train_text_encoder)
-    kind = ("DoRA adapter" if adapter.use_dora else "LoRA adapter") if has_adapter else "New words"
-    made = f"rank {adapter.rank}, alpha {adapter.alpha:g}, " if has_adapter else ""
-    spelt = ", ".join(f"`{word}`" for word in config.words.starts)
+
+    validation: Sequence[tuple[int, float]] = ()
+    words: Sequence[Path] = ()
+    below: Sequence[Below] = ()
+    exports: Sequence[Exported] = ()
+
+
+def run_card(config: TrainConfig, left: Left, pictures: Sequence[str] = ()) -> str:
+    """A model card: YAML that hub pages read, and Markdown.
+
+    Args:
+        config: of the run.
+        left: what it left.
+        pictures: one for each preview prompt, relative to the card.
+    """
+    adapter, prompt = config.adapter, config.data.instance_prompt
+    made = f"rank {adapter.rank}, alpha {adapter.alpha:g}, " if _has_adapter(config) else ""
+    spelt = ", ".join(map(code, config.words.starts))
     made += f"new words {spelt}, " if spelt else ""
-    files = ["--adapter adapter.safetensors:1.0"] if has_adapter else []
-    files += [f"--words words/{path.name}" for path in words]
-    prompt = config.data.instance_prompt or "(captions beside the images)"
-    losses = "\n".join(f"| {step} | {loss:.4f} |" for step, loss in validation)
-    example = config.preview.prompts[0] if config.preview.prompts else prompt
-    return f"""# {kind} on `{config.model}`
+    said = f"instance prompt {code(prompt)}" if prompt else "captions beside the images"
+    losses = "\n".join(f"| {step} | {loss:.4f} |" for step, loss in left.validation)
+    return f"""{front_matter(config, pictures)}
+# {kind_of(config)} on {code(base_name(config))}
 
 Trained by dora_diffusion: {made}{config.optim.steps} steps of
 batch {config.optim.batch_size} x {config.optim.gradient_accumulation}, learning rate {config.optim.rate:g},
-instance prompt `{prompt}`. Everything else stands in `config.yaml`; `samples/strip.png` shows the way.
-{_on_top_of(config, below)}{_to_pure_noise(config)}
-```
-dora-diffusion generate --model {config.model} {" ".join(files)} \\
-    --prompt "{example}" --output out.png
-```
-
+{said}. Everything else stands in `config.yaml`; `report.html` shows the way.
+{_on_top_of(config, left.below)}{_to_pure_noise(config)}
+{code_block(_command(config, left.words), "bash")}
+{_exports(left.exports)}
 | step | loss on fixed noise |
 | --- | --- |
 {losses}
@@ -73,39 +83,97 @@ Otherwise pictures are neither as dark nor as bright as they could be.
 """
 
 
+def kind_of(config: TrainConfig) -> str:
+    """What was trained, in words."""
+    if not _has_adapter(config):
+        return "New words"
+    return "DoRA adapter" if config.adapter.use_dora else "LoRA adapter"
+
+
+def _has_adapter(config: TrainConfig) -> bool:
+    return bool(config.adapter.train_unet or config.adapter.train_text_encoder)
+
+
+def _command(config: TrainConfig, words: Sequence[Path]) -> str:
+    """How to draw with it, to be pasted into a shell."""
+    files = ["--adapter adapter.safetensors:1.0"] if _has_adapter(config) else []
+    files += [f"--words words/{shlex.quote(path.name)}" for path in words]
+    example = (config.preview.prompts or [config.data.instance_prompt or ", ".join(trigger_words(config))])[0]
+    model, prompt = shlex.quote(base_name(config)), shlex.quote(one_line(example))
+    return f"dora-diffusion generate --model {model} {' '.join(files)} \\\n    --prompt {prompt} --output out.png"
+
+
+def _exports(exports: Sequence[Exported]) -> str:
+    if not exports:
+        return ""
+    rows = "\n".join(f"- {code(f'{each.path.parent.name}/{each.path.name}')}: {each.line}" for each in exports)
+    return f"\nThe same in other formats:\n\n{rows}\n"
+
+
+def front_matter(config: TrainConfig, pictures: Sequence[str] = ()) -> str:
+    """The YAML block that hub pages read; the licence is its author's to name."""
+    kind = "dora" if config.adapter.use_dora else "lora"
+    tags = ["text-to-image", "diffusers", *(["lora"] if _has_adapter(config) else []), "template:sd-lora"]
+    tags += ["dora"] if _has_adapter(config) and kind == "dora" else []
+    tags += ["textual_inversion"] if config.words.starts else []
+    triggers = trigger_words(config)
+    repository = config.model.partition("@")[0]
+    found: dict[str, Any] = {
+        # a page refuses a name that is no repository's
+        **({"base_model": repository, "base_model_relation": "adapter"} if _is_hub_id(config.model) else {}),
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": tags,
+        **({"instance_prompt": one_line(", ".join(triggers))} if triggers else {}),
+    }
+    if pictures:
+        shown = zip(config.preview.prompts, pictures, strict=True)
+        found["widget"] = [{"text": one_line(prompt), "output": {"url": url}} for prompt, url in shown]
+    text = yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=1000)
+    return f"---\n# license: name it here, as the hub spells it, such as openrail++ or apache-2.0\n{text}---\n"
+
+
+def _is_hub_id(model: str) -> bool:
+    return may_be_hub_id(model) and not Path(model).exists()
+
+
+def one_line(text: str) -> str:
+    """Text of strangers without breaks of lines."""
+    return " ".join(encodable(text).split())
+
+
+def code(text: str) -> str:
+    """Text of strangers as a code span of Markdown, on one line, whatever it holds."""
+    line = one_line(text)
+    ticks = _fence(line, 1)
+    edge = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{ticks}{edge}{line}{edge}{ticks}"
+
+
+def code_block(text: str, language: str) -> str:
+    """Text of strangers as a block of code, whatever it holds."""
+    fence = _fence(text, 3)
+    return f"{fence}{language}\n{encodable(text)}\n{fence}"
+
+
+def _fence(text: str, least: int) -> str:
+    """More backticks than the text has in a row."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
+
+
 def _on_top_of(config: TrainConfig, below: Sequence[Below]) -> str:
     """What a reader must have below the adapter to draw what was trained."""
     if not below:
         return ""
-    rows = "\n".join(f"- `{each.name}` at {each.strength:g}, SHA-256 `{each.sha256}`" for each in below)
-    files = " ".join(f"--adapter {each.name}:{each.strength:g}" for each in below)
+    rows = "\n".join(f"- {code(each.name)} at {each.strength:g}, SHA-256 `{each.sha256}`" for each in below)
+    files = " ".join(f"--adapter {shlex.quote(f'{each.name}:{each.strength:g}')}" for each in below)
+    bake = code(f"dora-diffusion bake {shlex.quote(base_name(config))} BASE {files}")
     return f"""
 It was trained on top of these, which are part of its base:
 
 {rows}
 
 To draw what was trained, bake them into the base first, and name that as the model:
-`dora-diffusion bake {config.model} BASE {files}`. On the base alone the adapter draws what was learnt
+{bake}. On the base alone the adapter draws what was learnt
 with what they change left out, which is what an adapter that undoes a distillation is for.
 """
-
-
-def adapter_metadata(config: TrainConfig, family: Family, *, step: int, below: Sequence[Below] = ()) -> dict[str, str]:
-    """What a reader of the file should know, as strings."""
-    facts = {
-        "version": __version__,
-        "family": family.name,
-        # the name only: a path tells strangers about the user's machine
-        "base_model": Path(config.model).name if Path(config.model).is_absolute() else config.model,
-        "norm_grad": config.adapter.norm_grad,
-        "magnitude_axis": "out",
-        "instance_prompt": config.data.instance_prompt or "",
-        "words": " ".join(config.words.starts),
-        "steps": str(step),
-    }
-    if config.adapter.start is not None:
-        facts["started_from"] = config.adapter.start.name
-    if below:
-        laid = [{"name": each.name, "strength": each.strength, "sha256": each.sha256} for each in below]
-        facts["trained_on_top_of"] = json.dumps(laid)
-    return {f"dora_diffusion.{name}": value for name, value in facts.items()}

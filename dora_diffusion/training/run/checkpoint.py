@@ -13,6 +13,8 @@ from torch import Tensor
 from dora_diffusion.formats import RUN_FILE, save_adapter
 from dora_diffusion.state import AdapterState
 from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.run.history import FILE as HISTORY
+from dora_diffusion.training.run.history import History
 from dora_diffusion.training.run.identity import Identity
 from dora_diffusion.training.step.guard import Guard
 from dora_diffusion.utils import atomic as storage
@@ -36,6 +38,7 @@ class TrainingState:
         guard: with the last good state.
         told: the optimiser's `group_settings` before the first step.
         identity: what the run is made of.
+        history: the loss of each step.
     """
 
     parameters: dict[str, Tensor]
@@ -46,6 +49,7 @@ class TrainingState:
     guard: Guard | None = None
     told: Groups = ()
     identity: Identity | None = None
+    history: History | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,8 @@ def save(
     }
     if state.identity is not None:
         files[_IDENTITY] = partial(storage.write_atomically, data=state.identity.to_json().encode())
+    if state.history is not None:
+        files[HISTORY] = partial(storage.write_atomically, data=state.history.as_csv().encode())
     if state.guard is not None and state.guard.tensors():
         files[_LAST_GOOD] = partial(storage.save_tensors, state.guard.tensors())
     if adapter is not None:
@@ -186,6 +192,8 @@ def resume(state: TrainingState, saved: Saved) -> None:
     if state.guard is not None:
         good = saved.path / _LAST_GOOD
         state.guard.resume(saved.progress.get("guard"), storage.load_tensors(good) if good.is_file() else {})
+    if state.history is not None:
+        state.history.resume(saved.path / HISTORY)
     state.validation[:] = [(step, loss) for step, loss in saved.progress["validation"]]
 
 

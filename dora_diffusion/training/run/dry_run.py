@@ -4,7 +4,8 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.training.config import DataConfig, TrainConfig
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from dora_diffusion.pipelines.textual_inversion import Words
     from dora_diffusion.state import AdapterState
     from dora_diffusion.training.base.memory import Device, MemoryEstimate
+    from dora_diffusion.training.base.trainable import TrainablePipeline
     from dora_diffusion.training.data.concepts import Split
     from dora_diffusion.training.data.examples import Example
 
@@ -21,16 +23,42 @@ if TYPE_CHECKING:
 _SIZES_NAMED = 5
 
 
-def describe_plan(config: TrainConfig) -> str:
+def describe_plan(config: TrainConfig, *, pipe: Any = None) -> str:
     """The plan of a run in a few lines; raises what the run itself would about folder, data, base and targets.
 
     The base's weights are not read, nor is anything drawn or trained.
+
+    Args:
+        config: of the run.
+        pipe: a base without weights to plan with, where the config's own is not at hand; it is used up.
     """
     import torch
 
+    from dora_diffusion.training.base.memory import estimate_memory
+
+    *lines, output = (plan := _plan(config, pipe)).lines
+    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
+    return "\n".join(
+        [*lines, *memory_lines(estimate_memory(plan.trainable, config, device=device), f"on {device}"), output]
+    )
+
+
+def check_plan(config: TrainConfig) -> None:
+    """Raise what `describe_plan` would, without the estimate of memory, which takes a while for a large model."""
+    _plan(config, None)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A base without weights, with what is trained in it, and what is said of it; the output last."""
+
+    trainable: "TrainablePipeline"
+    lines: list[str]
+
+
+def _plan(config: TrainConfig, pipe: Any) -> _Plan:
     from dora_diffusion.pipelines.quantise import check_library
     from dora_diffusion.training.base.below import plan_below
-    from dora_diffusion.training.base.memory import estimate_memory
     from dora_diffusion.training.base.meta import load_skeleton
     from dora_diffusion.training.base.sizes import sizes_of
     from dora_diffusion.training.base.start import plan_start
@@ -38,8 +66,10 @@ def describe_plan(config: TrainConfig) -> str:
     from dora_diffusion.training.data.buckets import in_buckets
     from dora_diffusion.training.data.concepts import checked_examples
     from dora_diffusion.training.data.examples import check_words
-    from dora_diffusion.training.run.card import adapter_metadata, base_lines
+    from dora_diffusion.training.run.card import base_lines
+    from dora_diffusion.training.run.exports import check_exports
     from dora_diffusion.training.run.folder import check_writable
+    from dora_diffusion.training.run.metadata import adapter_metadata, tool_metadata
     from dora_diffusion.training.step.objective import objective_of
     from dora_diffusion.training.step.optimisers import check_optimizer, parameter_groups
 
@@ -49,7 +79,7 @@ def describe_plan(config: TrainConfig) -> str:
     split = checked_examples(config.data, seed=config.optim.seed)
     examples = split.train
     check_words(config.words.starts, examples)
-    pipe = load_skeleton(config.model, dtype=PRECISIONS[config.optim.mixed_precision])
+    pipe = pipe or load_skeleton(config.model, dtype=PRECISIONS[config.optim.mixed_precision])
     below = plan_below(pipe, config.base.adapters)
     trainable = prepare_trainable(pipe, config, from_start=False)
     started = plan_start(trainable.injections, config.adapter, trainable.family.name)
@@ -57,10 +87,11 @@ def describe_plan(config: TrainConfig) -> str:
     objective_of(trainable.pipe, config.optim, config.flow, config.loss, tokens=1)
     parameter_groups(trainable, config.optim, config.words)  # raises for a pattern that names no layer
     sized = in_buckets(examples, config.data, sizes_of(trainable.pipe))
+    check_exports(config, trainable)
     optim = config.optim
     seen = optim.steps * optim.batch_size * optim.gradient_accumulation
-    file = file_bytes(trainable.adapter(adapter_metadata(config, trainable.family, step=optim.steps)))
-    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
+    own = adapter_metadata(config, trainable.family, step=optim.steps)
+    file = file_bytes(trainable.adapter(tool_metadata(config, trainable.pipe, split, step=optim.steps) | own))
     lines = [
         f"base       {config.model} ({trainable.family.name})",
         *base_lines(trainable.pipe, config, below, started or ""),
@@ -70,12 +101,12 @@ def describe_plan(config: TrainConfig) -> str:
         *([] if trainable.words is None else [f"words      {_words(trainable.words)}"]),
         f"trained    {trainable_count(trainable.parameters()):,} numbers",
         *([f"file       {file / 1e6:.1f} MB"] if trainable.injections else []),
+        *([f"exports    {', '.join(config.export)}"] if config.export else []),
         f"steps      {optim.steps} of {optim.batch_size} x {optim.gradient_accumulation}, seed {optim.seed}",
         f"prior      {_prior(config, split)}",
-        *memory_lines(estimate_memory(trainable, config, device=device), f"on {device}"),
         f"output     {config.output_dir}",
     ]
-    return "\n".join(lines)
+    return _Plan(trainable, lines)
 
 
 def _images(data: DataConfig, split: "Split") -> str:

@@ -1,7 +1,7 @@
 """What a run leaves at its end: its files, and a manifest by which a finished run is known, and left alone."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +10,14 @@ from dora_diffusion.pipelines.textual_inversion import save_words
 from dora_diffusion.state import AdapterState
 from dora_diffusion.training.base.trainable import TrainablePipeline
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.run.card import run_card
+from dora_diffusion.training.data.concepts import Split
+from dora_diffusion.training.run.card import Left, run_card
 from dora_diffusion.training.run.checkpoint import ADAPTER, Saved, checkpoint_folder
-from dora_diffusion.training.run.previews import save_strip
+from dora_diffusion.training.run.exports import Exported, missing_exports, write_exports
+from dora_diffusion.training.run.history import FILE as HISTORY
+from dora_diffusion.training.run.history import History
+from dora_diffusion.training.run.previews import save_last_apart, save_strip
+from dora_diffusion.training.run.report import Seen, write_report
 from dora_diffusion.utils.atomic import MANIFEST, remove_elders, sha256_of, write_atomically
 
 OUTCOME = "validation.json"
@@ -28,6 +33,7 @@ class TrainResult:
         steps: done.
         validation: (step, loss) pairs.
         is_new: whether anything was written; False of a finished run that was left as it is.
+        exports: what the adapter was written as too, and what became of it; empty of a run that was left as it is.
     """
 
     adapter: Path | None
@@ -35,25 +41,50 @@ class TrainResult:
     steps: int
     validation: tuple[tuple[int, float], ...]
     is_new: bool = True
+    exports: tuple[Exported, ...] = ()
+
+
+@dataclass(frozen=True)
+class Story:
+    """What a run saw and came through.
+
+    Attributes:
+        examples: its pictures, with their sizes.
+        validation: (step, loss) pairs.
+        history: the loss of each step.
+        guard: what it counted.
+    """
+
+    examples: Split
+    validation: tuple[tuple[int, float], ...]
+    history: History
+    guard: Mapping[str, int]
 
 
 def write_outcome(
-    config: TrainConfig, learnt: AdapterState | None, trainable: TrainablePipeline, losses: Sequence[tuple[int, float]]
+    config: TrainConfig, learnt: AdapterState | None, trainable: TrainablePipeline, story: Story
 ) -> TrainResult:
     """Write what a run leaves beside its checkpoints; the manifest, which says that all of it is there, last."""
     words = trainable.words
     folder, steps = config.output_dir, config.optim.steps
     adapter = None if learnt is None else save_adapter(learnt, folder / ADAPTER)
     files = [] if words is None else save_words(words.state(), folder / "words")
+    exports = [] if learnt is None else write_exports(config, learnt, trainable.pipe)
     save_strip(folder / "samples")
-    write_atomically(folder / OUTCOME, json.dumps(losses).encode())
-    write_atomically(folder / "README.md", run_card(config, losses, files, trainable.below).encode())
+    pictures = save_last_apart(folder / "samples", len(config.preview.prompts))
+    write_atomically(folder / OUTCOME, json.dumps(story.validation).encode())
+    write_atomically(folder / HISTORY, story.history.as_csv().encode())
+    left = Left(story.validation, files, trainable.below, exports)
+    urls = [path.relative_to(folder).as_posix() for path in pictures]
+    write_atomically(folder / "README.md", run_card(config, left, urls).encode())
+    write_report(config, learnt, trainable, Seen(left, story.examples, story.history.losses, story.guard))
     newest = checkpoint_folder(folder / "checkpoints", steps)
     remove_elders(newest, keep=config.checkpoint.keep)  # a run that was killed after its last save has not done so
-    written = [*([] if adapter is None else [adapter]), *files, folder / OUTCOME, newest / MANIFEST]
+    written = [*([] if adapter is None else [adapter]), *files, *(each.path for each in exports)]
+    written += [folder / OUTCOME, folder / HISTORY, newest / MANIFEST]
     hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in written}
     write_atomically(folder / MANIFEST, json.dumps({"steps": steps, "sha256": hashes}, indent=1).encode())
-    return TrainResult(adapter, tuple(files), steps, tuple(losses))
+    return TrainResult(adapter, tuple(files), steps, story.validation, exports=tuple(exports))
 
 
 def finished_result(config: TrainConfig, saved: Saved) -> TrainResult | None:
@@ -68,7 +99,7 @@ def finished_result(config: TrainConfig, saved: Saved) -> TrainResult | None:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if not is_whole:
+    if not is_whole or missing_exports(config, hashes):
         return None
     words = tuple(folder / name for name in hashes if name.startswith("words/"))
     losses = tuple((step, loss) for step, loss in saved.progress["validation"])

@@ -31,6 +31,11 @@ def _unwritable(folder: Path, where: Path, reason: str | None) -> str:
     return f"output_dir: {folder} cannot be written ({where}: {reason}); choose another folder, or mend its rights"
 
 
+def holds_checkpoints(folder: Path) -> bool:
+    """Whether a run has saved some in its folder, whole or not."""
+    return any(folder.glob("checkpoints/step-*"))
+
+
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
     """Keep every other run out of a run's folder, which is made, while the block lasts.

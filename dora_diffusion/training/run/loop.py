@@ -12,9 +12,10 @@ from dora_diffusion.training.data.batches import BatchSource
 from dora_diffusion.training.data.concepts import Split
 from dora_diffusion.training.data.missing import PicturesMissing
 from dora_diffusion.training.run import checkpoint
-from dora_diffusion.training.run.card import adapter_metadata
-from dora_diffusion.training.run.finish import TrainResult, write_outcome
+from dora_diffusion.training.run.finish import Story, TrainResult, write_outcome
+from dora_diffusion.training.run.history import History
 from dora_diffusion.training.run.identity import Identity
+from dora_diffusion.training.run.metadata import adapter_metadata, tool_metadata
 from dora_diffusion.training.run.previews import forget_previews
 from dora_diffusion.training.run.signals import StopRequest, stop_requests
 from dora_diffusion.training.run.watchers import Validation, Watchers, due
@@ -40,14 +41,15 @@ class Run:
         examples: Split,
         identity: Identity,
     ) -> None:
-        self.config, self.accelerator, self.trainable = config, accelerator, trainable
+        self.config, self.accelerator, self.trainable, self.examples = config, accelerator, trainable, examples
         self.folder = config.output_dir
         self.source = source = BatchSource(trainable, config, instances=examples.train, classes=examples.classes)
         optimizer = build_optimizer(trainable, config.optim, config.words)
         limit_weight_norms(optimizer, trainable, config.optim.max_weight_norm)
         self.average = average_of(trainable, optimizer, config.optim)
         moving = {**trainable.named_tensors(), **self.average.tensors}
-        guard = Guard(config.guard, moving, optimizer)
+        self.guard = guard = Guard(config.guard, moving, optimizer)
+        self.history = History()
         self.step = TrainingStep(
             config.optim,
             accelerator,
@@ -70,6 +72,7 @@ class Run:
             guard,
             told=group_settings(optimizer),
             identity=identity,
+            history=self.history,
         )
 
     def go(self, saved: checkpoint.Saved | None) -> TrainResult:
@@ -99,6 +102,7 @@ class Run:
             for step in bar:
                 rate = self.step.rates.set(step)
                 loss = self._take(step)
+                self.history.add(step + 1, loss, rate)
                 bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}", refresh=False)
                 self.accelerator.log({"loss/train": loss, "learning_rate": rate}, step=step + 1)
                 stops = stop.asked and step + 1 < steps  # after the last step, only files are left to write
@@ -139,7 +143,8 @@ class Run:
         """What is learnt after so many steps, as a file holds it; None when new words are learnt alone."""
         if not self.trainable.injections:
             return None
-        metadata = adapter_metadata(self.config, self.trainable.family, step=step, below=self.trainable.below)
+        own = adapter_metadata(self.config, self.trainable.family, step=step, below=self.trainable.below)
+        metadata = tool_metadata(self.config, self.trainable.pipe, self.examples, step=step) | own
         with self.average.shown():
             return self.trainable.adapter(metadata)
 
@@ -150,7 +155,8 @@ class Run:
             None if learnt is None else self.folder / checkpoint.ADAPTER, (), self.config.optim.steps, tuple(losses)
         )
         if self.accelerator.is_main_process:
+            story = Story(self.examples, tuple(losses), self.history, self.guard.counts)
             with self.average.shown():
-                result = write_outcome(self.config, learnt, self.trainable, losses)
+                result = write_outcome(self.config, learnt, self.trainable, story)
         self.accelerator.wait_for_everyone()
         return result

@@ -42,13 +42,35 @@ def forget_previews(folder: Path, *, after: int) -> None:
         if int(file.stem[5:]) > after:
             file.unlink(missing_ok=True)
     if after < 0:
-        (folder / STRIP).unlink(missing_ok=True)
+        for file in (folder / STRIP, *folder.glob("prompt-*.png")):
+            file.unlink(missing_ok=True)
 
 
 def _numbered(folder: Path) -> list[Path]:
     """The previews of each step, in their order."""
     found = [file for file in folder.glob("step-*.png") if file.stem[5:].isdigit()]
     return sorted(found, key=lambda file: int(file.stem[5:]))
+
+
+def save_last_apart(folder: Path, count: int) -> list[Path]:
+    """The pictures of the last row, each in a file of its own, for the card: `samples/prompt-1.png`; [] without a row.
+
+    Args:
+        folder: of the previews.
+        count: how many prompts there are.
+    """
+    for file in folder.glob("prompt-*.png"):
+        file.unlink(missing_ok=True)
+    rows = _numbered(folder)
+    if not rows or not count:
+        return []
+    with Image.open(rows[-1]) as picture:
+        row = picture.convert("RGB")
+    width = row.width // count
+    paths = [folder / f"prompt-{number + 1}.png" for number in range(count)]
+    for number, path in enumerate(paths):
+        _save(row.crop((number * width, 0, (number + 1) * width, row.height)), path)
+    return paths
 
 
 def save_strip(folder: Path) -> Path | None:

@@ -16,8 +16,9 @@ from dora_diffusion.training.data.concepts import Split, checked_examples, opene
 from dora_diffusion.training.data.examples import check_words
 from dora_diffusion.training.run.card import base_lines
 from dora_diffusion.training.run.checkpoint import Saved
+from dora_diffusion.training.run.exports import check_exports
 from dora_diffusion.training.run.finish import TrainResult, finished_result
-from dora_diffusion.training.run.folder import run_lock
+from dora_diffusion.training.run.folder import holds_checkpoints, run_lock
 from dora_diffusion.training.run.identity import (
     Identity,
     base_identity,
@@ -70,11 +71,7 @@ def train(
         print(f"{result.steps} steps, wrote {result.adapter}")
         ```
     """
-    if resume not in (None, "latest"):
-        raise ValueError(f"resume={resume!r}: expected 'latest'")
-    wanted = _Wanted(resume is not None or extend is not None, extend, accept_changes)
-    if accept_changes and not wanted.resume:
-        raise ValueError("--accept-changes: a run that starts anew has nothing to compare; expected --resume latest")
+    wanted = _wanted(resume, extend, accept_changes)
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     accelerator = Accelerator(
         mixed_precision=config.optim.mixed_precision,
@@ -88,12 +85,33 @@ def train(
         return _train(config, accelerator, wanted)
 
 
+def check_start(
+    config: TrainConfig, *, resume: str | None = None, extend: int | None = None, accept_changes: bool = False
+) -> None:
+    """Raise what `train` would of a run's folder, checkpoint and settings, before anything is loaded."""
+    wanted = _wanted(resume, extend, accept_changes)
+    saved = _saved(config, wanted)
+    if saved is not None:
+        config = config if extend is None else extended(config, saved, extend)
+        _comparison(saved, config, processes=1, wanted=wanted)
+
+
+def _wanted(resume: str | None, extend: int | None, accept_changes: bool) -> _Wanted:
+    if resume not in (None, "latest"):
+        raise ValueError(f"resume={resume!r}: expected 'latest'")
+    wanted = _Wanted(resume is not None or extend is not None, extend, accept_changes)
+    if accept_changes and not wanted.resume:
+        raise ValueError("--accept-changes: a run that starts anew has nothing to compare; expected --resume latest")
+    return wanted
+
+
 def _train(config: TrainConfig, accelerator: Accelerator, wanted: _Wanted) -> TrainResult:
     """The run in its folder, which is this run's alone."""
     saved = _saved(config, wanted)
     if saved is not None and wanted.extend is not None:
         config = extended(config, saved, wanted.extend)
-    comparison = None if saved is None else _comparison(saved, config, accelerator, wanted)
+    processes = accelerator.num_processes
+    comparison = None if saved is None else _comparison(saved, config, processes=processes, wanted=wanted)
     check_optimizer(config.optim)
     split = checked_examples(config.data, seed=config.optim.seed)
     check_words(config.words.starts, split.train)
@@ -112,8 +130,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, wanted: _Wanted) -> Tr
     objectives.of(sized.train[0].size)  # raises for a scheduler that cannot be trained, before anything is drawn
     if config.loss.zero_terminal_snr:
         pipe.scheduler = with_zero_terminal_snr(pipe.scheduler)
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    drawn = ensure_class_examples(pipe, config, process=rank, processes=ranks)
+    drawn = ensure_class_examples(pipe, config, process=accelerator.process_index, processes=processes)
     late = {"class pictures": examples_identity(config, [("class", one) for one in drawn]), "base": base}
     identity = Identity({**identity.parts, **late})
     if comparison is not None:
@@ -125,6 +142,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, wanted: _Wanted) -> Tr
     for line in base_lines(pipe, config, trainable.below, trainable.started):
         accelerator.print(line)
     try:
+        check_exports(config, trainable)
         return Run(config, accelerator, trainable, objectives, sized, identity).go(saved)
     finally:
         trainable.eject()
@@ -136,19 +154,19 @@ def _saved(config: TrainConfig, wanted: _Wanted) -> Saved | None:
     recover(folder / "checkpoints")
     if wanted.resume:
         return find_saved(config)
-    if any(folder.glob("checkpoints/step-*")):
+    if holds_checkpoints(folder):
         raise ValueError(
             f"{folder}: holds checkpoints of an earlier run; resume it with --resume latest or choose another"
         )
     return None
 
 
-def _comparison(saved: Saved, config: TrainConfig, accelerator: Accelerator, wanted: _Wanted) -> Comparison:
+def _comparison(saved: Saved, config: TrainConfig, *, processes: int, wanted: _Wanted) -> Comparison:
     """The comparison with what was saved, its settings compared."""
     comparison = Comparison(
         saved,
         config,
-        processes=accelerator.num_processes,
+        processes=processes,
         accept=wanted.accept_changes,
         extends=wanted.extend is not None,
     )

@@ -10,7 +10,7 @@ from dora_diffusion.training.base.trainable import prepare_trainable
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.data.batches import BatchSource
 from dora_diffusion.training.data.examples import Example
-from dora_diffusion.training.run.card import adapter_metadata
+from dora_diffusion.training.run.metadata import adapter_metadata
 from dora_diffusion.training.step.objective import objective_of
 from dora_diffusion.training.step.optimisers import build_optimizer
 from dora_diffusion.training.step.rates import RateSchedule

@@ -51,25 +51,40 @@ def write_contact_sheet(report: DoctorReport, path: Path, *, with_masks: bool = 
     """
     if not report.sized:
         raise ValueError(f"{path}: nothing to draw; expected pictures, and a base or a resolution to train them at")
-    buckets = list(by_size(report.sized).values())
-    shares = _shares([len(inside) for inside in buckets], CELLS)
+    sheet, left_out = contact_sheet(report.sized, sizes_of=report.sizes_of, cells=CELLS, with_masks=with_masks)
+    with atomic_file(path) as file:
+        sheet.save(file, format="PNG")
+    return left_out
+
+
+def contact_sheet(
+    sized: Sequence[Example], *, sizes_of: str, cells: int, with_masks: bool = False
+) -> tuple[Image.Image, int]:
+    """The sheet, and how many pictures are left out.
+
+    Args:
+        sized: pictures with the sizes that they are trained at; some.
+        sizes_of: what says the sizes, in words.
+        cells: how many pictures there is room for.
+        with_masks: whether masks count.
+    """
+    buckets = list(by_size(sized).values())
+    shares = _shares([len(inside) for inside in buckets], cells)
     chosen = [
         (example, _SHADES[number % 2])
         for number, (inside, share) in enumerate(zip(buckets, shares, strict=True))
         for example in inside[:share]
     ]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        cells = list(pool.map(lambda one: _cell(*one, with_masks=with_masks), chosen))
-    left_out = len(report.sized) - len(cells)
-    rest = f"; {len(cells)} shown, {left_out} left out" if left_out else ""
-    head = _strip(f"{len(report.sized)} trained by {report.sizes_of}, in {len(buckets)} sizes{rest}")
-    body = grid([cells[at : at + COLUMNS] for at in range(0, len(cells), COLUMNS)])
+        drawn = list(pool.map(lambda one: _cell(*one, with_masks=with_masks), chosen))
+    left_out = len(sized) - len(drawn)
+    rest = f"; {len(drawn)} shown, {left_out} left out" if left_out else ""
+    head = _strip(f"{len(sized)} trained by {sizes_of}, in {len(buckets)} sizes{rest}")
+    body = grid([drawn[at : at + COLUMNS] for at in range(0, len(drawn), COLUMNS)])
     sheet = Image.new("RGB", (max(head.width, body.width), head.height + body.height), _WHITE)
     sheet.paste(head, (0, 0))
     sheet.paste(body, (0, head.height))
-    with atomic_file(path) as file:
-        sheet.save(file, format="PNG")
-    return left_out
+    return sheet, left_out
 
 
 def _shares(counts: Sequence[int], room: int) -> list[int]:

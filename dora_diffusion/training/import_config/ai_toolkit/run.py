@@ -30,7 +30,7 @@ SAVE: list[Row] = [
     Row("save.save_every", ("checkpoint.every",), "", every("checkpoint.every"), 250),
     copied("save.max_step_saves_to_keep", "checkpoint.keep", 4, read=whole),
     *unneeded(
-        "adapters are .safetensors in fp32; `dora-diffusion convert` writes other formats",
+        "adapters are .safetensors in fp32; `export` and `dora-diffusion convert` write other formats",
         "save.dtype save.save_format",
         example="float16",
     ),

@@ -6,7 +6,7 @@ from typing import Any
 
 from dora_diffusion.training.import_config.kohya.steps import epoch, ours
 from dora_diffusion.training.import_config.records import Answer, Row, Source, needless, several, to, unneeded, without
-from dora_diffusion.training.import_config.values import number, real, text, whole
+from dora_diffusion.training.import_config.values import flag, number, real, text, whole
 
 
 def _every_epochs(key: str) -> Any:
@@ -132,9 +132,16 @@ RUN: list[Row] = [
         example="state",
     ),
     *unneeded(
-        "adapters are .safetensors in fp32; `dora-diffusion convert` writes other formats",
-        "save_model_as save_precision use_safetensors no_metadata training_comment save_clip save_t5xxl",
+        "adapters are .safetensors in fp32; `export` and `dora-diffusion convert` write other formats",
+        "save_model_as save_precision use_safetensors training_comment save_clip save_t5xxl",
         example="fp16",
+    ),
+    Row(
+        "no_metadata",
+        ("metadata",),
+        "`minimal`",
+        lambda value, source: to("metadata", "minimal") if flag(value) else needless("off there too"),
+        True,
     ),
     *unneeded(
         "logs are in the run's folder, for TensorBoard",

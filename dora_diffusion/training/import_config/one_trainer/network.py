@@ -240,7 +240,7 @@ RUN: list[Row] = [
     ),
     Row("output_model_destination", ("output_dir",), "`runs/` and its name", _destination, "models/robot.safetensors"),
     *unneeded(
-        "adapters are .safetensors in fp32; `dora-diffusion convert` writes other formats",
+        "adapters are .safetensors in fp32; `export` and `dora-diffusion convert` write other formats",
         "output_dtype output_model_format save_filename_prefix include_train_config bundle_additional_embeddings",
         example="KOHYA_LORA",
     ),
