@@ -10,6 +10,7 @@ from dora_diffusion.families import Family
 from dora_diffusion.families.distilled import distilled_kind
 from dora_diffusion.training.base.below import Below
 from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.run.standing import Outcome
 
 
 def base_lines(pipe: Any, config: TrainConfig, below: Sequence[Below], started: str) -> list[str]:
@@ -22,7 +23,7 @@ def base_lines(pipe: Any, config: TrainConfig, below: Sequence[Below], started: 
 
 def run_card(
     config: TrainConfig,
-    validation: Sequence[tuple[int, float]],
+    outcome: Outcome,
     words: Sequence[Path] = (),
     below: Sequence[Below] = (),
 ) -> str:
@@ -30,7 +31,7 @@ def run_card(
 
     Args:
         config: of the run.
-        validation: (step, loss) pairs.
+        outcome: how it ended.
         words: files of its new words.
         below: adapters that are part of its base.
     """
@@ -43,11 +44,12 @@ def run_card(
     files = ["--adapter adapter.safetensors:1.0"] if has_adapter else []
     files += [f"--words words/{path.name}" for path in words]
     prompt = config.data.instance_prompt or "(captions beside the images)"
-    losses = "\n".join(f"| {step} | {loss:.4f} |" for step, loss in validation)
-    example = config.preview.prompts[0] if config.preview.prompts else prompt
+    losses = "\n".join(f"| {step} | {loss:.4f} |" for step, loss in outcome.losses)
+    example = config.preview.prompts[0].prompt if config.preview.prompts else prompt
+    pictures = "of held-out pictures" if outcome.is_held_out else "of pictures that were trained"
     return f"""# {kind} on `{config.model}`
 
-Trained by dora_diffusion: {made}{config.optim.steps} steps of
+Trained by dora_diffusion: {made}{outcome.steps} steps of
 batch {config.optim.batch_size} x {config.optim.gradient_accumulation}, learning rate {config.optim.learning_rate:g},
 instance prompt `{prompt}`. Everything else stands in `config.yaml`; `samples/strip.png` shows the way.
 {_on_top_of(config, below)}
@@ -56,10 +58,23 @@ dora-diffusion generate --model {config.model} {" ".join(files)} \\
     --prompt "{example}" --output out.png
 ```
 
-| step | loss on fixed noise |
+| step | loss on fixed noise, {pictures} |
 | --- | --- |
 {losses}
-"""
+{_end(config, outcome)}"""
+
+
+def _end(config: TrainConfig, outcome: Outcome) -> str:
+    """How it ended, where that is not simply after its last step."""
+    lines = []
+    if outcome.ended_early:
+        patience = config.validation.patience
+        lines.append(f"It ended after {outcome.steps} of {config.optim.steps} steps: {patience} measurements in a row")
+        lines.append("were no better than the best before.")
+    if outcome.best is not None:
+        is_final = "and what `adapter.safetensors` is" if config.checkpoint.final == "best" else "kept in `checkpoints`"
+        lines.append(f"The best was step {outcome.best.step}, loss {outcome.best.loss:.4f}, {is_final}.")
+    return "".join(f"\n{line}" for line in lines) + ("\n" if lines else "")
 
 
 def _on_top_of(config: TrainConfig, below: Sequence[Below]) -> str:

@@ -39,15 +39,19 @@ def describe_plan(config: TrainConfig) -> str:
     from dora_diffusion.training.data.examples import check_words
     from dora_diffusion.training.run.card import adapter_metadata, base_lines
     from dora_diffusion.training.run.folder import check_writable
+    from dora_diffusion.training.run.previews import check_previews
+    from dora_diffusion.training.run.trackers import check_trackers
     from dora_diffusion.training.step.objective import objective_of
 
     check_writable(config.output_dir)
+    check_trackers(config.logging)
     split = checked_examples(config.data, seed=config.optim.seed)
     examples = split.train
     check_words(config.words.starts, examples)
     pipe = load_skeleton(config.model, dtype=PRECISIONS[config.optim.mixed_precision])
     below = plan_below(pipe, config.base.adapters)
     trainable = prepare_trainable(pipe, config, from_start=False)
+    check_previews(pipe, config.preview)
     started = plan_start(trainable.injections, config.adapter, trainable.family.name)
     objective_of(trainable.pipe, config.optim, config.flow, tokens=1)  # raises for a scheduler that cannot be trained
     sized = in_buckets(examples, config.data, sizes_of(trainable.pipe))

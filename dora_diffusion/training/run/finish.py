@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dora_diffusion.formats import save_adapter
@@ -11,8 +11,9 @@ from dora_diffusion.state import AdapterState
 from dora_diffusion.training.base.trainable import TrainablePipeline
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.run.card import run_card
-from dora_diffusion.training.run.checkpoint import ADAPTER, Saved, checkpoint_folder
+from dora_diffusion.training.run.checkpoint import ADAPTER, Saved, checkpoint_folder, names_of_kept
 from dora_diffusion.training.run.previews import save_strip
+from dora_diffusion.training.run.standing import Best, Outcome
 from dora_diffusion.utils.atomic import MANIFEST, remove_elders, sha256_of, write_atomically
 
 OUTCOME = "validation.json"
@@ -28,6 +29,8 @@ class TrainResult:
         steps: done.
         validation: (step, loss) pairs.
         is_new: whether anything was written; False of a finished run that was left as it is.
+        best: (step, loss) of the best checkpoint that is kept; None without `checkpoint.keep_best`.
+        ended_early: whether it ended before its last step, by `validation.patience`.
     """
 
     adapter: Path | None
@@ -35,31 +38,43 @@ class TrainResult:
     steps: int
     validation: tuple[tuple[int, float], ...]
     is_new: bool = True
+    best: tuple[int, float] | None = None
+    ended_early: bool = False
 
 
 def write_outcome(
-    config: TrainConfig, learnt: AdapterState | None, trainable: TrainablePipeline, losses: Sequence[tuple[int, float]]
+    config: TrainConfig, learnt: AdapterState | None, trainable: TrainablePipeline, outcome: Outcome
 ) -> TrainResult:
     """Write what a run leaves beside its checkpoints; the manifest, which says that all of it is there, last."""
     words = trainable.words
-    folder, steps = config.output_dir, config.optim.steps
+    folder, steps, losses = config.output_dir, outcome.steps, outcome.losses
     adapter = None if learnt is None else save_adapter(learnt, folder / ADAPTER)
     files = [] if words is None else save_words(words.state(), folder / "words")
     save_strip(folder / "samples")
     write_atomically(folder / OUTCOME, json.dumps(losses).encode())
-    write_atomically(folder / "README.md", run_card(config, losses, files, trainable.below).encode())
+    write_atomically(folder / "README.md", run_card(config, outcome, files, trainable.below).encode())
     newest = checkpoint_folder(folder / "checkpoints", steps)
-    remove_elders(newest, keep=config.checkpoint.keep)  # a run that was killed after its last save has not done so
+    best = outcome.best.step if outcome.best else None
+    # a run that was killed after its last save has not done so
+    remove_elders(newest, keep=config.checkpoint.keep, spared=names_of_kept(best))
     written = [*([] if adapter is None else [adapter]), *files, folder / OUTCOME, newest / MANIFEST]
     hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in written}
-    write_atomically(folder / MANIFEST, json.dumps({"steps": steps, "sha256": hashes}, indent=1).encode())
-    return TrainResult(adapter, tuple(files), steps, tuple(losses))
+    said = {"steps": steps, **outcome.notes(), "sha256": hashes}
+    write_atomically(folder / MANIFEST, json.dumps(said, indent=1).encode())
+    return result_of(outcome, adapter, files)
+
+
+def result_of(outcome: Outcome, adapter: Path | None, words: Sequence[Path] = ()) -> TrainResult:
+    """How a run ended, with the files that there are."""
+    best = None if outcome.best is None else (outcome.best.step, outcome.best.loss)
+    return TrainResult(adapter, tuple(words), outcome.steps, outcome.losses, best=best, ended_early=outcome.ended_early)
 
 
 def finished_result(config: TrainConfig, saved: Saved) -> TrainResult | None:
     """What a run that came to its end has left; None when a step or a file of it is missing, or is another's."""
     folder = config.output_dir
-    if saved.step != config.optim.steps:
+    standing, ended_early = saved.standing, saved.ended_early
+    if saved.step != config.optim.steps and not ended_early:
         return None
     try:
         hashes = json.loads((folder / MANIFEST).read_text())["sha256"]
@@ -72,4 +87,7 @@ def finished_result(config: TrainConfig, saved: Saved) -> TrainResult | None:
         return None
     words = tuple(folder / name for name in hashes if name.startswith("words/"))
     losses = tuple((step, loss) for step, loss in saved.progress["validation"])
-    return TrainResult(folder / ADAPTER if ADAPTER in hashes else None, words, saved.step, losses, is_new=False)
+    best = None if standing.get("best") is None else Best(*standing["best"])
+    outcome = Outcome(saved.step, losses, best, ended_early=ended_early)
+    adapter = folder / ADAPTER if ADAPTER in hashes else None
+    return replace(result_of(outcome, adapter, words), is_new=False)
