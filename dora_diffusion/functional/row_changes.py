@@ -1,4 +1,4 @@
-"""How far an adapter turns and stretches the rows of a weight: the two numbers of DoRA's section 3.2 (arXiv 2402.09353).
+"""How far an adapter turns and stretches the rows of a weight: what DoRA's section 3.2 looks at (arXiv 2402.09353).
 
 For each row of W' = diag(g) V, V = W + D, D = s B A, beside the same row of W:
 

@@ -12,7 +12,7 @@ from dora_diffusion.layers.quantisation import is_quantised
 from dora_diffusion.training.config import BaseConfig
 
 # What switching on gradient checkpointing, and drawing, leave behind.
-_SWITCHES = ("training", "gradient_checkpointing", "use_slicing")
+_SWITCHES = ("training", "gradient_checkpointing", "_gradient_checkpointing_func", "use_slicing")
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def _kept(module: nn.Module) -> Iterator[None]:
     """Whatever is done meanwhile to a module's tensors by assignment, and to its switches, is undone."""
     tensors = [(tensor, tensor.data, tensor.requires_grad) for tensor in _tensors(module)]
     switches = [
-        (part, name, part.__dict__[name]) for part in module.modules() for name in _SWITCHES if name in part.__dict__
+        (part, {name: vars(part)[name] for name in _SWITCHES if name in vars(part)}) for part in module.modules()
     ]
     try:
         yield
@@ -75,8 +75,10 @@ def _kept(module: nn.Module) -> Iterator[None]:
         for tensor, data, needs_gradient in tensors:
             tensor.data = data
             tensor.requires_grad_(needs_gradient)
-        for part, name, value in switches:
-            setattr(part, name, value)
+        for part, values in switches:
+            for name in _SWITCHES:
+                vars(part).pop(name, None)
+            vars(part).update(values)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""How far what is trained has moved the base, block by block: what rows have turned by, and what they have stretched."""
+"""How far what is trained has moved the base, block by block: how rows have turned and stretched."""
 
 import math
 
@@ -8,7 +8,7 @@ from dora_diffusion.training.base.trainable import TrainablePipeline
 
 
 def movement(trainable: TrainablePipeline) -> dict[str, float]:
-    """`direction/BLOCK`: the mean angle of a block's rows, in degrees; `magnitude/BLOCK`: how their lengths have changed.
+    """`direction/BLOCK`, the mean angle of a block's rows in degrees; `magnitude/BLOCK`, how much longer they are.
 
     That is the mean of | ||W'_i|| / ||W_i|| - 1 |. Both together take as long as the norms of one step.
     """
