@@ -107,20 +107,31 @@ def with_end(base: Path, images: Path, output: Path, *, steps: int = 10, final: 
     )
 
 
+def measure(validation: Validation, step: int, trainable: object) -> float:
+    """LOSSES, whatever was learnt."""
+    validation.losses.append((step, LOSSES[step]))
+    return LOSSES[step]
+
+
 @pytest.fixture
 def losses(monkeypatch) -> None:
-    """Validation says LOSSES, whatever was learnt."""
-
-    def measure(validation: Validation, step: int, trainable: object) -> float:
-        validation.losses.append((step, LOSSES[step]))
-        return LOSSES[step]
-
+    """Validation says LOSSES."""
     monkeypatch.setattr(Validation, "measure", measure)
 
 
+@pytest.fixture(scope="module")
+def ended(base, images, tmp_path_factory) -> Path:
+    """A run `with_end` that nothing befell; read only."""
+    run = tmp_path_factory.mktemp("runs") / "ended"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Validation, "measure", measure)
+        train(with_end(base, images, run))
+    return run
+
+
 def left_by(run: Path) -> dict[str, object]:
-    """All that a run left, but its logs."""
-    return {name: data for name, data in contents(run).items() if not name.startswith("logs")}
+    """All that a run left, but its logs, and its config, which names the folder."""
+    return {name: data for name, data in contents(run).items() if not name.startswith(("logs", "config.yaml"))}
 
 
 def checkpoints(run: Path) -> list[int]:
@@ -240,10 +251,10 @@ def test_what_cannot_be_trained_on_is_refused_in_a_line(base, images, tmp_path) 
     assert not (tmp_path / "run").exists()
 
 
-def test_the_best_checkpoint_stays_and_the_run_ends_early(base, images, tmp_path, losses) -> None:
-    run, settings = tmp_path / "run", with_end(base, images, tmp_path / "run")
-    result = train(settings)
-    assert (result.steps, result.best, result.ended_early, result.is_new) == (6, (2, 3.0), True, True)
+def test_the_best_checkpoint_stays_and_the_run_ends_early(base, images, ended) -> None:
+    run = ended
+    result = train(with_end(base, images, run), resume="latest")
+    assert (result.steps, result.best, result.ended_early, result.is_new) == (6, (2, 3.0), True, False)
     assert [step for step, _ in result.validation] == [0, 2, 4, 6]
     assert checkpoints(run) == [2, 6]  # the best, and the newest one
     assert all(is_valid_checkpoint(path) for path in (run / "checkpoints").iterdir())
@@ -269,9 +280,11 @@ def test_without_it_the_best_goes_as_the_others_do(base, images, tmp_path, losse
     assert result.best is None and checkpoints(tmp_path / "run") == [6]
 
 
-def test_a_run_that_ended_early_is_left_alone_until_it_is_extended(base, images, tmp_path, losses, capsys) -> None:
+def test_a_run_that_ended_early_is_left_alone_until_it_is_extended(
+    base, images, ended, tmp_path, losses, capsys
+) -> None:
     run, settings = tmp_path / "run", with_end(base, images, tmp_path / "run")
-    train(settings)
+    shutil.copytree(ended, run)
     kept = contents(run)
     left = train(settings, resume="latest")
     assert contents(run) == kept and (left.steps, left.is_new, left.ended_early) == (6, False, True)
@@ -285,11 +298,8 @@ KILLS = [("step", 2), ("checkpoint", 2), ("step", 3), ("step", 6), ("checkpoint"
 
 
 @pytest.mark.parametrize("at", KILLS, ids=lambda at: f"{at[0]} {at[1]}")
-def test_a_kill_changes_nothing_of_what_is_kept(base, images, tmp_path, losses, at) -> None:
+def test_a_kill_changes_nothing_of_what_is_kept(base, images, ended, tmp_path, losses, at) -> None:
     run, settings = tmp_path / "run", with_end(base, images, tmp_path / "run")
-    train(settings)
-    whole = left_by(run)
-    shutil.rmtree(run)
 
     def kill() -> None:
         raise Killed
@@ -297,30 +307,26 @@ def test_a_kill_changes_nothing_of_what_is_kept(base, images, tmp_path, losses, 
     with pytest.raises(Killed):
         train(settings, callbacks=[Heard(at, kill)])
     train(settings, resume="latest" if any(run.glob("checkpoints/step-*")) else None)
-    assert left_by(run) == whole
+    assert left_by(run) == left_by(ended)
 
 
 @pytest.mark.parametrize("step", [2, 3, 4])
-def test_a_stop_where_a_measurement_was_due_changes_nothing_either(base, images, tmp_path, losses, step) -> None:
+def test_a_stop_where_a_measurement_was_due_changes_nothing_either(base, images, ended, tmp_path, losses, step) -> None:
     run, settings = tmp_path / "run", with_end(base, images, tmp_path / "run")
-    train(settings)
-    whole = left_by(run)
-    shutil.rmtree(run)
     with pytest.raises(KeyboardInterrupt):
         train(settings, callbacks=[Heard(("step", step), lambda: signal.raise_signal(signal.SIGTERM))])
     train(settings, resume="latest")
-    assert left_by(run) == whole
+    assert left_by(run) == left_by(ended)
 
 
-def test_a_kill_in_an_extension_changes_nothing_either(base, images, tmp_path, losses) -> None:
+def test_a_kill_in_an_extension_changes_nothing_either(base, images, ended, tmp_path, losses) -> None:
     run, settings = tmp_path / "run", with_end(base, images, tmp_path / "run")
-    train(settings)
-    shutil.copytree(run, tmp_path / "ended")
+    shutil.copytree(ended, run)
     train(settings, extend=12)
     whole = left_by(run)
     for at in (("step", 7), ("checkpoint", 9)):
         shutil.rmtree(run)
-        shutil.copytree(tmp_path / "ended", run)
+        shutil.copytree(ended, run)
 
         def kill() -> None:
             raise Killed
