@@ -45,7 +45,7 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
     """Begin to log; what holds settings gets those that say what is trained, but not where anything lies."""
     folder = config.output_dir
     own: dict[str, dict[str, Any]] = {
-        "wandb": {"name": folder.name, "dir": str(_made(folder / "logs"))},
+        "wandb": {"name": folder.name, "dir": str(folder)},  # in which it makes `wandb`
         "trackio": {"name": folder.name},
         "mlflow": {"run_name": folder.name},
         "swanlab": {"experiment_name": folder.name, "logdir": str(folder / "logs" / "swanlab")},
@@ -56,11 +56,6 @@ def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
     for tracker in accelerator.trackers:
         if tracker.name != "tensorboard":  # whose file would be another beside its own
             tracker.store_init_configuration(flat(settings))
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:

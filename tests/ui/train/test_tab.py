@@ -159,7 +159,7 @@ def test_a_recipe_takes_the_fields_and_keeps_its_proportions(tmp_path: Path) -> 
     assert (config.adapter.rank, config.adapter.alpha, config.adapter.use_dora) == (4, 4.0, False)
     assert config.optim.text_encoder_learning_rate == pytest.approx(1.5e-4)
     assert (config.optim.steps, config.optim.warmup_steps, config.optim.min_snr_gamma) == (40, 4, None)
-    assert config.preview.prompts == ["a zqx robot", "a cat"]
+    assert [one.prompt for one in config.preview.prompts] == ["a zqx robot", "a cat"]
     assert len(config.prior.class_prompts) == 8
 
 

@@ -150,7 +150,7 @@ def test_wandb_offline_keeps_everything_in_the_run_s_folder(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     preview = {"prompts": ["a cat"], "steps": 1}
     train(config(tmp_path, logging={"trackers": ["wandb"], "project": "cats"}, preview=preview))
-    (offline,) = (tmp_path / "run" / "logs" / "wandb").glob("offline-run-*")
+    (offline,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     assert list(offline.glob("*.wandb"))
     assert len(list(offline.glob("files/media/images/previews_*.png"))) == 2  # the base, and the end
     assert {path.name for path in tmp_path.iterdir()} == {"base", "images", "run"}
