@@ -31,6 +31,15 @@ class TrainResult:
         is_new: whether anything was written; False of a finished run that was left as it is.
         best: (step, loss) of the best checkpoint that is kept; None without `checkpoint.keep_best`.
         ended_early: whether it ended before its last step, by `validation.patience`.
+
+    Examples:
+        ```python
+        import dora_diffusion as dd
+
+        result = dd.train(dd.TrainConfig.from_yaml("subject.yaml"))
+        step, loss = result.validation[-1]
+        print(f"{loss:.4f} on fixed noise after {step} steps, best: {result.best}")
+        ```
     """
 
     adapter: Path | None

@@ -55,7 +55,7 @@ class Keeper:
             write_atomically(self._config.output_dir / "config.yaml", self._config.to_yaml().encode())
             forget_previews(self._config.output_dir / "samples", after=after)
 
-    def save(self, step: int) -> None:
+    def checkpoint(self, step: int) -> None:
         """A checkpoint after so many steps."""
         if self._accelerator.is_main_process:
             adapter = self._adapter(step)

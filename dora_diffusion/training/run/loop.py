@@ -102,7 +102,7 @@ class Run:
         known = len(self.validation.losses)
         self.watchers.watch(done)
         if done and len(self.validation.losses) > known:
-            self.keeper.save(done)
+            self.keeper.checkpoint(done)
 
     def _steps(self, done: int, stop: StopRequest) -> int:
         """The steps after the first `done`; returns how many are done at the end.
@@ -128,7 +128,7 @@ class Run:
             return self.step.take(step)
         except PicturesMissing:
             if step:
-                self.keeper.save(step)
+                self.keeper.checkpoint(step)
             raise
 
     def _heed(self, stop: StopRequest, done: int, loss: float, rate: float) -> None:
@@ -139,11 +139,11 @@ class Run:
             if not stop.asked or done == last:  # previews may take longer than whoever asked is ready to wait
                 self.watchers.watch(done)
         except (UnreadablePicture, CallbackFailed):
-            self.keeper.save(done)
+            self.keeper.checkpoint(done)
             raise
         ends = self.standing.ended_early
         stops = stop.asked and done < last and not ends  # after the last step, only files are left to write
         if stops or ends or self.standing.is_best(done) or due(done, self.config.checkpoint.every, last):
-            self.keeper.save(done)
+            self.keeper.checkpoint(done)
         if stops:
             raise KeyboardInterrupt
