@@ -45,13 +45,14 @@ class Watchers:
         is_measured = self._validation.is_due(step, self._last) and self._validation.measured_last != step
         if is_measured:
             self._measure(step)
+        if not self._accelerator.is_main_process:
+            return
         every = self._logging.changes_every
         if self._accelerator.trackers and (is_measured if every is None else due(step, every, self._last)):
             self._accelerator.log(movement(self._trainable), step=step)
-        if self._preview.prompts and self._accelerator.is_main_process:
-            is_due = step == 0 or due(step, self._preview.every, self._last)
-            if is_due and not preview_path(self._samples, step).exists():
-                self._draw(step)
+        is_due = step == 0 or due(step, self._preview.every, self._last)
+        if self._preview.prompts and is_due and not preview_path(self._samples, step).exists():
+            self._draw(step)
 
     def _measure(self, step: int) -> None:
         loss = self._validation.measure(step, self._trainable)
