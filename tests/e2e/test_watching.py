@@ -13,13 +13,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import dora_diffusion as dd
+from dora_diffusion.functional.objectives import timestep_ladder
 from dora_diffusion.generation.generate import GenerationSettings, generate
 from dora_diffusion.pipelines.loading import load_pipeline
 from dora_diffusion.pretrain.scenes import background
-from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.config import FlowConfig, OptimConfig, TrainConfig
 from dora_diffusion.training.run.callbacks import CallbackFailed
 from dora_diffusion.training.run.train import train
 from dora_diffusion.training.run.validation import Validation
+from dora_diffusion.training.step.objective import objective_of
 from dora_diffusion.utils.atomic import is_valid_checkpoint
 from tests.failing_disk import contents
 from tests.pocket_random import random_pocket_pipeline
@@ -423,20 +425,20 @@ def test_a_default_measurement_costs_under_a_tenth_of_a_default_run(base, tmp_pa
     settings = config(base, folder, tmp_path / "run", optim={"steps": 1}, **previews([]))
     default = TrainConfig(output_dir=tmp_path, data=settings.data)
     settings = settings.model_copy(update={"validation": default.validation})
-    measured: list[tuple[int, int]] = []
+    measured: dict[int, list[int]] = {}
     measure = Validation.measure
 
     def counted(validation: Validation, step: int, trainable) -> float:
-        calls: list[int] = []
-        hook = trainable.denoiser.register_forward_hook(lambda *_: calls.append(1))
+        calls = measured[step] = []
+        hook = trainable.denoiser.register_forward_hook(lambda module, given, _: calls.append(int(given[1])))
         loss = measure(validation, step, trainable)
         hook.remove()
-        measured.append((step, len(calls)))
         return loss
 
     monkeypatch.setattr(Validation, "measure", counted)
     train(settings)
-    assert measured == [(0, 24), (1, 24)]  # 6 of 7 held-out pictures, at 4 timesteps
+    ladder = timestep_ladder(objective_of(load_pipeline(base), OptimConfig(), FlowConfig(), tokens=1), 4)
+    assert measured == {0: ladder.tolist() * 6, 1: ladder.tolist() * 6}  # of 7 held-out pictures
     steps, every = default.optim.steps, default.validation.every
     measurements = 1 + sum(1 for step in range(1, steps + 1) if step % every == 0 or step == steps)
     a_step = 3 * default.optim.batch_size * default.optim.gradient_accumulation  # forward, and twice that backward
