@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     )
     from dora_diffusion.state import AdapterState, ModuleState
     from dora_diffusion.training.config import TrainConfig
+    from dora_diffusion.training.run.callbacks import TrainingCallback
+    from dora_diffusion.training.run.finish import TrainResult
     from dora_diffusion.training.run.train import train
 
 _HOMES = {
@@ -74,6 +76,8 @@ _HOMES = {
     "load_word": "pipelines.textual_inversion",
     "save_words": "pipelines.textual_inversion",
     "TrainConfig": "training.config",
+    "TrainResult": "training.run.finish",
+    "TrainingCallback": "training.run.callbacks",
     "train": "training.run.train",
 }
 
@@ -89,6 +93,8 @@ __all__ = [
     "LoadReport",
     "ModuleState",
     "TrainConfig",
+    "TrainResult",
+    "TrainingCallback",
     "WordState",
     "Words",
     "add_words",

@@ -16,7 +16,7 @@ SIZES = ((64, 64), (96, 48), (48, 96), (64, 64))
 FEATURES = (
     "text encoder trained, dropout, buckets of several shapes, masks, flips, random crops, two views of each picture "
     "cached on disk, captions dropped, shuffled and in part, held-out pictures, gradients accumulated over 2, cosine "
-    "rates, previews, validation, a checkpoint every 2 of 6 steps, of which 2 are kept, two exports"
+    "rates, previews, validation, a checkpoint every 2 of 6 steps, of which 2 are kept, and the best, two exports"
 )
 
 
@@ -75,9 +75,13 @@ def config_of(folder: Path, kind: str, *, steps: int = 6) -> TrainConfig:
         },
         "adapter": {"rank": 2, "dropout": 0.1, "train_text_encoder": True},
         "optim": {"steps": steps, "batch_size": 2, "gradient_accumulation": 2, "learning_rate": 1e-3},
-        "preview": {"prompts": ["a zqx cat"], "steps": 1, "every": 2},
+        "preview": {
+            "prompts": ["a zqx cat", {"prompt": "a cat", "size": [96, 64], "strength": 0.5, "seed": 1}],
+            "steps": 1,
+            "every": 2,
+        },
         "validation": {"every": 2, "repeats": 1},
-        "checkpoint": {"every": 2, "keep": 2},
+        "checkpoint": {"every": 2, "keep": 2, "keep_best": True},
         "export": ["kohya", "peft"],
         **KINDS[kind](folder),
     }

@@ -141,6 +141,9 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     if result.validation:
         (_, before), (_, after) = result.validation[0], result.validation[-1]
         print(f"loss on fixed noise: {before:.4f} before, {after:.4f} after {result.steps} steps")
+    if result.best is not None:
+        step, loss = result.best
+        print(f"best: {loss:.4f} after {step} steps" + (", ended early" if result.ended_early else ""))
     for path in (result.adapter, *result.words):
         if path is not None:
             print(f"{'wrote' if result.is_new else 'holds'} {path}")

@@ -21,6 +21,7 @@ HuberSchedule = Literal["constant", "exponential", "snr"]
 
 # Where SD3's loss weighting sigma^-2 would end in infinity, it stops.
 _LEAST_SIGMA = 1e-3
+_DRAWN_FOR_LADDER = 2**14
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,15 @@ class Objective(Protocol):
 
     def weights(self, timesteps: Tensor) -> Tensor:
         """Each timestep's weight in the loss, (N,)."""
+
+
+def timestep_ladder(objective: Objective, count: int) -> Tensor:
+    """Timesteps (count,) that part an objective's own into equal shares, the middle of each share, from low to high.
+
+    By drawing, so that whatever density they have is followed: always the same ones.
+    """
+    drawn = objective.timesteps(_DRAWN_FOR_LADDER, torch.Generator().manual_seed(0)).sort().values
+    return drawn[[int((rung + 0.5) / count * len(drawn)) for rung in range(count)]]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from dora_diffusion.functional.dora import (
     row_sums,
     squared_norms,
 )
+from dora_diffusion.functional.row_changes import RowChanges, row_changes
 from dora_diffusion.layers.base_layers import Base, branch_dtype, dense_weight, kind_of
 from dora_diffusion.layers.config import NormGrad
 from dora_diffusion.layers.initialisation import InitialPair
@@ -93,7 +94,8 @@ class DoRALayer(Transparent):
 
     Any kind of base that `base_layers` knows. Dropout acts on the low-rank branch only. The output has the base's shape
     and dtype. The norm is taken anew at every forward, unless `keeps_norm`: then once an optimiser step (see
-    `_kept_norm`). While `is_off` the layer is its base, and a norm that is kept stays.
+    `_kept_norm`). While `is_off` the layer is its base, and a norm that is kept stays. With `strength` it is
+    y0 + strength (y - y0) of its base's y0, which is linear in the weights: W + strength (W' - W).
     """
 
     def __init__(self, base: Base, adapter: Adapter, *, dropout: float, norm_grad: NormGrad) -> None:
@@ -103,6 +105,7 @@ class DoRALayer(Transparent):
         self.norm_grad = norm_grad
         self.keeps_norm = False
         self.is_off = False
+        self.strength = 1.0
         self._kept: _KeptNorm | None = None
         self._fresh: _KeptNorm | None = None  # what `refresh_norms` has taken since the last step
         self._kind = kind_of(base)
@@ -111,6 +114,10 @@ class DoRALayer(Transparent):
         base: Tensor = self.base(x)
         if self.is_off:
             return base
+        adapted = self._adapted(x, base)
+        return adapted if self.strength == 1 else torch.lerp(base, adapted, self.strength)
+
+    def _adapted(self, x: Tensor, base: Tensor) -> Tensor:
         kind, (down, up) = self._kind, self.adapter.pair()
         h = self.adapter.scale * kind.shrink(self.base, x, down.to(branch_dtype(x, base)), self._drop)
         low = kind.expand(self.base, h, up.to(h.dtype), None)
@@ -119,6 +126,11 @@ class DoRALayer(Transparent):
             return base + low
         bias = None if self.bias is None else kind.per_output(self.base, self.bias).to(base.dtype)
         return compose(base, low, kind.per_output(self.base, g), bias)
+
+    @torch.no_grad()
+    def row_changes(self) -> RowChanges:
+        """How far the rows of W' have turned and stretched from those of W."""
+        return row_changes(dense_weight(self.base), *self.adapter.pair(), self.adapter.scale, self.adapter.magnitude)
 
     def gain(self) -> Tensor | None:
         """g (out,) fp32, or None for plain LoRA."""

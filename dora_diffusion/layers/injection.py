@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_diffusion.functional.dora import count_zero_rows, initial_magnitude, master_dtype, scale_of
+from dora_diffusion.functional.row_changes import RowChanges
 from dora_diffusion.layers.base_layers import Base, check_adaptable, check_shapes, dense_weight
 from dora_diffusion.layers.blended import BlendedLayer
 from dora_diffusion.layers.config import DoRAConfig
@@ -137,6 +138,22 @@ class Injection:
         finally:
             for path, layer in self._layers.items():
                 layer.is_off = were[path]
+
+    @contextmanager
+    def at_strength(self, strength: float) -> Iterator[None]:
+        """While the block lasts weights are W + strength (W' - W); 1 is the adapter as it is, 0 the base."""
+        were = {path: layer.strength for path, layer in self._layers.items()}
+        for layer in self._layers.values():
+            layer.strength = strength
+        try:
+            yield
+        finally:
+            for path, layer in self._layers.items():
+                layer.strength = were[path]
+
+    def row_changes(self) -> dict[str, RowChanges]:
+        """Layer path -> how far the rows of its weight have turned and stretched."""
+        return {path: layer.row_changes() for path, layer in self._layers.items()}
 
     def state(self) -> AdapterState:
         """A copy of the adapter; paths are relative to the model (`state().under("unet")` for a file)."""

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from dora_diffusion.training import yaml_config
 from dora_diffusion.training.known_optimisers import OPTIMISERS, Optimiser, OptimiserName
@@ -51,6 +60,7 @@ Text = Annotated[str, Field(min_length=1)]
 Rank = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, BeforeValidator(_to_number), Field(gt=0)]
 Side = Annotated[int, Field(ge=8, multiple_of=8)]
+DrawnSide = Annotated[int, Field(ge=64, le=4096, multiple_of=8)]
 Strength = Annotated[float, BeforeValidator(_to_number)]
 Option = Annotated[bool | int | float | list[Number] | None, BeforeValidator(_to_number)]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine"]
@@ -178,6 +188,12 @@ class DataConfig(_Section):
     """Share of the pictures that are not trained on but measured; 0 = none."""
     validation_dir: Location | None = None
     """Folder of pictures to measure, instead of a share of instance_dir."""
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether pictures are measured that are not trained on."""
+        has_folder = self.validation_dir is not None or any(one.role == "validation" for one in self.concepts)
+        return has_folder or self.validation_share > 0
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
@@ -569,11 +585,48 @@ class FlowConfig(_Section):
     """Weight of each timestep's loss."""
 
 
+class PreviewPrompt(_Section):
+    """One picture among the previews; what it leaves out is as for all."""
+
+    prompt: Text
+    """What is drawn."""
+    negative: str = ""
+    """What is not."""
+    seed: int | None = Field(default=None, ge=0, le=2**32 - 1)
+    """Seed of the noise."""
+    size: DrawnSide | Annotated[list[DrawnSide], Field(min_length=2, max_length=2)] | None = None
+    """Side of a square, or [width, height], in pixels; null = the model's own."""
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    """Denoising steps."""
+    guidance_scale: Number | None = Field(default=None, ge=0, le=100)
+    """Classifier-free guidance."""
+    strength: Number = Field(default=1.0, ge=-10, le=10)
+    """Strength of what is trained; 0 = the base, with its new words."""
+
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """(width, height); None for the model's own."""
+        sides = [self.size, self.size] if isinstance(self.size, int) else self.size
+        return None if sides is None else (sides[0], sides[1])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"prompt": value} if isinstance(value, str) else value
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, handler: SerializerFunctionWrapHandler) -> Any:
+        """Text where nothing else is said."""
+        fields = type(self).model_fields
+        said = {name: value for name, value in handler(self).items() if value != fields[name].default}
+        return said if len(said) > 1 else self.prompt
+
+
 class PreviewConfig(_Section):
     """Pictures drawn in training, from fixed noise."""
 
-    prompts: list[Text] = []
-    """Prompts; empty = no previews."""
+    prompts: list[PreviewPrompt] = []
+    """Prompts, each a text or {prompt, negative, seed, size, steps, guidance_scale, strength}; empty = no previews."""
     every: int = Field(default=0, ge=0)
     """Steps between previews; 0 = only at the end."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
@@ -585,12 +638,35 @@ class PreviewConfig(_Section):
 
 
 class ValidationConfig(_Section):
-    """The validation loss, on fixed noise and timesteps."""
+    """The loss on fixed noise and timesteps: of held-out pictures; with none, of some that are trained."""
 
     every: int = Field(default=100, ge=0)
     """Steps between measurements; 0 = only at the end."""
-    repeats: int = Field(default=4, ge=1)
-    """Fixed pairs of noise and timestep for each picture."""
+    pictures: int | None = Field(default=None, ge=1)
+    """At most so many are measured, from all over the set; null = 6, or all where repeats is given."""
+    timesteps: int = Field(default=4, ge=1, le=100)
+    """At so many timesteps each, the same at every measurement: they part those that are trained into equal shares."""
+    repeats: int | None = Field(default=None, ge=1, le=1000)
+    """Instead of timesteps: so many pairs of noise and timestep for each picture, drawn once at random."""
+    patience: int | None = Field(default=None, ge=1)
+    """End the run once so many measurements in a row were no better than the best before; null = never."""
+
+    @property
+    def at_most(self) -> int | None:
+        """How many pictures are measured; None for all."""
+        return 6 if self.pictures is None and self.repeats is None else self.pictures
+
+
+class LoggingConfig(_Section):
+    """Where numbers of the run go. Nothing leaves the machine unless a tracker is named that sends it."""
+
+    trackers: list[Text] = ["tensorboard"]
+    """Trackers by accelerate's names: tensorboard, wandb, mlflow, comet_ml ...; empty = none."""
+    project: Text = "run"
+    """Name of the project that they put the run into."""
+    changes_every: int | None = Field(default=None, ge=0)
+    """Steps between measurements of how far each block's weights have turned and stretched; 0 = only at the end; null =
+    with the validation loss."""
 
 
 class CheckpointConfig(_Section):
@@ -600,6 +676,10 @@ class CheckpointConfig(_Section):
     """Steps between checkpoints; 0 = only at the end."""
     keep: int = Field(default=2, ge=1)
     """How many of the newest stay."""
+    keep_best: bool = False
+    """Keep the checkpoint with the lowest loss of held-out pictures, too."""
+    final: Literal["last", "best"] = "last"
+    """Which of them the run's adapter and words are; best needs keep_best."""
 
 
 class EvaluationConfig(_Section):
@@ -695,6 +775,8 @@ class TrainConfig(_Section):
     """Pictures drawn in training."""
     validation: ValidationConfig = ValidationConfig()
     """The validation loss."""
+    logging: LoggingConfig = LoggingConfig()
+    """Where numbers of the run go."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
     export: list[Export] = []
@@ -727,6 +809,7 @@ class TrainConfig(_Section):
         _check_export(self)
         _refuse_shared_folders(self)
         _refuse_two_densities(self.loss.timesteps, self.flow)
+        _check_best(self)
         if self.prior.mode == "adapter_off":
             _check_asked_with(self.prior, self.words, has_class_pictures=self.has_class_pictures)
         return self
@@ -831,6 +914,22 @@ def _refuse_two_densities(timesteps: TimestepsConfig, flow: FlowConfig) -> None:
         if timesteps.density is not None and value != FlowConfig.model_fields[name].default:
             raise ValueError(
                 f"flow.{name}: got {value!r} beside loss.timesteps.density, expected one of them: loss.timesteps"
+            )
+
+
+def _check_best(config: TrainConfig) -> None:
+    """A ValueError when a best is asked for that nothing tells."""
+    if config.checkpoint.final == "best" and not config.checkpoint.keep_best:
+        raise ValueError("checkpoint.final: got 'best' with checkpoint.keep_best false, expected true for it")
+    asked = {
+        "checkpoint.keep_best": config.checkpoint.keep_best or None,
+        "validation.patience": config.validation.patience,
+    }
+    for key, value in asked.items():
+        if value is not None and not config.data.holds_out:
+            raise ValueError(
+                f"{key}: got {str(value).lower()} without held-out pictures, whose loss alone tells what is best; "
+                "expected data.validation_share, data.validation_dir, or a concept with the role validation"
             )
 
 

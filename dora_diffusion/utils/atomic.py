@@ -22,7 +22,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -297,13 +297,20 @@ def load_tensors(path: Path) -> dict[str, "Tensor"]:
     return load(path.read_bytes())
 
 
-def save_checkpoint(folder: Path, files: Mapping[str, Callable[[Path], None]], keep: int = 2) -> None:
+def save_checkpoint(
+    folder: Path,
+    files: Mapping[str, Callable[[Path], None]],
+    keep: int = 2,
+    *,
+    spared: Collection[str] = (),
+) -> None:
     """Save a checkpoint atomically as `folder`, then remove all its elders but the newest valid `keep` - 1.
 
     Args:
         folder: the checkpoint's place, `.../step-00000100`; siblings named `step-*` of a lower number are its elders.
         files: file name -> function that writes that file at the path it is given.
         keep: how many checkpoints stay, this one included; at least 1.
+        spared: names of elders that stay, too.
     """
     with atomic_path(folder) as new:
         new.mkdir()
@@ -311,11 +318,11 @@ def save_checkpoint(folder: Path, files: Mapping[str, Callable[[Path], None]], k
             write(new / name)
         sizes = {name: {"bytes": (new / name).stat().st_size, "sha256": sha256_of(new / name)} for name in files}
         write_atomically(new / MANIFEST, json.dumps(sizes, indent=1).encode())
-    remove_elders(folder, keep=keep)
+    remove_elders(folder, keep=keep, spared=spared)
 
 
-def remove_elders(folder: Path, *, keep: int) -> None:
-    """Remove a checkpoint's elders, whole or not, but the newest valid `keep` - 1.
+def remove_elders(folder: Path, *, keep: int, spared: Collection[str] = ()) -> None:
+    """Remove a checkpoint's elders, whole or not, but the newest valid `keep` - 1 and those whose names are spared.
 
     One that cannot be removed is no error: the next save tries again. Those that go are not read, and one that stays is
     hashed no second time while nobody touches it.
@@ -325,7 +332,7 @@ def remove_elders(folder: Path, *, keep: int) -> None:
     stay = itertools.islice((path for path in reversed(elders) if _is_valid(path, _settled_sha256)), max(1, keep) - 1)
     kept = set(stay)
     for elder in elders:
-        if elder not in kept:
+        if elder not in kept and elder.name not in spared:
             with contextlib.suppress(OSError):
                 remove_folder(elder)
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 GUIDES = [page for page in PAGES if "```python" in page.read_text()]
 REFERENCE = sorted((ROOT / "docs" / "reference").glob("*.md"))
-ANSWERS = {"Injection", "LoadReport", "WordState", "Words"}  # made by calls, never by name
+ANSWERS = {"Injection", "LoadReport", "TrainResult", "WordState", "Words"}  # made by calls, never by name
 BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```$", flags=re.DOTALL | re.MULTILINE)
 
 

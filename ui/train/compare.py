@@ -138,7 +138,7 @@ def _drawer(session: Session, stop: threading.Event) -> DrawPicture:
 
 def _first_prompt(run: Path) -> str:
     config = run_config(run)
-    return next(iter(config.preview.prompts), config.data.instance_prompt or "")
+    return next((one.prompt for one in config.preview.prompts), config.data.instance_prompt or "")
 
 
 def _shown(cells: tuple[CheckpointCell, ...]) -> list[tuple[str, str]]:

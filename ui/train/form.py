@@ -21,6 +21,7 @@ from ui.train.recipes import (
     Fields,
     build_config,
     list_recipes,
+    prompt_of,
     recipe_settings,
 )
 from ui.train.widgets import report_html
@@ -111,7 +112,7 @@ def _form_values(recipe: object, options: UiOptions) -> dict[str, Any]:
         "resolution": settings["data"].get("resolution") or 0,
         "text_encoder": bool(adapter["train_text_encoder"]),
         "dora": adapter.get("use_dora", True),
-        "samples": "\n".join(preview.get("prompts", ())),
+        "samples": "\n".join(prompt_of(one) for one in preview.get("prompts", ())),
         "every": preview.get("every", 100),
     }
 

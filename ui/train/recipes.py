@@ -132,7 +132,9 @@ def build_config(
     _put_optimiser(settings["optim"], fields, text_encoder=settings["adapter"]["train_text_encoder"])
     every = check_whole("samples every", fields.every, low=0, high=MAX_RUN_STEPS)
     preview = settings.get("preview", {})
-    settings["preview"] = preview | {"prompts": check_samples(fields.samples), "every": every}
+    own = {prompt_of(one): one for one in preview.get("prompts", ())}  # with sizes, seeds ... of their own
+    prompts = [own.get(line, line) for line in check_samples(fields.samples)]
+    settings["preview"] = preview | {"prompts": prompts, "every": every}
     settings["checkpoint"] = {"every": every, "keep": KEPT_CHECKPOINTS}
     try:
         return TrainConfig.model_validate(settings)
@@ -173,6 +175,11 @@ def check_flag(name: str, value: object) -> bool:
     if isinstance(value, bool):
         return value
     raise ValueError(f"{name}: got {repr(value)[:40]}, expected on or off")
+
+
+def prompt_of(entry: str | Mapping[str, Any]) -> str:
+    """The text of an entry of `preview.prompts`."""
+    return entry if isinstance(entry, str) else str(entry["prompt"])
 
 
 def check_samples(value: object) -> list[str]:

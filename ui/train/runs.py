@@ -1,5 +1,6 @@
 """Run folders: what training wrote there, read while it is under way, and checkpoints taken into the library."""
 
+import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from ui.library.library import AdapterLibrary
 
 CONFIG, LOG, OUTCOME = "config.yaml", "train.log", "validation.json"
 _MAX_EVENT = 1 << 20
+_TAGS = ("loss/train", "loss/validation", "loss/fit")  # the last two on fixed noise: held-out pictures, or trained ones
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class LossReader:
     def _forget(self) -> None:
         self._read: dict[Path, int] = {}
         self._begun: set[Path] = set()
-        self._losses: dict[str, dict[int, float]] = {"loss/train": {}, "loss/validation": {}}
+        self._losses: dict[str, dict[int, float]] = {tag: {} for tag in _TAGS}
         self._written = 0.0
 
     def losses(self) -> Losses:
@@ -52,7 +54,8 @@ class LossReader:
             self._forget()
         for file in files:
             self._take(file)
-        train, validation = (dict(sorted(values.items())) for values in self._losses.values())
+        train, *fixed = (dict(sorted(values.items())) for values in self._losses.values())
+        validation = dict(sorted((step, loss) for losses in fixed for step, loss in losses.items()))
         return Losses(train, validation, self._written)
 
     def _take(self, file: Path) -> None:
@@ -122,6 +125,14 @@ def changed_at(path: Path) -> float:
 def is_through(run: Path) -> bool:
     """Whether training came to its end and left its files; the losses alone do not tell."""
     return (run / OUTCOME).is_file() and ((run / ADAPTER).is_file() or (run / "words").is_dir())
+
+
+def ended_early(run: Path) -> bool:
+    """Whether a run that is through ended before its last step, as no measurement was better any more."""
+    try:
+        return bool(json.loads((run / MANIFEST).read_text()).get("ended_early"))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def find_run(runs: Path, name: object) -> Path:

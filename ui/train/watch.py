@@ -20,6 +20,7 @@ from ui.train.runs import (
     Losses,
     LossReader,
     changed_at,
+    ended_early,
     is_through,
     list_checkpoints,
     list_runs,
@@ -190,7 +191,7 @@ def _status_at_rest(run: Path, state: TrainState, step: int) -> str:
     """Of a run that this app has not started last."""
     (total, problem), steps = _plan(run), list(list_checkpoints(run))
     at, other = _at(step, total), f" ({state.run} is under way)" if state.under_way else ""
-    if step >= total and is_through(run):
+    if is_through(run) and (step >= total or ended_early(run)):
         return status_html(f"{run.name}: done, {at}{other}", share=1.0, kind="good")
     rest = f"it can be resumed from step {steps[-1]}" if steps else "no checkpoint; Resume begins anew"
     return status_html(f"{run.name}: {at}; {problem or rest}{other}", share=step / max(total, step, 1))

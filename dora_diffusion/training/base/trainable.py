@@ -140,6 +140,14 @@ class TrainablePipeline:
             yield
 
     @contextmanager
+    def at_strength(self, strength: float) -> Any:
+        """Adapters at a strength; new words stay what they are."""
+        with ExitStack() as stack:
+            for injection in self.injections.values():
+                stack.enter_context(injection.at_strength(strength))
+            yield
+
+    @contextmanager
     def drawing(self) -> Any:
         """Inference mode for previews and validation; training mode again afterwards."""
         self.train(False)

@@ -38,6 +38,7 @@ from dora_diffusion.training.import_config.values import (
     schedule,
     side_of,
     text,
+    tracker,
     whole,
 )
 
@@ -430,6 +431,7 @@ ROWS: tuple[Row, ...] = (
         lambda value, source: to("export", ["kohya"]) if flag(value) else needless("off there too"),
         True,
     ),
+    Row("report_to", ("logging.trackers",), "all: tensorboard and wandb", tracker, "wandb"),
     *unneeded("nothing is sent anywhere", "push_to_hub hub_model_id", example=True),
     *unneeded("nothing is sent anywhere", "hub_token", example="x", is_secret=True),
     *unneeded(
@@ -438,7 +440,7 @@ ROWS: tuple[Row, ...] = (
             "allow_tf32 dataloader_num_workers enable_xformers_memory_efficient_attention "
             "enable_npu_flash_attention local_rank prior_generation_precision sample_batch_size "
             "tokenizer_name pretrained_tokenizer_4_name_or_path pretrained_text_encoder_4_name_or_path "
-            "logging_dir report_to"
+            "logging_dir"
         ),
         example="x",
     ),

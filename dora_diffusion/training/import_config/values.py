@@ -226,3 +226,23 @@ def of_huber(name: str, ours: str, read: Callable[[Any], Any], example: Any) -> 
         return to(ours, read(value))
 
     return Row(name, (ours,), "with loss_type huber", convert, example, beside={"loss_type": "huber"})
+
+
+def preview_of(prompt: str, said: Mapping[str, Any]) -> str | dict[str, Any]:
+    """An entry of `preview.prompts`: the text alone where nothing else is said.
+
+    Args:
+        prompt: what is drawn.
+        said: by our names, and `width` and `height`; None is left out.
+    """
+    own = {key: value for key, value in said.items() if value not in (None, "") and key not in ("width", "height")}
+    if said.get("width") and said.get("height"):
+        own["size"] = [min(4096, max(64, round(number(said[side]) / 8) * 8)) for side in ("width", "height")]
+    return {"prompt": prompt, **own} if own else prompt
+
+
+def tracker(value: Any, source: Source) -> Answer:
+    """The names of trackers: accelerate's, which are ours."""
+    wanted = text(value).strip().lower()
+    names = ["tensorboard", "wandb"] if wanted == "all" else [wanted]
+    return needless("off there too") if wanted in ("", "none") else to("logging.trackers", names)

@@ -15,6 +15,7 @@ from dora_diffusion.training.base.below import Below
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.run.exports import Exported
 from dora_diffusion.training.run.metadata import base_name, trigger_words
+from dora_diffusion.training.run.standing import Outcome
 from dora_diffusion.utils.text import encodable
 
 
@@ -26,18 +27,21 @@ def base_lines(pipe: Any, config: TrainConfig, below: Sequence[Below], started: 
     return [*warning, *lines]
 
 
+_UNKNOWN = Outcome(0, ())
+
+
 @dataclass(frozen=True)
 class Left:
     """What a run has left, for its card and its report.
 
     Attributes:
-        validation: (step, loss) pairs.
+        outcome: how it ended.
         words: files of its new words.
         below: adapters that are part of its base.
         exports: what the adapter was written as too.
     """
 
-    validation: Sequence[tuple[int, float]] = ()
+    outcome: Outcome = _UNKNOWN
     words: Sequence[Path] = ()
     below: Sequence[Below] = ()
     exports: Sequence[Exported] = ()
@@ -55,21 +59,36 @@ def run_card(config: TrainConfig, left: Left, pictures: Sequence[str] = ()) -> s
     made = f"rank {adapter.rank}, alpha {adapter.alpha:g}, " if _has_adapter(config) else ""
     spelt = ", ".join(map(code, config.words.starts))
     made += f"new words {spelt}, " if spelt else ""
+    outcome = left.outcome
+    measured = "held-out pictures" if outcome.is_held_out else "pictures that were trained"
     said = f"instance prompt {code(prompt)}" if prompt else "captions beside the images"
-    losses = "\n".join(f"| {step} | {loss:.4f} |" for step, loss in left.validation)
+    losses = "\n".join(f"| {step} | {loss:.4f} |" for step, loss in outcome.losses)
     return f"""{front_matter(config, pictures)}
 # {kind_of(config)} on {code(base_name(config))}
 
-Trained by dora_diffusion: {made}{config.optim.steps} steps of
+Trained by dora_diffusion: {made}{outcome.steps or config.optim.steps} steps of
 batch {config.optim.batch_size} x {config.optim.gradient_accumulation}, learning rate {config.optim.rate:g},
 {said}. Everything else stands in `config.yaml`; `report.html` shows the way.
 {_on_top_of(config, left.below)}{_to_pure_noise(config)}
 {code_block(_command(config, left.words), "bash")}
 {_exports(left.exports)}
-| step | loss on fixed noise |
+| step | loss on fixed noise, of {measured} |
 | --- | --- |
 {losses}
-"""
+{_end(config, outcome)}"""
+
+
+def _end(config: TrainConfig, outcome: Outcome) -> str:
+    """How it ended, where that is not simply after its last step."""
+    lines = []
+    if outcome.ended_early:
+        patience = config.validation.patience
+        lines.append(f"It ended after {outcome.steps} of {config.optim.steps} steps: {patience} measurements in a row")
+        lines.append("were no better than the best before.")
+    if outcome.best is not None:
+        is_final = "and what `adapter.safetensors` is" if config.checkpoint.final == "best" else "kept in `checkpoints`"
+        lines.append(f"The best was step {outcome.best.step}, loss {outcome.best.loss:.4f}, {is_final}.")
+    return "".join(f"\n{line}" for line in lines) + ("\n" if lines else "")
 
 
 def _to_pure_noise(config: TrainConfig) -> str:
@@ -98,7 +117,9 @@ def _command(config: TrainConfig, words: Sequence[Path]) -> str:
     """How to draw with it, to be pasted into a shell."""
     files = ["--adapter adapter.safetensors:1.0"] if _has_adapter(config) else []
     files += [f"--words words/{shlex.quote(path.name)}" for path in words]
-    example = (config.preview.prompts or [config.data.instance_prompt or ", ".join(trigger_words(config))])[0]
+    example = next(
+        (one.prompt for one in config.preview.prompts), config.data.instance_prompt or ", ".join(trigger_words(config))
+    )
     model, prompt = shlex.quote(base_name(config)), shlex.quote(one_line(example))
     return f"dora-diffusion generate --model {model} {' '.join(files)} \\\n    --prompt {prompt} --output out.png"
 
@@ -128,7 +149,7 @@ def front_matter(config: TrainConfig, pictures: Sequence[str] = ()) -> str:
     }
     if pictures:
         shown = zip(config.preview.prompts, pictures, strict=True)
-        found["widget"] = [{"text": one_line(prompt), "output": {"url": url}} for prompt, url in shown]
+        found["widget"] = [{"text": one_line(one.prompt), "output": {"url": url}} for one, url in shown]
     text = yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=1000)
     return f"---\n# license: name it here, as the hub spells it, such as openrail++ or apache-2.0\n{text}---\n"
 

@@ -1,8 +1,8 @@
 """Training checkpoints: safetensors and JSON only, saved whole or not at all, resumed bit for bit."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.run.history import FILE as HISTORY
 from dora_diffusion.training.run.history import History
 from dora_diffusion.training.run.identity import Identity
+from dora_diffusion.training.run.standing import Standing
 from dora_diffusion.training.step.guard import Guard
 from dora_diffusion.utils import atomic as storage
 from dora_diffusion.utils.optimizer_state import Groups, OptimizerState, load_optimizer_state, optimizer_state
 
 ADAPTER = RUN_FILE
 _PLACES = {"data": ("instance_dir", "validation_dir", "cache_dir", "cache_memory"), "prior": ("class_dir",)}
+_PARAMETERS = "parameters.safetensors"
 _IDENTITY, _PROGRESS, _LAST_GOOD = "identity.json", "progress.json", "last-good.safetensors"
 
 
@@ -39,6 +41,7 @@ class TrainingState:
         told: the optimiser's `group_settings` before the first step.
         identity: what the run is made of.
         history: the loss of each step.
+        standing: what the losses of held-out pictures come to.
     """
 
     parameters: dict[str, Tensor]
@@ -50,6 +53,12 @@ class TrainingState:
     told: Groups = ()
     identity: Identity | None = None
     history: History | None = None
+    standing: Standing = field(default_factory=Standing)
+
+    @property
+    def best(self) -> int | None:
+        """The step of the best checkpoint, which stays."""
+        return None if self.standing.best is None else self.standing.best.step
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,16 @@ class Saved:
     def step(self) -> int:
         """How many steps were done."""
         return int(self.progress["step"])
+
+    @property
+    def standing(self) -> Mapping[str, Any]:
+        """What the losses of held-out pictures came to; empty in those from before that was noted."""
+        return self.progress.get("standing") or {}
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether its run ended there, before its last step."""
+        return bool(self.standing.get("ended_early"))
 
     @property
     def planned(self) -> int:
@@ -106,7 +125,7 @@ def resumable_part(config: TrainConfig) -> dict[str, Any]:
 def save(
     state: TrainingState, config: TrainConfig, *, step: int, folder: Path, adapter: AdapterState | None = None
 ) -> Path:
-    """Save a checkpoint after `step` optimiser steps; elders beyond `config.checkpoint.keep` go.
+    """Save a checkpoint after `step` optimiser steps; elders beyond `config.checkpoint.keep` go, but for the best.
 
     Args:
         state: what a resumed run puts back.
@@ -127,6 +146,7 @@ def save(
         "step": step,
         "processes": state.processes,
         "validation": state.validation,
+        "standing": state.standing.progress(),
         "settings": resumable_part(config),
         "guard": None if state.guard is None else state.guard.progress(),
         "scaler": None if state.scaler is None else state.scaler.state_dict(),
@@ -134,7 +154,7 @@ def save(
     }
     target = checkpoint_folder(folder, step)
     files: dict[str, Callable[[Path], None]] = {
-        "parameters.safetensors": lambda path: storage.save_tensors(state.parameters, path),
+        _PARAMETERS: lambda path: storage.save_tensors(state.parameters, path),
         "optimizer.safetensors": lambda path: storage.save_tensors(optimizer.tensors, path),
         _PROGRESS: partial(storage.write_atomically, data=json.dumps(progress).encode()),
     }
@@ -146,8 +166,13 @@ def save(
         files[_LAST_GOOD] = partial(storage.save_tensors, state.guard.tensors())
     if adapter is not None:
         files[ADAPTER] = partial(_write_adapter, adapter)
-    storage.save_checkpoint(target, files, keep=config.checkpoint.keep)
+    storage.save_checkpoint(target, files, keep=config.checkpoint.keep, spared=names_of_kept(state.best))
     return target
+
+
+def names_of_kept(best: int | None) -> frozenset[str]:
+    """The names of checkpoints that stay, however old they are."""
+    return frozenset() if best is None else frozenset({checkpoint_folder(Path(), best).name})
 
 
 def _write_adapter(adapter: AdapterState, path: Path) -> None:
@@ -181,10 +206,7 @@ def resume(state: TrainingState, saved: Saved) -> None:
     Raises:
         ValueError: it holds other tensors than are trained now; the first that differs is named.
     """
-    parameters = storage.load_tensors(saved.path / "parameters.safetensors")
-    _refuse_misfit(saved.path, parameters, state.parameters)
-    for name, value in parameters.items():
-        state.parameters[name].copy_(value)
+    put_back(state.parameters, saved.path)
     tensors = storage.load_tensors(saved.path / "optimizer.safetensors")
     load_optimizer_state(state.optimizer, OptimizerState(tensors, saved.progress.get("optimizer", {})))
     if state.scaler is not None and saved.progress["scaler"]:
@@ -195,9 +217,22 @@ def resume(state: TrainingState, saved: Saved) -> None:
     if state.history is not None:
         state.history.resume(saved.path / HISTORY)
     state.validation[:] = [(step, loss) for step, loss in saved.progress["validation"]]
+    state.standing.resume(saved.standing)
 
 
-def _refuse_misfit(path: Path, held: dict[str, Tensor], trained: dict[str, Tensor]) -> None:
+@torch.no_grad()
+def put_back(state: TrainingState, checkpoint: Path) -> None:
+    """Fill what is trained, and its optimiser, with what a checkpoint holds; a ValueError where that does not fit."""
+    held = storage.load_tensors(checkpoint / _PARAMETERS)
+    _refuse_misfit(checkpoint, held, state.parameters)
+    for name, value in held.items():
+        state.parameters[name].copy_(value)
+    values = json.loads((checkpoint / _PROGRESS).read_text()).get("optimizer", {})
+    moments = OptimizerState(storage.load_tensors(checkpoint / "optimizer.safetensors"), values)
+    load_optimizer_state(state.optimizer, moments, told=state.told)
+
+
+def _refuse_misfit(path: Path, held: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
     for name in sorted(held.keys() | trained.keys()):
         before, now = (None if name not in side else tuple(side[name].shape) for side in (held, trained))
         if before != now:

@@ -70,18 +70,22 @@ def _plan(config: TrainConfig, pipe: Any) -> _Plan:
     from dora_diffusion.training.run.exports import check_exports
     from dora_diffusion.training.run.folder import check_writable
     from dora_diffusion.training.run.metadata import adapter_metadata, tool_metadata
+    from dora_diffusion.training.run.previews import check_previews
+    from dora_diffusion.training.run.trackers import check_trackers
     from dora_diffusion.training.step.objective import objective_of
     from dora_diffusion.training.step.optimisers import check_optimizer, parameter_groups
 
     check_writable(config.output_dir)
     check_library(config.base.quantise, key="base.quantise")
     check_optimizer(config.optim)
+    check_trackers(config.logging)
     split = checked_examples(config.data, seed=config.optim.seed)
     examples = split.train
     check_words(config.words.starts, examples)
     pipe = pipe or load_skeleton(config.model, dtype=PRECISIONS[config.optim.mixed_precision])
     below = plan_below(pipe, config.base.adapters)
     trainable = prepare_trainable(pipe, config, from_start=False)
+    check_previews(pipe, config.preview)
     started = plan_start(trainable.injections, config.adapter, trainable.family.name)
     # raises for a scheduler that cannot be trained
     objective_of(trainable.pipe, config.optim, config.flow, config.loss, tokens=1)

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
-from dora_diffusion.generation.generate import GenerationSettings, generate
+from dora_diffusion.generation.generate import GenerationSettings, check_drawable, generate
 from dora_diffusion.training.base.trainable import TrainablePipeline
 from dora_diffusion.training.config import PreviewConfig
 from dora_diffusion.utils.atomic import atomic_file
@@ -14,24 +15,57 @@ from dora_diffusion.utils.image_grid import grid
 STRIP = "strip.png"
 
 
+def settings_of(preview: PreviewConfig) -> list[GenerationSettings]:
+    """What is drawn for each prompt."""
+    found = []
+    for one in preview.prompts:
+        width, height = one.sides or (None, None)
+        found.append(
+            GenerationSettings(
+                one.prompt,
+                one.negative,
+                seed=preview.seed if one.seed is None else one.seed,
+                steps=one.steps or preview.steps,
+                guidance_scale=preview.guidance_scale if one.guidance_scale is None else one.guidance_scale,
+                width=width,
+                height=height,
+            )
+        )
+    return found
+
+
+def check_previews(pipe: Any, preview: PreviewConfig) -> None:
+    """A ValueError of one line for a preview that the base cannot draw; nothing is drawn."""
+    for number, settings in enumerate(settings_of(preview)):
+        try:
+            check_drawable(pipe, settings)
+        except ValueError as error:
+            raise ValueError(f"preview.prompts[{number}]: {error}") from None
+
+
 def draw_previews(trainable: TrainablePipeline, preview: PreviewConfig) -> list[Image.Image]:
     """One picture a preview prompt, with the adapter as it stands."""
+    wanted = zip(settings_of(preview), preview.prompts, strict=True)
     with trainable.drawing(), trainable.encoders_on_device():
-        return [
-            generate(
-                trainable.pipe,
-                GenerationSettings(
-                    prompt, seed=preview.seed, steps=preview.steps, guidance_scale=preview.guidance_scale
-                ),
-            )
-            for prompt in preview.prompts
-        ]
+        return [_drawn(trainable, settings, one.strength) for settings, one in wanted]
+
+
+def _drawn(trainable: TrainablePipeline, settings: GenerationSettings, strength: float) -> Image.Image:
+    if strength == 1:
+        return generate(trainable.pipe, settings)
+    with trainable.at_strength(strength):
+        return generate(trainable.pipe, settings)
+
+
+def preview_path(folder: Path, step: int) -> Path:
+    """Where the previews of a step lie: `samples/step-00000100.png`."""
+    return folder / f"step-{step:08d}.png"
 
 
 def save_previews(pictures: Sequence[Image.Image], folder: Path, *, step: int) -> Path:
-    """All prompts' pictures of a step side by side: `samples/step-00000100.png`."""
+    """All prompts' pictures of a step side by side."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:08d}.png"
+    path = preview_path(folder, step)
     _save(grid([pictures]), path)
     return path
 

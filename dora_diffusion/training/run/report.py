@@ -88,7 +88,7 @@ def report_page(config: TrainConfig, learnt: AdapterState | None, trainable: Tra
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
         f"<style>{_STYLE}</style></head>\n<body><h1>{_text(title)}</h1>\n"
-        f"<p>{_text(_summary(config))}</p>\n{body}</body></html>\n"
+        f"<p>{_text(_summary(config, seen.left.outcome.steps))}</p>\n{body}</body></html>\n"
     )
 
 
@@ -111,10 +111,10 @@ def _table(rows: Sequence[tuple[object, ...]], head: Sequence[str] = ()) -> str:
     return "<table>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table>"
 
 
-def _summary(config: TrainConfig) -> str:
+def _summary(config: TrainConfig, steps: int) -> str:
     optim = config.optim
     return (
-        f"{optim.steps} steps of batch {optim.batch_size} x {optim.gradient_accumulation}, learning rate "
+        f"{steps} steps of batch {optim.batch_size} x {optim.gradient_accumulation}, learning rate "
         f"{optim.rate:g}, by dora_diffusion {__version__}."
     )
 
@@ -130,10 +130,12 @@ def _curves(seen: Seen) -> str:
 
 def _validation(seen: Seen) -> str:
     """Apart from the loss of steps: its noise never changes, and so its size is another."""
-    if not seen.left.validation:
+    outcome = seen.left.outcome
+    if not outcome.losses:
         return ""
-    rows = [(step, f"{loss:.4f}") for step, loss in seen.left.validation]
-    drawn = chart([Curve("loss on fixed noise", seen.left.validation, "#dc2626", has_dots=True)])
+    rows = [(step, f"{loss:.4f}") for step, loss in outcome.losses]
+    name = f"loss on fixed noise, of {'held-out' if outcome.is_held_out else 'trained'} pictures"
+    drawn = chart([Curve(name, outcome.losses, "#dc2626", has_dots=True)])
     return f"{drawn}\n<details><summary>Numbers</summary>{_table(rows, ('step', 'loss'))}</details>"
 
 
@@ -185,10 +187,11 @@ def _drift(learnt: AdapterState, pipe: Any) -> str:
 
 def _cost(config: TrainConfig, trainable: TrainablePipeline, seen: Seen) -> str:
     optim = config.optim
-    shown = optim.steps * optim.batch_size * optim.gradient_accumulation
+    steps = seen.left.outcome.steps
+    shown = steps * optim.batch_size * optim.gradient_accumulation
     an_epoch = sum(example.repeats for example in seen.examples.train)
     rows: list[tuple[object, object]] = [
-        ("steps", f"{optim.steps}, of {optim.batch_size} x {optim.gradient_accumulation} pictures a process"),
+        ("steps", f"{steps}, of {optim.batch_size} x {optim.gradient_accumulation} pictures a process"),
         ("pictures", f"{len(seen.examples.train)}, each seen about {shown / max(1, an_epoch):.0f} times"),
         ("class pictures", len(seen.examples.classes)),
         ("measured pictures", len(seen.examples.validation)),

@@ -1,19 +1,23 @@
 """`train`: what a run needs is checked and loaded, then its loop runs."""
 
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
 from dora_diffusion.training.base.below import lay_below
+from dora_diffusion.training.base.borrowed import borrowed
 from dora_diffusion.training.base.sizes import Sizes, sizes_of
 from dora_diffusion.training.base.trainable import PRECISIONS, load_base, prepare_trainable, quantise_base
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.data.buckets import in_buckets
 from dora_diffusion.training.data.concepts import Split, checked_examples, opened
 from dora_diffusion.training.data.examples import check_words
+from dora_diffusion.training.run.callbacks import Callbacks, TrainingCallback
 from dora_diffusion.training.run.card import base_lines
 from dora_diffusion.training.run.checkpoint import Saved
 from dora_diffusion.training.run.exports import check_exports
@@ -27,7 +31,10 @@ from dora_diffusion.training.run.identity import (
     pictures_identity,
 )
 from dora_diffusion.training.run.loop import Run
+from dora_diffusion.training.run.parts import parts_of
+from dora_diffusion.training.run.previews import check_previews
 from dora_diffusion.training.run.resumption import Comparison, extended, find_saved
+from dora_diffusion.training.run.trackers import check_trackers
 from dora_diffusion.training.step.objective import Objectives, with_zero_terminal_snr
 from dora_diffusion.training.step.optimisers import check_optimizer
 from dora_diffusion.training.step.priors import ensure_class_examples
@@ -42,9 +49,20 @@ class _Wanted:
     extend: int | None
     accept_changes: bool
 
+    @property
+    def extends(self) -> bool:
+        """Whether the run goes on beyond its end."""
+        return self.extend is not None
+
 
 def train(
-    config: TrainConfig, *, resume: str | None = None, extend: int | None = None, accept_changes: bool = False
+    config: TrainConfig,
+    *,
+    resume: str | None = None,
+    extend: int | None = None,
+    accept_changes: bool = False,
+    pipeline: Any = None,
+    callbacks: Sequence[TrainingCallback] = (),
 ) -> TrainResult:
     """Train an adapter as `config` says and write its run folder.
 
@@ -56,10 +74,13 @@ def train(
             the learning rate are those of a run of that many steps from there on.
         accept_changes: go on although settings, pictures, captions, masks or the base are not what they were; the
             next checkpoints note what had changed.
+        pipeline: a diffusers pipeline to train on, instead of loading `config.model`, which then only names it. The run
+            moves it to its device and precision, and leaves it as it was.
+        callbacks: what hears of steps, previews, checkpoints and the end.
 
     Raises:
         ValueError: data, settings, folder or checkpoint are not usable, or another run trains in the folder; one line
-            that says which and how to mend it.
+            that says which and how to mend it. Or a callback failed, which the line names; a checkpoint is there then.
         KeyboardInterrupt: Ctrl+C, SIGTERM or SIGHUP came; after the step that was under way, and a checkpoint of it.
 
     Examples:
@@ -72,17 +93,19 @@ def train(
         ```
     """
     wanted = _wanted(resume, extend, accept_changes)
+    trackers = check_trackers(config.logging)
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     accelerator = Accelerator(
         mixed_precision=config.optim.mixed_precision,
-        log_with="tensorboard",
+        log_with=[*trackers] or None,
         project_dir=str(config.output_dir / "logs"),
         # said outright, or an environment variable of accelerate's would divide the gradients once more
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
+    called = Callbacks(callbacks, are_called=accelerator.is_main_process)
     with run_lock(config.output_dir) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
-        return _train(config, accelerator, wanted)
+        return _train(config, accelerator, wanted, pipeline=pipeline, callbacks=called)
 
 
 def check_start(
@@ -105,8 +128,46 @@ def _wanted(resume: str | None, extend: int | None, accept_changes: bool) -> _Wa
     return wanted
 
 
-def _train(config: TrainConfig, accelerator: Accelerator, wanted: _Wanted) -> TrainResult:
+@dataclass(frozen=True)
+class _Begun:
+    """What is known of a run before its base is at hand.
+
+    Attributes:
+        config: of the run, its steps as they are to be.
+        saved: what it goes on from.
+        comparison: with that.
+        split: the pictures.
+        identity: of what is known.
+    """
+
+    config: TrainConfig
+    saved: Saved | None
+    comparison: Comparison | None
+    split: Split
+    identity: Identity
+
+
+def _train(
+    config: TrainConfig, accelerator: Accelerator, wanted: _Wanted, *, pipeline: Any, callbacks: Callbacks
+) -> TrainResult:
     """The run in its folder, which is this run's alone."""
+    begun = _begun(config, accelerator, wanted)
+    if begun.saved is not None:
+        finished = finished_result(begun.config, begun.saved)
+        if finished is not None and not (finished.ended_early and wanted.extends):
+            accelerator.print(f"{config.output_dir}: {_end_of(finished)} and is left as it is")
+            return finished
+    dtype = PRECISIONS[config.optim.mixed_precision]
+    with ExitStack() as giving_back:
+        if pipeline is None:
+            pipe = load_base(config.model, dtype, accelerator.device, config.base)
+        else:
+            pipe = giving_back.enter_context(borrowed(pipeline, dtype, accelerator.device, config.base))
+        return _train_on(pipe, begun, accelerator, callbacks, extends=wanted.extends)
+
+
+def _begun(config: TrainConfig, accelerator: Accelerator, wanted: _Wanted) -> _Begun:
+    """Look at folder, settings and pictures."""
     saved = _saved(config, wanted)
     if saved is not None and wanted.extend is not None:
         config = extended(config, saved, wanted.extend)
@@ -116,34 +177,49 @@ def _train(config: TrainConfig, accelerator: Accelerator, wanted: _Wanted) -> Tr
     split = checked_examples(config.data, seed=config.optim.seed)
     check_words(config.words.starts, split.train)
     identity = Identity({"pictures": pictures_identity(config, split), "base.adapters": below_identity(config)})
-    if saved is not None and comparison is not None:
+    if comparison is not None:
         comparison.check_parts(identity)
-        if (finished := finished_result(config, saved)) is not None:
-            accelerator.print(f"{config.output_dir}: has done all of its {saved.step} steps and is left as it is")
-            return finished
-    pipe = load_base(config.model, PRECISIONS[config.optim.mixed_precision], accelerator.device, config.base)
+    return _Begun(config, saved, comparison, split, identity)
+
+
+def _end_of(finished: TrainResult) -> str:
+    if finished.ended_early:
+        return f"ended early, after {finished.steps} steps (validation.patience; --extend goes on),"
+    return f"has done all of its {finished.steps} steps"
+
+
+def _train_on(
+    pipe: Any, begun: _Begun, accelerator: Accelerator, callbacks: Callbacks, *, extends: bool
+) -> TrainResult:
+    """The run on its base."""
+    config, split, comparison = begun.config, begun.split, begun.comparison
     base = base_identity(pipe)
     below = lay_below(pipe, config.base.adapters)
     quantise_base(pipe, config.base, accelerator.device)
     objectives = Objectives(pipe, config.optim, config.flow, config.loss)
     sized = _sized(split, config, sizes_of(pipe))
     objectives.of(sized.train[0].size)  # raises for a scheduler that cannot be trained, before anything is drawn
+    check_previews(pipe, config.preview)
     if config.loss.zero_terminal_snr:
         pipe.scheduler = with_zero_terminal_snr(pipe.scheduler)
-    drawn = ensure_class_examples(pipe, config, process=accelerator.process_index, processes=processes)
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    drawn = ensure_class_examples(pipe, config, process=rank, processes=ranks)
     late = {"class pictures": examples_identity(config, [("class", one) for one in drawn]), "base": base}
-    identity = Identity({**identity.parts, **late})
+    identity = Identity({**begun.identity.parts, **late})
     if comparison is not None:
         comparison.check_parts(Identity(late))
         identity = comparison.noted(identity)
         accelerator.print(comparison.message())
     sized = _sized(split._replace(classes=(*split.classes, *opened(drawn))), config, sizes_of(pipe))
-    trainable = replace(prepare_trainable(pipe, config, from_start=saved is None), below=below)
+    trainable = replace(prepare_trainable(pipe, config, from_start=begun.saved is None), below=below)
     for line in base_lines(pipe, config, trainable.below, trainable.started):
         accelerator.print(line)
     try:
         check_exports(config, trainable)
-        return Run(config, accelerator, trainable, objectives, sized, identity).go(saved)
+        parts = parts_of(
+            config, accelerator, trainable, objectives, examples=sized, identity=identity, callbacks=callbacks
+        )
+        return Run(config, accelerator, parts).go(begun.saved, extends=extends)
     finally:
         trainable.eject()
 

@@ -1,101 +1,80 @@
-"""What looks at a run from outside: the validation loss and previews, when they are due."""
-
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from random import Random
+"""What looks at a run from outside, when it is due: the validation loss, how far blocks have moved, previews."""
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
-from dora_diffusion.functional.objectives import Objective
 from dora_diffusion.training.base.trainable import TrainablePipeline
-from dora_diffusion.training.config import PreviewConfig, ValidationConfig
-from dora_diffusion.training.data.batches import BatchSource, step_seed
-from dora_diffusion.training.data.examples import Example
-from dora_diffusion.training.run.previews import draw_previews, save_previews
-from dora_diffusion.training.step.training_step import TrainingStep
+from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.run.callbacks import Callbacks
+from dora_diffusion.training.run.movement import movement
+from dora_diffusion.training.run.previews import draw_previews, preview_path, save_previews
+from dora_diffusion.training.run.standing import Standing
+from dora_diffusion.training.run.trackers import log_pictures
+from dora_diffusion.training.run.validation import Validation, due
+from dora_diffusion.training.step.average import Average
 
 
-def due(step: int, every: int, last: int) -> bool:
-    """Every so many steps, and at the end; `every` 0 means only at the end."""
-    return step == last or (every > 0 and step % every == 0)
+class Watchers:
+    """All of a run's.
 
-
-class Validation:
-    """The mean loss on some examples at noises and timesteps that never change, so that runs compare.
-
-    It is measured by `Objectives.measuring`, without the section `loss` that is trained by: a Huber loss, an offset or
-    half of the timesteps would make it a number of another kind, and hide what a run loses where it does not train.
-
-    Attributes:
-        losses: (step, loss) pairs so far.
+    Args:
+        config: of the run.
+        accelerator: of the run, whose trackers hear of what is seen.
+        trainable: what is looked at.
+        validation: the loss on fixed noise.
+        standing: takes it in.
+        callbacks: that hear of previews.
+        average: of what is trained, which is looked at in its place.
     """
 
     def __init__(
         self,
-        settings: ValidationConfig,
-        step: TrainingStep,
-        source: BatchSource,
-        examples: Sequence[Example],
-        *,
-        objective_of: Callable[[tuple[int, int]], Objective],
-    ) -> None:
-        self._settings, self._step, self._source, self._examples = settings, step, source, examples
-        self._objective_of = objective_of
-        self.losses: list[tuple[int, float]] = []
-        source.keep_captions(example.caption for example in examples)
-
-    def is_due(self, step: int, last: int) -> bool:
-        """Before the first step, every so many, and after the last."""
-        return step == 0 or due(step, self._settings.every, last)
-
-    def measure(self, step: int, trainable: TrainablePipeline) -> float:
-        """Measure, and note it as the loss after so many steps."""
-        with trainable.drawing():
-            losses = [self._loss(index, repeat) for index in self._indices() for repeat in self._repeats()]
-        mean = sum(losses) / len(losses)
-        self.losses.append((step, mean))
-        return mean
-
-    def _indices(self) -> range:
-        return range(len(self._examples))
-
-    def _repeats(self) -> range:
-        return range(self._settings.repeats)
-
-    def _loss(self, index: int, repeat: int) -> float:
-        seed = step_seed(0, index * 1000 + repeat, 3)
-        shown = self._source.measured(self._examples[index], Random(seed), place=f"measured {index}/{repeat}")
-        batch = self._source.batch_of([shown])
-        return self._step.loss(batch, seed=seed, objective=self._objective_of(batch.size)).item()
-
-
-class Watchers:
-    """The validation loss and the previews of a run."""
-
-    def __init__(
-        self,
+        config: TrainConfig,
         accelerator: Accelerator,
         trainable: TrainablePipeline,
-        validation: Validation,
-        preview: PreviewConfig,
         *,
-        samples: Path,
-        last: int,
+        validation: Validation,
+        standing: Standing,
+        callbacks: Callbacks,
+        average: Average,
     ) -> None:
+        self._preview, self._logging, self._last = config.preview, config.logging, config.optim.steps
+        self._samples = config.output_dir / "samples"
         self._accelerator, self._trainable, self._validation = accelerator, trainable, validation
-        self._preview, self._samples, self._last = preview, samples, last
-
-    def is_due(self, step: int) -> bool:
-        """Whether anything is due after so many steps, in this process."""
-        return self._validation.is_due(step, self._last) or self._draws(step)
-
-    def _draws(self, step: int) -> bool:
-        first_or_due = step == 0 or due(step, self._preview.every, self._last)
-        return bool(self._preview.prompts) and first_or_due and self._accelerator.is_main_process
+        self._standing, self._callbacks, self._average = standing, callbacks, average
 
     def watch(self, step: int) -> None:
-        """What is due after so many steps."""
-        if self._validation.is_due(step, self._last):
-            self._accelerator.log({"loss/validation": self._validation.measure(step, self._trainable)}, step=step)
-        if self._draws(step):
-            save_previews(draw_previews(self._trainable, self._preview), self._samples, step=step)
+        """What is due after so many steps, and has not been seen before the run was stopped there."""
+        is_measured = self._validation.is_due(step, self._last) and self._validation.measured_last != step
+        leads, every = self._accelerator.is_main_process, self._logging.changes_every
+        moves = leads and bool(self._accelerator.trackers)
+        moves = moves and (is_measured if every is None else due(step, every, self._last))
+        draws = leads and self._draws(step)
+        if not (is_measured or moves or draws):
+            return
+        with self._average.shown():
+            if is_measured:
+                self._measure(step)
+            if moves:
+                self._accelerator.log(movement(self._trainable), step=step)
+            if draws:
+                self._draw(step)
+
+    def _draws(self, step: int) -> bool:
+        is_due = step == 0 or due(step, self._preview.every, self._last)
+        return bool(self._preview.prompts) and is_due and not preview_path(self._samples, step).exists()
+
+    def _measure(self, step: int) -> None:
+        loss = self._validation.measure(step, self._trainable)
+        self._accelerator.log({self._validation.name: loss}, step=step)
+        self._standing.judge(self._validation.losses, last=self._last)
+        if self._accelerator.num_processes > 1:  # losses may differ in their last digit: one of them decides
+            said = [self._standing.ended_early]
+            broadcast_object_list(said)
+            self._standing.ended_early = said[0]
+
+    def _draw(self, step: int) -> None:
+        pictures = draw_previews(self._trainable, self._preview)
+        path = save_previews(pictures, self._samples, step=step)
+        log_pictures(self._accelerator, pictures, step)
+        self._callbacks.preview(step, pictures, path)

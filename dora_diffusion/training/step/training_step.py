@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dora_diffusion.functional.objectives import Objective, weighted_mean
+from dora_diffusion.functional.objectives import Objective, timestep_ladder, weighted_mean
 from dora_diffusion.training.base.trainable import PRECISIONS, TrainablePipeline
 from dora_diffusion.training.config import OptimConfig
 from dora_diffusion.training.data.batches import Batch, step_seed
@@ -104,18 +104,24 @@ class TrainingStep:
         count, ranks = self._optim.gradient_accumulation, self._accelerator.num_processes
         return [(step * count + micro) * ranks + self._accelerator.process_index for micro in range(count)]
 
-    def loss(self, batch: Batch, *, seed: int, objective: Objective | None = None) -> Tensor:
+    def loss(
+        self, batch: Batch, *, seed: int, objective: Objective | None = None, rung: tuple[int, int] | None = None
+    ) -> Tensor:
         """Sample a noise and a timestep for each latent, noise it, predict, compare.
 
         Args:
             batch: whose share does not count yet.
             seed: of all that is drawn.
             objective: another than that of the run.
+            rung: (number, count): the timestep is that of the objective's `timestep_ladder`, and is not drawn.
         """
         generator = torch.Generator().manual_seed(seed)
         objective, latents = objective or self._objective_of(batch.size), batch.latents.float()
         plain = torch.randn(latents.shape, generator=generator).to(latents.device)
-        timesteps = objective.timesteps(len(latents), generator).to(latents.device)
+        if rung is None:
+            timesteps = objective.timesteps(len(latents), generator).to(latents.device)
+        else:
+            timesteps = timestep_ladder(objective, rung[1])[rung[0]].expand(len(latents)).to(latents.device)
         noise = objective.noise.apply(plain, generator)
         noisy = objective.add_noise(latents, noise.added, timesteps)
         goal = objective.target(latents, noise.aimed_at, timesteps)

@@ -30,6 +30,7 @@ from ui.train.runs import (
     LOG,
     Losses,
     LossReader,
+    ended_early,
     find_checkpoint,
     find_run,
     list_checkpoints,
@@ -159,7 +160,7 @@ def test_a_recipe_takes_the_fields_and_keeps_its_proportions(tmp_path: Path) -> 
     assert (config.adapter.rank, config.adapter.alpha, config.adapter.use_dora) == (4, 4.0, False)
     assert config.optim.text_encoder_learning_rate == pytest.approx(1.5e-4)
     assert (config.optim.steps, config.optim.warmup_steps, config.optim.min_snr_gamma) == (40, 4, None)
-    assert config.preview.prompts == ["a zqx robot", "a cat"]
+    assert [one.prompt for one in config.preview.prompts] == ["a zqx robot", "a cat"]
     assert len(config.prior.class_prompts) == 8
 
 
@@ -313,14 +314,14 @@ def test_a_run_that_writes_elsewhere_is_not_resumed(trained: Path, tmp_path: Pat
         trainer.resume(other)
 
 
-def _event_file(path: Path, pairs: list[tuple[int, float]]) -> bytes:
+def _event_file(path: Path, pairs: list[tuple[int, float]], tag: str = "loss/train") -> bytes:
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     path.parent.mkdir(parents=True, exist_ok=True)
     data = b""
     for step, loss in pairs:
-        summary = Summary(value=[Summary.Value(tag="loss/train", simple_value=loss)])
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=loss)])
         record = Event(step=step, summary=summary).SerializeToString()
         data += struct.pack("<QI", len(record), 0) + record + struct.pack("<I", 0)
     path.write_bytes(data)
@@ -339,6 +340,19 @@ def test_losses_are_read_as_they_grow_and_a_resumption_takes_over(tmp_path: Path
     assert reader.losses().train == {1: 0.5, 2: 1.0}
     first.with_name("events.out.tfevents.102.a").write_bytes(b"\xff" * 400)
     assert reader.losses().train == {1: 0.5, 2: 1.0}
+
+
+def test_losses_on_fixed_noise_are_read_under_either_name(tmp_path: Path) -> None:
+    for number, tag in enumerate(("loss/validation", "loss/fit")):
+        _event_file(tmp_path / "logs" / "run" / f"events.out.tfevents.{number}.a", [(number, 0.5 + number)], tag)
+    assert LossReader(tmp_path).losses().validation == {0: 0.5, 1: 1.5}
+
+
+def test_a_run_that_ended_early_is_done(tmp_path: Path) -> None:
+    assert not ended_early(tmp_path)
+    for text, ended in (("{}", False), ("[]", False), ("{", False), ('{"ended_early": true}', True)):
+        (tmp_path / "manifest.json").write_text(text)
+        assert ended_early(tmp_path) is ended
 
 
 def test_the_plot_is_svg_whatever_the_losses() -> None:

@@ -25,6 +25,7 @@ from dora_diffusion.functional.objectives import (
     pseudo_huber,
     squared_error,
     target,
+    timestep_ladder,
     weighted_mean,
     weighted_squared_error,
     zero_terminal_alphas_cumprod,
@@ -419,3 +420,42 @@ def test_at_zero_terminal_snr_the_picture_is_the_target_and_the_input_noise_alon
     last = torch.full((5,), 999)
     assert_identical(add_noise(latents, noise, last, ZERO_TERMINAL), noise)
     assert_identical(target(latents, noise, last, ZERO_TERMINAL, prediction="v_prediction"), -latents)
+
+
+def _quantiles(objective: FlowObjective, count: int) -> torch.Tensor:
+    """By the inverse of the density's distribution, in closed form, and the shift."""
+    shares = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    if objective.density == "uniform":
+        u = shares
+    elif objective.density == "logit_normal":
+        u = torch.special.expit(objective.logit_mean + objective.logit_std * torch.special.ndtri(shares))
+    else:  # 1 - v - scale (cos^2(pi v / 2) - 1 + v) of a uniform v, which falls as v rises
+        v = 1 - shares
+        u = 1 - v - objective.mode_scale * (torch.cos(torch.pi * v / 2) ** 2 - 1 + v)
+    return 1000 * objective.shift * u / (1 + (objective.shift - 1) * u)
+
+
+@pytest.mark.parametrize("count", [1, 4, 9])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        FlowObjective(density="uniform"),
+        FlowObjective(density="logit_normal", logit_mean=0.5, logit_std=0.7, shift=3.0),
+        FlowObjective(density="mode", mode_scale=0.8),
+    ],
+)
+def test_a_ladder_parts_a_flow_s_density_into_equal_shares(objective: FlowObjective, count: int) -> None:
+    ladder = timestep_ladder(objective, count)
+    torch.testing.assert_close(ladder.double(), _quantiles(objective, count), rtol=0, atol=20)  # of 1000, by drawing
+    assert torch.equal(ladder, timestep_ladder(objective, count)) and ladder.tolist() == sorted(set(ladder.tolist()))
+
+
+def test_a_ladder_parts_a_schedule_into_equal_shares() -> None:
+    objective = DiffusionObjective(DDPMScheduler().alphas_cumprod, "epsilon")
+    torch.testing.assert_close(timestep_ladder(objective, 4), torch.tensor([125, 375, 625, 875]), rtol=0, atol=20)
+
+
+def test_a_ladder_draws_from_no_generator_but_its_own() -> None:
+    state = torch.get_rng_state()
+    timestep_ladder(FlowObjective(), 3)
+    assert torch.equal(torch.get_rng_state(), state)

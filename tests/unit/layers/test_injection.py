@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from dora_diffusion.layers.base_layers import dense_weight
 from dora_diffusion.layers.config import DoRAConfig
 from dora_diffusion.layers.injection import inject
 from dora_diffusion.layers.targets import target_paths
+from tests.kinds import KINDS, disturb, make_input, make_model, with_weight
 from tests.pocket_random import random_pocket_pipeline
 from tests.tolerances import assert_identical
 
@@ -120,3 +122,48 @@ def test_magnitudes_move_under_a_bf16_base() -> None:
     optimizer.step()
     moved = [(a != b).float().mean().item() for a, b in zip(injection.magnitudes(), before, strict=True)]
     assert min(moved) > 0.5
+
+
+def adapted_weight(layer) -> torch.Tensor:
+    """W' by the paper's equation."""
+    a, weight = layer.adapter, dense_weight(layer.base)
+    dense = weight + a.scale * (a.up.flatten(1) @ a.down.flatten(1)).reshape(weight.shape)
+    if a.magnitude is None:
+        return dense
+    return dense * (a.magnitude / dense.flatten(1).norm(dim=1)).reshape(-1, *[1] * (weight.dim() - 1))
+
+
+@KINDS
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_at_a_strength_weights_are_so_far_on_the_way(kind: str, use_dora: bool) -> None:
+    model, x = make_model(kind), make_input(kind)
+    injection = inject(model, DoRAConfig(rank=2, target_modules=["layer"], use_dora=use_dora))
+    layer = model.layer
+    disturb(layer)
+    weight = dense_weight(layer.base)
+    with torch.no_grad():
+        whole = model(x)
+        for strength in (-1.0, 0.0, 0.5, 2.0):
+            with injection.at_strength(strength):
+                found = model(x)
+            expected = with_weight(layer.base, weight + strength * (adapted_weight(layer) - weight), x)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(model(x), whole)
+
+
+@KINDS
+def test_row_changes_are_those_of_its_weight(kind: str) -> None:
+    model = make_model(kind)
+    injection = inject(model, DoRAConfig(rank=2, target_modules=["layer"]))
+    assert not injection.row_changes()["layer"].angles.any()
+    disturb(model.layer)
+    found = injection.row_changes()["layer"]
+    before, after = (
+        each.detach().double().flatten(1) for each in (dense_weight(model.layer.base), adapted_weight(model.layer))
+    )
+    alive = before.norm(dim=1) > 1e-8  # an embedding's padding has no direction
+    cosines = torch.nn.functional.cosine_similarity(before, after, dim=1)[alive]
+    torch.testing.assert_close(found.angles, cosines.acos(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        found.stretches, (after.norm(dim=1) / before.norm(dim=1) - 1).abs()[alive], rtol=1e-3, atol=1e-5
+    )

@@ -40,7 +40,7 @@ def test_defaults_and_paths(file: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert config.prior.prompts == ()
     assert (config.adapter.rank, config.adapter.alpha, config.adapter.use_dora) == (8, 8.0, True)
     assert (config.optim.steps, config.optim.rate, config.optim.min_snr_gamma) == (1000, 1e-4, 5.0)
-    assert (config.validation.every, config.validation.repeats) == (100, 4)
+    assert (config.validation.every, config.validation.at_most, config.validation.timesteps) == (100, 6, 4)
 
 
 def test_every_value_round_trips_from_any_folder(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +68,7 @@ def test_every_value_round_trips_from_any_folder(file: Path, tmp_path: Path, mon
 def test_the_written_file_names_every_key(file: Path) -> None:
     file.write_text(MINIMAL)
     lines = TrainConfig.from_yaml(file).to_yaml().splitlines()
-    written = {line.split(":")[0].strip() for line in lines}
+    written = {line.split(":")[0].strip() for line in lines if ":" in line}
     sections = [kind for key, kind in sections_of(TrainConfig).items() if "[]" not in key]  # lists are empty
     expected = set(TrainConfig.model_fields).union(*(kind.model_fields for kind in sections))
     assert written == expected
@@ -103,7 +103,7 @@ def test_overrides_replace_and_take_text_as_it_stands(file: Path) -> None:
     )
     config = TrainConfig.from_yaml(file, overrides)
     assert (config.optim.steps, config.adapter.rank, config.data.instance_prompt) == (10, 4, "a dog: # 1=2")
-    assert (config.preview.prompts, config.optim.learning_rate) == (["a", "b"], 3e-4)
+    assert ([one.prompt for one in config.preview.prompts], config.optim.learning_rate) == (["a", "b"], 3e-4)
     assert (config.optim.min_snr_gamma, config.data.flip, config.model) == (None, True, "5")
 
 
@@ -251,6 +251,64 @@ def test_bad_arguments(arguments: list[str], message: str) -> None:
 )
 def test_one_line_for_a_mistake(file: Path, added: str, message: str) -> None:
     assert error_of(file, MINIMAL + added) == message
+
+
+HELD_OUT = "without held-out pictures, whose loss alone tells what is best; expected data.validation_share, "
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        (
+            "preview:\n  prompts: [a, {prompt: b, sise: 64}]\n",
+            "run.yaml:5: preview.prompts[1].sise: no such key; did you mean preview.prompts[1].size?",
+        ),
+        (
+            "preview:\n  prompts: [{prompt: a, size: 63}]\n",
+            "preview.prompts[0].size: got 63, expected a multiple of 8 or a valid list",
+        ),
+        ("preview:\n  prompts: [{negative: a}]\n", "preview.prompts[0].prompt: missing; expected: What is drawn."),
+        ("checkpoint: {keep_best: true}\n", f"run.yaml:4: checkpoint.keep_best: got true {HELD_OUT}"),
+        ("validation: {patience: 3}\n", f"run.yaml:4: validation.patience: got 3 {HELD_OUT}"),
+        (
+            "checkpoint: {final: best}\n",
+            "run.yaml:4: checkpoint.final: got 'best' with checkpoint.keep_best false, expected true for it",
+        ),
+    ],
+)
+def test_one_line_for_previews_and_the_best(file: Path, added: str, message: str) -> None:
+    assert message in error_of(file, MINIMAL + added)
+
+
+@pytest.mark.parametrize(
+    "held_out",
+    ["  validation_share: 0.5\n", "  validation_dir: pictures\n", "  concepts: [{dir: c, role: validation}]\n"],
+)
+def test_the_best_of_pictures_that_are_held_out_can_be_kept(file: Path, held_out: str) -> None:
+    (file.parent / "c").mkdir()
+    file.write_text(f"{MINIMAL}{held_out}checkpoint: {{keep_best: true, final: best}}\nvalidation: {{patience: 2}}\n")
+    config = TrainConfig.from_yaml(file)
+    assert config.checkpoint.keep_best and config.validation.patience == 2
+
+
+def test_a_preview_is_written_as_it_was_said(file: Path) -> None:
+    said = [
+        "a",
+        {"prompt": "b", "size": 64},
+        {"prompt": "c", "negative": "d", "seed": 1, "size": [64, 96], "steps": 2, "strength": 0.5},
+    ]
+    file.write_text(f"{MINIMAL}preview: {{prompts: {said}}}\n")
+    config = TrainConfig.from_yaml(file)
+    assert config.model_dump(mode="json")["preview"]["prompts"] == said
+    assert [one.sides for one in config.preview.prompts] == [None, (64, 64), (64, 96)]
+    file.write_text(config.to_yaml())
+    assert TrainConfig.from_yaml(file) == config
+
+
+def test_repeats_of_old_measure_every_picture(file: Path) -> None:
+    for text, most in (("", 6), ("repeats: 4", None), ("repeats: 4, pictures: 3", 3), ("pictures: 9", 9)):
+        file.write_text(f"{MINIMAL}validation: {{{text}}}\n")
+        assert TrainConfig.from_yaml(file).validation.at_most == most
 
 
 @pytest.mark.parametrize(

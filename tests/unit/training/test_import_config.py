@@ -37,7 +37,9 @@ def with_pictures(folder: Path) -> Path:
         (folder / name).mkdir(parents=True, exist_ok=True)
         for number in range(count):
             Image.new("RGB", (8, 8)).save(folder / name / f"{number}.png")
-    (folder / "prompts.txt").write_text("# first\na robot --n bad --d 7 --l 3.5 --s 12\na car --d 9\n")
+    (folder / "prompts.txt").write_text(
+        "# first\na robot --n bad, worse --d 7 --l 3.5 --s 12\na car --w 769 --h 512\na bus\n"
+    )
     return folder
 
 
@@ -262,8 +264,11 @@ def test_a_training_toml_of_kohya(folder: Path) -> None:
     assert settings["adapter.train_text_encoder"] == ["text_encoder"]
     assert settings["optim.text_encoder_learning_rate"] == {"text_encoder": 5e-5}
     assert settings["optim.weight_decay"] == 0.1 and settings["optim.min_snr_gamma"] is None
-    assert settings["preview.prompts"] == ["a robot", "a car"]
-    assert (settings["preview.seed"], settings["preview.guidance_scale"], settings["preview.steps"]) == (7, 3.5, 12)
+    assert settings["preview.prompts"] == [
+        {"prompt": "a robot", "negative": "bad, worse", "seed": 7, "guidance_scale": 3.5, "steps": 12},
+        {"prompt": "a car", "size": [768, 512]},
+        "a bus",
+    ]
     assert settings["loss.noise_offset"] == 0.05
     assert line(found, "training_arguments.color_aug").answer.kind == "needless"
     assert line(found, "training_arguments.frobnicate").answer.kind == "unknown"
@@ -681,6 +686,20 @@ def test_losses_and_noise_of_ai_toolkit(folder: Path, train: str, expected: dict
     }
 
 
+def test_samples_of_ai_toolkit_keep_what_each_says(folder: Path) -> None:
+    job = yaml.safe_load(JOB)
+    sample = job["config"]["process"][0]["sample"]
+    sample |= {"neg": "blurry", "width": 1024, "height": 512, "samples": [{"prompt": "[trigger] x", "seed": 3}]}
+    del sample["prompts"]
+    job["config"]["process"][0]["logging"] = {"use_wandb": True, "project_name": "robots", "log_every": 10}
+    found = imported(folder, "job.yaml", yaml.safe_dump(job))
+    assert found.settings["preview.prompts"] == [
+        {"prompt": "zqx x", "negative": "blurry", "size": [1024, 512], "seed": 3}
+    ]
+    assert found.settings["logging.trackers"] == ["tensorboard", "wandb"]
+    assert found.settings["logging.project"] == "robots"
+
+
 # OneTrainer
 
 PRESET = {
@@ -774,6 +793,17 @@ def test_losses_and_noise_of_one_trainer(folder: Path, data: dict[str, Any], exp
         f"loss.{key}": value for key, value in expected.items()
     }
     assert settings.get("flow.shift") is None
+
+
+def test_samples_of_one_trainer_keep_what_each_says(folder: Path) -> None:
+    first = {"prompt": "a", "negative_prompt": "", "width": 512, "height": 768, "seed": 42, "random_seed": True}
+    second = {"prompt": "b", "negative_prompt": "c", "seed": 7, "diffusion_steps": 9, "cfg_scale": 2.5}
+    off = {"prompt": "d", "enabled": False}
+    found = imported(folder, "config.json", {**PRESET, "concepts": CONCEPTS, "samples": [first, second, off]})
+    assert found.settings["preview.prompts"] == [
+        {"prompt": "a", "size": [512, 768]},
+        {"prompt": "b", "negative": "c", "seed": 7, "steps": 9, "guidance_scale": 2.5},
+    ]
 
 
 def test_concepts_of_one_trainer_may_lie_in_a_file_of_their_own(folder: Path) -> None:

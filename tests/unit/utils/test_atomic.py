@@ -69,6 +69,16 @@ def put(folder: Path, step: int, *, keep: int = 2) -> Path:
     return place
 
 
+def test_one_that_is_spared_stays_beside_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        put(tmp_path, step, keep=3)
+    storage.remove_elders(tmp_path / "step-00000003", keep=1, spared={"step-00000001"})
+    assert steps_in(tmp_path) == [1, 3]
+    files = {"x": lambda path: storage.write_atomically(path, b"x")}
+    storage.save_checkpoint(tmp_path / "step-00000004", files, keep=1, spared={"step-00000003"})
+    assert [path.name for path in storage.valid_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+
+
 def step_of(checkpoint: Path) -> int:
     """The step that both files of a checkpoint tell of."""
     step = json.loads((checkpoint / "progress.json").read_text())["step"]

@@ -82,6 +82,10 @@ def _training_folder(value: Any, source: Source) -> Answer:
     return to("output_dir", f"{text(value)}/{source.get('config.name', source.path.stem)}", "a folder for each run")
 
 
+def _wandb(value: Any, source: Source) -> Answer:
+    return to("logging.trackers", ["tensorboard", "wandb"]) if flag(value) else needless("off there too")
+
+
 JOB: list[Row] = [
     *unneeded(
         "how it is run there",
@@ -107,7 +111,9 @@ JOB: list[Row] = [
         "adapter.* slider.* embedding.* decorator.* guidance.* first_sample.* do_lorm",
         example="ip",
     ),
-    *unneeded("logs are in the run's folder, for TensorBoard", "logging.*", example=100),
+    Row("logging.use_wandb", ("logging.trackers",), "beside TensorBoard", _wandb, True),
+    copied("logging.project_name", "logging.project", "robots", read=text),
+    *unneeded("every step is logged, and a run is called as its folder", "logging.*", example=100),
 ]
 
 

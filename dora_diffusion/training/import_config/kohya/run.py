@@ -2,11 +2,21 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 from dora_diffusion.training.import_config.kohya.steps import epoch, ours
-from dora_diffusion.training.import_config.records import Answer, Row, Source, needless, several, to, unneeded, without
-from dora_diffusion.training.import_config.values import flag, number, real, text, whole
+from dora_diffusion.training.import_config.records import (
+    Answer,
+    Row,
+    Source,
+    copied,
+    needless,
+    to,
+    unneeded,
+    without,
+)
+from dora_diffusion.training.import_config.values import flag, number, preview_of, real, text, tracker, whole
 
 
 def _every_epochs(key: str) -> Any:
@@ -46,19 +56,30 @@ def _prompts(value: Any, source: Source) -> Answer:
     said = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
     if not said:
         return needless("that file is empty")
-    return several(_of_prompt_lines(said), "negative prompts and sizes are not taken")
+    return to("preview.prompts", [_of_line(line) for line in said])
 
 
-def _of_prompt_lines(lines: list[str]) -> dict[str, Any]:
-    """`a robot --d 1 --l 4 --s 20` -> our keys; of seed, guidance and steps the first line that says them."""
-    settings: dict[str, Any] = {"preview.prompts": [re.split(r"\s--\w", f" {line}")[0].strip() for line in lines]}
-    keys = {"d": ("preview.seed", whole), "l": ("preview.guidance_scale", real), "s": ("preview.steps", whole)}
-    for line in lines:
-        for option, value in re.findall(r"\s--(\w)\s+(\S+)", line):
-            if option in keys and keys[option][0] not in settings:
-                key, read_value = keys[option]
-                settings[key] = read_value(value)
-    return settings
+_OF_LINES: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "n": ("negative", text),
+    "d": ("seed", whole),
+    "w": ("width", whole),
+    "h": ("height", whole),
+    "s": ("steps", whole),
+    "l": ("guidance_scale", real),
+    "am": ("strength", real),
+}
+
+
+def _of_line(line: str) -> str | dict[str, Any]:
+    """`a robot --n blurry --w 768 --h 512 --d 1 --l 4 --s 20` -> our keys."""
+    prompt, *options = re.split(r"\s--(?=\w)", f" {line}")
+    said: dict[str, Any] = {}
+    for option in options:
+        name, _, value = option.strip().partition(" ")
+        if name.lower() in _OF_LINES:
+            key, read_value = _OF_LINES[name.lower()]
+            said[key] = read_value(value.strip())
+    return preview_of(prompt.strip(), said)
 
 
 RUN: list[Row] = [
@@ -98,8 +119,8 @@ RUN: list[Row] = [
     ),
     Row(
         "sample_prompts",
-        ("preview.prompts", "preview.seed", "preview.steps", "preview.guidance_scale"),
-        "a .txt; `--d`, `--l` and `--s` of its first lines too",
+        ("preview.prompts",),
+        "a .txt; `--n`, `--d`, `--w`, `--h`, `--s`, `--l` and `--am` of each line too",
         _prompts,
         "prompts.txt",
     ),
@@ -118,7 +139,7 @@ RUN: list[Row] = [
         1,
         beside={"train_data_dir": "img"},
     ),
-    *without("every picture that is held out is measured", "max_validation_steps"),
+    copied("max_validation_steps", "validation.pictures", 4, read=whole, says="batches there"),
     *unneeded(
         "drawn by the base's own sampler, before the first step too", "sample_sampler sample_at_first", example="ddim"
     ),
@@ -143,9 +164,11 @@ RUN: list[Row] = [
         lambda value, source: to("metadata", "minimal") if flag(value) else needless("off there too"),
         True,
     ),
+    Row("log_with", ("logging.trackers",), "all: tensorboard and wandb", tracker, "wandb"),
+    copied("log_tracker_name", "logging.project", "robots", read=text),
     *unneeded(
-        "logs are in the run's folder, for TensorBoard",
-        "logging_dir log_with log_prefix log_tracker_name log_tracker_config wandb_run_name log_config",
+        "logs are in the run's folder, and a run is called as that is",
+        "logging_dir log_prefix log_tracker_config wandb_run_name log_config",
         example="logs",
     ),
     *unneeded(

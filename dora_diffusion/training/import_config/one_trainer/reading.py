@@ -27,9 +27,9 @@ def read(data: Mapping[str, Any], path: Path) -> Source:
             place += 1
         else:
             entries.append(Entry(f"concepts[{number_there}].enabled", "concepts[].enabled", False))
-    prompts = [sample.get("prompt") for sample in samples if sample.get("enabled", True) is not False]
-    if prompts:
-        entries += [Entry("samples[].prompt", "samples[].prompt", prompts), *_of_sample(samples[0])]
+    drawn = [sample for sample in samples if sample.get("enabled", True) is not False]
+    if drawn:
+        entries += [Entry("samples[].prompt", "samples[].prompt", drawn), *_of_sample(drawn[0])]
     return Source(path, tuple(entries), tuple(_folder(concept) for concept in used))
 
 
@@ -63,7 +63,7 @@ def _of_concept(concept: Mapping[str, Any], number_there: int, place: int) -> It
 
 
 def _of_sample(sample: Mapping[str, Any]) -> Iterator[Entry]:
-    """What the first sample says beside its prompt: previews here share it."""
+    """What the first sample says beside its prompt, as an example of all."""
     for key, value in sample.items():
         if key not in {"prompt", "enabled"}:
             yield Entry(f"samples[0].{key}", f"samples[].{key}", value)

@@ -1,24 +1,43 @@
 """Options of checkpoints, samples, logs and the machine."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dora_diffusion.training.import_config.one_trainer.steps import each
 from dora_diffusion.training.import_config.records import Answer, Row, Source, copied, needless, to, unneeded, without
-from dora_diffusion.training.import_config.values import real, whole
+from dora_diffusion.training.import_config.values import preview_of, real, text, whole
+
+_OWN: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "negative_prompt": ("negative", text),
+    "seed": ("seed", whole),
+    "width": ("width", whole),
+    "height": ("height", whole),
+    "diffusion_steps": ("steps", whole),
+    "cfg_scale": ("guidance_scale", real),
+}
 
 
 def _prompts(value: Any, source: Source) -> Answer:
-    found = [prompt for prompt in value if isinstance(prompt, str) and prompt.strip()]
+    said = [sample for sample in value if isinstance(sample.get("prompt"), str) and sample["prompt"].strip()]
+    found = [preview_of(sample["prompt"].strip(), _own_settings(sample)) for sample in said]
     return to("preview.prompts", found) if found else needless("none there either")
 
 
+def _own_settings(sample: Mapping[str, Any]) -> dict[str, Any]:
+    is_random = sample.get("random_seed") is True
+    names = [name for name in _OWN if sample.get(name) is not None and not (name == "seed" and is_random)]
+    return {_OWN[name][0]: _OWN[name][1](sample[name]) for name in names}
+
+
 REST: list[Row] = [
-    Row("samples[].prompt", ("preview.prompts",), "", _prompts, ["a robot"]),
-    copied("samples[].seed", "preview.seed", 42, read=whole, says="of the first"),
-    copied("samples[].diffusion_steps", "preview.steps", 25, read=whole, says="of the first"),
-    copied("samples[].cfg_scale", "preview.guidance_scale", 3.5, read=real, says="of the first"),
-    *without("previews have no negative prompt", "samples[].negative_prompt", example="blurry"),
-    *unneeded("previews are as large as the base draws", "samples[].*", example=512),
+    Row("samples[].prompt", ("preview.prompts",), "with what each says", _prompts, ["a robot"]),
+    *unneeded(
+        "in each of `preview.prompts`",
+        "samples[].seed samples[].diffusion_steps samples[].cfg_scale samples[].width samples[].height",
+        example=20,
+    ),
+    *unneeded("in each of `preview.prompts`", "samples[].negative_prompt", example="blurry"),
+    *unneeded("previews are drawn by the base's own sampler", "samples[].*", example=512),
     Row(
         "sample_after",
         ("preview.every",),
