@@ -102,7 +102,9 @@ def _generate(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         device=plan.base.device,
         config=plan.base.config,
         offload=arguments.offload,
-        **plan.base.files,
+        transformer=plan.base.files.get("transformer"),
+        unet=plan.base.files.get("unet"),
+        vae=plan.base.files.get("vae"),
     )
     _check_lines(pipe, plan)
     words = _install(pipe, plan)

@@ -206,9 +206,7 @@ def resume(state: TrainingState, saved: Saved) -> None:
     Raises:
         ValueError: it holds other tensors than are trained now; the first that differs is named.
     """
-    put_back(state.parameters, saved.path)
-    tensors = storage.load_tensors(saved.path / "optimizer.safetensors")
-    load_optimizer_state(state.optimizer, OptimizerState(tensors, saved.progress.get("optimizer", {})))
+    put_back(state, saved.path)
     if state.scaler is not None and saved.progress["scaler"]:
         state.scaler.load_state_dict(saved.progress["scaler"])
     if state.guard is not None:

@@ -29,12 +29,13 @@ from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.training.base.trainable import prepare_trainable
 from dora_diffusion.training.config import FlowConfig, LossConfig, OptimConfig, TrainConfig
 from dora_diffusion.training.data.batches import Batch, BatchSource
+from dora_diffusion.training.data.concepts import Split
 from dora_diffusion.training.data.examples import Example
-from dora_diffusion.training.run.card import run_card
+from dora_diffusion.training.run.card import Left, run_card
 from dora_diffusion.training.run.checkpoint import resumable_part
 from dora_diffusion.training.run.dry_run import describe_plan
 from dora_diffusion.training.run.resumption import _defaults, _differences, _filled
-from dora_diffusion.training.run.watchers import Validation
+from dora_diffusion.training.run.validation import Validation
 from dora_diffusion.training.step.guard import Guard
 from dora_diffusion.training.step.objective import Objectives, objective_of, with_zero_terminal_snr
 from dora_diffusion.training.step.optimisers import build_optimizer
@@ -257,7 +258,7 @@ class Seen:
     def __init__(self) -> None:
         self.objectives: list[Any] = []
 
-    def loss(self, batch: Batch, *, seed: int, objective: Any) -> torch.Tensor:
+    def loss(self, batch: Batch, *, seed: int, objective: Any, rung: object) -> torch.Tensor:
         self.objectives.append(objective)
         return torch.zeros(())
 
@@ -273,7 +274,9 @@ def test_validation_is_measured_alike_whatever_is_trained_by(images: Path, name:
         trainable = prepare_trainable(pipe, config)
         source = BatchSource(trainable, config, instances=[example], classes=[])
         seen: Any = Seen()
-        Validation(config.validation, seen, source, [example], objective_of=objectives.measuring).measure(0, trainable)
+        Validation(
+            config.validation, seen, source, Split([example], [], ()), objective_of=objectives.measuring
+        ).measure(0, trainable)
         trainable.eject()
         assert (objectives.of((32, 32)) is objectives.measuring((32, 32))) is (not loss)
         measured.append(seen.objectives[0])
@@ -291,8 +294,8 @@ def test_validation_keeps_the_schedule_that_is_drawn_with(images: Path) -> None:
 
 
 def test_the_card_says_how_to_draw_what_goes_down_to_pure_noise(images: Path) -> None:
-    assert "rescale_betas_zero_snr=True" in run_card(config_of(images, loss={"zero_terminal_snr": True}), [])
-    assert "rescale" not in run_card(config_of(images), [])
+    assert "rescale_betas_zero_snr=True" in run_card(config_of(images, loss={"zero_terminal_snr": True}), Left())
+    assert "rescale" not in run_card(config_of(images), Left())
 
 
 # Older files and checkpoints
