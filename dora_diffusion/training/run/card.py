@@ -43,12 +43,13 @@ def run_card(
     files = ["--adapter adapter.safetensors:1.0"] if has_adapter else []
     files += [f"--words words/{path.name}" for path in words]
     prompt = config.data.instance_prompt or "(captions beside the images)"
+    by = "" if config.optim.optimizer == "adamw" else f"optimiser {config.optim.optimizer}, "
     losses = "\n".join(f"| {step} | {loss:.4f} |" for step, loss in validation)
     example = config.preview.prompts[0] if config.preview.prompts else prompt
     return f"""# {kind} on `{config.model}`
 
 Trained by dora_diffusion: {made}{config.optim.steps} steps of
-batch {config.optim.batch_size} x {config.optim.gradient_accumulation}, learning rate {config.optim.rate:g},
+batch {config.optim.batch_size} x {config.optim.gradient_accumulation}, {by}learning rate {config.optim.rate:g},
 instance prompt `{prompt}`. Everything else stands in `config.yaml`; `samples/strip.png` shows the way.
 {_on_top_of(config, below)}
 ```
