@@ -487,7 +487,7 @@ class GuardConfig(_Section):
     restores: int = Field(default=3, ge=0)
     """How often it may come back in a run before the run stops; 0 = never, and nothing is kept for it."""
     every: int = Field(default=20, ge=1)
-    """Steps between copies of the last good state, in main memory: three times the adapter."""
+    """Steps between copies of the last good state, in main memory: three times the adapter, with AdamW."""
     missing: Number = Field(default=0.1, ge=0, le=1)
     """Share of the pictures that may become unreadable while the run is on: their samples are left out. Beyond it a
     checkpoint is saved and the run stops."""

@@ -101,6 +101,9 @@ def test_a_run_that_was_killed_ends_as_the_one_that_nothing_befell(base, images,
     begun = load_file(save_adapter(trainable.adapter({}), tmp_path / "begun.safetensors"))
     tensors = load_file(whole.adapter)
     assert [key for key, tensor in tensors.items() if torch.equal(tensor, begun[key])] == []  # every A, B and m
+    card = (tmp_path / "whole" / "README.md").read_text()
+    kind = stopped.optim.optimizer
+    assert (f"optimiser {kind}, " in card) == (kind != "adamw") and f"learning rate {stopped.optim.rate:g}," in card
     assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
 
 

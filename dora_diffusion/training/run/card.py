@@ -62,12 +62,13 @@ def run_card(config: TrainConfig, left: Left, pictures: Sequence[str] = ()) -> s
     outcome = left.outcome
     measured = "held-out pictures" if outcome.is_held_out else "pictures that were trained"
     said = f"instance prompt {code(prompt)}" if prompt else "captions beside the images"
+    by = "" if config.optim.optimizer == "adamw" else f"optimiser {config.optim.optimizer}, "
     losses = "\n".join(f"| {step} | {loss:.4f} |" for step, loss in outcome.losses)
     return f"""{front_matter(config, pictures)}
 # {kind_of(config)} on {code(base_name(config))}
 
 Trained by dora_diffusion: {made}{outcome.steps or config.optim.steps} steps of
-batch {config.optim.batch_size} x {config.optim.gradient_accumulation}, learning rate {config.optim.rate:g},
+batch {config.optim.batch_size} x {config.optim.gradient_accumulation}, {by}learning rate {config.optim.rate:g},
 {said}. Everything else stands in `config.yaml`; `report.html` shows the way.
 {_on_top_of(config, left.below)}{_to_pure_noise(config)}
 {code_block(_command(config, left.words), "bash")}

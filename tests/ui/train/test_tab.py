@@ -25,7 +25,7 @@ from ui.train.grid import check_weights, choose_rows, draw_grid
 from ui.train.plan import Planner
 from ui.train.plot import loss_plot
 from ui.train.process import Trainer
-from ui.train.recipes import PLAIN, Fields, build_config, list_recipes
+from ui.train.recipes import PLAIN, Fields, build_config, list_recipes, recipe_settings
 from ui.train.runs import (
     LOG,
     Losses,
@@ -148,6 +148,16 @@ def test_captions_and_names_of_pictures_are_checked(
     with pytest.raises(ValueError, match=reason):
         save_caption(roots[0] / "cats", name, caption)
     assert not (roots[0] / "cats" / "blue.txt").exists()
+
+
+def test_a_recipe_without_a_rate_shows_its_optimisers_own(tmp_path: Path) -> None:
+    (tmp_path / "toy" / "images").mkdir(parents=True)
+    text = (
+        "output_dir: run\ndata: {instance_dir: images}\noptim: {optimizer: lion, text_encoder_learning_rate: 1.0e-5}\n"
+    )
+    (tmp_path / "toy" / "toy.yaml").write_text(f"{text}adapter: {{train_text_encoder: true}}\n")
+    (name,) = [name for name in list_recipes([tmp_path]) if name != PLAIN]
+    assert recipe_settings(name, [tmp_path])["optim"]["learning_rate"] == 3e-5
 
 
 def test_a_recipe_takes_the_fields_and_keeps_its_proportions(tmp_path: Path) -> None:
