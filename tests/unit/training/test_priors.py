@@ -46,6 +46,16 @@ def images(tmp_path) -> Path:
     return folder
 
 
+@pytest.fixture
+def classes(images) -> Path:
+    """A folder of class pictures, beside those that are learnt."""
+    folder = images.parent / "class"
+    folder.mkdir()
+    for name in COLOURS:
+        background(name, 64).save(folder / f"{name}.png")
+    return folder
+
+
 def examples_of(folder: Path) -> list[Example]:
     return [Example(folder / f"{name}.png", f"a {name} cat") for name in COLOURS]
 
@@ -173,9 +183,9 @@ def test_hidden_files_are_no_class_pictures(images, pipe, drawn_ones) -> None:
     assert sum(map(len, drawn_ones)) == 2
 
 
-def test_a_users_own_pictures_count_and_are_never_touched(images, pipe, drawn_ones) -> None:
-    before = {path.name: path.read_bytes() for path in images.iterdir()}
-    prior = {"class_prompt": "a dog", "class_dir": images}
+def test_a_users_own_pictures_count_and_are_never_touched(images, classes, pipe, drawn_ones) -> None:
+    before = {path.name: path.read_bytes() for path in classes.iterdir()}
+    prior = {"class_prompt": "a dog", "class_dir": classes}
     found = ensure_class_examples(pipe, config_of(images, {**prior, "class_images": 5}))
     assert [example.caption for example in found] == ["a dog"] * 5
     assert sorted(names(found)) == ["blue.png", "class-0000.png", "class-0001.png", "green.png", "red.png"]
@@ -183,7 +193,7 @@ def test_a_users_own_pictures_count_and_are_never_touched(images, pipe, drawn_on
     assert len(two) == 2 and set(names(two)) < set(before)
     assert ensure_class_examples(pipe, config_of(images, {**prior, "class_images": 2})) == two
     ensure_class_examples(pipe, config_of(images, {**prior, "class_images": 5, "class_prompt": "a horse"}))
-    assert {name: (images / name).read_bytes() for name in before} == before
+    assert {name: (classes / name).read_bytes() for name in before} == before
 
 
 def test_processes_draw_a_share_each_and_wait_for_one_another(images, pipe, drawn_ones) -> None:
@@ -224,8 +234,8 @@ def test_what_a_killed_run_of_several_had_drawn_is_kept(images, pipe, drawn_ones
     assert sum(map(len, drawn_ones)) == 4
 
 
-def test_a_folder_is_taken_as_it_is_and_class_images_caps_it(images) -> None:
-    prior = config_of(images, {"mode": "folder", "class_dir": images, "class_prompt": "a dog"}).prior
+def test_a_folder_is_taken_as_it_is_and_class_images_caps_it(images, classes) -> None:
+    prior = config_of(images, {"mode": "folder", "class_dir": classes, "class_prompt": "a dog"}).prior
     assert names(folder_examples(prior, seed=0)) == ["blue.png", "green.png", "red.png"]
     two = prior.model_copy(update={"class_images": 2})
     chosen = folder_examples(two, seed=0)
@@ -467,8 +477,8 @@ def test_adapter_off_asks_with_class_blank_or_own_captions(images, prior: dict, 
     assert learnt.names == kept.names  # of the same pictures
 
 
-def test_adapter_off_takes_class_pictures_where_there_are_some(images) -> None:
-    config = config_of(images, {"mode": "adapter_off", "class_dir": images, "class_prompt": "a cow"})
+def test_adapter_off_takes_class_pictures_where_there_are_some(images, classes) -> None:
+    config = config_of(images, {"mode": "adapter_off", "class_dir": classes, "class_prompt": "a cow"})
     classes = ensure_class_examples(None, config)
     assert len(classes) == 3  # nothing was drawn: there is no base to draw with
     trained = Trained(random_pocket_pipeline(), config, examples_of(images)[:1], classes)
