@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dora_diffusion.functional.dora import low_rank_delta
 from dora_diffusion.functional.weight_norms import factor_to_norm, update_norm
+from dora_diffusion.state import AdapterState
 from dora_diffusion.training.base.memory import estimate_memory
 from dora_diffusion.training.base.meta import without_numbers
 from dora_diffusion.training.base.trainable import TrainablePipeline, prepare_trainable
@@ -524,3 +525,27 @@ def test_bitsandbytes_is_asked_for_its_class_of_8_bits(tmp_path, monkeypatch) ->
     assert [(group["lr"], group["weight_decay"]) for group in made.param_groups][:3] == [(1e-4, 1e-2)] * 2 + [(1e-4, 0)]
     with pytest.raises(ValueError, match="is_paged: no option of adamw8bit"):
         check_optimizer(config_of(tmp_path, optimizer="adamw8bit", optimizer_options={"is_paged": True}).optim)
+
+
+@pytest.mark.parametrize("optim", [{"ema_decay": 0.5}, {"optimizer": "schedulefree"}], ids=["ema", "schedulefree"])
+def test_what_is_looked_at_has_the_norms_of_the_average(tmp_path, optim: dict[str, object]) -> None:
+    """Libraries write it where autograd does not see it: norms that are kept would be those of what is trained."""
+    config = config_of(tmp_path, learning_rate=5e-2, adapter={"train_text_encoder": False}, **optim)
+    trainable = trainable_of(config)
+    optimizer = optimizer_of(trainable, config)
+    average = average_of(trainable, optimizer, config.optim)
+    for step in range(3):
+        give_gradients(trainable.parameters(), step)
+        optimizer.step()
+    asked = torch.randn(1, 8, 8, 8), torch.tensor(500), torch.randn(1, 77, 256)
+    trainable.refresh_norms()
+    trained = trainable.denoiser(*asked).sample
+    with average.shown(), trainable.drawing():
+        looked_at = trainable.denoiser(*asked).sample
+        averaged = trainable.adapter({})
+    assert_identical(trainable.denoiser(*asked).sample, trained)
+    for injection in trainable.injections.values():
+        injection.load(AdapterState({path.partition(".")[2]: one for path, one in averaged.modules.items()}))
+    with trainable.drawing():
+        assert_identical(trainable.denoiser(*asked).sample, looked_at)
+    assert not torch.equal(looked_at, trained)
