@@ -201,11 +201,11 @@ def test_a_file_of_another_trainer_becomes_a_run_of_ours(tmp_path: Path, capsys)
     source.write_text(
         'pretrained_model_name_or_path = "pocket"\ntrain_data_dir = "img"\noutput_dir = "runs"\noutput_name = "robot"\n'
         'network_module = "networks.lora"\nnetwork_dim = 4\nnetwork_alpha = 4\nnetwork_train_unet_only = true\n'
-        "resolution = 64\nmax_train_epochs = 2\ntrain_batch_size = 2\nlearning_rate = 1e-4\nnoise_offset = 0.1\n"
+        "resolution = 64\nmax_train_epochs = 2\ntrain_batch_size = 2\nlearning_rate = 1e-4\ntorch_compile = true\n"
     )
     assert main(["import-config", str(source)]) == 0
     said = capsys.readouterr().out
-    assert "network_dim: 4 -> adapter.rank: 4" in said and "noise_offset: 0.1 -> no counterpart yet" in said
+    assert "network_dim: 4 -> adapter.rank: 4" in said and "torch_compile: true -> no counterpart yet" in said
     assert f"wrote {tmp_path / 'robot-dora.yaml'}" in said
     assert main(["train", str(tmp_path / "robot-dora.yaml"), "--dry-run"]) == 0
     assert "steps      12 of 2 x 1" in capsys.readouterr().out

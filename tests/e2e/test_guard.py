@@ -145,9 +145,9 @@ def test_a_checkpoint_of_before_the_guard_is_resumed(base, images, tmp_path, mon
     settings = config(base, images, tmp_path / "run", steps=3)
     save = checkpoint.storage.save_checkpoint
 
-    def without(target, files, keep):
+    def without(target, files, keep, spared):
         files = {name: write for name, write in files.items() if name != "last-good.safetensors"}
-        save(target, files, keep)
+        save(target, files, keep, spared=spared)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(checkpoint.storage, "save_checkpoint", without)
@@ -161,9 +161,9 @@ def test_a_picture_that_vanishes_is_left_out_with_a_line(base, images, tmp_path,
     seen: list[tuple[str, ...]] = []
     loss = TrainingStep.loss
 
-    def watched(self, batch, *, seed):
+    def watched(self, batch, **measured):
         seen.append(batch.names)
-        return loss(self, batch, seed=seed)
+        return loss(self, batch, **measured)
 
     monkeypatch.setattr(TrainingStep, "loss", watched)
     patched_steps(monkeypatch, lambda step: step == 3 and (images / "red.png").unlink(), {})
