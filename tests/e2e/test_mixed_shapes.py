@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.training.config import FlowConfig, OptimConfig, TrainConfig
-from dora_diffusion.training.run.loop import TrainResult
+from dora_diffusion.training.run.finish import TrainResult
 from dora_diffusion.training.run.train import train
 from dora_diffusion.training.step.objective import Objectives
 from tests.families.pipelines import PIPELINES

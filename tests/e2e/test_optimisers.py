@@ -198,7 +198,7 @@ def test_what_is_drawn_measured_and_saved_is_the_average(base, images, tmp_path,
 def test_the_last_good_state_that_comes_back_is_that_of_the_average_too(base, images, tmp_path, monkeypatch) -> None:
     settings = config(base, images, tmp_path / "run", "moving average", checkpoint={"every": 1, "keep": 9})
     settings = TrainConfig.model_validate(settings.model_dump() | {"guard": {"every": 1, "skips": 2}})
-    take, measure = TrainingStep.take, training_step.weighted_squared_error
+    take, measure = TrainingStep.take, training_step.weighted_mean
     now = [0]
 
     def taken(self, step: int) -> float:
@@ -210,7 +210,7 @@ def test_the_last_good_state_that_comes_back_is_that_of_the_average_too(base, im
         return (math.nan if is_wrong else 1.0) * measure(*tensors)
 
     monkeypatch.setattr(TrainingStep, "take", taken)
-    monkeypatch.setattr(training_step, "weighted_squared_error", spoilt)
+    monkeypatch.setattr(training_step, "weighted_mean", spoilt)
     train(settings)
     states = {step: parts(tmp_path / "run", step)[0] for step in range(1, 6)}
     assert_identical(states[3], states[2])  # skipped: neither what is trained nor its average moves

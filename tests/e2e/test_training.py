@@ -19,9 +19,10 @@ from dora_diffusion.pipelines.textual_inversion import add_words, install_words,
 from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.training.base.trainable import load_base, prepare_trainable
 from dora_diffusion.training.config import FlowConfig, LossConfig, OptimConfig, TrainConfig
-from dora_diffusion.training.run import checkpoint, loop, previews
-from dora_diffusion.training.run.loop import TrainResult
+from dora_diffusion.training.run import checkpoint, previews
+from dora_diffusion.training.run.finish import TrainResult
 from dora_diffusion.training.run.train import train
+from dora_diffusion.training.run.watchers import Watchers
 from dora_diffusion.training.step import objective, priors, training_step
 from dora_diffusion.training.step.objective import objective_of
 from tests.failing_disk import contents
@@ -167,7 +168,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_step_under_way(base, images, whole,
 
 def test_a_stop_does_not_wait_for_previews(base, images, tmp_path, monkeypatch) -> None:
     watched: list[int] = []
-    monkeypatch.setattr(loop.Watchers, "watch", lambda watchers, step: watched.append(step))
+    monkeypatch.setattr(Watchers, "watch", lambda watchers, step: watched.append(step))
     monkeypatch.setattr(training_step, "weighted_mean", _signalling(training_step.weighted_mean))
     with pytest.raises(KeyboardInterrupt):
         train(config(base, images, tmp_path / "run"))

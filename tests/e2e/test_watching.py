@@ -131,9 +131,13 @@ def ended(base, images, tmp_path_factory) -> Path:
     return run
 
 
+# The bytes of the report are compared in test_run_files.
+_NAMES_THE_FOLDER = ("logs", "config.yaml", "report.html")
+
+
 def left_by(run: Path) -> dict[str, object]:
     """All that a run left, but its logs, and its config, which names the folder."""
-    return {name: data for name, data in contents(run).items() if not name.startswith(("logs", "config.yaml"))}
+    return {name: data for name, data in contents(run).items() if not name.startswith(_NAMES_THE_FOLDER)}
 
 
 def checkpoints(run: Path) -> list[int]:

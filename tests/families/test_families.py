@@ -23,7 +23,7 @@ from dora_diffusion.generation.generate import GenerationSettings, StepReport, g
 from dora_diffusion.layers.config import DoRAConfig
 from dora_diffusion.layers.injection import Injection, inject
 from dora_diffusion.state import AdapterState, join
-from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.config import DataConfig, TrainConfig
 from dora_diffusion.training.step.objective import objective_of
 from tests.families.pipelines import PIPELINES
 from tests.families.pipelines.record import Tiny
@@ -109,18 +109,23 @@ def test_encode_and_predict_are_what_the_pipeline_itself_does(tiny) -> None:
 
 
 def test_captions_of_several_lengths_are_predicted_as_each_alone(tiny) -> None:
-    from dora_diffusion.training.data.batches import ConditioningCache
+    from dora_diffusion.training.data.conditioning import ConditioningSource
 
     pipe = tiny.build()
     family = family_of_pipeline(pipe)
     trainable: Any = SimpleNamespace(
-        pipe=pipe, family=family, trains_text=lambda: False, encoders_on_device=nullcontext
+        pipe=pipe,
+        family=family,
+        device=torch.device("cpu"),
+        trains_text=lambda: False,
+        encoders_on_device=nullcontext,
     )
+    source = ConditioningSource(trainable, DataConfig(instance_dir="."))
     captions = [PROMPT, "a cat", ""]
     denoiser = getattr(pipe, family.denoiser.name)
     latents, timesteps, frames = some_latents(pipe, tiny, len(captions))
     with torch.no_grad():
-        together = family.predict(denoiser, latents, timesteps, ConditioningCache(trainable).encode(captions), frames)
+        together = family.predict(denoiser, latents, timesteps, source.encode(captions), frames)
         for i, caption in enumerate(captions):
             alone = family.predict(
                 denoiser, latents[i : i + 1], timesteps[i : i + 1], family.encode(pipe, [caption]), frames[i : i + 1]
