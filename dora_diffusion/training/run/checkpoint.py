@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dora_diffusion.formats import RUN_FILE, save_adapter
 from dora_diffusion.state import AdapterState
-from dora_diffusion.training.config import TrainConfig
+from dora_diffusion.training.config import OptimConfig, TrainConfig
 from dora_diffusion.training.run.history import FILE as HISTORY
 from dora_diffusion.training.run.history import History
 from dora_diffusion.training.run.identity import Identity
@@ -103,6 +103,12 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
+def resolved(optim: OptimConfig) -> dict[str, Any]:
+    """What null stands for in settings that were numbers and words before they could be null."""
+    rates = {"learning_rate": optim.rate, "words_learning_rate": optim.words_rate}
+    return {**rates, "weight_decay": optim.decay, "lr_scheduler": optim.schedule}
+
+
 def resumable_part(config: TrainConfig) -> dict[str, Any]:
     """The settings that make up a run; previews are not among them, nor where pictures and caches lie."""
     sections = {"model", "data", "prior", "adapter", "words", "optim", "loss", "flow"}
@@ -112,9 +118,7 @@ def resumable_part(config: TrainConfig) -> dict[str, Any]:
         for key in keys:
             parts[section].pop(key)
     parts["adapter"].pop("start")  # a checkpoint has taken its place
-    optim = config.optim  # numbers and words before they could be null
-    parts["optim"] |= {"learning_rate": optim.rate, "words_learning_rate": optim.words_rate}
-    parts["optim"] |= {"weight_decay": optim.decay, "lr_scheduler": optim.schedule}
+    parts["optim"] |= resolved(config.optim)
     if config.prior.mode == "generated":
         parts["prior"]["class_images"] = config.prior.drawn_images  # which was a number before it could be null
     for concept in parts["data"]["concepts"]:

@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dora_diffusion.training.config import ConceptConfig, TrainConfig
-from dora_diffusion.training.run.checkpoint import Saved, newest, resumable_part
+from dora_diffusion.training.config import ConceptConfig, OptimConfig, TrainConfig
+from dora_diffusion.training.run.checkpoint import Saved, newest, resolved, resumable_part
 from dora_diffusion.training.run.identity import Identity, changes
 
 _TOLD_AT_MOST = 6
@@ -144,6 +144,7 @@ def _defaults() -> dict[str, Any]:
     """What older checkpoints did where they do not name a setting, sections in sections."""
     found = _defaults_of(TrainConfig)
     found["data"]["buckets"] = False  # all were squares
+    found["optim"] |= resolved(OptimConfig())
     return found
 
 
