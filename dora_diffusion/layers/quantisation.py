@@ -4,6 +4,7 @@ An adapter beside such a layer needs its weight for the norm only, once an optim
 drawing from its quantised numbers. None of the libraries is imported here: a layer of theirs has brought it along.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -37,9 +38,15 @@ def _is_4bit(module: Any) -> bool:
 
 
 def _from_4bit(module: Any) -> Tensor:
-    dense: Tensor = import_module("bitsandbytes.functional").dequantize_4bit(
-        module.weight.data, module.weight.quant_state
-    )
+    """On some CPUs the library packs a weight anew at its first forward without gradients, in an order of its own."""
+    library: Any = import_module("bitsandbytes.functional")
+    weight, state = module.weight.data, module.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        state, scales = copy.copy(state), state.absmax
+        state.original_nested = False  # or the scales would be rounded once more: those of the packed weight are taken
+        weight, state = library._convert_weight_packed_for_cpu_inverse(weight, state)
+        state.absmax = scales.T.reshape(-1).float()
+    dense: Tensor = library.dequantize_4bit(weight, state)
     return dense
 
 

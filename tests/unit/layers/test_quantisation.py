@@ -181,6 +181,25 @@ def test_gradients_are_those_on_the_dequantised_layer() -> None:
     assert_close(*answers)
 
 
+@pytest.mark.parametrize("compress", [True, False])
+def test_a_4_bit_weight_that_was_packed_for_a_cpu_is_the_same_weight(compress: bool) -> None:
+    """bitsandbytes packs it at a forward without gradients on a CPU with AVX512-BF16, its scales rounded to bf16."""
+    bnb = pytest.importorskip("bitsandbytes")
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = torch.linspace(0.1, 3, 64)[:, None], torch.linspace(0.2, 2, 256)  # so that no two scales are alike
+    dense = nn.Linear(256, 64)
+    dense.weight.data = torch.randn(64, 256, generator=generator) * rows * columns
+    layer = bnb.nn.Linear4bit(256, 64, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=compress)
+    layer.load_state_dict(dense.state_dict())
+    layer = layer.to("cpu").eval()
+    before = dense_weight(layer).clone()
+    packed, state = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+    layer.weight.data, layer.weight.quant_state = packed, state
+    after = dense_weight(layer).float()
+    assert ((after - before).abs() <= 2**-8 * before.abs()).all()
+    assert state.packing_format_for_cpu  # looked at, and left as it was
+
+
 def test_a_weight_nobody_can_read_is_refused_in_one_line() -> None:
     plain = nn.Linear(4, 4)
     plain.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
