@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dora_diffusion.training.base.trainable import TrainablePipeline
 from dora_diffusion.training.config import DataConfig, TrainConfig
+from dora_diffusion.training.data.buckets import Size
 from dora_diffusion.training.data.captions import caption_at
 from dora_diffusion.training.data.conditioning import ConditioningSource
 from dora_diffusion.training.data.examples import Example
@@ -167,7 +168,7 @@ class BatchSource:
             PicturesMissing: too many pictures cannot.
         """
         self._look_ahead(index)
-        read: dict[tuple[Path, View], Latent] = {}  # what is learnt may be kept too, in the same view
+        read: dict[tuple[Path, Size, View], Latent] = {}  # what is learnt may be kept too, in the same view
         parts = [self._readable(part, read) for part in _by_size(self._chosen_at(index))]
         total = sum(map(len, parts))
         return [self._batch(part, share=len(part) / total) for part in parts if part]
@@ -216,11 +217,13 @@ class BatchSource:
         turns = (prior.prompts[number % len(prior.prompts)] for number in range(first, first + len(kept)))
         return [one._replace(caption=prompt) for one, prompt in zip(kept, turns, strict=True)]
 
-    def _readable(self, shown: Sequence[Shown], read: dict[tuple[Path, View], Latent]) -> list[tuple[Shown, Latent]]:
+    def _readable(
+        self, shown: Sequence[Shown], read: dict[tuple[Path, Size, View], Latent]
+    ) -> list[tuple[Shown, Latent]]:
         """Samples with their latents, those left out whose pictures cannot be read any more; `read`: those so far."""
         found = []
         for one in shown:
-            key = (one.example.path, one.view)
+            key = (one.example.path, one.example.size, one.view)
             try:
                 read[key] = read[key] if key in read else self._latents.latent(one.example, one.view)
                 found.append((one, read[key]))

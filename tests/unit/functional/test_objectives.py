@@ -424,14 +424,15 @@ def test_at_zero_terminal_snr_the_picture_is_the_target_and_the_input_noise_alon
 
 def _quantiles(objective: FlowObjective, count: int) -> torch.Tensor:
     """By the inverse of the density's distribution, in closed form, and the shift."""
+    density = objective.distribution
     shares = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    if objective.density == "uniform":
+    if density.density == "uniform":
         u = shares
-    elif objective.density == "logit_normal":
-        u = torch.special.expit(objective.logit_mean + objective.logit_std * torch.special.ndtri(shares))
+    elif density.density == "logit_normal":
+        u = torch.special.expit(density.mean + density.std * torch.special.ndtri(shares))
     else:  # 1 - v - scale (cos^2(pi v / 2) - 1 + v) of a uniform v, which falls as v rises
         v = 1 - shares
-        u = 1 - v - objective.mode_scale * (torch.cos(torch.pi * v / 2) ** 2 - 1 + v)
+        u = 1 - v - density.mode_scale * (torch.cos(torch.pi * v / 2) ** 2 - 1 + v)
     return 1000 * objective.shift * u / (1 + (objective.shift - 1) * u)
 
 
@@ -439,9 +440,9 @@ def _quantiles(objective: FlowObjective, count: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     "objective",
     [
-        FlowObjective(density="uniform"),
-        FlowObjective(density="logit_normal", logit_mean=0.5, logit_std=0.7, shift=3.0),
-        FlowObjective(density="mode", mode_scale=0.8),
+        FlowObjective(distribution=TimestepDistribution("uniform")),
+        FlowObjective(shift=3.0, distribution=TimestepDistribution("logit_normal", mean=0.5, std=0.7)),
+        FlowObjective(distribution=TimestepDistribution("mode", mode_scale=0.8)),
     ],
 )
 def test_a_ladder_parts_a_flow_s_density_into_equal_shares(objective: FlowObjective, count: int) -> None:

@@ -38,7 +38,7 @@ def step_of(steps, scale: float, **guard):
     accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(optimizer)
     parameter = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1)
-    trainable = SimpleNamespace(parameters=lambda: [parameter])
+    trainable = SimpleNamespace(parameters=lambda: [parameter], refresh_norms=lambda: None)
     judge = Guard(GuardConfig(**guard), {"it": parameter}, optimizer)
     batches = [
         [SimpleNamespace(share=1.0, loss=torch.tensor(loss), gradient=gradient, names=("a.png",))]

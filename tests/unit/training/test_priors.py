@@ -241,7 +241,7 @@ def test_a_folder_is_taken_as_it_is_and_class_images_caps_it(images, classes) ->
     chosen = folder_examples(two, seed=0)
     assert len(chosen) == 2 and folder_examples(two, seed=0) == chosen
     assert any(folder_examples(two, seed=seed) != chosen for seed in range(1, 9))
-    (images / "red.png").write_bytes(b"no picture")
+    (classes / "red.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="red.png: not a picture"):
         opened(folder_examples(prior, seed=0))
 
