@@ -118,9 +118,8 @@ def _command(config: TrainConfig, words: Sequence[Path]) -> str:
     """How to draw with it, to be pasted into a shell."""
     files = ["--adapter adapter.safetensors:1.0"] if _has_adapter(config) else []
     files += [f"--words words/{shlex.quote(path.name)}" for path in words]
-    example = next(
-        (one.prompt for one in config.preview.prompts), config.data.instance_prompt or ", ".join(trigger_words(config))
-    )
+    own = [config.data.instance_prompt, ", ".join(trigger_words(config)), "as the captions have it"]
+    example = next(text for text in [*(one.prompt for one in config.preview.prompts), *own] if text)
     model, prompt = shlex.quote(base_name(config)), shlex.quote(one_line(example))
     return f"dora-diffusion generate --model {model} {' '.join(files)} \\\n    --prompt {prompt} --output out.png"
 

@@ -95,3 +95,14 @@ def test_a_span_of_code_has_more_backticks_than_its_text(text: str, span: str) -
 def test_a_block_of_code_is_ended_by_nothing_in_it() -> None:
     assert code_block("a\n```\nb", "bash") == "````bash\na\n```\nb\n````"
     assert code_block("a", "bash") == "```bash\na\n```"
+
+
+def test_a_run_that_names_no_prompt_is_drawn_with_one_all_the_same(tmp_path) -> None:
+    captioned = config_of(tmp_path)
+    captioned = captioned.model_copy(
+        update={
+            "preview": captioned.preview.model_copy(update={"prompts": []}),
+            "data": captioned.data.model_copy(update={"instance_prompt": None, "trigger": None}),
+        }
+    )
+    assert "--prompt 'as the captions have it'" in run_card(captioned, Left())
