@@ -52,8 +52,8 @@ def _by_torchao(config: str) -> Callable[[nn.Module, Sequence[str]], None]:
 
 
 SCHEMES: dict[str, Scheme] = {
-    # a scale of 32 bits for 64 numbers; for each row one of the weights' own
-    "nf4": Scheme("bitsandbytes", 4.5, _to_nf4),
+    # a scale of 8 bits for 64 numbers, and of 32 for 256 of those; the others have one for each row
+    "nf4": Scheme("bitsandbytes", 4 + 8 / 64 + 32 / (64 * 256), _to_nf4),
     "int8": Scheme("torchao", 8.0, _by_torchao("Int8WeightOnlyConfig")),
     "fp8": Scheme("torchao", 8.0, _by_torchao("Float8WeightOnlyConfig")),
 }

@@ -89,7 +89,7 @@ def write_outcome(
     left = Left(outcome, files, trainable.below, exports)
     urls = [path.relative_to(folder).as_posix() for path in pictures]
     write_atomically(folder / "README.md", run_card(config, left, urls).encode())
-    write_report(config, learnt, trainable, Seen(left, story.examples, story.history.losses, story.guard))
+    write_report(config, trainable, Seen(left, story.examples, story.history.losses, story.guard))
     newest = checkpoint_folder(folder / "checkpoints", steps)
     best = outcome.best.step if outcome.best else None
     # a run that was killed after its last save has not done so

@@ -9,16 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from pydantic import BaseModel
 from tqdm import tqdm
 
 from dora_diffusion._version import __version__
-from dora_diffusion.inspection.plots import changes
-from dora_diffusion.pipelines.base_weights import BaseWeights, base_weights
-from dora_diffusion.state import AdapterState
 from dora_diffusion.training.base.trainable import TrainablePipeline, trainable_count
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.data.concepts import Split
@@ -26,6 +22,7 @@ from dora_diffusion.training.data.doctor.contact_sheet import contact_sheet
 from dora_diffusion.training.run.card import Left, kind_of
 from dora_diffusion.training.run.charts import Curve, binned, chart, smoothed
 from dora_diffusion.training.run.metadata import base_name
+from dora_diffusion.training.run.movement import movement
 from dora_diffusion.training.run.previews import STRIP
 from dora_diffusion.utils.atomic import write_atomically
 from dora_diffusion.utils.text import encodable, first_line
@@ -62,23 +59,23 @@ class Seen:
     guard: Mapping[str, int]
 
 
-def write_report(config: TrainConfig, learnt: AdapterState | None, trainable: TrainablePipeline, seen: Seen) -> None:
+def write_report(config: TrainConfig, trainable: TrainablePipeline, seen: Seen) -> None:
     """Write the page. A run has all it was for by then: what goes wrong here is a line, and no end of it."""
     try:
-        page = report_page(config, learnt, trainable, seen)
+        page = report_page(config, trainable, seen)
         write_atomically(config.output_dir / FILE, page.encode())
     except Exception as error:  # noqa: BLE001  # of any library that draws or reads pictures
         tqdm.write(f"{config.output_dir / FILE}: not written ({first_line(error)}); the run itself is whole")
 
 
-def report_page(config: TrainConfig, learnt: AdapterState | None, trainable: TrainablePipeline, seen: Seen) -> str:
+def report_page(config: TrainConfig, trainable: TrainablePipeline, seen: Seen) -> str:
     """The page as HTML; a part that cannot be made says why in its place."""
     title = f"{kind_of(config)} on {base_name(config)}"
     parts: dict[str, Callable[[], str]] = {
         "Loss": lambda: _curves(seen),
         "Validation": lambda: _validation(seen),
         "Previews": lambda: _strip(config.output_dir),
-        "How far the base was moved": lambda: "" if learnt is None else _drift(learnt, trainable.pipe),
+        "How far the base was moved": lambda: _moved(trainable),
         "What was learnt": lambda: _sheet(config, seen.examples),
         "Cost": lambda: _cost(config, trainable, seen),
         "Written": lambda: _written(seen.left),
@@ -174,15 +171,18 @@ def _picture(picture: Image.Image, about: str) -> str:
     return f'<img alt="{_text(about)}" src="data:image/jpeg;base64,{data}">'
 
 
-def _drift(learnt: AdapterState, pipe: Any) -> str:
-    """Block by block, the two numbers of DoRA's section 3.2."""
-    base = base_weights(pipe)
-    at_hand = BaseWeights(base.name, lambda path: base.weight(path).cpu(), base.parameter, base.paths)
-    modules = {path: module.to(device="cpu") for path, module in learnt.modules.items()}
-    found = changes(AdapterState(modules, learnt.metadata), at_hand)
-    rows = [(block, f"{each.direction:.3g}", f"{100 * each.magnitude:.3g} %") for block, each in found.items()]
+def _moved(trainable: TrainablePipeline) -> str:
+    """Block by block, the two numbers of DoRA's section 3.2, as trackers are told them."""
+    found = movement(trainable)
+    blocks = [name.partition("/")[2] for name in found if name.startswith("direction/")]
+    if not blocks:
+        return ""
+    rows = [
+        (block, f"{found[f'direction/{block}']:.3g}\N{DEGREE SIGN}", f"{100 * found[f'magnitude/{block}']:.3g} %")
+        for block in blocks
+    ]
     about = "Means over the rows of each block's layers: how far a row is turned, and how far its length changed."
-    return f"<p>{about}</p>\n{_table(rows, ('block', '1 - cosine', 'length'))}"
+    return f"<p>{about}</p>\n{_table(rows, ('block', 'direction', 'length'))}"
 
 
 def _cost(config: TrainConfig, trainable: TrainablePipeline, seen: Seen) -> str:

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from dora_diffusion.layers import quantisation
 from dora_diffusion.pipelines import quantise as quantise_module
 from dora_diffusion.pipelines.loading import load_pipeline
-from dora_diffusion.pipelines.quantise import SCHEMES, Scheme, check_library, linear_paths, quantise_pipeline
+from dora_diffusion.pipelines.quantise import (
+    SCHEMES,
+    Scheme,
+    check_library,
+    linear_paths,
+    quantise_pipeline,
+    quantised_bytes,
+)
 from dora_diffusion.training.base.trainable import load_base, prepare_trainable, quantise_base
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.run import train as train_module
@@ -97,6 +104,22 @@ def test_a_pipeline_is_loaded_quantised_and_draws(name: str, tmp_path) -> None:
     ask = {"sample": noisy, "timestep": torch.tensor(500), "encoder_hidden_states": words}
     near, exact = pipe.unet(**ask).sample, dense(**ask).sample
     assert 0 < (near - exact).norm() < 0.3 * exact.norm()
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_record_says_how_many_bits_a_number_takes(name: str) -> None:
+    model = nn.Sequential(nn.Linear(1024, 1024, bias=False)).to(torch.bfloat16)
+    saved, dense = quantised_bytes(model, name)
+    SCHEMES[name].convert(model, ["0"])
+    held = sum(map(_bytes, model.to("cpu").state_dict().values()))
+    assert dense == 2 * 1024**2 and held == pytest.approx(dense - saved, rel=0.01)
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Of a tensor, or of those that it is made of."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(_bytes(getattr(tensor, inner)) for inner in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
 
 
 @pytest.mark.parametrize("name", REAL)

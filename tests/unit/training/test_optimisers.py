@@ -445,10 +445,15 @@ def test_settings_that_an_optimiser_makes_no_sense_of_are_refused(tmp_path, sett
 
 
 def test_settings_that_fit_are_taken(tmp_path) -> None:
-    config_of(tmp_path, optimizer="prodigy", magnitude_lr_multiplier=0.0, lr_pattern={"to_q": 0.0, "to_k": 1.0})
-    config_of(tmp_path, optimizer="prodigy", learning_rate=0.5, text_encoder_learning_rate=0.5)
-    config_of(tmp_path, optimizer="schedulefree", lr_scheduler="constant", warmup_steps=3)
-    config_of(tmp_path, optimizer="lion", loraplus_lr_ratio=16.0, ema_decay=0.99, max_weight_norm=1.0)
+    taken: list[dict[str, object]] = [
+        {"optimizer": "prodigy", "magnitude_lr_multiplier": 0.0, "lr_pattern": {"to_q": 0.0, "to_k": 1.0}},
+        {"optimizer": "prodigy", "learning_rate": 0.5, "text_encoder_learning_rate": 0.5},
+        {"optimizer": "schedulefree", "lr_scheduler": "constant", "warmup_steps": 3},
+        {"optimizer": "lion", "loraplus_lr_ratio": 16.0, "ema_decay": 0.99, "max_weight_norm": 1.0},
+    ]
+    for settings in taken:
+        optim = config_of(tmp_path, **settings).optim
+        assert {name: getattr(optim, name) for name in settings} == settings
 
 
 @pytest.mark.parametrize(
