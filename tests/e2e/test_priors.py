@@ -6,29 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from safetensors.torch import load_file
 
-from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.run.train import train
-from tests.pocket_random import random_pocket_pipeline
 from tests.tolerances import assert_identical
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    random_pocket_pipeline().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    for name in ("red", "blue", "meadow"):
-        background(name, 64).save(folder / f"{name}.png")
-    return folder
 
 
 def config(base: Path, images: Path, output: Path, prior: dict, **optim) -> TrainConfig:

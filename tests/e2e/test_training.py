@@ -16,7 +16,6 @@ from dora_diffusion.formats import save_adapter
 from dora_diffusion.generation.generate import GenerationSettings, generate
 from dora_diffusion.pipelines.loading import load_pipeline
 from dora_diffusion.pipelines.textual_inversion import add_words, install_words, load_word
-from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.training.base.trainable import load_base, prepare_trainable
 from dora_diffusion.training.config import FlowConfig, LossConfig, OptimConfig, TrainConfig
 from dora_diffusion.training.run import checkpoint, previews
@@ -28,21 +27,6 @@ from dora_diffusion.training.step.objective import objective_of
 from tests.failing_disk import contents
 from tests.pocket_random import random_pocket_pipeline
 from tests.tolerances import assert_identical
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    random_pocket_pipeline().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    for name in ("red", "blue", "meadow"):
-        background(name, 64).save(folder / f"{name}.png")
-    return folder
 
 
 def config(base: Path, images: Path, output: Path, **optim) -> TrainConfig:

@@ -67,21 +67,6 @@ class Heard(dd.TrainingCallback):
         self.results.append(result)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    random_pocket_pipeline().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    for name in ("red", "blue", "meadow"):
-        background(name, 64).save(folder / f"{name}.png")
-    return folder
-
-
 def config(model: Path, images: Path, output: Path, **sections: Mapping[str, object]) -> TrainConfig:
     """Six steps, one picture of three held out and measured every second, a checkpoint every third."""
     fields: dict[str, dict[str, object]] = {
