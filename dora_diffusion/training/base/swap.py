@@ -75,7 +75,7 @@ class BlockSwap:
                 f"{len(blocks)}"
             )
         shared = _shared(model)
-        self._device = device
+        self.model, self._device = model, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._blocks = [self._settled(blocks[number * len(blocks) // count], shared) for number in range(count)]
         self._after: dict[tuple[bool, int], int] = {}
@@ -83,6 +83,12 @@ class BlockSwap:
         self._handles = [
             handle for number, block in enumerate(self._blocks) for handle in self._hooked(number, block.module)
         ]
+
+    def rest(self) -> None:
+        """Send every block away, until one is asked for."""
+        for block in self._blocks:
+            if block.is_here:
+                block.leave()
 
     def remove(self) -> None:
         """Bring every block back, to stay."""
@@ -163,17 +169,13 @@ def _frozen(module: nn.Module) -> list[Tensor]:
     return [tensor for tensor in own if not tensor.requires_grad]
 
 
-def swapped_bytes(model: nn.Module, count: int) -> tuple[int, int]:
-    """What so many swapped blocks spare of a model's frozen weights, the two largest left where they compute.
+def swapped_bytes(model: nn.Module, count: int) -> int:
+    """What so many swapped blocks spare of a model's frozen weights: all but the two largest, one in use, one to come.
 
     Args:
         model: with its adapters in place, its tensors with numbers or with shapes alone.
         count: of blocks.
-
-    Returns:
-        (spared, of the largest block).
     """
     blocks = list(repeated_blocks(model).values())
     chosen = [blocks[number * len(blocks) // count] for number in range(count)] if count else []
-    sizes = sorted((sum(tensor.nbytes for tensor in _frozen(block)) for block in chosen), reverse=True)
-    return sum(sizes[2:]), max(sizes, default=0)
+    return sum(sorted((sum(tensor.nbytes for tensor in _frozen(block)) for block in chosen), reverse=True)[2:])

@@ -35,7 +35,8 @@ class ConditioningSource:
     def _encode_new(self, captions: Iterable[str], cache: TensorCache) -> None:
         new = sorted({caption for caption in captions if self._find(caption) is None})
         if new:
-            with torch.no_grad(), self._trainable.encoders_on_device():
+            self._trainable.bring_encoders()
+            with torch.no_grad():
                 for caption in new:
                     made = encode_captions(self._trainable.pipe, self._trainable.family, [caption])
                     cache.add(self._key(caption), made)

@@ -46,7 +46,7 @@ def check_previews(pipe: Any, preview: PreviewConfig) -> None:
 def draw_previews(trainable: TrainablePipeline, preview: PreviewConfig) -> list[Image.Image]:
     """One picture a preview prompt, with the adapter as it stands."""
     wanted = zip(settings_of(preview), preview.prompts, strict=True)
-    with trainable.drawing(), trainable.encoders_on_device():
+    with trainable.drawing(), trainable.placement.drawing():
         return [_drawn(trainable, settings, one.strength) for settings, one in wanted]
 
 

@@ -154,13 +154,12 @@ def test_more_blocks_than_there_are_is_refused() -> None:
 def test_bytes_that_are_spared_are_those_that_are_away() -> None:
     case = Case("flux-dev")
     blocks = len(repeated_blocks(case.model))
-    spared, largest = swapped_bytes(case.model, blocks)
     frozen = {
         path: sum(p.nbytes for name, p in block.named_parameters() if "adapter" not in name)
         for path, block in repeated_blocks(case.model).items()
     }
-    assert spared == sum(sorted(frozen.values())[:-2]) and largest == max(frozen.values())
-    assert swapped_bytes(case.model, 0) == (0, 0)
+    assert swapped_bytes(case.model, blocks) == sum(sorted(frozen.values())[:-2]) > 0
+    assert swapped_bytes(case.model, 0) == 0
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of what it does itself
