@@ -61,6 +61,11 @@ bench: setup
 bench-train: setup
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.training $(BENCH_TRAIN_FLAGS)
 
+# What only a GPU can tell -> docs/results/gpu.md; under ten minutes. GPU_FLAGS='--device cpu --tiny --output DIR' runs
+# it without one.
+gpu: setup
+	$(PY) -m benchmarks.gpu $(GPU_FLAGS)
+
 # Quick commands beside `import torch` -> docs/results/commands.md
 bench-commands: setup
 	$(PY) -m benchmarks.commands $(COMMANDS_FLAGS)

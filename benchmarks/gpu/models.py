@@ -89,12 +89,12 @@ def pipeline(model: Model, device: str, dtype: torch.dtype = torch.bfloat16) -> 
 
 
 def fill(model: nn.Module, device: str) -> nn.Module:
-    """Give a model of the meta device numbers: small ones, and gains of 1."""
+    """Give a model of the meta device numbers: of a size that keeps activations theirs, and gains of 1."""
     model.to_empty(device=device)
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.dim() > 1:
-                nn.init.normal_(tensor, std=0.02)
+                nn.init.normal_(tensor, std=tensor[0].numel() ** -0.5)
             else:
                 tensor.fill_(1.0 if name.endswith("weight") else 0.0)
     return model

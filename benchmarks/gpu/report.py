@@ -14,13 +14,13 @@ of its own. Models have random weights. On a machine without an environment:
 
 ```
 python3 -m venv .venv
-.venv/bin/python -m pip install -c constraints.txt torch --index-url https://download.pytorch.org/whl/cu130
+.venv/bin/python -m pip install -c constraints.txt torch  # on Linux the build with CUDA
 .venv/bin/python -m pip install -c constraints.txt -e '.[ui,dev,quantised]'
 .venv/bin/python -m benchmarks.gpu --output docs/results
 ```
 
 Any Python with these packages will do; what is missing costs its section alone."""
-_CPU = "**A CPU and tiny shapes: this page tells that the script runs, and nothing of any GPU.**"
+_TINY = "**Tiny shapes: this page tells that the script runs, and no more. Where it says 1024 pixels, there were 64.**"
 
 
 def page(outcomes: Mapping[str, Outcome], machine: Mapping[str, object], *, is_tiny: bool) -> str:
@@ -28,7 +28,7 @@ def page(outcomes: Mapping[str, Outcome], machine: Mapping[str, object], *, is_t
     facts = ", ".join(f"{name} {value}" for name, value in machine.items())
     head = [
         _ABOUT,
-        *([_CPU] if is_tiny or machine["device"] == "cpu" else []),
+        *([_TINY] if is_tiny else []),
         f"Measured on: {facts}.",
         _sum(outcomes),
     ]
@@ -103,7 +103,17 @@ def _steps(rows: Sequence[Row]) -> str:
         "half of the blocks in main memory, with checkpointing. *Compile*: block by block, one adapter after another; "
         "the peak is what a step holds beside what was there before.\n\n"
     )
-    return about + _table(["", "", "adapter", "step", "over PEFT LoRA", "peak", "compiled"], cells)
+    differ = [f"\n- {row['name']}, {row['way']}: {row['differs']}" for row in rows if "differs" in row]
+    table = _table(["", "", "adapter", "step", "over PEFT LoRA", "peak", "compiled"], cells)
+    return (
+        about
+        + table
+        + (
+            "\n\nBeyond what bf16's rounding should make of adapters that compute the same:\n" + "".join(differ)
+            if differ
+            else ""
+        )
+    )
 
 
 def _adapter(one: Row, peak: Any) -> list[str]:

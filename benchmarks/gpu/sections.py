@@ -31,11 +31,11 @@ class Section:
 
 
 SECTIONS: Mapping[str, Section] = {
-    "tests": Section("Tests marked gpu", "tests_marked", 100),
-    "memory": Section("Peak memory beside its estimate", "memory", 110),
-    "steps": Section("Training steps beside PEFT's", "steps", 220),
-    "hotswap": Section("Adapters swapped under a compiled model", "hot_swap", 80),
-    "app": Section("The app under load", "app", 50),
+    "tests": Section("Tests marked gpu", "tests_marked", 90),
+    "memory": Section("Peak memory beside its estimate", "memory", 140),
+    "steps": Section("Training steps beside PEFT's", "steps", 210),
+    "hotswap": Section("Adapters swapped under a compiled model", "hot_swap", 75),
+    "app": Section("The app under load", "app", 45),
 }
 _TO_END = 5.0  # seconds before its limit at which a section should be at its end
 

@@ -163,7 +163,8 @@ def check_agreement(call: Callable[[], Tensor], model: nn.Module, variants: Mapp
         with standing(model, variant, bases):
             answer = call()
             answers[name] = answer.float()
-    limit = AGREEMENT[answer.dtype]
+    dtype = answer.dtype
+    limit = AGREEMENT[dtype]
     firsts = []
     for kind in ("DoRA", "LoRA"):
         same = {name: answer for name, answer in answers.items() if kind in name}
@@ -172,7 +173,7 @@ def check_agreement(call: Callable[[], Tensor], model: nn.Module, variants: Mapp
             error = _difference(answer, firsts[-1])
             if not error <= limit:  # NaN is no agreement
                 raise AssertionError(f"{name} differs from {next(iter(same))} by {error:.1e}")
-    if answer.dtype == torch.float32 and len(firsts) == 2 and _difference(*firsts) < 2 * limit:
+    if dtype == torch.float32 and len(firsts) == 2 and _difference(*firsts) < 2 * limit:
         raise AssertionError(f"LoRA and DoRA differ by {_difference(*firsts):.1e} only: the check tells nothing")
 
 

@@ -39,8 +39,10 @@ def main() -> int:
     _on_one_thread()
     for part in wanted:
         print(f"part {part}", flush=True)
+        AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
         with tempfile.TemporaryDirectory() as folder:
             results[part] = _measured(part, Path(folder), rounds, is_quick=arguments.quick)
+        AcceleratorState._reset_state()
         results["machine"] = _machine(is_quick=arguments.quick)
         write_atomically(file, (json.dumps(results, indent=1) + "\n").encode())
     print(f"wrote {report.write(results, output)}")
@@ -52,7 +54,6 @@ def _on_one_thread() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     logging.disable(logging.WARNING)  # what other libraries say at import
-    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
 
 
 def _measured(part: str, folder: Path, rounds: parts.Rounds, *, is_quick: bool) -> Any:
