@@ -105,15 +105,10 @@ def _steps(rows: Sequence[Row]) -> str:
     )
     differ = [f"\n- {row['name']}, {row['way']}: {row['differs']}" for row in rows if "differs" in row]
     table = _table(["", "", "adapter", "step", "over PEFT LoRA", "peak", "compiled"], cells)
-    return (
-        about
-        + table
-        + (
-            "\n\nBeyond what bf16's rounding should make of adapters that compute the same:\n" + "".join(differ)
-            if differ
-            else ""
-        )
-    )
+    if not differ:
+        return about + table
+    beyond = "Beyond what bf16's rounding should make of adapters that compute the same, over the largest output:"
+    return f"{about}{table}\n\n{beyond}\n{''.join(differ)}"
 
 
 def _adapter(one: Row, peak: Any) -> list[str]:

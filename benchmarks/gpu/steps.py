@@ -8,8 +8,9 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -27,8 +28,10 @@ from dora_diffusion.pipelines.quantise import check_library, quantise_pipeline
 
 NAMES = ("PEFT LoRA", "PEFT DoRA", "our LoRA", "our DoRA")
 REFERENCE = "PEFT LoRA"
-_STEPS_A_TURN = 3
-_ENOUGH = 45.0  # seconds that a way may take
+NF4 = "+ nf4"
+_STEPS_A_TURN = 2
+_ENOUGH = 12.0  # seconds after which no further round of a way begins
+_TOO_LITTLE = 15.0  # seconds for which no way begins
 _BYTES_OF_ADAMW = 12  # a parameter and two moments, fp32
 
 
@@ -42,7 +45,6 @@ class Stage:
         variants: the adapters.
         forward: a forward pass.
         device: of it.
-        is_compiled: whether each adapter is compiled anew.
         differs: in what the adapters do not compute the same; None where they do.
     """
 
@@ -51,7 +53,6 @@ class Stage:
     variants: Mapping[str, Variant]
     forward: Callable[[], torch.Tensor]
     device: str
-    is_compiled: bool = False
     differs: str | None = None
 
     def steps(self) -> dict[str, Callable[[], None]]:
@@ -72,43 +73,43 @@ class Stage:
         return step
 
 
-Way = Callable[[Stage], Any]
+@dataclass(frozen=True)
+class Group:
+    """Ways in which one stage is measured, one after another."""
+
+    model: Model
+    ways: Sequence[str]
 
 
 def rows(setting: Setting) -> Rows:
     """Each model in each way; ways for which no time is left are said to be left out."""
-    ways: Mapping[str, Way] = {
-        "bf16": _plain,
-        "+ checkpointing": _checkpointing,
-        "+ block swap": _swap,
-        "+ nf4": _plain,
-        "+ compile": _compile,
-    }
-    every = models(is_tiny=setting.is_tiny)
-    for name, way in ways.items():  # compiling last: it takes longest
-        for model in _order(every, way, setting):
-            facts = {"name": model.name, "way": name}
-            yield row_of(facts, lambda model=model, name=name, way=way: _one(model, name, way, setting))
-            gc.collect()
-            if setting.device == "cuda":
-                torch.cuda.empty_cache()
+    for group in _groups(models(is_tiny=setting.is_tiny), is_tiny=setting.is_tiny):
+        # made for the first way that there is time for
+        stage = cache(lambda group=group: _stage(group.model, setting.device, is_nf4=NF4 in group.ways))
+        for name in group.ways:
+            facts = {"name": group.model.name, "way": name}
+            yield row_of(facts, lambda stage=stage, name=name: _one(stage, name, setting))
+        del stage
+        gc.collect()
+        if setting.device == "cuda":
+            torch.cuda.empty_cache()
 
 
-def _order(every: Sequence[Model], way: Way, setting: Setting) -> Sequence[Model]:
-    """FLUX.1's few blocks compile sooner, and are enough to tell that it runs."""
-    if way is not _compile:
-        return every
-    return every[-1:] if setting.is_tiny else every[::-1]
+def _groups(every: Sequence[Model], *, is_tiny: bool) -> list[Group]:
+    """What takes longest comes last: compiling, and SDXL's UNet after FLUX.1's few blocks."""
+    plain = [Group(model, ("bf16", "+ checkpointing", "+ block swap")) for model in every]
+    compiled = [Group(model, ("+ compile",)) for model in every[::-1]]
+    return [*plain, *(Group(model, (NF4,)) for model in every), *(compiled[:1] if is_tiny else compiled)]
 
 
-def _one(model: Model, name: str, way: Way, setting: Setting) -> Row:
-    if setting.left < _ENOUGH / 3 and not setting.is_tiny:
+def _one(make: Callable[[], Stage], name: str, setting: Setting) -> Row:
+    if setting.left < _TOO_LITTLE and not setting.is_tiny:
         raise NotAvailable(f"no time was left, {setting.left:.0f} s")
-    stage = _stage(model, setting.device, is_nf4=name == "+ nf4")
-    with way(stage):
+    stage = make()
+    with _WAYS[name](stage):
         put(stage.denoiser, stage.bases)
         steps = stage.steps()
-        if stage.is_compiled:
+        if name == "+ compile":
             return _in_order(stage, steps, setting)
         facts = {"adapters": _in_turns(stage, steps, setting), **_peaks(stage, steps, setting)}
         return facts if stage.differs is None else {**facts, "differs": stage.differs}
@@ -186,7 +187,7 @@ def _in_order(stage: Stage, steps: Mapping[str, Callable[[], None]], setting: Se
     found: dict[str, Any] = {}
     order = ("our DoRA", REFERENCE, "our LoRA", "PEFT DoRA")  # what matters most first
     for name in order[:2] if setting.is_tiny else order:
-        if setting.left < _ENOUGH / 3 and not setting.is_tiny:
+        if setting.left < _TOO_LITTLE and not setting.is_tiny:
             found[name] = {"left_out": "no time was left"}
             continue
         put(stage.denoiser, stage.variants[name].layers)
@@ -245,19 +246,22 @@ def _plain(stage: Stage) -> Iterator[None]:
 @contextmanager
 def _checkpointing(stage: Stage) -> Iterator[None]:
     stage.denoiser.enable_gradient_checkpointing()
-    yield
+    try:
+        yield
+    finally:
+        stage.denoiser.disable_gradient_checkpointing()
 
 
 @contextmanager
 def _swap(stage: Stage) -> Iterator[None]:
     """Half of the blocks in main memory, with checkpointing, as whoever lacks memory has it."""
     blocks, swap = _part("blocks"), _part("swap")
-    stage.denoiser.enable_gradient_checkpointing()
     put(stage.denoiser, stage.bases)
     count = max(1, len(blocks.repeated_blocks(stage.denoiser)) // 2)
     swapped = swap.BlockSwap(stage.denoiser, count, torch.device(stage.device))
     try:
-        yield
+        with _checkpointing(stage):
+            yield
     finally:
         put(stage.denoiser, stage.bases)
         swapped.remove()
@@ -267,7 +271,6 @@ def _swap(stage: Stage) -> Iterator[None]:
 def _compile(stage: Stage) -> Iterator[None]:
     """Block by block; without a compiler, on a CPU, only traced."""
     blocks = _part("blocks")
-    stage.is_compiled = True
     options = {"backend": "eager"} if stage.device == "cpu" else {}
     blocks.compile_blocks(stage.denoiser, **options)
     try:
@@ -275,6 +278,15 @@ def _compile(stage: Stage) -> Iterator[None]:
     finally:
         blocks.release_blocks(stage.denoiser)
         torch._dynamo.reset()
+
+
+_WAYS: Mapping[str, Callable[[Stage], AbstractContextManager[None]]] = {
+    "bf16": _plain,
+    "+ checkpointing": _checkpointing,
+    "+ block swap": _swap,
+    NF4: _plain,
+    "+ compile": _compile,
+}
 
 
 def _part(name: str) -> Any:
