@@ -302,6 +302,7 @@ def test_the_gpu_script_takes_less_than_ten_minutes_and_leaves_out_what_time_is_
 
 
 def test_figures_of_a_cpu_are_none_for_the_results(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(gpu, "outcome_of", None)  # would take hours
     refused = {("--device", "cpu", "--tiny"): "name another --output", ("--device", "cpu"): "expected --tiny"}
     if not torch.cuda.is_available():
         refused[()] = "torch sees no GPU here"
