@@ -14,12 +14,14 @@ _OUTSIDE = {
     "no latents kept": 0.10,
     "no latents kept, every caption another": 0.10,
 }
+_ROUNDS_THAT_TELL = 4
 _ABOUT = """# What a training step costs
 
 `make bench-train` writes this page and training.json; leave the machine alone meanwhile. User CPU seconds of one
 thread. Ways of doing the same work take turns in one process, one step each; of the rounds counts the third in which
 all ways together took the least. A figure is the median of those rounds, in brackets its quartiles; a ratio is taken
-round by round. A target is met when the upper quartile meets it, missed when the lower does not, and open between.
+round by round. A target is met when the upper quartile meets it, missed when the lower does not, and open between,
+or where fewer than four rounds count.
 
 *diffusers' recipe* is examples/dreambooth/train_dreambooth_lora.py at commit 58eb52c, said again in
 benchmarks/training/dreambooth.py for it is no part of the library: a LoRA, every picture read and encoded at every
@@ -45,7 +47,9 @@ def write(results: Results, folder: Path) -> Path:
 
 
 def verdict(spread: Results, limit: float) -> str:
-    """Whether a value is at most a limit, as far as its quartiles tell."""
+    """Whether a value is at most a limit, as far as its quartiles tell; those of three rounds tell nothing."""
+    if spread["rounds"] < _ROUNDS_THAT_TELL:
+        return "open"
     return "yes" if spread["high"] <= limit else "no" if spread["low"] > limit else "open"
 
 

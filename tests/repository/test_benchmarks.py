@@ -109,8 +109,9 @@ def test_what_lies_outside_counts_captions_that_are_encoded_ahead() -> None:
 
 
 def test_a_target_is_open_between_its_quartiles() -> None:
-    assert [verdict({"low": 1.0, "high": high}, 1.05) for high in (1.05, 1.06)] == ["yes", "open"]
-    assert verdict({"low": 1.06, "high": 1.2}, 1.05) == "no"
+    assert [verdict({"low": 1.0, "high": high, "rounds": 4}, 1.05) for high in (1.05, 1.06)] == ["yes", "open"]
+    assert verdict({"low": 1.06, "high": 1.2, "rounds": 4}, 1.05) == "no"
+    assert [verdict({"low": value, "high": value, "rounds": 3}, 1.05) for value in (0.9, 1.2)] == ["open", "open"]
 
 
 @pytest.mark.parametrize("precomputes", [False, True])
