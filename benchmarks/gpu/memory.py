@@ -59,7 +59,7 @@ def _steps(model: Model, config: TrainConfig, device: str) -> int:
 
 def _peak(model: Model, config: TrainConfig, device: str) -> int:
     pipe = pipeline(model, device)
-    trainable = prepare_trainable(pipe, config)
+    trainable = prepare_trainable(pipe, config, device=torch.device(device))
     step = _step_of(trainable, config, _batch(pipe, model, device), device)
     step.take(0)
     if device == "cuda":

@@ -343,9 +343,6 @@ class WordsConfig(_Section):
 class OptimConfig(_Section):
     """How it is trained."""
 
-    preset: Literal["low-memory"] | None = None
-    """Sets what is not set otherwise: low-memory = base.quantise nf4, optim.mixed_precision bf16 and
-    optim.gradient_checkpointing, with which FLUX.1 trains on 24 GB and SDXL on 8."""
     steps: int = Field(default=1000, ge=1)
     """Optimiser steps."""
     batch_size: int = Field(default=1, ge=1)
@@ -394,6 +391,9 @@ class OptimConfig(_Section):
     """Save memory by computing activations twice."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Seed of everything random in training."""
+    preset: Literal["low-memory"] | None = None
+    """Sets what is not set otherwise: low-memory = base.quantise nf4, optim.mixed_precision bf16 and
+    optim.gradient_checkpointing, with which FLUX.1 trains on 24 GB and SDXL on 8."""
 
     @property
     def kind(self) -> Optimiser:
