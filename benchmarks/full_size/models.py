@@ -49,7 +49,7 @@ def config_of(**sections: Mapping[str, Any]) -> TrainConfig:
         "optim": {"mixed_precision": "bf16"},
     }
     merged = {name: {**values, **sections.get(name, {})} for name, values in plain.items()}
-    return TrainConfig.model_validate({"output_dir": "run", **merged})
+    return TrainConfig.model_validate({"output_dir": "run", **sections, **merged})
 
 
 def estimate(model: Published, config: TrainConfig, *, device: Device = "cuda") -> MemoryEstimate:
