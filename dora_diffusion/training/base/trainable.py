@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from dora_diffusion.pipelines.quantise import check_library, quantise_pipeline
 from dora_diffusion.pipelines.textual_inversion import Words, add_words
 from dora_diffusion.state import AdapterState, join
 from dora_diffusion.training.base.below import Below
+from dora_diffusion.training.base.encoders import FrozenEncoders
 from dora_diffusion.training.base.start import install, read_start
 from dora_diffusion.training.config import AdapterConfig, BaseConfig, OptimConfig, TrainConfig
 
@@ -71,26 +73,23 @@ class TrainablePipeline:
         finally:
             _cast(vae, dtype)
 
+    @cached_property
+    def frozen(self) -> FrozenEncoders:
+        """The text encoders that nothing is trained in."""
+        worded = [] if self.words is None else [name.partition(".")[0] for name in self.words.named_parameters()]
+        present = [part.name for part in self.family.text_encoders if getattr(self.pipe, part.name, None) is not None]
+        names = [name for name in present if name not in self.injections and name not in worded]
+        return FrozenEncoders(self.pipe, names, lambda: self.device)
+
     def offload_encoders(self) -> None:
-        """Move the text encoders to main memory, when none is trained: captions are encoded once, and kept."""
-        for encoder in self._resting():
-            encoder.to("cpu")
+        """Move the text encoders that are not trained to main memory: captions are encoded once, and kept."""
+        self.frozen.rest()
 
     @contextmanager
     def encoders_on_device(self) -> Any:
         """Text encoders beside the denoiser, to encode new captions or to draw; they rest again afterwards."""
-        for encoder in self._resting():
-            encoder.to(self.device)
-        try:
+        with self.frozen.on_device():
             yield
-        finally:
-            self.offload_encoders()
-
-    def _resting(self) -> list[nn.Module]:
-        """The untrained encoders that have weights to move: none of a skeleton on the meta device."""
-        names = [] if self.trains_text() else [part.name for part in self.family.text_encoders]
-        encoders = (getattr(self.pipe, name, None) for name in names)
-        return [encoder for encoder in encoders if encoder is not None and encoder.device.type != "meta"]
 
     def parameters(self) -> list[nn.Parameter]:
         """Every trained parameter, in a fixed order."""

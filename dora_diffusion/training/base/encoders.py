@@ -1,0 +1,209 @@
+"""Text encoders that are not trained: each is asked once about a text, and rests in main memory meanwhile."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dora_diffusion.training.base.identity import weights_digest
+
+_PART = "part"
+
+
+class Answers(Protocol):
+    """What keeps answers, by what they are made of; it may forget."""
+
+    def find(self, key: str) -> Mapping[str, Tensor] | None:
+        """An answer; None where there is none any more."""
+
+    def add(self, key: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Keep an answer, in main memory, and give it back."""
+
+
+class FrozenEncoders:
+    """The text encoders of a pipeline that nothing is trained in.
+
+    While they are `recalled`, the pipeline asks stand-ins: an answer that is known is given again, row by row, and only
+    a row that is new is computed, alone, so that no answer depends on the texts beside it. An encoder comes to the
+    device when it has something to compute, and rests in main memory afterwards.
+
+    Args:
+        pipe: the pipeline.
+        names: of its frozen encoders.
+        device: where steps are taken.
+    """
+
+    def __init__(self, pipe: Any, names: Sequence[str], device: Callable[[], torch.device]) -> None:
+        self._pipe, self._device = pipe, device
+        self._models: dict[str, nn.Module] = {name: getattr(pipe, name) for name in names}
+        self._answers: Answers | None = None
+        self._stays = 0
+        self._brought: set[str] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._models)
+
+    def remember_in(self, answers: Answers) -> None:
+        """Keep answers there from now on."""
+        self._answers = answers
+
+    def rest(self) -> None:
+        """Move them to main memory."""
+        self._brought.clear()
+        for name in self._models:
+            self._move(name, torch.device("cpu"))
+
+    def bring(self, name: str) -> None:
+        """Let one of them stand beside the denoiser."""
+        if name not in self._brought:
+            self._brought.add(name)
+            self._move(name, self._device())
+
+    @contextmanager
+    def staying(self) -> Iterator[None]:
+        """Those that come to the device while the block lasts stay there until its end, and until that of one around
+        it."""
+        self._stays += 1
+        try:
+            yield
+        finally:
+            self._stays -= 1
+            if not self._stays:
+                for name in sorted(self._brought):
+                    self._move(name, torch.device("cpu"))
+                self._brought.clear()
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """All of them beside the denoiser; they rest again afterwards."""
+        with self.staying():
+            for name in self._models:
+                self.bring(name)
+            yield
+
+    @contextmanager
+    def recalled(self) -> Iterator[None]:
+        """While the block lasts the pipeline gets known answers again."""
+        if self._answers is None:
+            with self.on_device():
+                yield
+            return
+        attributes = vars(self._pipe)  # a pipeline would note another class of component in its config
+        with ExitStack() as leaving:
+            leaving.enter_context(self.staying())
+            for name, model in self._models.items():
+                leaving.callback(attributes.__setitem__, name, attributes[name])
+                attributes[name] = _StandIn(model, self._device(), partial(self.bring, name), self._answers)
+            yield
+
+    def _move(self, name: str, device: torch.device) -> None:
+        """Those of a skeleton have nothing to move."""
+        model = self._models[name]
+        if not any(tensor.is_meta for tensor in model.parameters()):
+            model.to(device)
+
+
+class _StandIn:
+    """An encoder as pipelines use one: called, and asked for its config, dtype and device."""
+
+    def __init__(self, model: nn.Module, device: torch.device, bring: Callable[[], None], answers: Answers) -> None:
+        self._model, self._bring, self._answers, self.device = model, bring, answers, device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: object) -> Any:
+        """What `forward` takes; pipelines differ in its options, which change what an answer holds, not its values."""
+        if any(isinstance(option, Tensor) for option in options.values()):
+            return self.compute(input_ids, attention_mask, options)
+        masks = [None] * len(input_ids) if attention_mask is None else list(attention_mask.split(1))
+        rows = zip(input_ids.split(1), masks, strict=True)
+        return _Answer([_Row(self, ids, mask, options) for ids, mask in rows])
+
+    @torch.no_grad()
+    def compute(self, ids: Tensor, mask: Tensor | None, options: Mapping[str, object]) -> Any:
+        """Ask the encoder itself, on the device."""
+        self._bring()
+        masked = {} if mask is None else {"attention_mask": mask.to(self.device)}
+        return self._model(ids.to(self.device), **masked, **options)
+
+    def part(self, key: str, make: Callable[[], Tensor]) -> Tensor:
+        """A part of an answer, from those that are known or made and then known."""
+        found = self._answers.find(key)
+        if found is None:
+            found = self._answers.add(key, {_PART: make()})
+        return found[_PART].to(self.device)
+
+    @cached_property
+    def digest(self) -> str:
+        """Which encoder it is."""
+        return weights_digest(self._model)
+
+
+@dataclass(eq=False)
+class _Row:
+    """One text that an encoder is asked about.
+
+    Attributes:
+        encoder: that is asked.
+        ids: (1, tokens).
+        mask: (1, tokens), or None.
+        options: of the call.
+    """
+
+    encoder: _StandIn
+    ids: Tensor
+    mask: Tensor | None
+    options: Mapping[str, object]
+
+    def part(self, name: str, read: Callable[[Any], Tensor]) -> Tensor:
+        """A part of what the encoder says of it, (1, ...)."""
+        return self.encoder.part(f"{self._key} {name}", lambda: read(self._said))
+
+    @cached_property
+    def _said(self) -> Any:
+        return self.encoder.compute(self.ids, self.mask, self.options)
+
+    @cached_property
+    def _key(self) -> str:
+        mask = None if self.mask is None else self.mask.tolist()
+        return f"{self.encoder.digest} {self.ids.tolist()} {mask} {sorted(self.options.items())}"
+
+
+class _Answer:
+    """What an encoder says of some texts; of what it would hold only the parts that are read are made and kept."""
+
+    def __init__(self, rows: Sequence[_Row]) -> None:
+        self._rows = rows
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._part(f"[{index}]", lambda said: said[index])
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self._part(name, lambda said: getattr(said, name))
+
+    @property
+    def hidden_states(self) -> "_Layers":
+        """The layers' own answers, by their numbers."""
+        return _Layers(self)
+
+    def layer(self, index: int) -> Tensor:
+        """One of them, (N, tokens, width)."""
+        return self._part(f"hidden_states[{index}]", lambda said: said.hidden_states[index])
+
+    def _part(self, name: str, read: Callable[[Any], Tensor]) -> Tensor:
+        return torch.cat([row.part(name, read) for row in self._rows])
+
+
+@dataclass(frozen=True)
+class _Layers:
+    answer: _Answer
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.answer.layer(index)
