@@ -1,5 +1,6 @@
 """Text encoders that are not trained: each is asked once about a text, and rests in main memory meanwhile."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from dora_diffusion.training.base.identity import weights_digest
 
 _PART = "part"
+_KEYS = 100_000  # texts whose tokens' hashes are known by heart
 
 
 class Answers(Protocol):
@@ -40,7 +42,7 @@ class FrozenEncoders:
     def __init__(self, pipe: Any, names: Sequence[str], device: Callable[[], torch.device]) -> None:
         self._pipe, self._device = pipe, device
         self._models: dict[str, nn.Module] = {name: getattr(pipe, name) for name in names}
-        self._answers: Answers | None = None
+        self._stand_ins: dict[str, _StandIn] = {}
         self._stays = 0
         self._brought: set[str] = set()
 
@@ -49,7 +51,9 @@ class FrozenEncoders:
 
     def remember_in(self, answers: Answers) -> None:
         """Keep answers there from now on."""
-        self._answers = answers
+        for name, model in self._models.items():
+            known = self._stand_ins.setdefault(name, _StandIn(model, self._device, partial(self.bring, name), answers))
+            known.answers = answers
 
     def rest(self) -> None:
         """Move them to main memory."""
@@ -86,18 +90,24 @@ class FrozenEncoders:
             yield
 
     @contextmanager
-    def recalled(self) -> Iterator[None]:
-        """While the block lasts the pipeline gets known answers again."""
-        if self._answers is None:
+    def recalled(self, texts: Sequence[str] = ()) -> Iterator[None]:
+        """While the block lasts the pipeline gets known answers again.
+
+        Args:
+            texts: that it encodes meanwhile, once, where they are known: their tokens, which may be on the device, need
+                not be waited for then.
+        """
+        if not self._stand_ins:
             with self.on_device():
                 yield
             return
         attributes = vars(self._pipe)  # a pipeline would note another class of component in its config
         with ExitStack() as leaving:
             leaving.enter_context(self.staying())
-            for name, model in self._models.items():
+            for name, stand_in in self._stand_ins.items():
                 leaving.callback(attributes.__setitem__, name, attributes[name])
-                attributes[name] = _StandIn(model, self._device(), partial(self.bring, name), self._answers)
+                attributes[name] = stand_in
+                stand_in.begin(texts)
             yield
 
     def _move(self, name: str, device: torch.device) -> None:
@@ -110,8 +120,25 @@ class FrozenEncoders:
 class _StandIn:
     """An encoder as pipelines use one: called, and asked for its config, dtype and device."""
 
-    def __init__(self, model: nn.Module, device: torch.device, bring: Callable[[], None], answers: Answers) -> None:
-        self._model, self._bring, self._answers, self.device = model, bring, answers, device
+    def __init__(
+        self, model: nn.Module, device: Callable[[], torch.device], bring: Callable[[], None], answers: Answers
+    ) -> None:
+        self.answers = answers
+        self._model, self._device, self._bring = model, device, bring
+        self._texts: tuple[str, ...] = ()
+        self._calls = 0
+        self.keys: dict[tuple[object, ...], str] = {}
+
+    def begin(self, texts: Sequence[str]) -> None:
+        """It will be asked about these, in their order, or nobody knows about what."""
+        self._texts, self._calls = tuple(texts), 0
+        if len(self.keys) > _KEYS:
+            self.keys.clear()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it answers."""
+        return self._device()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -121,8 +148,11 @@ class _StandIn:
         if any(isinstance(option, Tensor) for option in options.values()):
             return self.compute(input_ids, attention_mask, options)
         masks = [None] * len(input_ids) if attention_mask is None else list(attention_mask.split(1))
-        rows = zip(input_ids.split(1), masks, strict=True)
-        return _Answer([_Row(self, ids, mask, options) for ids, mask in rows])
+        self._calls += 1
+        known = len(self._texts) == len(input_ids)
+        names = [(self._calls, str(options), text) for text in self._texts] if known else [None] * len(input_ids)
+        rows = zip(names, input_ids.split(1), masks, strict=True)
+        return _Answer([_Row(self, name, ids, mask, options) for name, ids, mask in rows])
 
     @torch.no_grad()
     def compute(self, ids: Tensor, mask: Tensor | None, options: Mapping[str, object]) -> Any:
@@ -133,9 +163,9 @@ class _StandIn:
 
     def part(self, key: str, make: Callable[[], Tensor]) -> Tensor:
         """A part of an answer, from those that are known or made and then known."""
-        found = self._answers.find(key)
+        found = self.answers.find(key)
         if found is None:
-            found = self._answers.add(key, {_PART: make()})
+            found = self.answers.add(key, {_PART: make()})
         return found[_PART].to(self.device)
 
     @cached_property
@@ -150,12 +180,14 @@ class _Row:
 
     Attributes:
         encoder: that is asked.
+        name: which text, in which call; None where that is not known.
         ids: (1, tokens).
         mask: (1, tokens), or None.
         options: of the call.
     """
 
     encoder: _StandIn
+    name: tuple[object, ...] | None
     ids: Tensor
     mask: Tensor | None
     options: Mapping[str, object]
@@ -170,8 +202,18 @@ class _Row:
 
     @cached_property
     def _key(self) -> str:
+        """What is asked, in short."""
+        keys = self.encoder.keys
+        if self.name is None:
+            return self._read()
+        if self.name not in keys:
+            keys[self.name] = self._read()
+        return keys[self.name]
+
+    def _read(self) -> str:
         mask = None if self.mask is None else self.mask.tolist()
-        return f"{self.encoder.digest} {self.ids.tolist()} {mask} {sorted(self.options.items())}"
+        asked = f"{self.ids.tolist()} {mask} {sorted(self.options.items())}"
+        return f"{self.encoder.digest} {hashlib.sha256(asked.encode()).hexdigest()}"
 
 
 class _Answer:

@@ -53,9 +53,10 @@ class ConditioningSource:
         new = sorted(asked - self._own - self._ahead) if frozen else []
         if new:
             # what is trained is not asked: its dropout would draw numbers that the step's own are to be
-            with self._trainable.base_alone(), frozen.recalled():
+            with self._trainable.base_alone(), frozen.staying():
                 for caption in new:
-                    encode_captions(self._trainable.pipe, self._trainable.family, [caption])
+                    with frozen.recalled([caption]):
+                        encode_captions(self._trainable.pipe, self._trainable.family, [caption])
         return asked
 
     def _encode_new(self, captions: Iterable[str], cache: TensorCache) -> None:
@@ -102,7 +103,7 @@ class ConditioningSource:
         """As the text encoders are now; what the frozen ones say stays."""
         trainable = self._trainable
         trainable.frozen.remember_in(self._answers)
-        with trainable.frozen.recalled():
+        with trainable.frozen.recalled(captions):
             return encode_captions(trainable.pipe, trainable.family, list(captions))
 
     def _key(self, caption: str) -> str:
