@@ -32,12 +32,11 @@ def describe_plan(config: TrainConfig, *, pipe: Any = None) -> str:
         config: of the run.
         pipe: a base without weights to plan with, where the config's own is not at hand; it is used up.
     """
-    import torch
-
+    from dora_diffusion.training.base.devices import device_for
     from dora_diffusion.training.base.memory import estimate_memory
 
     *lines, output = (plan := _plan(config, pipe)).lines
-    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Device = "cpu" if device_for(config.device).type == "cpu" else "cuda"  # what it takes, others take too
     return "\n".join(
         [*lines, *memory_lines(estimate_memory(plan.trainable, config, device=device), f"on {device}"), output]
     )
@@ -59,6 +58,7 @@ class _Plan:
 def _plan(config: TrainConfig, pipe: Any) -> _Plan:
     from dora_diffusion.pipelines.quantise import check_library
     from dora_diffusion.training.base.below import plan_below
+    from dora_diffusion.training.base.devices import device_for, with_precision
     from dora_diffusion.training.base.meta import load_skeleton
     from dora_diffusion.training.base.sizes import sizes_of
     from dora_diffusion.training.base.start import plan_start
@@ -75,6 +75,7 @@ def _plan(config: TrainConfig, pipe: Any) -> _Plan:
     from dora_diffusion.training.step.objective import objective_of
     from dora_diffusion.training.step.optimisers import check_optimizer, parameter_groups
 
+    config = with_precision(config, device_for(config.device))
     check_writable(config.output_dir)
     check_library(config.base.quantise, key="base.quantise")
     check_optimizer(config.optim)

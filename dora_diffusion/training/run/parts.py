@@ -103,6 +103,7 @@ def parts_of(
         identity=identity,
         history=history,
         standing=standing,
+        device=accelerator.device.type,
     )
     watchers = Watchers(
         config,

@@ -139,7 +139,7 @@ class TrainingStep:
         with self._accelerator.autocast():
             return self._trainable.family.predict(
                 self._trainable.denoiser,
-                noisy.to(PRECISIONS[self._optim.mixed_precision]),
+                noisy.to(PRECISIONS[self._accelerator.mixed_precision]),
                 timesteps,
                 conditioning,
                 frames,
