@@ -1,6 +1,8 @@
 """Where a run trains and in what precision, and what devices without fp64 are spared."""
 
+import itertools
 import json
+import math
 import os
 import traceback
 from dataclasses import replace
@@ -19,6 +21,7 @@ from dora_diffusion.blending import blend, interference
 from dora_diffusion.conversion import Extraction, extract
 from dora_diffusion.formats import load_adapter
 from dora_diffusion.generation.generate import GenerationSettings, generate
+from dora_diffusion.pipelines.textual_inversion import add_words
 from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.training.base.devices import accelerate_on, device_for, precision_for
 from dora_diffusion.training.config import TrainConfig
@@ -229,7 +232,9 @@ def test_no_fp64_is_made_on_a_device_that_lacks_it(photos: Path, monkeypatch: py
         other = replace(adapter, metadata={})
         blended = blend({"a": adapter, "b": other}, {"a": 0.5, "b": 1.0}, base=pipe, rank=2)
         assert interference({"a": adapter, "b": other}, base=pipe).cosines
-        extract(changed, pipe, rank=4, options=Extraction(["attn1.to_q"], error=0.5))
+        for use_dora in (True, False):
+            options = Extraction(["attn1.to_q"], error=0.5, use_dora=use_dora)
+            extract(changed, pipe, rank=4, options=options)
         manager = AdapterManager(pipe)
         manager.load_adapter(result.adapter, name="a")
         manager.set_adapters({"a": 0.7})
@@ -248,3 +253,62 @@ def test_fp64_is_taken_in_main_memory_where_a_device_has_none(monkeypatch: pytes
     tensor = torch.tensor([1.5, 2.5])
     with NoFloat64():
         assert_close(in_float64(tensor), tensor.to(torch.float64))
+
+
+@pytest.mark.parametrize("trains", ["words", "words and adapters"])
+def test_new_words_train_in_bf16_and_stay_fp32(photos: Path, trains: str) -> None:
+    config = config_of(
+        photos,
+        adapter={"rank": 2, "train_unet": trains != "words", "train_text_encoder": trains != "words"},
+        words={"starts": {"zqx": "cat"}, "share": 0.5},
+        optim={"steps": 4, "mixed_precision": "bf16"},
+        preview={"prompts": ["a zqx cat"], "steps": 1},
+    )
+    result = running.train(config, pipeline=random_pocket_pipeline())
+    (word,) = (load_file(path) for path in result.words)
+    (vectors,) = word.values()
+    assert vectors.dtype == torch.float32 and bool(vectors.isfinite().all())
+
+
+def test_words_in_a_bf16_pipeline_leave_its_dtype_and_draw() -> None:
+    pipe = random_pocket_pipeline().to(torch.bfloat16)
+    words = add_words(pipe, {"zqx": "cat"})
+    assert pipe.text_encoder.dtype == pipe.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in words.parameters()} == {torch.float32}
+    generate(pipe, GenerationSettings("a zqx", steps=1, width=64, height=64))
+    words.remove()
+
+
+def as_on_a_gpu(**settings: Any) -> Accelerator:
+    """fp16 with its scaler, on a CPU."""
+    accelerator = Accelerator(**settings)
+    accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=1024.0)
+    return accelerator
+
+
+@pytest.mark.parametrize("trains", ["words", "words and adapters", "adapters"])
+def test_fp16_trains_words_and_adapters_and_words_beyond_their_share(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, trains: str
+) -> None:
+    monkeypatch.setattr(running, "Accelerator", as_on_a_gpu)
+    monkeypatch.setattr(running, "with_precision", lambda config, device, before: config)
+    has_adapters = "adapters" in trains
+    config = config_of(
+        photos,
+        adapter={"rank": 2, "train_unet": has_adapters, "train_text_encoder": has_adapters},
+        words={"starts": {"zqx": "cat"}, "share": 0.5} if "words" in trains else {},
+        optim={"steps": 4, "mixed_precision": "fp16", "learning_rate": 1e-2, "words_learning_rate": 1e-2},
+        checkpoint={"every": 1, "keep": 9},
+    )
+    result = running.train(config, pipeline=random_pocket_pipeline())
+    losses = [float(line.split(",")[1]) for line in (config.output_dir / "loss.csv").read_text().splitlines()[1:]]
+    assert len(losses) == 4 and all(map(math.isfinite, losses))
+    states = [load_file(path) for path in sorted(config.output_dir.glob("checkpoints/*/parameters.safetensors"))]
+    assert all(bool(tensor.isfinite().all()) for state in states for tensor in state.values())
+    names = {name for name in states[0] if name.startswith("words")}
+    assert bool(names) == ("words" in trains) == bool(result.words)
+    pairs = list(itertools.pairwise(states))
+    moved = {name: [not torch.equal(one[name], other[name]) for one, other in pairs] for name in states[0]}
+    assert all(moved[name] == [True, False, False] for name in names), "vectors move for half of the steps"
+    ups = [any(moved[name]) for name in moved if name.endswith(".up")]
+    assert sum(ups) >= 0.9 * len(ups), "the few whose gradients are too small for fp16 stand still"
