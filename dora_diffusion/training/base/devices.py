@@ -19,10 +19,13 @@ def device_for(name: str, environment: Mapping[str, str] = os.environ) -> torch.
     """The device of `device` in a config; for "auto" what `accelerate launch --cpu` asks for, else the best.
 
     Raises:
-        ValueError: this machine has not got it.
+        ValueError: this machine has not got it, or this process is one of several, which share devices out.
     """
     if name == AUTO and str_to_bool(environment.get(_ON_CPU) or "no"):
         return torch.device("cpu")
+    if ":" in name and is_one_of_several(environment):
+        kind = name.partition(":")[0]
+        raise ValueError(f"device: got {name!r} in one of several processes, each of another; expected {kind} or auto")
     found = device_of(name)
     if not is_here(found):
         here = device_of(AUTO)

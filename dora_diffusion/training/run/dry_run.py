@@ -32,14 +32,15 @@ def describe_plan(config: TrainConfig, *, pipe: Any = None) -> str:
         config: of the run.
         pipe: a base without weights to plan with, where the config's own is not at hand; it is used up.
     """
-    from dora_diffusion.training.base.devices import device_for
+    from dora_diffusion.training.base.devices import device_for, with_precision
     from dora_diffusion.training.base.memory import estimate_memory
 
+    where = device_for(config.device)
+    config = with_precision(config, where)
     *lines, output = (plan := _plan(config, pipe)).lines
-    device: Device = "cpu" if device_for(config.device).type == "cpu" else "cuda"  # what it takes, others take too
-    return "\n".join(
-        [*lines, *memory_lines(estimate_memory(plan.trainable, config, device=device), f"on {device}"), output]
-    )
+    device: Device = "cpu" if where.type == "cpu" else "cuda"  # other GPUs take what it takes
+    memory = estimate_memory(plan.trainable, config, device=device)
+    return "\n".join([*lines, *memory_lines(memory, f"on {where.type}"), output])
 
 
 def check_plan(config: TrainConfig) -> None:

@@ -87,6 +87,13 @@ def test_what_is_launched_for_the_cpu_trains_there(monkeypatch: pytest.MonkeyPat
     assert device_for("auto", {"ACCELERATE_USE_CPU": "true"}) == device_for("cpu", {})
 
 
+def test_one_of_several_processes_has_the_device_that_it_is_given() -> None:
+    launched = {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    with pytest.raises(ValueError, match="^device: got 'cuda:0' in one of several processes.*expected cuda or auto$"):
+        device_for("cuda:0", launched)
+    assert device_for("cpu", launched) == CPU
+
+
 def test_accelerate_takes_the_device_that_it_is_given_whatever_it_had_before() -> None:
     before = dict(os.environ)
     for device in ("meta", "cpu", "meta"):  # the second device that every machine has
