@@ -102,7 +102,7 @@ class Saved:
     @property
     def precision(self) -> str:
         """What it was trained in."""
-        return str(self.progress["settings"]["optim"]["mixed_precision"])
+        return str(self.progress["settings"]["optim"].get("mixed_precision", "no"))
 
     @property
     def planned(self) -> int:
