@@ -104,6 +104,7 @@ def with_scaler(**settings: Any) -> Accelerator:
     [
         ("sd1", {}, False),
         ("sd1", {}, True),
+        ("sd1", {"data": {"crop": "random", "flip": True, "mask_outside": 0.1}}, False),
         ("sd1", {"data": {"caption_dropout": 0.5}, "prior": {"mode": "adapter_off", "caption": "blank"}}, False),
         ("sdxl", {"adapter": {"rank": 2, "train_text_encoder": ["text_encoder"]}}, True),
         ("sdxl", {"words": {"starts": {"zqx": "cat"}}}, False),
