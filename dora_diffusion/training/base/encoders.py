@@ -150,7 +150,8 @@ class _StandIn:
         masks = [None] * len(input_ids) if attention_mask is None else list(attention_mask.split(1))
         self._calls += 1
         known = len(self._texts) == len(input_ids)
-        names = [(self._calls, str(options), text) for text in self._texts] if known else [None] * len(input_ids)
+        call = (self._calls, str(options), input_ids.shape[1])
+        names = [(*call, text) for text in self._texts] if known else [None] * len(input_ids)
         rows = zip(names, input_ids.split(1), masks, strict=True)
         return _Answer([_Row(self, name, ids, mask, options) for name, ids, mask in rows])
 
