@@ -27,7 +27,7 @@ def device_for(name: str, environment: Mapping[str, str] = os.environ) -> torch.
         kind = name.partition(":")[0]
         raise ValueError(f"device: got {name!r} in one of several processes, each of another; expected {kind} or auto")
     found = device_of(name)
-    if not is_here(found):
+    if name != AUTO and not is_here(found):
         here = device_of(AUTO)
         others = " or auto" if here == "cpu" else ", cpu or auto"
         raise ValueError(f"device: got {name!r}, which is not here; expected {here}{others}")
