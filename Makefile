@@ -1,7 +1,7 @@
 # `make demo` and `make test` are the only two commands needed; each sets up .venv first.
 # Overridable: PYTHON (makes the environment), VENV, MODEL (pocket or pocket-dit), JOBS (test processes), DEMO_FLAGS,
 # PYTEST_FLAGS, BENCH_FLAGS, COMMANDS_FLAGS, FULL_SIZE_FLAGS, INTERCHANGE_FLAGS, FUZZ_FLAGS, PAYLOADS_FLAGS,
-# CHAOS_FLAGS.
+# CHAOS_FLAGS, BENCH_TRAIN_FLAGS, GPU_FLAGS.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -17,10 +17,12 @@ INTERCHANGE_FLAGS ?=
 FUZZ_FLAGS ?=
 PAYLOADS_FLAGS ?=
 CHAOS_FLAGS ?=
+BENCH_TRAIN_FLAGS ?=
+GPU_FLAGS ?=
 # Dozens of tests start a process of their own: each would compile the whole package where this is set.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo test test-quantised families bench bench-commands interchange fuzz chaos payloads full-size check format docs release-check browser
+.PHONY: setup demo test test-quantised families bench bench-train gpu bench-commands interchange fuzz chaos payloads full-size check format docs release-check browser
 
 setup: $(READY)
 
@@ -53,6 +55,16 @@ families: setup
 # Beside PEFT and LyCORIS; about twenty minutes on two cores. Leave the machine alone meanwhile.
 bench: setup
 	$(PY) -m benchmarks.peers $(BENCH_FLAGS)
+
+# A training step beside diffusers' own recipe and PEFT's LoRA -> docs/results/training.md; some twenty minutes on one
+# core. Leave the machine alone meanwhile.
+bench-train: setup
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.training $(BENCH_TRAIN_FLAGS)
+
+# What only a GPU can tell -> docs/results/gpu.md; under ten minutes. GPU_FLAGS='--device cpu --tiny --output DIR' runs
+# it without one.
+gpu: setup
+	$(PY) -m benchmarks.gpu $(GPU_FLAGS)
 
 # Quick commands beside `import torch` -> docs/results/commands.md
 bench-commands: setup

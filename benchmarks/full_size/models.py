@@ -72,14 +72,24 @@ def describe(model: Published) -> dict[str, Any]:
     memory = {"plain": estimate(model, config_of())}
     if getattr(pipe, family.denoiser.name)._supports_gradient_checkpointing:  # diffusers has none for Hunyuan-DiT
         memory["checkpointing"] = estimate(model, config_of(optim={"gradient_checkpointing": True}))
+        blocks = len(memory["checkpointing"].spared) - 1
+        memory["half of the blocks swapped"] = memory["checkpointing"].with_swapped(blocks // 2)
+        memory["low-memory"] = estimate(model, config_of(optim={"preset": "low-memory"}))
     return {
         "family": family.name,
         "side": model.side,
         "parts": {name: _part(getattr(pipe, name), part) for name, part in model.parts.items()},
         "coverage": {name: _coverage(getattr(pipe, name)) for name in trained},
         "sizes": {preset: _sizes(pipe, preset) for preset in PRESETS},
-        "memory": {name: {**asdict(found), "total": found.total} for name, found in memory.items()},
+        "memory": {name: _memory(found) for name, found in memory.items()},
     }
+
+
+def _memory(found: MemoryEstimate) -> dict[str, Any]:
+    """An estimate with what follows from it."""
+    own = {name: value for name, value in asdict(found).items() if name != "spared"}
+    worst = {"total": found.total, "activations": found.activations, "worst_moment": found.worst_moment}
+    return {**own, **worst, "present": found.present}
 
 
 def _part(model: nn.Module, part: Part) -> dict[str, Any]:

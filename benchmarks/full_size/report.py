@@ -65,31 +65,27 @@ def _sizes(models: Results) -> str:
     return _SIZES + _table(["model", "preset", *(f"rank {rank}" for rank in ranks)], rows)
 
 
+_KINDS = ("plain", "checkpointing", "half of the blocks swapped", "low-memory")
+
+
 def _memory(models: Results) -> str:
     rows = []
     for name, model in models.items():
-        plain, spared = model["memory"]["plain"], model["memory"].get("checkpointing")
+        plain = model["memory"]["plain"]
         trained = plain["adapters"] + plain["gradients"] + plain["optimiser"]
-        texts = sum(size for part, size in plain["weights"].items() if part.startswith("text_encoder"))
-        numbers = [sum(plain["weights"].values()), texts, trained, _activations(plain), plain["total"]]
-        numbers += [_activations(spared), spared["total"]] if spared else []
-        cells = [f"{number / _GIB:.2f}" for number in numbers]
-        rows.append([name, str(plain["side"]), *cells, *["diffusers has none"] * (7 - len(cells))])
-    header = [
-        "model",
-        "px",
-        "weights",
-        "of them text encoders",
-        "adapter, gradients, AdamW",
-        "activations",
-        "**in all**",
-    ]
-    return _MEMORY + _table([*header, "activations, checkpointing", "**in all, checkpointing**"], rows)
+        weights = sum(plain["weights"].values()), plain["weights"][plain["denoiser"]]
+        cells = [f"{number / _GIB:.2f}" for number in (*weights, trained)]
+        rows.append([name, str(plain["side"]), *cells, *(_at_worst(model["memory"].get(kind)) for kind in _KINDS)])
+    header = ["model", "px", "weights", "of the denoiser", "adapter, gradients, AdamW", *_KINDS]
+    return _MEMORY + _table(header, rows)
 
 
-def _activations(memory: Results) -> float:
-    others = sum(memory["weights"].values()) + memory["adapters"] + memory["gradients"] + memory["optimiser"]
-    return float(memory["total"] - others)
+def _at_worst(memory: Results | None) -> str:
+    """The most that is held, and when, where that is no step."""
+    if memory is None:
+        return "diffusers has none"
+    when = "" if memory["worst_moment"].startswith("a step") else f", {memory['worst_moment']}"
+    return f"**{memory['total'] / _GIB:.2f}**{when}"
 
 
 def _peaks(measured: Results) -> str:
@@ -150,13 +146,14 @@ _MEMORY = """## Memory of training
 
 Estimated GiB on a GPU: one picture of the native size, captions of full length, bf16, DoRA of rank 16 on attention
 layers. A step was taken on shapes alone and every storage counted while it lived; norms, softmax and powers in fp32, as
-torch documents CUDA's autocast. Weights are those of all parts, for `train` keeps text encoders and VAE beside the
-denoiser. Where checkpointing spares so much that encoding the picture by the VAE takes more than the step, that is what
-is given. `train --dry-run` prints the same for a config of one's own.
+torch documents CUDA's autocast. A component is on the device while it is used: the most that is held at once is given,
+and when that is, where it is not in a step (reading captions by a large text encoder, encoding a picture in fp32).
+Swapped blocks and the preset `low-memory` (nf4 and bf16) are with gradient checkpointing. `train --dry-run` prints the
+same for a config of one's own, and with `--memory 24` the settings that fit.
 
-Not in it: the CUDA context (about half a GiB), workspaces of cuDNN and of attention kernels, the allocator's gaps, and
-the drawing of previews and class pictures but for the VAE's decoding. Nothing here was measured on a GPU. Attention is
-taken to keep no scores, which needs a kernel that fuses it for the head's size and the mask.
+Not in it: the CUDA context (about half a GiB), workspaces of cuDNN and of attention kernels, and the allocator's gaps.
+Nothing here was measured on a GPU. Attention is taken to keep no scores, which needs a kernel that fuses it for the
+head's size and the mask.
 
 """
 

@@ -109,7 +109,7 @@ def _training(case: Case, setting: Setting) -> dict[str, object]:
         warnings.simplefilter("ignore")
         variants = build(model, paths, NAMES)
     check_agreement(lambda: case.call(1), model, variants)
-    steps = {name: _step(case, variant, bases) for name, variant in variants.items()}
+    steps = {name: step_of(case, variant, bases) for name, variant in variants.items()}
     steps = {"base": _base_step(case, bases), **steps}
     known = [*model.parameters(), *(p for variant in variants.values() for p in variant.parameters)]
     return {
@@ -125,7 +125,7 @@ def _timed_steps(steps: Mapping[str, Callable[[], None]], setting: Setting):
     return timed(steps, "PEFT LoRA", rounds=setting.rounds, device=setting.device)
 
 
-def _step(case: Case, variant: Variant, bases: Mapping[str, nn.Module]) -> Callable[[], None]:
+def step_of(case: Case, variant: Variant, bases: Mapping[str, nn.Module]) -> Callable[[], None]:
     """Forward, backward, AdamW."""
     optimizer = torch.optim.AdamW(variant.parameters, lr=1e-6)
 

@@ -3,12 +3,13 @@
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from dora_diffusion import DoRAConfig, inject
+from dora_diffusion.layers.base_layers import logical_shape
 
 RANK = 16
 # Not 0 and not large: a trained adapter's size.
@@ -21,10 +22,17 @@ AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 @dataclass(frozen=True)
 class Variant:
-    """One library's layers for a model, by path, and the parameters that train."""
+    """One library's layers for a model.
+
+    Attributes:
+        layers: by path.
+        parameters: that train.
+        refresh: what is done once before a step of it, beside its forward: our norms are taken all at once.
+    """
 
     layers: Mapping[str, nn.Module]
     parameters: tuple[nn.Parameter, ...]
+    refresh: Callable[[], None] = lambda: None
 
 
 Build = Callable[[nn.Module, list[str], int], Variant]
@@ -87,9 +95,10 @@ def _ours(*, use_dora: bool = True, norm_grad: str = "detached", keeps_norms: bo
             norm_grad="exact" if norm_grad == "exact" else "detached",
         )
         injection = inject(model, config)
-        if keeps_norms:
-            injection.keep_norms()
-        return _gather(model, paths)
+        if not keeps_norms:
+            return _gather(model, paths)
+        injection.keep_norms()
+        return replace(_gather(model, paths), refresh=injection.refresh_norms)
 
     return build
 
@@ -115,7 +124,7 @@ def build(model: nn.Module, paths: list[str], names: list[str], rank: int = RANK
         put(model, bases)
     for path, base in bases.items():
         generator = torch.Generator().manual_seed(len(path))
-        out, *rest = base.weight.shape
+        out, *rest = logical_shape(base)
         down = torch.randn(rank, *rest, generator=generator) / rank
         up = UP_STD * torch.randn(out, rank, *[1] * (len(rest) - 1), generator=generator)
         for variant in variants.values():
@@ -154,7 +163,8 @@ def check_agreement(call: Callable[[], Tensor], model: nn.Module, variants: Mapp
         with standing(model, variant, bases):
             answer = call()
             answers[name] = answer.float()
-    limit = AGREEMENT[answer.dtype]
+    dtype = answer.dtype
+    limit = AGREEMENT[dtype]
     firsts = []
     for kind in ("DoRA", "LoRA"):
         same = {name: answer for name, answer in answers.items() if kind in name}
@@ -163,7 +173,7 @@ def check_agreement(call: Callable[[], Tensor], model: nn.Module, variants: Mapp
             error = _difference(answer, firsts[-1])
             if not error <= limit:  # NaN is no agreement
                 raise AssertionError(f"{name} differs from {next(iter(same))} by {error:.1e}")
-    if answer.dtype == torch.float32 and len(firsts) == 2 and _difference(*firsts) < 2 * limit:
+    if dtype == torch.float32 and len(firsts) == 2 and _difference(*firsts) < 2 * limit:
         raise AssertionError(f"LoRA and DoRA differ by {_difference(*firsts):.1e} only: the check tells nothing")
 
 

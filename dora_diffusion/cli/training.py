@@ -85,7 +85,7 @@ def _bar_of_many() -> Iterator[Callable[[int, int], None]]:
 def add_train(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
         "dora-diffusion train CONFIG.yaml [CONFIG.yaml ...] [--resume latest | --extend STEPS] [--accept-changes] "
-        "[--dry-run] [--section.key value ...]"
+        "[--dry-run [--memory GIB]] [--section.key value ...]"
     )
     parser.description = (
         "Train an adapter. Any setting of the file can be overridden: --optim.steps 400. Several files are a queue: "
@@ -109,6 +109,12 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="check data and settings, print the plan, train nothing")
     parser.add_argument(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="with --dry-run: find the settings with which it fits a GPU of so much memory, such as 8, 12, 16 or 24",
+    )
+    parser.add_argument(
         "--end-with-stdin",
         action="store_true",
         help="end as Ctrl+C does, with a checkpoint, when standard input closes; for programs that start a run",
@@ -122,6 +128,7 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
     if arguments.end_with_stdin:
         end_with_stdin()
+    _check_memory(arguments)
     paths: list[Path] = arguments.config
     overrides = TrainConfig.parse_overrides(rest)
     configs = {path: TrainConfig.from_yaml(path, overrides) for path in paths}
@@ -133,7 +140,7 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     if arguments.dry_run:
         from dora_diffusion.training.run.dry_run import describe_plan
 
-        print(describe_plan(config))
+        print(describe_plan(config, memory=arguments.memory))
         return 0
     from dora_diffusion.training.run.train import train
 
@@ -152,6 +159,11 @@ def _train(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
+def _check_memory(arguments: argparse.Namespace) -> None:
+    if arguments.memory is not None and not (arguments.dry_run and 1 <= arguments.memory <= 1024):
+        raise ValueError(f"--memory: got {arguments.memory:g}, expected 1 to 1024 GiB, beside --dry-run")
+
+
 def _train_queue(configs: "Mapping[Path, TrainConfig]", arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     """Everything is checked before the first run begins; 0 when all are done, 1 when not, 130 after a stop."""
     from dora_diffusion.training.run.dry_run import describe_plan
@@ -168,7 +180,9 @@ def _train_queue(configs: "Mapping[Path, TrainConfig]", arguments: argparse.Name
     )
     check_queue(runs)
     if arguments.dry_run:
-        print("\n\n".join(f"queue      {run.file}\n{describe_plan(run.config)}" for run in runs))
+        print(
+            "\n\n".join(f"queue      {run.file}\n{describe_plan(run.config, memory=arguments.memory)}" for run in runs)
+        )
         return 0
     ended = run_queue(runs)
     print(summary(runs, ended))

@@ -63,7 +63,11 @@ def encode(pipe: Any, captions: list[str]) -> Mapping[str, Tensor]:
 def _encode_without_clip(pipe: Any, captions: list[str]) -> Mapping[str, Tensor]:
     """As the pipeline encodes, with zeros for a CLIP encoder that is not there."""
     config = pipe.transformer.config
-    words = pipe._get_t5_prompt_embeds(captions, device=pipe.transformer.device, dtype=pipe.transformer.dtype)
+    encoders = (
+        getattr(pipe, name) for name in (*CLIPS, "text_encoder_3")
+    )  # the transformer may be elsewhere meanwhile
+    device = next(encoder.device for encoder in encoders if encoder is not None)
+    words = pipe._get_t5_prompt_embeds(captions, device=device, dtype=pipe.transformer.dtype)
     tokens, pooled = words[:, :0], words.new_zeros(len(captions), config.pooled_projection_dim)
     for name in CLIPS:
         if getattr(pipe, name) is not None:

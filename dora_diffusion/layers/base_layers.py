@@ -7,6 +7,7 @@ one dimension of the embedding, as PEFT has it; so is the weight of transformers
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from dora_diffusion.layers.offloaded import value_of
+from dora_diffusion.layers.offloaded import at_hand, value_of
 from dora_diffusion.layers.quantisation import dequantise, is_quantised, refuse_unknown
 from dora_diffusion.state import ModuleState
 
@@ -107,8 +108,9 @@ def _is_gpt2_linear(base: Base) -> bool:
 
 
 def dense_weight(base: Base) -> Tensor:
-    """W (out, in[, kernel]), detached: a view of the layer's own weight, or the dequantised one."""
-    dense = dequantise(base)
+    """W (out, in[, kernel]), detached: a view of the layer's weight, a copy of one kept elsewhere, or dequantised."""
+    with at_hand(base) if is_quantised(base) else nullcontext():
+        dense = dequantise(base)
     if dense is not None:
         return dense.detach()
     weight = value_of(base, "weight").detach()

@@ -30,6 +30,7 @@ from dora_diffusion.functional.row_changes import RowChanges, row_changes
 from dora_diffusion.layers.base_layers import Base, branch_dtype, dense_weight, kind_of
 from dora_diffusion.layers.config import NormGrad
 from dora_diffusion.layers.initialisation import InitialPair
+from dora_diffusion.layers.offloaded import home_of
 from dora_diffusion.layers.step_counter import CLOCK, stamp
 from dora_diffusion.layers.transparent import Transparent
 from dora_diffusion.state import ModuleState
@@ -184,8 +185,8 @@ class DoRALayer(Transparent):
         now = CLOCK.now
         if not self.keeps_norm or now is None or not (torch.is_grad_enabled() or self._fresh is not None):
             return ()
-        a = self.adapter
-        return now, a.scale, stamp(a.down), stamp(a.up), stamp(self.base.weight)
+        a, weight, home = self.adapter, self.base.weight, home_of(self.base.weight)
+        return now, a.scale, stamp(a.down), stamp(a.up), stamp(weight if home is None else home)
 
     def forget_norm(self) -> None:
         """Take the norm anew at the next forward."""

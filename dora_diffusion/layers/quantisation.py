@@ -108,6 +108,11 @@ def dequantise(module: nn.Module) -> Tensor | None:
     return None if kind is None else kind.dequantise(module)
 
 
+def stays_put(model: nn.Module) -> bool:
+    """Whether a model has layers that their library does not move to main memory and back: bitsandbytes' 8-bit ones."""
+    return any(map(_is_8bit, model.modules()))
+
+
 def refuse_unknown(path: str, module: nn.Module) -> None:
     """Raise a ValueError of one line for a weight that is quantised in a way nobody here can read."""
     weight = getattr(module, "weight", None)

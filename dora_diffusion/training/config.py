@@ -202,6 +202,11 @@ class DataConfig(_Section):
     """Folder of pictures to measure, instead of a share of instance_dir."""
 
     @property
+    def has_few_views(self) -> bool:
+        """Whether pictures have so few views that each is worth keeping."""
+        return self.crop == "center" or self.cache_variants > 0
+
+    @property
     def holds_out(self) -> bool:
         """Whether pictures are measured that are not trained on."""
         has_folder = self.validation_dir is not None or any(one.role == "validation" for one in self.concepts)
@@ -399,6 +404,9 @@ class OptimConfig(_Section):
     """Save memory by computing activations twice."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Seed of everything random in training."""
+    preset: Literal["low-memory"] | None = None
+    """Sets what is not set otherwise: low-memory = base.quantise nf4, optim.mixed_precision bf16 and
+    optim.gradient_checkpointing, with which FLUX.1 trains on 24 GB and SDXL on 8."""
 
     @property
     def kind(self) -> Optimiser:
@@ -728,6 +736,12 @@ class BaseConfig(_Section):
     quantise: Quantise | dict[Text, Quantise] | None = None
     """The denoiser's linear layers in nf4 (bitsandbytes), int8 or fp8 (torchao), or by component, {transformer: nf4,
     text_encoder_2: int8}. What is trained stays fp32, and is for the quantised base."""
+    swap_blocks: int = Field(default=0, ge=0)
+    """So many of the denoiser's blocks wait in main memory and are brought for their forward and backward: less memory
+    of the device for more time, and the same numbers to the bit; 0 = all stay on the device."""
+    compile: bool = False
+    """Compile the denoiser's blocks (torch.compile): faster steps after a minute or more at the start, rounded
+    otherwise; needs a C++ compiler, and Triton on a GPU."""
     adapters: dict[Location, Strength] = {}
     """Adapters below what is trained, frozen: file -> strength, {undo-turbo.safetensors: 1.0}. They are folded into the
     base, for which the adapter that is trained then is."""
@@ -747,6 +761,15 @@ class BaseConfig(_Section):
 def as_resolutions(resolution: int | list[int] | None) -> tuple[int, ...]:
     """One, several or none."""
     return tuple(resolution) if isinstance(resolution, list) else () if resolution is None else (resolution,)
+
+
+# Preset -> section -> what it sets where nothing else is said.
+PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "low-memory": {
+        "base": {"quantise": "nf4"},
+        "optim": {"mixed_precision": "bf16", "gradient_checkpointing": True},
+    },
+}
 
 
 class TrainConfig(_Section):
@@ -802,6 +825,19 @@ class TrainConfig(_Section):
     how often each tag of the captions occurs); "minimal" what is needed to load it, base, prompt and steps."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is measured after training."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, data: Any) -> Any:
+        """What a preset says, where nothing else is said."""
+        optim = data.get("optim") if isinstance(data, dict) else None
+        name = optim.get("preset") if isinstance(optim, dict) else None
+        chosen = PRESETS.get(name, {}) if isinstance(name, str) else {}
+        return (
+            {**data, **{section: {**said, **_given(data.get(section))} for section, said in chosen.items()}}
+            if chosen
+            else data
+        )
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
@@ -884,6 +920,13 @@ class TrainConfig(_Section):
                 raise ValueError(f"{name}: given twice, {overrides[name[2:]]!r} and {value!r}; expected it once")
             overrides[name[2:]] = value
         return overrides
+
+
+def _given(section: Any) -> Mapping[Any, Any]:
+    """What is said of a section's keys."""
+    if isinstance(section, BaseModel):
+        return {name: getattr(section, name) for name in section.model_fields_set}
+    return section if isinstance(section, dict) else {}
 
 
 def _check_export(config: TrainConfig) -> None:

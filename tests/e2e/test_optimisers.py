@@ -97,7 +97,7 @@ def test_a_run_that_was_killed_ends_as_the_one_that_nothing_befell(base, images,
         (tmp_path / f"stopped/checkpoints/step-{late:08d}/parameters.safetensors").write_bytes(b"cut short")
     assert train(stopped, resume="latest").steps == 5
     assert_same_end(tmp_path / "stopped", tmp_path / "whole")
-    trainable = prepare_trainable(load_base(str(base), torch.float32, torch.device("cpu")), stopped)
+    trainable = prepare_trainable(load_base(str(base), torch.float32), stopped)
     begun = load_file(save_adapter(trainable.adapter({}), tmp_path / "begun.safetensors"))
     tensors = load_file(whole.adapter)
     assert [key for key, tensor in tensors.items() if torch.equal(tensor, begun[key])] == []  # every A, B and m

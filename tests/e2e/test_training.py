@@ -181,7 +181,7 @@ def _signalling(loss):
 
 def start_of(settings: TrainConfig, folder: Path) -> dict[str, Tensor]:
     """The file that the adapter would be before its first step."""
-    trainable = prepare_trainable(load_base(settings.model, torch.float32, torch.device("cpu")), settings)
+    trainable = prepare_trainable(load_base(settings.model, torch.float32), settings)
     return load_file(save_adapter(trainable.adapter({}), folder / "start.safetensors"))
 
 

@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,7 +117,7 @@ def test_captions_of_several_lengths_are_predicted_as_each_alone(tiny) -> None:
         family=family,
         device=torch.device("cpu"),
         trains_text=lambda: False,
-        encoders_on_device=nullcontext,
+        bring_encoders=lambda: None,
     )
     source = ConditioningSource(trainable, DataConfig(instance_dir="."))
     captions = [PROMPT, "a cat", ""]

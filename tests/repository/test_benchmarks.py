@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks import interchange, priors, views
+from benchmarks import compared_runs, interchange, priors, training_options, views
 from benchmarks.layouts_by_family import tables
 from benchmarks.peers import __main__ as benchmarks
 from benchmarks.peers.memory import kept_for_backward, largest_tensor, peak_of
@@ -111,11 +111,12 @@ def test_ten_kills_of_training_runs_leave_what_a_whole_run_leaves(tmp_path) -> N
 
 
 def test_arms_that_seeds_do_not_agree_on_are_a_tie() -> None:
-    assert priors.verdict([0.9, 0.8, 0.9], [0.8, 0.7, 0.85]).startswith("higher, +0.083")
-    assert priors.verdict([0.7, 0.6], [0.8, 0.7]).startswith("lower, -0.100")
-    assert priors.verdict([0.9, 0.9, 0.7], [0.5, 0.5, 0.8]).startswith("tie, +0.233")
+    assert compared_runs.verdict([0.9, 0.8, 0.9], [0.8, 0.7, 0.85]).startswith("higher, +0.083")
+    assert compared_runs.verdict([0.7, 0.6], [0.8, 0.7]).startswith("lower, -0.100")
+    assert compared_runs.verdict([0.9, 0.9, 0.7], [0.5, 0.5, 0.8]).startswith("tie, +0.233")
     run = {"before": 0.5, "ceiling": 0.9, "likeness": 0.8, "asked": 0.7, "others": 0.6}
-    page = priors.report({"none": [run, run], "generated": [{**run, "asked": 0.8}, run]}, "abc", "python -m x")
+    found = {"none": [run, run], "generated": [{**run, "asked": 0.8}, run]}
+    page = compared_runs.report(priors.PAGE, found, "abc", "python -m x")
     assert "| generated against none | tie, +0.000 (+0.000 to +0.000) | tie, +0.050" in page
 
 
@@ -125,3 +126,22 @@ def test_every_arm_is_a_run_of_its_own(tmp_path, arm: str) -> None:
     assert (config.optim.seed, config.optim.steps, config.preview.prompts) == (1, 20, [])
     assert arm.startswith("none") == (config.prior.mode == "generated" and not config.prior.prompts)
     assert len({priors.config_of(name, 1, tmp_path, {}).output_dir for name in priors.ARMS}) == len(priors.ARMS)
+
+
+@pytest.mark.parametrize("arm", training_options.ARMS)
+def test_every_option_is_one_thing_beside_the_run_without(tmp_path, arm: str) -> None:
+    rates = {name: tried[1] for name, tried in training_options.RATES.items()}
+    plain, config = (training_options.config_of(name, 1, tmp_path, rates) for name in (training_options.ARMS[0], arm))
+    told, beside = config.model_dump(), plain.model_dump()
+    changed = {section for section in told if told[section] != beside[section]} - {"output_dir"}
+    assert len(changed) == (arm != training_options.ARMS[0])
+    assert (config.output_dir != plain.output_dir) == bool(changed)
+    assert (config.optim.optimizer == arm) == (arm in rates)
+
+
+def test_the_best_rate_is_that_of_the_highest_likeness(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(
+        training_options, "scores_of", lambda config, draws: {"likeness": 1 - abs(config.optim.rate - 3e-4)}
+    )
+    assert training_options.tuned("lion", tmp_path, 1) == 3e-4
+    assert training_options.tuned("prodigy", tmp_path, 1) == 0.5

@@ -9,7 +9,6 @@ import torch
 
 from benchmarks.full_size.models import pipeline_of
 from benchmarks.full_size.published import PUBLISHED, Published
-from dora_diffusion.training.base.trainable import PRECISIONS
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.run.dry_run import describe_plan
 from tests.families.pipelines import PIPELINES
@@ -35,12 +34,16 @@ def published(name: str) -> Published:
     return next(each for each in PUBLISHED if each.name == model)
 
 
-def plan_of(name: str, model: Published) -> str:
+def plan_of(name: str, model: Published, *, memory: float | None = None) -> str:
     """What `train --dry-run` says, on a GPU, with the base's weights out of reach."""
     config = TrainConfig.from_yaml(FOLDER / f"{name}.yaml")
-    pipe: Any = pipeline_of(model, PRECISIONS[config.optim.mixed_precision])
-    pipe.register_modules(scheduler=PIPELINES[MODELS[name.rpartition("-")[0]][1]].build().scheduler)
-    return describe_plan(config, pipe=pipe)
+
+    def skeleton(dtype: torch.dtype) -> Any:
+        pipe: Any = pipeline_of(model, dtype)
+        pipe.register_modules(scheduler=PIPELINES[MODELS[name.rpartition("-")[0]][1]].build().scheduler)
+        return pipe
+
+    return describe_plan(config, memory=memory, skeleton=skeleton)
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -30,21 +30,22 @@ class FrozenEncoders:
     """The text encoders of a pipeline that nothing is trained in.
 
     While they are `recalled`, the pipeline asks stand-ins: an answer that is known is given again, row by row, and only
-    a row that is new is computed, alone, so that no answer depends on the texts beside it. An encoder comes to the
-    device when it has something to compute, and rests in main memory afterwards.
+    a row that is new is computed, alone, so that no answer depends on the texts beside it. Encoders come to the
+    device when they have something to compute.
 
     Args:
         pipe: the pipeline.
         names: of its frozen encoders.
         device: where steps are taken.
+        bring: has them there.
     """
 
-    def __init__(self, pipe: Any, names: Sequence[str], device: Callable[[], torch.device]) -> None:
-        self._pipe, self._device = pipe, device
+    def __init__(
+        self, pipe: Any, names: Sequence[str], device: Callable[[], torch.device], bring: Callable[[], None]
+    ) -> None:
+        self._pipe, self._device, self._bring = pipe, device, bring
         self._models: dict[str, nn.Module] = {name: getattr(pipe, name) for name in names}
         self._stand_ins: dict[str, _StandIn] = {}
-        self._stays = 0
-        self._brought: set[str] = set()
 
     def __bool__(self) -> bool:
         return bool(self._models)
@@ -52,42 +53,8 @@ class FrozenEncoders:
     def remember_in(self, answers: Answers) -> None:
         """Keep answers there from now on."""
         for name, model in self._models.items():
-            known = self._stand_ins.setdefault(name, _StandIn(model, self._device, partial(self.bring, name), answers))
+            known = self._stand_ins.setdefault(name, _StandIn(model, self._device, self._bring, answers))
             known.answers = answers
-
-    def rest(self) -> None:
-        """Move them to main memory."""
-        self._brought.clear()
-        for name in self._models:
-            self._move(name, torch.device("cpu"))
-
-    def bring(self, name: str) -> None:
-        """Let one of them stand beside the denoiser."""
-        if name not in self._brought:
-            self._brought.add(name)
-            self._move(name, self._device())
-
-    @contextmanager
-    def staying(self) -> Iterator[None]:
-        """Those that come to the device while the block lasts stay there until its end, and until that of one around
-        it."""
-        self._stays += 1
-        try:
-            yield
-        finally:
-            self._stays -= 1
-            if not self._stays:
-                for name in sorted(self._brought):
-                    self._move(name, torch.device("cpu"))
-                self._brought.clear()
-
-    @contextmanager
-    def on_device(self) -> Iterator[None]:
-        """All of them beside the denoiser; they rest again afterwards."""
-        with self.staying():
-            for name in self._models:
-                self.bring(name)
-            yield
 
     @contextmanager
     def recalled(self, texts: Sequence[str] = ()) -> Iterator[None]:
@@ -97,24 +64,13 @@ class FrozenEncoders:
             texts: that it encodes meanwhile, once, where they are known: their tokens, which may be on the device, need
                 not be waited for then.
         """
-        if not self._stand_ins:
-            with self.on_device():
-                yield
-            return
         attributes = vars(self._pipe)  # a pipeline would note another class of component in its config
         with ExitStack() as leaving:
-            leaving.enter_context(self.staying())
             for name, stand_in in self._stand_ins.items():
                 leaving.callback(attributes.__setitem__, name, attributes[name])
                 attributes[name] = stand_in
                 stand_in.begin(texts)
             yield
-
-    def _move(self, name: str, device: torch.device) -> None:
-        """Those of a skeleton have nothing to move."""
-        model = self._models[name]
-        if not any(tensor.is_meta for tensor in model.parameters()):
-            model.to(device)
 
 
 class _StandIn:

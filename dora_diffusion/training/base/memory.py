@@ -9,9 +9,9 @@ Not seen: memory inside one operation, an allocator's rounding and gaps, librari
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,9 +24,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dora_diffusion.functional.objectives import weighted_squared_error
 from dora_diffusion.pipelines.quantise import quantised_bytes, quantised_parts
+from dora_diffusion.training.base.blocks import repeated_blocks
 from dora_diffusion.training.base.devices import with_precision
 from dora_diffusion.training.base.sizes import sizes_of
-from dora_diffusion.training.base.trainable import PRECISIONS, TrainablePipeline
+from dora_diffusion.training.base.swap import swapped_bytes
+from dora_diffusion.training.base.trainable import PRECISIONS, TrainablePipeline, encoders_of
 from dora_diffusion.training.config import BaseConfig, OptimConfig, TrainConfig
 
 Device = Literal["cpu", "cuda"]
@@ -45,12 +47,15 @@ class MemoryEstimate:
     """Bytes that training holds at its worst moment.
 
     Attributes:
-        weights: component -> its frozen weights and buffers; all stay in memory.
+        weights: component -> its frozen weights and buffers, as far as they are on the device when it is there.
         adapters: A, B, m and frozen anchors, and new words' vectors, fp32.
         gradients: of what is trained, fp32.
         optimiser: what it keeps of what is trained (AdamW two moments, fp32), and the moving average's fp32.
         moments: what is done -> the most that it holds beside weights, adapters and optimiser.
+        places: what is done -> the components that are on the device meanwhile.
         side: of a picture, in pixels.
+        denoiser: the component whose blocks can be swapped.
+        spared: what so many swapped blocks spare of its weights on the device, from none on; empty on the CPU.
     """
 
     weights: Mapping[str, int]
@@ -58,12 +63,35 @@ class MemoryEstimate:
     gradients: int
     optimiser: int
     moments: Mapping[str, int]
+    places: Mapping[str, tuple[str, ...]]
     side: int
+    denoiser: str = ""
+    spared: tuple[int, ...] = ()
+
+    def with_swapped(self, count: int) -> "MemoryEstimate":
+        """With so many of the denoiser's blocks swapped."""
+        weights = {**self.weights, self.denoiser: self.weights[self.denoiser] - self.spared[count]}
+        return replace(self, weights=weights, spared=())
+
+    def held(self, moment: str) -> int:
+        """All that a moment holds."""
+        own = self.adapters + self.optimiser + max(self.gradients, self.moments[moment])
+        return own + sum(self.weights[name] for name in self.places[moment])
 
     @property
     def worst_moment(self) -> str:
         """What is being done when the most is held."""
-        return max(self.moments, key=lambda name: self.moments[name])
+        return max(self.moments, key=self.held)
+
+    @property
+    def present(self) -> dict[str, int]:
+        """The weights that are on the device then."""
+        return {name: self.weights[name] for name in self.places[self.worst_moment]}
+
+    @property
+    def resting(self) -> dict[str, int]:
+        """The weights that are in main memory then."""
+        return {name: size for name, size in self.weights.items() if name not in self.present}
 
     @property
     def activations(self) -> int:
@@ -73,7 +101,7 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """The sum of all."""
-        return sum(self.weights.values()) + self.adapters + self.gradients + self.optimiser + self.activations
+        return self.held(self.worst_moment)
 
 
 def _zero_of(tensor: Tensor) -> float | int | bool:
@@ -181,7 +209,7 @@ def _move(module: nn.Module, twins: dict[int, Tensor]) -> None:
 
 
 def estimate_memory(trainable: TrainablePipeline, config: TrainConfig, *, device: Device) -> MemoryEstimate:
-    """What one training step of `trainable` holds at its worst.
+    """What training `trainable` holds at its worst.
 
     A pipeline on the meta device is used up by it. With a true one on the CPU a true step is taken, which tests
     compare with.
@@ -190,7 +218,8 @@ def estimate_memory(trainable: TrainablePipeline, config: TrainConfig, *, device
         trainable: injected, as `prepare_trainable` leaves it.
         config: batch, resolution, precision, prior preservation (class pictures double the batch; under adapter_off
             they are a second one, beside the gradients of the first).
-        device: where training will run; "cuda" computes norms and softmax in fp32 under autocast.
+        device: where training will run; "cuda" computes norms and softmax in fp32 under autocast, and has components in
+            memory of its own only while they are used (`Placement`).
 
     Raises:
         ValueError: the resolution does not fit the model.
@@ -206,10 +235,10 @@ def estimate_memory(trainable: TrainablePipeline, config: TrainConfig, *, device
         watch = stack.enter_context(Watch(tensor for model in models.values() for tensor in _tensors(model)))
         moments = _moments(trainable, config, watch)
     saved, dense = _quantised(trainable.pipe, config.base)
-    moments = {name: size + (dense if name.startswith("a step") else 0) for name, size in moments.items()}
+    moments = {name: size + (dense if "step" in name or "drawing" in name else 0) for name, size in moments.items()}
     own = list(trainable.named_tensors().values())
     trained = tensor_bytes(trainable.parameters())
-    return MemoryEstimate(
+    found = MemoryEstimate(
         weights={
             name: tensor_bytes(_without(own, _tensors(model))) - saved.get(name, 0) for name, model in models.items()
         },
@@ -217,8 +246,21 @@ def estimate_memory(trainable: TrainablePipeline, config: TrainConfig, *, device
         gradients=trained,
         optimiser=_kept_bytes(trainable, config.optim),
         moments=moments,
+        places={name: _places(name, trainable, list(models), device) for name in moments},
         side=_largest_side(trainable, config),
+        denoiser=trainable.family.denoiser.name,
+        spared=_spared(trainable, saved) if device == "cuda" else (),
     )
+    return found.with_swapped(config.base.swap_blocks) if device == "cuda" and config.base.swap_blocks else found
+
+
+def _spared(trainable: TrainablePipeline, saved: Mapping[str, int]) -> tuple[int, ...]:
+    """What so many swapped blocks spare, from none on; quantised ones as much less as the whole denoiser is less."""
+    denoiser = trainable.denoiser
+    whole = tensor_bytes(_tensors(denoiser))
+    left = whole - saved.get(trainable.family.denoiser.name, 0)
+    counts = range(len(repeated_blocks(denoiser)) + 1)
+    return tuple(swapped_bytes(denoiser, count) * left // whole for count in counts)
 
 
 def _quantised(pipe: Any, base: BaseConfig) -> tuple[dict[str, int], int]:
@@ -257,25 +299,71 @@ def _without(some: Iterable[Tensor], tensors: Iterable[Tensor]) -> Iterator[Tens
     return (tensor for tensor in tensors if id(tensor) not in known)
 
 
+_CAPTIONS, _PICTURES, _DRAWING, _DECODING = (
+    "encoding a caption",
+    "encoding a picture",
+    "drawing a preview",
+    "decoding a preview",
+)
+
+
 def _moments(trainable: TrainablePipeline, config: TrainConfig, watch: Watch) -> dict[str, int]:
-    """Encode a picture, take a step, and decode a picture if the run draws any; the peak of each."""
+    """Encode a caption and a picture, take a step, and draw a picture if the run draws any; the peak of each."""
     family, pipe = trainable.family, trainable.pipe
     side = _largest_side(trainable, config)
     latents: list[Tensor] = []
     is_apart = config.prior.mode == "adapter_off"
-    if config.optim.gradient_accumulation > 1 or is_apart:  # then a forward pass meets the gradients of the one before
-        for parameter in trainable.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+    draws = bool(config.preview.prompts)
+
+    def read() -> None:
+        longest = _longest(family.blank(_settings_of(trainable)))
+        with torch.no_grad():
+            for name in encoders_of(pipe, family):
+                _read(getattr(pipe, name), 1, longest)
 
     def encode() -> None:
         latents.append(trainable.encode_pictures(torch.zeros(1, 3, side, side)))
 
     count = config.optim.batch_size * (2 if config.has_class_pictures and not is_apart else 1)
-    moments = {"encoding a picture": watch.peak_of(encode)}
+    moments = {_CAPTIONS: watch.peak_of(read), _PICTURES: watch.peak_of(encode)}
+    if draws:  # guidance asks twice
+        moments[_DRAWING] = watch.peak_of(lambda: _drawn(trainable, config, latents[0]))
+        moments[_DECODING] = watch.peak_of(lambda: family.codec.decode(pipe, latents[0]))
+    if config.optim.gradient_accumulation > 1 or is_apart:  # then a forward pass meets the gradients of the one before
+        for parameter in trainable.parameters():
+            parameter.grad = torch.zeros_like(parameter)
     moments[f"a step of {count}"] = watch.peak_of(lambda: _step(trainable, config, latents[0], count))
-    if config.preview.prompts:
-        moments["decoding a preview"] = watch.peak_of(lambda: family.codec.decode(pipe, latents[0]))
     return moments
+
+
+def _places(moment: str, trainable: TrainablePipeline, components: Sequence[str], device: Device) -> tuple[str, ...]:
+    """The components that are on the device at a moment: in main memory all of them, always."""
+    if device == "cpu":
+        return tuple(components)
+    used = {
+        _CAPTIONS: encoders_of(trainable.pipe, trainable.family),
+        _PICTURES: ["vae"],
+        _DRAWING: [trainable.family.denoiser.name],
+        _DECODING: ["vae"],
+    }
+    here = trainable.placement.beside(*used[moment]) if moment in used else trainable.placement.together
+    return tuple(name for name in components if name in here)
+
+
+def _settings_of(trainable: TrainablePipeline) -> Any:
+    """Of the denoiser."""
+    denoiser: Any = trainable.denoiser
+    return denoiser.config
+
+
+@torch.no_grad()
+def _drawn(trainable: TrainablePipeline, config: TrainConfig, latent: Tensor) -> None:
+    """One step of drawing, with guidance."""
+    dtype = PRECISIONS[config.optim.mixed_precision]
+    latents, timesteps = torch.cat([latent] * 2).to(dtype), torch.full((2,), 500.0)
+    trainable.family.predict(
+        trainable.denoiser, latents, timesteps, _blank(trainable, 2, dtype, torch.zeros(())), torch.zeros(2, 6)
+    )
 
 
 def _largest_side(trainable: TrainablePipeline, config: TrainConfig) -> int:
@@ -311,18 +399,27 @@ def _step(trainable: TrainablePipeline, config: TrainConfig, latent: Tensor, cou
 
 def _conditioning(trainable: TrainablePipeline, count: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Conditioning of `count` captions of full length, behind the text encoders that are trained."""
-    denoiser: Any = trainable.denoiser
-    blank = trainable.family.blank(denoiser.config)
     trained = {name for name in trainable.injections if name != trainable.family.denoiser.name}
     trained.update(() if trainable.words is None else trainable.words.encoders)
-    longest = max(tensor.shape[1] for tensor in blank.values() if tensor.dim() > 2)
+    longest = _longest(trainable.family.blank(_settings_of(trainable)))
     read = sum((_read(getattr(trainable.pipe, name), count, longest) for name in sorted(trained)), torch.zeros(()))
+    return _blank(trainable, count, dtype, read)
+
+
+def _blank(trainable: TrainablePipeline, count: int, dtype: torch.dtype, read: Tensor) -> dict[str, Tensor]:
+    """Conditioning that depends on what was read."""
+    blank = trainable.family.blank(_settings_of(trainable))
     return {
         name: torch.zeros(count, *shape.shape[1:], dtype=dtype) + read.to(dtype)
         if shape.is_floating_point()
         else torch.zeros(count, *shape.shape[1:], dtype=shape.dtype)
         for name, shape in blank.items()
     }
+
+
+def _longest(blank: Mapping[str, Tensor]) -> int:
+    """Tokens of a full caption."""
+    return max(tensor.shape[1] for tensor in blank.values() if tensor.dim() > 2)
 
 
 def _read(encoder: Any, count: int, longest: int) -> Tensor:

@@ -1,6 +1,6 @@
 """What is trained: the base pipeline with adapters injected."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,16 +14,21 @@ from dora_diffusion.functional.dora import scale_of
 from dora_diffusion.layers.config import DoRAConfig
 from dora_diffusion.layers.dora import DoRALayer
 from dora_diffusion.layers.injection import Injection, inject, refresh_norms
+from dora_diffusion.layers.quantisation import stays_put
 from dora_diffusion.pipelines.loading import load_pipeline
 from dora_diffusion.pipelines.quantise import check_library, quantise_pipeline
 from dora_diffusion.pipelines.textual_inversion import Words, add_words
 from dora_diffusion.state import AdapterState, join
 from dora_diffusion.training.base.below import Below
+from dora_diffusion.training.base.blocks import compile_blocks, release_blocks
 from dora_diffusion.training.base.encoders import FrozenEncoders
+from dora_diffusion.training.base.placement import Placement
 from dora_diffusion.training.base.start import install, read_start
-from dora_diffusion.training.config import AdapterConfig, BaseConfig, OptimConfig, TrainConfig
+from dora_diffusion.training.base.swap import BlockSwap
+from dora_diffusion.training.config import AdapterConfig, BaseConfig, DataConfig, OptimConfig, TrainConfig
 
 Own = TypeVar("Own", int, float)
+_CPU = torch.device("cpu")
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -38,14 +43,18 @@ class TrainablePipeline:
         words: new ones, or None.
         below: the adapters that are part of the base.
         started: what was started from, on one line; empty for nothing.
+        placement: moves its components.
+        swap: the denoiser's blocks that wait in main memory, or None.
     """
 
     pipe: Any
     family: Family
     injections: Mapping[str, Injection]
+    placement: Placement
     words: Words | None = None
     below: tuple[Below, ...] = ()
     started: str = ""
+    swap: BlockSwap | None = None
 
     @property
     def denoiser(self) -> nn.Module:
@@ -60,11 +69,12 @@ class TrainablePipeline:
     @property
     def device(self) -> torch.device:
         """Where steps are taken."""
-        return next(self.denoiser.parameters()).device
+        return self.placement.device
 
     def encode_pictures(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3, H, W) in [-1, 1] -> latents; in fp32, for some autoencoders overflow below, and it is kept."""
-        vae, dtype = self.pipe.vae, self.pipe.vae.dtype
+        self.placement.bring("vae")
+        pixels, vae, dtype = pixels.to(self.device), self.pipe.vae, self.pipe.vae.dtype
         if dtype == torch.float32:
             return self.family.codec.encode(self.pipe, pixels)
         _cast(vae, torch.float32)
@@ -76,20 +86,18 @@ class TrainablePipeline:
     @cached_property
     def frozen(self) -> FrozenEncoders:
         """The text encoders that nothing is trained in."""
-        worded = [] if self.words is None else [name.partition(".")[0] for name in self.words.named_parameters()]
-        present = [part.name for part in self.family.text_encoders if getattr(self.pipe, part.name, None) is not None]
-        names = [name for name in present if name not in self.injections and name not in worded]
-        return FrozenEncoders(self.pipe, names, lambda: self.device)
+        placement, together = self.placement, self.placement.together
+        names = [name for name in encoders_of(self.pipe, self.family) if name not in together]
+        beside = together if self.trains_text() else frozenset[str]()  # which pipelines ask in one breath
+        return FrozenEncoders(self.pipe, names, lambda: placement.device, lambda: placement.bring(*beside, *names))
 
-    def offload_encoders(self) -> None:
-        """Move the text encoders that are not trained to main memory: captions are encoded once, and kept."""
-        self.frozen.rest()
+    def bring_encoders(self) -> None:
+        """Have the text encoders on the device, to encode captions."""
+        self.placement.bring(*encoders_of(self.pipe, self.family))
 
-    @contextmanager
-    def encoders_on_device(self) -> Any:
-        """Text encoders beside the denoiser, to encode new captions or to draw; they rest again afterwards."""
-        with self.frozen.on_device():
-            yield
+    def bring_denoiser(self) -> None:
+        """Have what a step needs on the device."""
+        self.placement.bring_together()
 
     def parameters(self) -> list[nn.Parameter]:
         """Every trained parameter, in a fixed order."""
@@ -113,6 +121,9 @@ class TrainablePipeline:
 
     def eject(self) -> None:
         """Leave the pipeline as it was before `prepare_trainable`."""
+        if self.swap is not None:
+            self.swap.remove()
+        release_blocks(self.denoiser)
         for injection in self.injections.values():
             injection.eject()
         if self.words is not None:
@@ -150,6 +161,7 @@ class TrainablePipeline:
     def drawing(self) -> Any:
         """Inference mode for previews and validation; training mode again afterwards."""
         self.train(False)
+        self.bring_denoiser()
         self.refresh_norms()
         try:
             with torch.no_grad():
@@ -176,29 +188,38 @@ def _train_adapters(model: nn.Module, mode: bool) -> None:
             module.training = mode
 
 
-def load_base(model: str, dtype: torch.dtype, device: torch.device, files: BaseConfig | None = None) -> Any:
-    """The base pipeline, frozen, with components from files of their own; in main memory if it is to be quantised."""
+def load_base(model: str, dtype: torch.dtype, files: BaseConfig | None = None) -> Any:
+    """The base pipeline in main memory, frozen, with components from files of their own."""
     own = files or BaseConfig()
     check_library(own.quantise, key="base.quantise")
-    where = str(device) if own.quantise is None else "cpu"
-    pipe = load_pipeline(model, dtype=dtype, device=where, transformer=own.transformer, unet=own.unet, vae=own.vae)
+    pipe = load_pipeline(model, dtype=dtype, device="cpu", transformer=own.transformer, unet=own.unet, vae=own.vae)
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False)
     return pipe
 
 
-def quantise_base(pipe: Any, base: BaseConfig, device: torch.device) -> None:
-    """Quantise what the config names, once nothing is folded into it any more, and move the base to its device."""
+def quantise_base(pipe: Any, base: BaseConfig) -> None:
+    """Quantise what the config names, once nothing is folded into it any more."""
     if base.quantise is not None:
         quantise_pipeline(pipe, base.quantise, key="base.quantise")
-        pipe.to(device)
 
 
-def prepare_trainable(pipe: Any, config: TrainConfig, *, from_start: bool = True) -> TrainablePipeline:
+def encoders_of(pipe: Any, family: Family) -> list[str]:
+    """The text encoders that a pipeline has."""
+    return [part.name for part in family.text_encoders if getattr(pipe, part.name, None) is not None]
+
+
+def prepare_trainable(
+    pipe: Any, config: TrainConfig, *, device: torch.device = _CPU, from_start: bool = True
+) -> TrainablePipeline:
     """Put the adapters and new words that the config asks for into a base pipeline.
 
-    `from_start` False leaves `adapter.start` unread: a checkpoint, or nothing, takes its place.
+    Args:
+        pipe: the base, wherever it is.
+        config: of the run.
+        device: where steps will be taken.
+        from_start: False leaves `adapter.start` unread: a checkpoint, or nothing, takes its place.
     """
     family = family_of_pipeline(pipe)
     start = read_start(pipe, config.adapter) if from_start else None
@@ -220,15 +241,32 @@ def prepare_trainable(pipe: Any, config: TrainConfig, *, from_start: bool = True
     if config.optim.gradient_checkpointing:
         for name in {family.denoiser.name, *injections}:  # gradients of text adapters run through the denoiser too
             _enable_checkpointing(getattr(pipe, name))
-    trainable = TrainablePipeline(pipe, family, injections, words, started=started)
+    denoiser = getattr(pipe, family.denoiser.name)
+    is_skeleton, count = next(denoiser.parameters()).is_meta, config.base.swap_blocks
+    swap = BlockSwap(denoiser, count, device) if count and not is_skeleton else None
+    worded = [] if words is None else [name.partition(".")[0] for name in words.named_parameters()]
+    placement = _placement(pipe, config.data, device, trained={family.denoiser.name, *wanted, *worded}, swap=swap)
+    trainable = TrainablePipeline(pipe, family, injections, placement, words, started=started, swap=swap)
     trainable.train()
-    trainable.offload_encoders()
+    if config.base.compile and not is_skeleton:
+        compile_blocks(denoiser)
     return trainable
+
+
+def _placement(
+    pipe: Any, data: DataConfig, device: torch.device, *, trained: Collection[str], swap: BlockSwap | None
+) -> Placement:
+    """What is used in one step is used together: the denoiser, what is trained, the VAE where views are fresh."""
+    together = {*trained} | (set() if data.has_few_views else {"vae"})
+    models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    return Placement(
+        pipe, device, together=together, fixed={name for name, part in models.items() if stays_put(part)}, swap=swap
+    )
 
 
 def text_encoders_of(pipe: Any, family: Family, adapter: AdapterConfig, optim: OptimConfig) -> list[str]:
     """The text encoders to adapt; a ValueError when the config names one that the base lacks or does not adapt."""
-    present = [part.name for part in family.text_encoders if getattr(pipe, part.name, None) is not None]
+    present = encoders_of(pipe, family)
     wanted = adapter.train_text_encoder
     chosen = [name for name in present if wanted is True or (wanted and name in wanted)]
     named = {

@@ -53,7 +53,7 @@ class ConditioningSource:
         new = sorted(asked - self._own - self._ahead) if frozen else []
         if new:
             # what is trained is not asked: its dropout would draw numbers that the step's own are to be
-            with self._trainable.base_alone(), frozen.staying():
+            with self._trainable.base_alone():
                 for caption in new:
                     with frozen.recalled([caption]):
                         encode_captions(self._trainable.pipe, self._trainable.family, [caption])
@@ -62,7 +62,8 @@ class ConditioningSource:
     def _encode_new(self, captions: Iterable[str], cache: TensorCache) -> None:
         new = sorted({caption for caption in captions if self._find(caption) is None})
         if new:
-            with torch.no_grad(), self._trainable.encoders_on_device():
+            self._trainable.bring_encoders()
+            with torch.no_grad():
                 for caption in new:
                     made = encode_captions(self._trainable.pipe, self._trainable.family, [caption])
                     cache.add(self._key(caption), made)

@@ -31,7 +31,7 @@ class View:
 
 def are_few(data: DataConfig) -> bool:
     """Whether pictures have so few views that each is worth keeping."""
-    return data.crop == "center" or data.cache_variants > 0
+    return data.has_few_views
 
 
 def fresh_view(data: DataConfig, rng: Random) -> View:

@@ -3,13 +3,14 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dora_diffusion.training.config import DataConfig, TrainConfig
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from dora_diffusion.pipelines.textual_inversion import Words
@@ -23,24 +24,46 @@ if TYPE_CHECKING:
 _SIZES_NAMED = 5
 
 
-def describe_plan(config: TrainConfig, *, pipe: Any = None) -> str:
+def describe_plan(
+    config: TrainConfig, *, memory: float | None = None, skeleton: "Callable[[torch.dtype], Any] | None" = None
+) -> str:
     """The plan of a run in a few lines; raises what the run itself would about folder, data, base and targets.
 
     The base's weights are not read, nor is anything drawn or trained.
 
     Args:
         config: of the run.
-        pipe: a base without weights to plan with, where the config's own is not at hand; it is used up.
+        memory: GiB of a card for which settings are sought that fit; None takes those of the config.
+        skeleton: dtype -> a base without weights to plan with, where the config's own is not at hand.
     """
     from dora_diffusion.training.base.devices import device_for, with_precision
     from dora_diffusion.training.base.memory import estimate_memory
+    from dora_diffusion.training.run.fitting import fitted, fitting_lines, usable
 
-    where = device_for(config.device)
-    config = with_precision(config, where)
-    *lines, output = (plan := _plan(config, pipe)).lines
-    device: Device = "cpu" if where.type == "cpu" else "cuda"  # other GPUs take what it takes
-    memory = estimate_memory(plan.trainable, config, device=device)
-    return "\n".join([*lines, *memory_lines(memory, f"on {where.type}"), output])
+    config = with_precision(config, where := device_for(config.device))
+    *lines, output = (plan := _plan(config, skeleton)).lines
+    device: Device = "cpu" if where.type == "cpu" and memory is None else "cuda"  # other GPUs take what it takes
+    if memory is None:
+        found = estimate_memory(plan.trainable, config, device=device)
+        return "\n".join([*lines, *memory_lines(found, f"on {where.type}"), output])
+
+    def estimate(other: TrainConfig) -> "MemoryEstimate":
+        return estimate_memory(_planned(other, skeleton), other, device="cuda")
+
+    tried = fitted(config, usable(memory), estimate)
+    return "\n".join([*lines, *fitting_lines(tried, memory), *memory_lines(tried[-1].estimate, "on cuda"), output])
+
+
+def _planned(config: TrainConfig, skeleton: "Callable[[torch.dtype], Any] | None") -> "TrainablePipeline":
+    """A base without weights, with what is trained in it."""
+    from dora_diffusion.training.base.below import plan_below
+    from dora_diffusion.training.base.meta import load_skeleton
+    from dora_diffusion.training.base.trainable import PRECISIONS, prepare_trainable
+
+    dtype = PRECISIONS[config.optim.mixed_precision]
+    pipe = load_skeleton(config.model, dtype=dtype) if skeleton is None else skeleton(dtype)
+    below = plan_below(pipe, config.base.adapters)
+    return replace(prepare_trainable(pipe, config, from_start=False), below=below)
 
 
 def check_plan(config: TrainConfig) -> None:
@@ -56,14 +79,12 @@ class _Plan:
     lines: list[str]
 
 
-def _plan(config: TrainConfig, pipe: Any) -> _Plan:
+def _plan(config: TrainConfig, skeleton: "Callable[[torch.dtype], Any] | None") -> _Plan:
     from dora_diffusion.pipelines.quantise import check_library
-    from dora_diffusion.training.base.below import plan_below
     from dora_diffusion.training.base.devices import device_for, with_precision
-    from dora_diffusion.training.base.meta import load_skeleton
     from dora_diffusion.training.base.sizes import sizes_of
     from dora_diffusion.training.base.start import plan_start
-    from dora_diffusion.training.base.trainable import PRECISIONS, prepare_trainable, trainable_count
+    from dora_diffusion.training.base.trainable import trainable_count
     from dora_diffusion.training.data.buckets import in_buckets
     from dora_diffusion.training.data.concepts import checked_examples
     from dora_diffusion.training.data.examples import check_words
@@ -84,10 +105,8 @@ def _plan(config: TrainConfig, pipe: Any) -> _Plan:
     split = checked_examples(config.data, seed=config.optim.seed)
     examples = split.train
     check_words(config.words.starts, examples)
-    pipe = pipe or load_skeleton(config.model, dtype=PRECISIONS[config.optim.mixed_precision])
-    below = plan_below(pipe, config.base.adapters)
-    trainable = prepare_trainable(pipe, config, from_start=False)
-    check_previews(pipe, config.preview)
+    trainable = _planned(config, skeleton)
+    check_previews(trainable.pipe, config.preview)
     started = plan_start(trainable.injections, config.adapter, trainable.family.name)
     # raises for a scheduler that cannot be trained
     objective_of(trainable.pipe, config.optim, config.flow, config.loss, tokens=1)
@@ -100,7 +119,7 @@ def _plan(config: TrainConfig, pipe: Any) -> _Plan:
     file = file_bytes(trainable.adapter(tool_metadata(config, trainable.pipe, split, step=optim.steps) | own))
     lines = [
         f"base       {config.model} ({trainable.family.name})",
-        *base_lines(trainable.pipe, config, below, started or ""),
+        *base_lines(trainable.pipe, config, trainable.below, started or ""),
         f"images     {_images(config.data, split)}, each seen about {seen / _samples(examples):.0f} times",
         f"sizes      {_sizes(sized)}",
         *(f"adapter    {name}: {len(part.matched)} layers" for name, part in trainable.injections.items()),
@@ -168,9 +187,15 @@ def _words(words: "Words") -> str:
 def memory_lines(memory: "MemoryEstimate", where: str) -> list[str]:
     """An estimate as a small table under the word `memory`; `where` says what it holds for."""
     divisor, unit = (2**30, "GiB") if memory.total >= 2**30 else (2**20, "MiB")
-    parts = ", ".join(f"{name} {size / divisor:.2f}" for name, size in memory.weights.items())
+    parts, resting = (
+        ", ".join(f"{name} {size / divisor:.2f}" for name, size in some.items())
+        for some in (memory.present, memory.resting)
+    )
     rows = {
-        "weights": (sum(memory.weights.values()), parts),
+        "weights": (
+            sum(memory.present.values()),
+            parts + (f"; in main memory meanwhile: {resting}" if resting else ""),
+        ),
         "adapter": (memory.adapters, ""),
         "gradients": (memory.gradients, ""),
         "optimiser": (memory.optimiser, ""),

@@ -71,10 +71,9 @@ def parts_of(
         identity: what it is made of.
         callbacks: what hears of it.
     """
-    with trainable.frozen.staying():  # text encoders come to the device once, for all that is known by now
-        source = BatchSource(trainable, config, instances=examples.train, classes=examples.classes)
-        source.keep_captions(one.caption for one in measured_examples(examples, config.validation))
-        source.keep_prompts(prompts_of(config.preview))
+    source = BatchSource(trainable, config, instances=examples.train, classes=examples.classes)
+    source.keep_captions(one.caption for one in measured_examples(examples, config.validation))
+    source.keep_prompts(prompts_of(config.preview))
     optimizer = build_optimizer(trainable, config.optim, config.words)
     limit_weight_norms(optimizer, trainable, config.optim.max_weight_norm)
     average = average_of(trainable, optimizer, config.optim)

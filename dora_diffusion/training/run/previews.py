@@ -51,7 +51,7 @@ def check_previews(pipe: Any, preview: PreviewConfig) -> None:
 def draw_previews(trainable: TrainablePipeline, preview: PreviewConfig) -> list[Image.Image]:
     """One picture a preview prompt, with the adapter as it stands."""
     wanted = zip(settings_of(preview), preview.prompts, strict=True)
-    with trainable.drawing(), trainable.frozen.recalled():
+    with trainable.drawing(), trainable.placement.drawing(), trainable.frozen.recalled():
         return [_drawn(trainable, settings, one.strength) for settings, one in wanted]
 
 

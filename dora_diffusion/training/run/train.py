@@ -11,6 +11,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from dora_diffusion.training.base.below import lay_below
 from dora_diffusion.training.base.borrowed import borrowed
 from dora_diffusion.training.base.devices import accelerate_on, device_for, with_precision
+from dora_diffusion.training.base.placement import Placement
 from dora_diffusion.training.base.sizes import Sizes, sizes_of
 from dora_diffusion.training.base.trainable import PRECISIONS, load_base, prepare_trainable, quantise_base
 from dora_diffusion.training.config import TrainConfig
@@ -165,7 +166,7 @@ def _train(
     dtype = PRECISIONS[config.optim.mixed_precision]
     with ExitStack() as giving_back:
         if pipeline is None:
-            pipe = load_base(config.model, dtype, accelerator.device, config.base)
+            pipe = load_base(config.model, dtype, config.base)
         else:
             pipe = giving_back.enter_context(borrowed(pipeline, dtype, accelerator.device, config.base))
         return _train_on(pipe, begun, accelerator, callbacks, extends=wanted.extends)
@@ -200,7 +201,7 @@ def _train_on(
     config, split, comparison = begun.config, begun.split, begun.comparison
     base = base_identity(pipe)
     below = lay_below(pipe, config.base.adapters)
-    quantise_base(pipe, config.base, accelerator.device)
+    quantise_base(pipe, config.base)
     objectives = Objectives(pipe, config.optim, config.flow, config.loss)
     sized = _sized(split, config, sizes_of(pipe))
     objectives.of(sized.train[0].size)  # raises for a scheduler that cannot be trained, before anything is drawn
@@ -208,7 +209,8 @@ def _train_on(
     if config.loss.zero_terminal_snr:
         pipe.scheduler = with_zero_terminal_snr(pipe.scheduler)
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    drawn = ensure_class_examples(pipe, config, process=rank, processes=ranks)
+    with Placement(pipe, accelerator.device).drawing():
+        drawn = ensure_class_examples(pipe, config, process=rank, processes=ranks)
     late = {"class pictures": examples_identity(config, [("class", one) for one in drawn]), "base": base}
     identity = Identity({**begun.identity.parts, **late})
     if comparison is not None:
@@ -216,7 +218,8 @@ def _train_on(
         identity = comparison.noted(identity)
         accelerator.print(comparison.message())
     sized = _sized(split._replace(classes=(*split.classes, *opened(drawn))), config, sizes_of(pipe))
-    trainable = replace(prepare_trainable(pipe, config, from_start=begun.saved is None), below=below)
+    device = accelerator.device
+    trainable = replace(prepare_trainable(pipe, config, device=device, from_start=begun.saved is None), below=below)
     for line in base_lines(pipe, config, trainable.below, trainable.started):
         accelerator.print(line)
     try:

@@ -78,6 +78,7 @@ class TrainingStep:
             PicturesMissing: too many pictures are gone; nothing has moved then.
         """
         taken = _Taken()
+        self._trainable.bring_denoiser()
         self._trainable.refresh_norms()
         for index in self.micro_batches(step):
             torch.manual_seed(
@@ -136,6 +137,7 @@ class TrainingStep:
         self, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], frames: Tensor
     ) -> Tensor:
         """What the denoiser says, as it stands."""
+        self._trainable.bring_denoiser()  # captions that a step made up may have taken its place
         with self._accelerator.autocast():
             return self._trainable.family.predict(
                 self._trainable.denoiser,

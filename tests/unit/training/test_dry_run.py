@@ -151,8 +151,18 @@ def test_the_size_of_a_file_is_known_before_it_is_written(tmp_path, use_dora) ->
 
 
 def test_large_estimates_are_in_gibibytes() -> None:
-    large = MemoryEstimate({"unet": 3 * 2**30}, 2**20, 2**20, 2**21, {"a step of 1": 2**30}, 512)
+    step = "a step of 1"
+    weights = {"unet": 3 * 2**30, "text_encoder": 2**30}
+    large = MemoryEstimate(weights, 2**20, 2**20, 2**21, {step: 2**30}, {step: ("unet",)}, 512)
     lines = plan.memory_lines(large, "on cuda")
-    assert "weights         3.00 GiB  unet 3.00" in lines[0]
+    assert "weights         3.00 GiB  unet 3.00; in main memory meanwhile: text_encoder 1.00" in lines[0]
     assert "a step of 1 at 512 px" in lines[4] and "on cuda" in lines[5]
-    assert memory_lines(MemoryEstimate({}, 0, 0, 0, {"a step of 1": 0}, 32), "")[0].split()[-1] == "MiB"
+    assert memory_lines(MemoryEstimate({}, 0, 0, 0, {step: 0}, {step: ()}, 32), "")[0].split()[-1] == "MiB"
+
+
+def test_settings_that_fit_a_card_are_told_as_flags(tmp_path, base) -> None:
+    lines = describe_plan(config_of(tmp_path, base), memory=8).splitlines()
+    (tried,) = [line for line in lines if line.startswith("tried")]
+    assert tried.endswith("GiB  as it is  <- fits")
+    assert "card       8 GiB, of which tensors can have 7.1" in lines
+    assert any("in all" in line and "on cuda" in line for line in lines)

@@ -125,7 +125,7 @@ def test_more_pictures_and_larger_ones_take_more(tmp_path) -> None:
     assert step_of(one) < step_of(two) < 2 * step_of(one) + one.gradients
     assert step_of(large) > 2 * step_of(one)
     assert one.moments["encoding a picture"] == two.moments["encoding a picture"] < large.moments["encoding a picture"]
-    assert replace(two, moments=one.moments) == one
+    assert replace(two, moments=one.moments, places=one.places) == one
 
 
 def test_class_pictures_double_the_batch_and_accumulation_does_not(tmp_path) -> None:
@@ -147,7 +147,7 @@ def test_the_base_beside_the_adapter_is_a_second_batch_and_no_larger_one(tmp_pat
     assert step_of(plain) < step_of(apart) < step_of(doubled)
     target = apart.side**2 * 64  # no more than the base's own prediction comes on top
     assert step_of(accumulated) <= step_of(apart) <= step_of(accumulated) + target
-    assert replace(apart, moments=plain.moments) == plain
+    assert replace(apart, moments=plain.moments, places=plain.places) == plain
 
 
 def test_checkpointing_and_half_precision_spare_memory(tmp_path) -> None:
@@ -159,16 +159,58 @@ def test_checkpointing_and_half_precision_spare_memory(tmp_path) -> None:
 
 
 def test_cuda_takes_norms_in_fp32_under_autocast_alone(tmp_path) -> None:
-    assert estimate(tmp_path, device="cuda") == estimate(tmp_path, device="cpu")
+    assert estimate(tmp_path, device="cuda").moments == estimate(tmp_path, device="cpu").moments
     half = {"optim__mixed_precision": "bf16"}
     assert step_of(estimate(tmp_path, device="cuda", **half)) > step_of(estimate(tmp_path, device="cpu", **half))
     estimate(tmp_path, device="cuda", optim__gradient_checkpointing=True, **half)  # recomputes the same dtypes
 
 
-def test_previews_count_their_decoding(tmp_path) -> None:
+def test_previews_count_their_drawing(tmp_path) -> None:
     assert "decoding a preview" not in estimate(tmp_path).moments
     found = estimate(tmp_path, preview__prompts=["a cat"])
+    assert 0 < found.moments["drawing a preview"] < step_of(found)
     assert found.moments["decoding a preview"] > 0
+
+
+def test_a_gpu_holds_a_component_while_it_is_used(tmp_path) -> None:
+    """In main memory all of them are held, always."""
+    settings = {"tiny": "sd3", "preview__prompts": ["a cat"]}
+    everything, found = estimate(tmp_path, **settings), estimate(tmp_path, device="cuda", **settings)
+    assert all(set(names) == set(everything.weights) for names in everything.places.values())
+    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    assert {name: set(names) for name, names in found.places.items()} == {
+        "encoding a caption": set(encoders),
+        "encoding a picture": {"vae"},
+        "drawing a preview": {"transformer"},
+        "decoding a preview": {"vae"},
+        "a step of 1": {"transformer"},
+    }
+    for moment, size in found.moments.items():
+        weights = sum(found.weights[name] for name in found.places[moment])
+        assert found.held(moment) == weights + found.adapters + found.optimiser + max(size, found.gradients)
+    assert found.total == max(map(found.held, found.moments)) < everything.total
+    assert found.present.keys() | found.resting.keys() == found.weights.keys()
+
+
+def test_what_every_step_uses_stays_beside_the_denoiser(tmp_path) -> None:
+    def places(**changes) -> set[str]:
+        return set(estimate(tmp_path, device="cuda", **changes).places["a step of 1"])
+
+    assert places() == {"unet"}
+    assert places(data__crop="random") == {"unet", "vae"}
+    assert places(data__crop="random", data__cache_variants=2) == {"unet"}
+    assert places(adapter__train_text_encoder=True) == {"unet", "text_encoder"}
+    assert places(words__starts={"zqx": "cat"}) == {"unet", "text_encoder"}
+
+
+def test_swapped_blocks_are_off_the_device_but_for_two(tmp_path) -> None:
+    def weights(device: str, count: int) -> int:
+        found = estimate(tmp_path, tiny="flux-dev", device=device, base__swap_blocks=count)
+        return found.weights["transformer"]
+
+    plain, two, all_of_them = (weights("cuda", count) for count in (0, 2, 4))
+    assert weights("cpu", 4) == weights("cpu", 0) == plain == two  # two are on the device whatever is done
+    assert all_of_them < plain
 
 
 def test_pissa_adds_frozen_anchors(tmp_path) -> None:

@@ -154,24 +154,17 @@ def test_micro_conditioning_says_where_each_picture_comes_from(tmp_path) -> None
 def test_untrained_text_encoders_rest_and_captions_are_encoded_once(tmp_path, examples, monkeypatch) -> None:
     config = make_config(tmp_path, adapter={"rank": 2}, optim={"steps": 4, "batch_size": 2})
     trainable = prepare_trainable(random_pocket_pipeline(), config)
-    moves: list[object] = []
+    moves: list[tuple[str, ...]] = []
     calls: list[int] = []
     encoder = trainable.pipe.text_encoder
     encoder.register_forward_pre_hook(lambda *_: calls.append(len(moves)))
-    monkeypatch.setattr(encoder, "to", lambda device: moves.append(str(device)))
+    monkeypatch.setattr(trainable.placement, "bring", lambda *names: moves.append(names))
     source = BatchSource(trainable, config, instances=examples, classes=[])
-    assert moves == ["cpu", "cpu"] and set(calls) == {1}  # to the denoiser's device, and back to main memory
+    assert moves == [("text_encoder",)] and set(calls) == {1}
     count = len(calls)
     for index in range(4):
         source.batches_at(index)
-    assert len(calls) == count and len(moves) == 2
-
-
-def test_trained_text_encoders_stay_where_they_are(tmp_path, monkeypatch) -> None:
-    trainable = prepare_trainable(random_pocket_pipeline(), make_config(tmp_path))
-    monkeypatch.setattr(trainable.pipe.text_encoder, "to", lambda device: pytest.fail("moved"))
-    with trainable.encoders_on_device():
-        trainable.offload_encoders()
+    assert len(calls) == count and moves.count(("text_encoder",)) == 1
 
 
 def test_words_past_their_share_have_no_say_in_clipping(tmp_path) -> None:
