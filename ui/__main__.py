@@ -30,7 +30,9 @@ def _parser() -> argparse.ArgumentParser:
         help="where pictures to train on lie (examples datasets)",
     )
     parser.add_argument("--models", type=Path, help="folder of further bases to switch to")
-    parser.add_argument("--device", default=default.device, help="what draws: cpu, cuda, mps or auto (%(default)s)")
+    parser.add_argument(
+        "--device", default=default.device, help="what draws: cpu, cuda, xpu, mps or auto (%(default)s)"
+    )
     parser.add_argument("--runs", type=Path, default=default.runs, help="where training runs go (%(default)s)")
     return parser
 

@@ -20,7 +20,7 @@ class UiOptions:
         transformer: a file with the base's transformer, in place of its own; None = its own.
         unet: the same for its UNet.
         vae: the same for its VAE.
-        device: what draws: "cpu", "cuda", "mps", or "auto" for the best that is here.
+        device: what draws: "cpu", "cuda", "xpu", "mps", or "auto" for the best that is here.
     """
 
     model: str = "pocket"

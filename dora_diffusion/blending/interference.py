@@ -13,6 +13,7 @@ from dora_diffusion.blending.layer_inputs import piece_of
 from dora_diffusion.functional.blend_modes import difference
 from dora_diffusion.pipelines.base_weights import weights_of
 from dora_diffusion.state import AdapterState, WeightOf
+from dora_diffusion.utils.hardware import in_float64
 
 Pair = tuple[str, str]
 
@@ -127,7 +128,7 @@ def _changes(path: str, adapters: Mapping[str, AdapterState], weight_of: WeightO
         for name, adapter in adapters.items()
         if path in adapter.modules
     ]
-    return {piece.name: difference(weight, piece.term()).double().flatten() for piece in pieces}
+    return {piece.name: in_float64(difference(weight, piece.term())).flatten() for piece in pieces}
 
 
 def _measured(

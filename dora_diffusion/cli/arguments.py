@@ -78,7 +78,7 @@ def add_mix(parser: argparse.ArgumentParser) -> None:
 
 def add_device(parser: argparse.ArgumentParser, *, default: str | None = "auto") -> None:
     """--device; a `default` of None tells a command that none was named."""
-    about = "what draws: cpu, cuda, mps, or auto, the best that is here (default: auto)"
+    about = "what draws: cpu, cuda, xpu, mps, or auto, the best that is here (default: auto)"
     parser.add_argument("--device", default=default, metavar="DEVICE", help=about)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dora_diffusion.functional.dora import TINY_NORM, dora_weight, master_dtype, rows, squared_row_norms
 from dora_diffusion.functional.lycoris import Pair
+from dora_diffusion.utils.hardware import in_float64
 
 # Directions beyond the rank that is asked for: the others settle the faster for them.
 OVERSAMPLING = 16
@@ -165,7 +166,7 @@ def relative_error(actual: Tensor, expected: Tensor, base: Tensor | None = None)
 def _norm(tensor: Tensor) -> float:
     """||tensor||, in fp64 where fp32's squares may have left its range."""
     norm = float(torch.linalg.vector_norm(tensor))
-    return norm if 1e-12 < norm < 1e18 else float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+    return norm if 1e-12 < norm < 1e18 else float(torch.linalg.vector_norm(in_float64(tensor)))
 
 
 @dataclass(frozen=True)
@@ -295,7 +296,7 @@ class _Mixing:
     def next(self, point: Tensor, image: Tensor) -> Tensor:
         """The next x, from x and f(x)."""
         self._images = [*self._images, image][-MEMORY:]
-        self._residuals = [*self._residuals, ((image - point) * self._weights).double().cpu()][-MEMORY:]
+        self._residuals = [*self._residuals, ((image - point) * self._weights).cpu().double()][-MEMORY:]
         if not self.is_mixed:
             return image
         steps = torch.stack(self._residuals).diff(dim=0)
@@ -338,9 +339,9 @@ def _start(matrix: Tensor, rank: int, generator: torch.Generator | None) -> Tens
 
 def _ranks_within(matrix: Tensor, found: _Triplets, error: float) -> int:
     """How many of the triplets leave a relative error of at most this; one more than there are when all leave more."""
-    rest = (matrix - (found.left * found.values) @ found.right.T).double().square().sum()
-    tails = rest + found.values.double().square().flip(0).cumsum(0).flip(0)  # what 0, 1, 2 ... triplets leave
-    allowed = (error * torch.linalg.vector_norm(matrix).double()) ** 2
+    rest = in_float64(matrix - (found.left * found.values) @ found.right.T).square().sum()
+    tails = rest + in_float64(found.values).square().flip(0).cumsum(0).flip(0)  # what 0, 1, 2 ... triplets leave
+    allowed = (error * in_float64(torch.linalg.vector_norm(matrix))) ** 2
     return max(1, int((torch.cat([tails, rest[None]]) > allowed).sum()))
 
 

@@ -55,7 +55,7 @@ def progress_of(timestep: Tensor | float, timesteps: Tensor) -> float:
     Samplers that visit a timestep twice, or call the denoiser twice a step, so find the same progress each time.
     """
     here = float(torch.as_tensor(timestep).flatten()[0])
-    distances = (timesteps.double().cpu() - here).abs()
+    distances = (timesteps.cpu().double() - here).abs()
     return int(distances.argmin()) / max(1, len(distances) - 1)
 
 
@@ -81,7 +81,7 @@ def reading_of(timestep: Tensor | float, timesteps: Tensor, known: Reading | Non
         known: the reading of the call before, or None.
     """
     told = float(torch.as_tensor(timestep).flatten()[0])
-    times = timesteps.double().cpu()
+    times = timesteps.cpu().double()
     candidates = (known, *READINGS) if known is not None else READINGS
     return min(candidates, key=lambda reading: round(float((times - reading(told)).abs().min()), 3))
 

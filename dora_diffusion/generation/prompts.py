@@ -283,8 +283,9 @@ def scaled_by_weights(hidden: Tensor, weights: Tensor) -> Tensor:
     plain = hidden.float()
     scaled = plain * weights.to(plain.device)[None, :, None]
     mean = scaled.mean()
-    # a mean of 0 has no ratio to restore
-    return (scaled * (plain.mean() / mean) if mean != 0 else scaled).to(hidden.dtype)
+    is_none = mean == 0  # which has no ratio to restore; whether it is stays on the device
+    ratio = plain.mean() / mean.masked_fill(is_none, 1)
+    return (scaled * ratio.masked_fill(is_none, 1)).to(hidden.dtype)
 
 
 def token_weights(pipe: Any, tokenizer: Any, prompt: Prompt) -> Tensor:

@@ -52,7 +52,7 @@ def load_pipeline(  # noqa: PLR0913 -- each is one fact of a base, by the names 
             `.safetensors` file in its original layout, or a hub id such as `owner/name` or `owner/name@revision`. Of
             weights in several variants (fp16, bf16, fp32) the one that fits `dtype` is taken.
         dtype: of the weights in memory.
-        device: "cpu", "cuda", "mps", or "auto": the first of cuda, mps and cpu that is here.
+        device: "cpu", "cuda", "xpu", "mps", or "auto": the first of cuda, xpu, mps and cpu that is here.
         config: for a single file only: a diffusers folder or hub id of the same architecture, whose configs and
             tokenizers are used, and whose weights where the file has none (a file of the denoiser alone). None asks
             the hub for the base that the file's tensors look like.

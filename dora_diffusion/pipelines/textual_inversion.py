@@ -70,7 +70,14 @@ class ExtendedEmbedding(nn.Module):
         super().__init__()
         self.base = base
         self.first = first
-        self.vectors = nn.Parameter(vectors)
+        # in a module of its own, after the base: a model's first parameter tells libraries the dtype of all of it
+        self.new = nn.ParameterList([nn.Parameter(vectors)])
+
+    @property
+    def vectors(self) -> nn.Parameter:
+        """(n, width)."""
+        vectors: nn.Parameter = self.new[0]
+        return vectors
 
     @property
     def weight(self) -> Tensor:

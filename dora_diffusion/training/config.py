@@ -7,6 +7,7 @@ expected. (A TrainConfig built in Python raises pydantic's ValidationError, whic
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,9 +23,12 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from dora_diffusion.training import yaml_config
 from dora_diffusion.training.known_optimisers import OPTIMISERS, Optimiser, OptimiserName
+
+_DEVICES = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
 
 # Paths in the file are relative to the file; `output_dir` is relative to the current directory.
 _PATHS_BESIDE_FILE = (
@@ -54,9 +58,17 @@ def _no_is_a_word(value: Any) -> Any:
     return "no" if value is False else value
 
 
+def _to_device(value: Any) -> Any:
+    """A name of a device."""
+    if isinstance(value, str) and not _DEVICES.fullmatch(value):
+        raise PydanticCustomError("device", "Input should be auto, cpu, cuda, cuda:N, xpu, xpu:N or mps")
+    return value
+
+
 Location = Annotated[Path, BeforeValidator(_to_path)]
 Number = Annotated[float, BeforeValidator(_to_number)]
 Text = Annotated[str, Field(min_length=1)]
+DeviceName = Annotated[str, BeforeValidator(_to_device)]
 Rank = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, BeforeValidator(_to_number), Field(gt=0)]
 Side = Annotated[int, Field(ge=8, multiple_of=8)]
@@ -385,8 +397,9 @@ class OptimConfig(_Section):
     """Gradients longer than this are cut to it; 0 = never."""
     min_snr_gamma: Number | None = Field(default=5.0, gt=0)
     """Gamma of min-SNR weighting (arXiv 2303.09556), loss.weighting min_snr; null = every timestep weighs the same."""
-    mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_no_is_a_word)] = "no"
-    """Precision of the frozen weights and activations; what is trained stays fp32."""
+    mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], BeforeValidator(_no_is_a_word)] = "auto"
+    """Precision of the frozen weights and activations; what is trained stays fp32. auto = bf16 on a GPU that has it,
+    fp16 on one that has not, no (fp32) on a CPU; a run that goes on keeps what it began with."""
     gradient_checkpointing: bool = False
     """Save memory by computing activations twice."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
@@ -776,6 +789,8 @@ class TrainConfig(_Section):
     """The base: "pocket", "pocket-dit", a diffusers folder, a .safetensors checkpoint or a hub id."""
     base: BaseConfig = BaseConfig()
     """Files in place of the base's own components."""
+    device: DeviceName = "auto"
+    """What trains: cpu, cuda, cuda:1, xpu or mps; auto = the first of cuda, xpu, mps and cpu that is here."""
     output_dir: Location
     """The run's folder; relative to the current directory."""
     data: DataConfig

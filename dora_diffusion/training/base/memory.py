@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from dora_diffusion.functional.objectives import weighted_squared_error
 from dora_diffusion.pipelines.quantise import quantised_bytes, quantised_parts
 from dora_diffusion.training.base.blocks import repeated_blocks
+from dora_diffusion.training.base.devices import with_precision
 from dora_diffusion.training.base.sizes import sizes_of
 from dora_diffusion.training.base.swap import swapped_bytes
 from dora_diffusion.training.base.trainable import PRECISIONS, TrainablePipeline, encoders_of
@@ -223,7 +224,7 @@ def estimate_memory(trainable: TrainablePipeline, config: TrainConfig, *, device
     Raises:
         ValueError: the resolution does not fit the model.
     """
-    models = _modules(trainable.pipe)
+    models, config = _modules(trainable.pipe), with_precision(config, torch.device(device))
     with ExitStack() as stack:
         if next(trainable.denoiser.parameters()).is_meta:
             stack.enter_context(_shapes_only(models.values()))

@@ -1,8 +1,9 @@
 """What is trained: the base pipeline with adapters injected."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from dora_diffusion.pipelines.textual_inversion import Words, add_words
 from dora_diffusion.state import AdapterState, join
 from dora_diffusion.training.base.below import Below
 from dora_diffusion.training.base.blocks import compile_blocks, release_blocks
+from dora_diffusion.training.base.encoders import FrozenEncoders
 from dora_diffusion.training.base.placement import Placement
 from dora_diffusion.training.base.start import install, read_start
 from dora_diffusion.training.base.swap import BlockSwap
@@ -80,6 +82,14 @@ class TrainablePipeline:
             return self.family.codec.encode(self.pipe, pixels)
         finally:
             _cast(vae, dtype)
+
+    @cached_property
+    def frozen(self) -> FrozenEncoders:
+        """The text encoders that nothing is trained in."""
+        placement, together = self.placement, self.placement.together
+        names = [name for name in encoders_of(self.pipe, self.family) if name not in together]
+        beside = together if self.trains_text() else frozenset[str]()  # which pipelines ask in one breath
+        return FrozenEncoders(self.pipe, names, lambda: placement.device, lambda: placement.bring(*beside, *names))
 
     def bring_encoders(self) -> None:
         """Have the text encoders on the device, to encode captions."""
@@ -234,8 +244,8 @@ def prepare_trainable(
     denoiser = getattr(pipe, family.denoiser.name)
     is_skeleton, count = next(denoiser.parameters()).is_meta, config.base.swap_blocks
     swap = BlockSwap(denoiser, count, device) if count and not is_skeleton else None
-    trains_text = words is not None or bool(wanted.keys() - {family.denoiser.name})
-    placement = _placement(pipe, family, config.data, device, swap=swap, trains_text=trains_text)
+    worded = [] if words is None else [name.partition(".")[0] for name in words.named_parameters()]
+    placement = _placement(pipe, config.data, device, trained={family.denoiser.name, *wanted, *worded}, swap=swap)
     trainable = TrainablePipeline(pipe, family, injections, placement, words, started=started, swap=swap)
     trainable.train()
     if config.base.compile and not is_skeleton:
@@ -244,11 +254,10 @@ def prepare_trainable(
 
 
 def _placement(
-    pipe: Any, family: Family, data: DataConfig, device: torch.device, *, swap: BlockSwap | None, trains_text: bool
+    pipe: Any, data: DataConfig, device: torch.device, *, trained: Collection[str], swap: BlockSwap | None
 ) -> Placement:
-    """What is used in one step is used together: text encoders where one is trained, the VAE where views are fresh."""
-    together = {family.denoiser.name, *(encoders_of(pipe, family) if trains_text else ())}
-    together |= set() if data.has_few_views else {"vae"}
+    """What is used in one step is used together: the denoiser, what is trained, the VAE where views are fresh."""
+    together = {*trained} | (set() if data.has_few_views else {"vae"})
     models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     return Placement(
         pipe, device, together=together, fixed={name for name, part in models.items() if stays_put(part)}, swap=swap

@@ -140,15 +140,17 @@ class BatchSource:
         self._instances = Samples(instances, config.data, batch_size=batch, seed=seed)
         self._classes = Samples(classes, config.data, batch_size=batch, seed=seed + 1) if classes else None
         self._missing = MissingPictures(len({one.path for one in (*instances, *classes)}), share=config.guard.missing)
-        self._trains_text = trainable.trains_text()
         if not config.data.captions.are_open:
             own = [caption for one in (*instances, *classes) for caption in one.captions]
             self.keep_captions(["", *own, *(config.prior.prompts if config.prior.mode == "adapter_off" else ())])
 
     def keep_captions(self, captions: Iterable[str]) -> None:
         """Encode captions that will be asked for beside those of the steps, while the text encoders are at hand."""
-        if not self._trains_text:
-            self._captions.keep(captions)
+        self._captions.keep(captions)
+
+    def keep_prompts(self, prompts: Iterable[str]) -> None:
+        """Let the text encoders that are not trained know prompts that will be drawn."""
+        self._captions.keep_prompts(prompts)
 
     def prepare(self, indices: Iterable[int]) -> None:
         """Encode the pictures of some micro-batches beforehand, where they are kept."""

@@ -23,14 +23,41 @@ class ConditioningSource:
         limit = data.cache_memory * 2**30
         self._trainable = trainable
         self._kept, self._passing = TensorCache(folder, limit), TensorCache(None, limit)
+        # what frozen encoders say of texts that steps make up is of no use to another run
+        self._answers = TensorCache(None if data.captions.are_open else folder, limit)
+        self._own: frozenset[str] = frozenset()
+        self._ahead: frozenset[str] = frozenset()
 
     def keep(self, captions: Iterable[str]) -> None:
         """Encode what is new among captions, once and for all."""
-        self._encode_new(captions, self._kept)
+        if self._trainable.trains_text():
+            self._own |= self._ask(captions)
+        else:
+            self._encode_new(captions, self._kept)
 
     def look_ahead(self, captions: Iterable[str]) -> None:
         """Encode what is new among the captions of the next steps."""
-        self._encode_new(captions, self._passing)
+        if self._trainable.trains_text():
+            self._ahead = self._ask(captions)
+        else:
+            self._encode_new(captions, self._passing)
+
+    def keep_prompts(self, prompts: Iterable[str]) -> None:
+        """Let the frozen text encoders know prompts that will be drawn."""
+        self._ask(prompts)
+
+    def _ask(self, captions: Iterable[str]) -> frozenset[str]:
+        """Ask the frozen text encoders about captions, of which they then know."""
+        frozen, asked = self._trainable.frozen, frozenset(captions)
+        frozen.remember_in(self._answers)
+        new = sorted(asked - self._own - self._ahead) if frozen else []
+        if new:
+            # what is trained is not asked: its dropout would draw numbers that the step's own are to be
+            with self._trainable.base_alone():
+                for caption in new:
+                    with frozen.recalled([caption]):
+                        encode_captions(self._trainable.pipe, self._trainable.family, [caption])
+        return asked
 
     def _encode_new(self, captions: Iterable[str], cache: TensorCache) -> None:
         new = sorted({caption for caption in captions if self._find(caption) is None})
@@ -47,13 +74,15 @@ class ConditioningSource:
 
     def knows(self, captions: Iterable[str]) -> bool:
         """Whether nothing has to be encoded for these, for it is here or is encoded anew at every step."""
-        return self._trainable.trains_text() or all(self._find(caption) for caption in captions)
+        if self._trainable.trains_text():
+            return not self._trainable.frozen or all(one in self._own or one in self._ahead for one in captions)
+        return all(self._find(caption) for caption in captions)
 
     def encode(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
         """Captions -> batched conditioning, with gradients when a text encoder is trained."""
         trainable = self._trainable
         if trainable.trains_text():
-            return encode_captions(trainable.pipe, trainable.family, list(captions))
+            return self._anew(captions)
         if not self.knows(captions):
             self.keep(captions)
         found = [self._find(caption) for caption in captions]
@@ -69,7 +98,14 @@ class ConditioningSource:
         if not self._trainable.trains_text():
             return self.encode(captions)
         with self._trainable.base_alone():
-            return encode_captions(self._trainable.pipe, self._trainable.family, list(captions))
+            return self._anew(captions)
+
+    def _anew(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
+        """As the text encoders are now; what the frozen ones say stays."""
+        trainable = self._trainable
+        trainable.frozen.remember_in(self._answers)
+        with trainable.frozen.recalled(captions):
+            return encode_captions(trainable.pipe, trainable.family, list(captions))
 
     def _key(self, caption: str) -> str:
         return made_of(caption=caption, encoder=self._encoders)

@@ -382,7 +382,7 @@ ROWS: tuple[Row, ...] = (
     _of_weighting("logit_std", "logit_normal"),
     _of_weighting("mode_scale", "mode"),
     Row("guidance_scale", (), "bases that were distilled from guidance are told 1 here", _guidance, 3.5),
-    copied("mixed_precision", "optim.mixed_precision", "bf16", read=precision),
+    copied("mixed_precision", "optim.mixed_precision", "bf16", read=precision, unset="no"),
     copied("gradient_checkpointing", "optim.gradient_checkpointing", True, read=flag),
     copied("seed", "optim.seed", 7, read=whole),
     copied("output_dir", "output_dir", "out", read=text),

@@ -10,6 +10,7 @@ from dora_diffusion.utils.text import shown_value
 
 LATENT = 8
 """Sides of training pictures are multiples of it."""
+_DEVICES = re.compile(r"cpu|mps|(cuda|xpu)(:\d+)?")
 _PRECISIONS = {
     **dict.fromkeys(("no", "fp32", "float32", "float", "float_32", "tfloat_32", "tf32"), "no"),
     **dict.fromkeys(("fp16", "float16", "float_16", "half"), "fp16"),
@@ -75,6 +76,14 @@ def precision(value: Any) -> str:
     found = _PRECISIONS.get(text(value).lower())
     if found is None:
         raise ValueError(f"got {value}, expected fp32, fp16 or bf16")
+    return found
+
+
+def device(value: Any) -> str:
+    """`cuda`, `cuda:0`, `cpu` ..., as they are called here too."""
+    found = text(value).lower()
+    if not _DEVICES.fullmatch(found):
+        raise ValueError(f"got {value}, expected cpu, cuda, cuda:N, xpu or mps")
     return found
 
 

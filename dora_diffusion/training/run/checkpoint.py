@@ -42,6 +42,7 @@ class TrainingState:
         identity: what the run is made of.
         history: the loss of each step.
         standing: what the losses of held-out pictures come to.
+        device: the kind of device that trains.
     """
 
     parameters: dict[str, Tensor]
@@ -54,6 +55,7 @@ class TrainingState:
     identity: Identity | None = None
     history: History | None = None
     standing: Standing = field(default_factory=Standing)
+    device: str = "cpu"
 
     @property
     def best(self) -> int | None:
@@ -91,6 +93,16 @@ class Saved:
     def ended_early(self) -> bool:
         """Whether its run ended there, before its last step."""
         return bool(self.standing.get("ended_early"))
+
+    @property
+    def device(self) -> str | None:
+        """The kind of device that trained it; None in those from before that was noted."""
+        return self.progress.get("device")
+
+    @property
+    def precision(self) -> str:
+        """What it was trained in."""
+        return str(self.progress["settings"]["optim"].get("mixed_precision", "no"))
 
     @property
     def planned(self) -> int:
@@ -149,6 +161,7 @@ def save(
     progress = {
         "step": step,
         "processes": state.processes,
+        "device": state.device,
         "validation": state.validation,
         "standing": state.standing.progress(),
         "settings": resumable_part(config),

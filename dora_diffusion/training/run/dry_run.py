@@ -36,16 +36,16 @@ def describe_plan(
         memory: GiB of a card for which settings are sought that fit; None takes those of the config.
         skeleton: dtype -> a base without weights to plan with, where the config's own is not at hand.
     """
-    import torch
-
+    from dora_diffusion.training.base.devices import device_for, with_precision
     from dora_diffusion.training.base.memory import estimate_memory
     from dora_diffusion.training.run.fitting import fitted, fitting_lines, usable
 
+    config = with_precision(config, where := device_for(config.device))
     *lines, output = (plan := _plan(config, skeleton)).lines
-    device: Device = "cuda" if torch.cuda.is_available() or memory is not None else "cpu"
+    device: Device = "cpu" if where.type == "cpu" and memory is None else "cuda"  # other GPUs take what it takes
     if memory is None:
         found = estimate_memory(plan.trainable, config, device=device)
-        return "\n".join([*lines, *memory_lines(found, f"on {device}"), output])
+        return "\n".join([*lines, *memory_lines(found, f"on {where.type}"), output])
 
     def estimate(other: TrainConfig) -> "MemoryEstimate":
         return estimate_memory(_planned(other, skeleton), other, device="cuda")
@@ -81,6 +81,7 @@ class _Plan:
 
 def _plan(config: TrainConfig, skeleton: "Callable[[torch.dtype], Any] | None") -> _Plan:
     from dora_diffusion.pipelines.quantise import check_library
+    from dora_diffusion.training.base.devices import device_for, with_precision
     from dora_diffusion.training.base.sizes import sizes_of
     from dora_diffusion.training.base.start import plan_start
     from dora_diffusion.training.base.trainable import trainable_count
@@ -96,6 +97,7 @@ def _plan(config: TrainConfig, skeleton: "Callable[[torch.dtype], Any] | None") 
     from dora_diffusion.training.step.objective import objective_of
     from dora_diffusion.training.step.optimisers import check_optimizer, parameter_groups
 
+    config = with_precision(config, device_for(config.device))
     check_writable(config.output_dir)
     check_library(config.base.quantise, key="base.quantise")
     check_optimizer(config.optim)

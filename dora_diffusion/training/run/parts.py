@@ -13,8 +13,9 @@ from dora_diffusion.training.run.checkpoint import TrainingState
 from dora_diffusion.training.run.history import History
 from dora_diffusion.training.run.identity import Identity
 from dora_diffusion.training.run.keeper import Keeper
+from dora_diffusion.training.run.previews import prompts_of
 from dora_diffusion.training.run.standing import Standing
-from dora_diffusion.training.run.validation import Validation
+from dora_diffusion.training.run.validation import Validation, measured_examples
 from dora_diffusion.training.run.watchers import Watchers
 from dora_diffusion.training.step.average import average_of
 from dora_diffusion.training.step.guard import Guard
@@ -71,6 +72,8 @@ def parts_of(
         callbacks: what hears of it.
     """
     source = BatchSource(trainable, config, instances=examples.train, classes=examples.classes)
+    source.keep_captions(one.caption for one in measured_examples(examples, config.validation))
+    source.keep_prompts(prompts_of(config.preview))
     optimizer = build_optimizer(trainable, config.optim, config.words)
     limit_weight_norms(optimizer, trainable, config.optim.max_weight_norm)
     average = average_of(trainable, optimizer, config.optim)
@@ -99,6 +102,7 @@ def parts_of(
         identity=identity,
         history=history,
         standing=standing,
+        device=accelerator.device.type,
     )
     watchers = Watchers(
         config,

@@ -34,6 +34,11 @@ def settings_of(preview: PreviewConfig) -> list[GenerationSettings]:
     return found
 
 
+def prompts_of(preview: PreviewConfig) -> list[str]:
+    """All that text encoders are asked for previews."""
+    return [prompt for one in settings_of(preview) for prompt in (one.prompt, one.negative_prompt)]
+
+
 def check_previews(pipe: Any, preview: PreviewConfig) -> None:
     """A ValueError of one line for a preview that the base cannot draw; nothing is drawn."""
     for number, settings in enumerate(settings_of(preview)):
@@ -46,7 +51,7 @@ def check_previews(pipe: Any, preview: PreviewConfig) -> None:
 def draw_previews(trainable: TrainablePipeline, preview: PreviewConfig) -> list[Image.Image]:
     """One picture a preview prompt, with the adapter as it stands."""
     wanted = zip(settings_of(preview), preview.prompts, strict=True)
-    with trainable.drawing(), trainable.placement.drawing():
+    with trainable.drawing(), trainable.placement.drawing(), trainable.frozen.recalled():
         return [_drawn(trainable, settings, one.strength) for settings, one in wanted]
 
 

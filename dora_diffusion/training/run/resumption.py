@@ -1,7 +1,7 @@
 """Going on from a checkpoint: what has changed since it was saved, what is refused, and a run that is made longer."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel
@@ -52,19 +52,32 @@ def extended(config: TrainConfig, saved: Saved, steps: int) -> TrainConfig:
     return config.model_copy(update={"optim": config.optim.model_copy(update={"steps": steps})})
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a run trains.
+
+    Attributes:
+        processes: how many train together.
+        device: the kind of device.
+    """
+
+    processes: int
+    device: str
+
+
 class Comparison:
     """What has changed between a checkpoint and now, as it becomes known.
 
     Args:
         saved: the checkpoint.
         config: of now.
-        processes: how many train together now.
+        place: where it trains now.
         accept: whether changes are to be accepted.
         extends: whether the number of steps may be another.
     """
 
-    def __init__(self, saved: Saved, config: TrainConfig, *, processes: int, accept: bool, extends: bool) -> None:
-        self._saved, self._config, self._processes = saved, config, processes
+    def __init__(self, saved: Saved, config: TrainConfig, place: Place, *, accept: bool, extends: bool) -> None:
+        self._saved, self._config, self._place = saved, config, place
         self._accept, self._extends = accept, extends
         self._accepted: list[str] = []
 
@@ -76,7 +89,7 @@ class Comparison:
         """
         before, now = self._saved.progress, resumable_part(self._config)
         old = {**_filled(before["settings"], now, _defaults()), "processes": before["processes"]}
-        found = dict(_differences(old, {**now, "processes": self._processes}))
+        found = dict(_differences(old, {**now, "processes": self._place.processes}))
         steps = found.pop("optim.steps", None) if self._extends else None
         fixed = [text for key, text in found.items() if key in _FIXED]
         if fixed:
@@ -122,7 +135,13 @@ class Comparison:
         older = "; it is from before pictures, captions and base were noted, so they could not be compared"
         accepted = f"; accepted: {_told(self._accepted)}" if self._accepted else ""
         unknown = older if self._saved.identity is None else ""
-        return f"resuming from {self._saved.path.name}{skipped}{unknown}{accepted}"
+        return f"resuming from {self._saved.path.name}{skipped}{unknown}{self._moved()}{accepted}"
+
+    def _moved(self) -> str:
+        before, now = self._saved.device, self._place.device
+        if before in (None, now):
+            return ""
+        return f"; it was trained on {before} and goes on on {now}, which rounds otherwise, whatever the precision"
 
 
 def _told(texts: Sequence[str]) -> str:
@@ -144,7 +163,7 @@ def _defaults() -> dict[str, Any]:
     """What older checkpoints did where they do not name a setting, sections in sections."""
     found = _defaults_of(TrainConfig)
     found["data"]["buckets"] = False  # all were squares
-    found["optim"] |= resolved(OptimConfig())
+    found["optim"] |= resolved(OptimConfig()) | {"mixed_precision": "no"}
     return found
 
 

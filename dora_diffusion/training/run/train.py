@@ -1,16 +1,16 @@
 """`train`: what a run needs is checked and loaded, then its loop runs."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
 from dora_diffusion.training.base.below import lay_below
 from dora_diffusion.training.base.borrowed import borrowed
+from dora_diffusion.training.base.devices import accelerate_on, device_for, with_precision
 from dora_diffusion.training.base.placement import Placement
 from dora_diffusion.training.base.sizes import Sizes, sizes_of
 from dora_diffusion.training.base.trainable import PRECISIONS, load_base, prepare_trainable, quantise_base
@@ -20,7 +20,7 @@ from dora_diffusion.training.data.concepts import Split, checked_examples, opene
 from dora_diffusion.training.data.examples import check_words
 from dora_diffusion.training.run.callbacks import Callbacks, TrainingCallback
 from dora_diffusion.training.run.card import base_lines
-from dora_diffusion.training.run.checkpoint import Saved
+from dora_diffusion.training.run.checkpoint import Saved, newest
 from dora_diffusion.training.run.exports import check_exports
 from dora_diffusion.training.run.finish import TrainResult, finished_result
 from dora_diffusion.training.run.folder import holds_checkpoints, run_lock
@@ -34,7 +34,7 @@ from dora_diffusion.training.run.identity import (
 from dora_diffusion.training.run.loop import Run
 from dora_diffusion.training.run.parts import parts_of
 from dora_diffusion.training.run.previews import check_previews
-from dora_diffusion.training.run.resumption import Comparison, extended, find_saved
+from dora_diffusion.training.run.resumption import Comparison, Place, extended, find_saved
 from dora_diffusion.training.run.trackers import check_trackers
 from dora_diffusion.training.step.objective import Objectives, with_zero_terminal_snr
 from dora_diffusion.training.step.optimisers import check_optimizer
@@ -95,14 +95,17 @@ def train(
     """
     wanted = _wanted(resume, extend, accept_changes)
     trackers = check_trackers(config.logging)
-    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
-    accelerator = Accelerator(
-        mixed_precision=config.optim.mixed_precision,
-        log_with=[*trackers] or None,
-        project_dir=str(config.output_dir / "logs"),
-        # said outright, or an environment variable of accelerate's would divide the gradients once more
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-    )
+    device = device_for(config.device)
+    config = with_precision(config, device, before=_precision_before(config, wanted))
+    with accelerate_on(device):
+        accelerator = Accelerator(
+            mixed_precision=config.optim.mixed_precision,
+            cpu=device.type == "cpu",
+            log_with=[*trackers] or None,
+            project_dir=str(config.output_dir / "logs"),
+            # said outright, or an environment variable of accelerate's would divide the gradients once more
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )
     called = Callbacks(callbacks, are_called=accelerator.is_main_process)
     with run_lock(config.output_dir) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
@@ -114,10 +117,12 @@ def check_start(
 ) -> None:
     """Raise what `train` would of a run's folder, checkpoint and settings, before anything is loaded."""
     wanted = _wanted(resume, extend, accept_changes)
+    device = device_for(config.device)
     saved = _saved(config, wanted)
+    config = with_precision(config, device, before=_precision_before(config, wanted))
     if saved is not None:
         config = config if extend is None else extended(config, saved, extend)
-        _comparison(saved, config, processes=1, wanted=wanted)
+        _comparison(saved, config, Place(1, device.type), wanted=wanted)
 
 
 def _wanted(resume: str | None, extend: int | None, accept_changes: bool) -> _Wanted:
@@ -172,8 +177,8 @@ def _begun(config: TrainConfig, accelerator: Accelerator, wanted: _Wanted) -> _B
     saved = _saved(config, wanted)
     if saved is not None and wanted.extend is not None:
         config = extended(config, saved, wanted.extend)
-    processes = accelerator.num_processes
-    comparison = None if saved is None else _comparison(saved, config, processes=processes, wanted=wanted)
+    place = Place(accelerator.num_processes, accelerator.device.type)
+    comparison = None if saved is None else _comparison(saved, config, place, wanted=wanted)
     check_optimizer(config.optim)
     split = checked_examples(config.data, seed=config.optim.seed)
     check_words(config.words.starts, split.train)
@@ -240,12 +245,20 @@ def _saved(config: TrainConfig, wanted: _Wanted) -> Saved | None:
     return None
 
 
-def _comparison(saved: Saved, config: TrainConfig, *, processes: int, wanted: _Wanted) -> Comparison:
+def _precision_before(config: TrainConfig, wanted: _Wanted) -> str | None:
+    """In which precision a run that goes on has been trained."""
+    with suppress(ValueError):  # which is raised where the checkpoints are looked at for their own sake
+        saved = newest(config.output_dir / "checkpoints") if wanted.resume else None
+        return None if saved is None else saved.precision
+    return None
+
+
+def _comparison(saved: Saved, config: TrainConfig, place: Place, *, wanted: _Wanted) -> Comparison:
     """The comparison with what was saved, its settings compared."""
     comparison = Comparison(
         saved,
         config,
-        processes=processes,
+        place,
         accept=wanted.accept_changes,
         extends=wanted.extend is not None,
     )

@@ -53,9 +53,8 @@ class Validation:
     ) -> None:
         self._settings, self._step, self._source, self._objective_of = settings, step, source, objective_of
         self.is_held_out = bool(examples.validation)
-        self._examples = spread(examples.validation or examples.train, settings.at_most)
+        self._examples = measured_examples(examples, settings)
         self.losses: list[tuple[int, float]] = []
-        source.keep_captions(example.caption for example in self._examples)
 
     @property
     def name(self) -> str:
@@ -96,6 +95,11 @@ class Validation:
 def due(step: int, every: int, last: int) -> bool:
     """Every so many steps, and at the end; `every` 0 means only at the end."""
     return step == last or (every > 0 and step % every == 0)
+
+
+def measured_examples(examples: Split, settings: ValidationConfig) -> list[Example]:
+    """Those that are measured."""
+    return spread(examples.validation or examples.train, settings.at_most)
 
 
 def spread(examples: Sequence[Example], most: int | None) -> list[Example]:

@@ -141,7 +141,7 @@ class TrainingStep:
         with self._accelerator.autocast():
             return self._trainable.family.predict(
                 self._trainable.denoiser,
-                noisy.to(PRECISIONS[self._optim.mixed_precision]),
+                noisy.to(PRECISIONS[self._accelerator.mixed_precision]),
                 timesteps,
                 conditioning,
                 frames,
@@ -154,11 +154,13 @@ class TrainingStep:
         if taken.losses:
             told[0] = torch.stack(taken.losses).sum() / self._optim.gradient_accumulation
         told = self._averaged(parameters, told)
-        self.rates.drop_ended_gradients(step)
-        norm = self._accelerator.clip_grad_norm_(parameters, self._optim.max_grad_norm or math.inf)
-        loss, missing, length = torch.cat([told, norm.to(told).reshape(1)]).tolist()  # the one wait for the device
         has_samples = any(parameter.grad is not None for parameter in parameters)
-        if has_samples and not missing:
+        self.rates.drop_ended_gradients(step)
+        moves, norm = any(parameter.grad is not None for parameter in parameters), told.new_zeros(1)
+        if moves:  # where nothing does, a scaler would have nothing to look at
+            norm = self._accelerator.clip_grad_norm_(parameters, self._optim.max_grad_norm or math.inf)
+        loss, missing, length = torch.cat([told, norm.to(told).reshape(1)]).tolist()  # the one wait for the device
+        if moves and not missing:
             self._move(step, loss, length, taken)
         self._optimizer.zero_grad()
         if missing:
@@ -185,14 +187,13 @@ class TrainingStep:
         # fp16's scaler skips such a step and lowers its scale by itself, until there is nothing left to lower
         is_scalers = scaler is not None and math.isfinite(loss) and not math.isfinite(norm) and scaler.get_scale() > 1
         wrong = None if is_scalers else self._guard.judge(loss, norm)
-        if wrong is not None:
-            if scaler is not None:  # which has looked at these gradients, and waits to hear that they are done with
-                scaler.update()
-            self._tell(step, wrong, taken)
-            return
-        if not is_scalers:
+        if wrong is None and not is_scalers:
             self._guard.passed(step, norm)
-        self._optimizer.step()
+            self._optimizer.optimizer.step()  # the scaler's own would wait once more to learn what the norm has said
+        if scaler is not None:  # which has looked at these gradients, and waits to hear that they are done with
+            scaler.update()
+        if wrong is not None:
+            self._tell(step, wrong, taken)
 
     def _tell(self, step: int, wrong: Wrong, taken: _Taken) -> None:
         """Say what was wrong on which pictures, and what is done; every process gets here, or none."""

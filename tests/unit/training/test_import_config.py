@@ -17,7 +17,7 @@ from PIL import Image
 from benchmarks.options_of_trainers import PAGE, page_of
 from dora_diffusion.training import yaml_config
 from dora_diffusion.training.config import TrainConfig
-from dora_diffusion.training.import_config import read_config, write_config
+from dora_diffusion.training.import_config import read_config, values, write_config
 from dora_diffusion.training.import_config.convert import Imported, Line
 from dora_diffusion.training.import_config.kohya.data import DATASETS
 from dora_diffusion.training.import_config.optimisers import OPTIONS
@@ -611,6 +611,7 @@ def test_a_job_of_ai_toolkit(folder: Path) -> None:
     assert settings["optim.steps"] == 500 and settings["optim.gradient_accumulation"] == 4
     assert settings["checkpoint.every"] == math.ceil(250 / 4) and settings["checkpoint.keep"] == 4
     assert settings["optim.learning_rate"] == 1e-4 and settings["optim.mixed_precision"] == "bf16"
+    assert settings["device"] == "cuda:0"
     assert settings["optim.gradient_checkpointing"] is True
     assert settings["data.trigger"] == "zqx" and settings["data.concepts[0].prompt"] == "a photo of {}"
     assert settings["data.concepts[0].caption_dropout"] == 0.05
@@ -950,3 +951,13 @@ def test_a_file_that_is_no_configuration_is_one_line(tmp_path: Path, case: str) 
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read"):
         read_config(tmp_path / "none.toml", output=tmp_path / "out.yaml")
+
+
+@pytest.mark.parametrize(("name", "expected"), [("cuda", "cuda"), ("CPU", "cpu"), ("cuda:1", "cuda:1")])
+def test_devices_are_called_alike(name: str, expected: str) -> None:
+    assert values.device(name) == expected
+
+
+def test_a_device_that_is_not_ours_is_said() -> None:
+    with pytest.raises(ValueError, match="got npu, expected cpu, cuda, cuda:N, xpu or mps"):
+        values.device("npu")

@@ -15,7 +15,8 @@ from tests.families.pipelines import PIPELINES
 
 def config_of(folder, **changes) -> TrainConfig:
     """A small training; `changes`: `section__key=value`."""
-    sections = {"data": {"instance_dir": folder, "resolution": 32}, "adapter": {"rank": 3}, "optim": {}}
+    data = {"instance_dir": folder, "resolution": 32}
+    sections = {"data": data, "adapter": {"rank": 3}, "optim": {"mixed_precision": "no"}}
     for name, value in changes.items():
         section, key = name.split("__")
         sections.setdefault(section, {})[key] = value

@@ -17,6 +17,7 @@ from torch import nn
 from dora_diffusion.formats import save_adapter
 from dora_diffusion.pretrain.scenes import background
 from dora_diffusion.training.base.below import lay_below
+from dora_diffusion.training.base.devices import with_precision
 from dora_diffusion.training.base.trainable import TrainablePipeline, prepare_trainable
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.data.batches import BatchSource
@@ -254,6 +255,7 @@ class Trained:
 
     def __init__(self, pipe, config: TrainConfig, instances, classes=()) -> None:
         AcceleratorState._reset_state()
+        config = with_precision(config, torch.device("cpu"))
         self.accelerator = Accelerator(cpu=True, mixed_precision=config.optim.mixed_precision)
         self.trainable: TrainablePipeline = prepare_trainable(pipe, config)
         self.source = BatchSource(self.trainable, config, instances=sized(instances), classes=sized(classes))

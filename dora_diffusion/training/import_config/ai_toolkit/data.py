@@ -18,6 +18,7 @@ from dora_diffusion.training.import_config.records import (
 )
 from dora_diffusion.training.import_config.values import (
     crop,
+    device,
     flag,
     model_name,
     number,
@@ -90,11 +91,12 @@ JOB: list[Row] = [
     *unneeded(
         "how it is run there",
         (
-            "job config.name type device performance_log_every log_dir config.device config.log_dir "
+            "job config.name type performance_log_every log_dir config.device config.log_dir "
             "config.performance_log_every sqlite_db_path"
         ),
         example="extension",
     ),
+    copied("device", "device", "cuda:0", read=device),
     *unneeded("said of the file, not of the run", "meta.* config.meta.*", example="1.0"),
     Row(
         "training_folder",

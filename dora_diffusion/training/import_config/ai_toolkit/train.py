@@ -184,7 +184,7 @@ TRAIN: list[Row] = [
     ),
     *without("no counterpart", "train.lr_scheduler_params.*", example=3),
     copied("train.max_grad_norm", "optim.max_grad_norm", 0.5, read=real),
-    copied("train.dtype", "optim.mixed_precision", "bf16", read=precision),
+    copied("train.dtype", "optim.mixed_precision", "bf16", read=precision, unset="fp32"),
     copied("train.gradient_checkpointing", "optim.gradient_checkpointing", False, read=flag, unset=True),
     Row(
         "train.noise_scheduler",

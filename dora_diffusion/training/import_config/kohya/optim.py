@@ -330,7 +330,7 @@ OPTIM: list[Row] = [
         example=3,
     ),
     copied("max_grad_norm", "optim.max_grad_norm", 0.5, read=real),
-    copied("mixed_precision", "optim.mixed_precision", "bf16", read=precision),
+    copied("mixed_precision", "optim.mixed_precision", "bf16", read=precision, unset="no"),
     *without("what is trained stays fp32 here", "full_fp16 full_bf16", example=True),
     copied("gradient_checkpointing", "optim.gradient_checkpointing", True, read=flag),
     copied("seed", "optim.seed", 42, read=whole, says="not given: 0 here, another each time there"),

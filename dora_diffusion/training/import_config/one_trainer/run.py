@@ -5,7 +5,7 @@ from typing import Any
 
 from dora_diffusion.training.import_config.one_trainer.steps import each
 from dora_diffusion.training.import_config.records import Answer, Row, Source, copied, needless, to, unneeded, without
-from dora_diffusion.training.import_config.values import preview_of, real, text, whole
+from dora_diffusion.training.import_config.values import device, preview_of, real, text, whole
 
 _OWN: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "negative_prompt": ("negative", text),
@@ -93,12 +93,13 @@ REST: list[Row] = [
         ),
         example=6006,
     ),
+    copied("train_device", "device", "cuda", read=device),
     *unneeded(
         "the machine's, or found by itself",
         (
             "__version workspace_dir huggingface_cache_dir offline_mode multi_gpu device_indexes "
             "gradient_reduce_precision fused_gradient_reduce async_gradient_reduce "
-            "async_gradient_reduce_buffer dataloader_threads train_device temp_device fallback_train_dtype "
+            "async_gradient_reduce_buffer dataloader_threads temp_device fallback_train_dtype "
             "enable_autocast_cache attention_mechanism async_offloading force_circular_padding "
             "sample_image_format sample_video_format sample_audio_format weight_dtype quantization.*"
         ),
