@@ -1,4 +1,4 @@
-"""A run's phases on a device that counts: published models at their real size, without numbers, stay under the estimate.
+"""A run's phases on a device that counts: published models in their real size, without numbers, keep to the estimate.
 
 The device is one of the tests' own: components that are moved there, and swapped blocks that are brought, count as long
 as they are there; so does everything that is computed, while it lives.
