@@ -84,7 +84,6 @@ class Keeper:
         else:
             adapter = self._config.output_dir / checkpoint.ADAPTER if self._trainable.injections else None
             result = result_of(outcome, adapter)
-        self._accelerator.wait_for_everyone()
         return result
 
     def _adapter(self, step: int) -> AdapterState | None:

@@ -8,6 +8,7 @@ from dora_diffusion.training.base.trainable import TrainablePipeline
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.data.batches import BatchSource
 from dora_diffusion.training.data.concepts import Split
+from dora_diffusion.training.processes import Processes, processes_of
 from dora_diffusion.training.run.callbacks import Callbacks
 from dora_diffusion.training.run.checkpoint import TrainingState
 from dora_diffusion.training.run.history import History
@@ -37,6 +38,7 @@ class Parts:
         watchers: what looks on.
         keeper: writes checkpoints and files.
         callbacks: what hears of it.
+        processes: that train together.
     """
 
     source: BatchSource
@@ -47,6 +49,7 @@ class Parts:
     watchers: Watchers
     keeper: Keeper
     callbacks: Callbacks
+    processes: Processes
 
 
 def parts_of(
@@ -70,7 +73,8 @@ def parts_of(
         identity: what it is made of.
         callbacks: what hears of it.
     """
-    source = BatchSource(trainable, config, instances=examples.train, classes=examples.classes)
+    processes = processes_of(accelerator)
+    source = BatchSource(trainable, config, instances=examples.train, classes=examples.classes, processes=processes)
     optimizer = build_optimizer(trainable, config.optim, config.words)
     limit_weight_norms(optimizer, trainable, config.optim.max_weight_norm)
     average = average_of(trainable, optimizer, config.optim)
@@ -85,8 +89,16 @@ def parts_of(
         optimizer=optimizer,
         guard=guard,
     )
-    validation = Validation(config.validation, step, source, examples, objective_of=objectives.measuring)
     standing = Standing(keeps_best=config.checkpoint.keep_best, patience=config.validation.patience)
+    validation = Validation(
+        config.validation,
+        step,
+        source,
+        examples,
+        objective_of=objectives.measuring,
+        standing=standing,
+        processes=processes,
+    )
     history = History()
     state = TrainingState(
         tensors,
@@ -105,9 +117,9 @@ def parts_of(
         accelerator,
         trainable,
         validation=validation,
-        standing=standing,
         callbacks=callbacks,
         average=average,
+        processes=processes,
     )
     keeper = Keeper(config, accelerator, trainable, examples, state=state, callbacks=callbacks, average=average)
-    return Parts(source, step, validation, standing, history, watchers, keeper, callbacks)
+    return Parts(source, step, validation, standing, history, watchers, keeper, callbacks, processes)

@@ -98,11 +98,12 @@ steps = [wrong.get(number // 2, (1.0, GOOD)) if number % 2 else (1.0, GOOD) for 
 step, parameter, _, guard = step_of([each or (1.0, GOOD) for each in steps], 1.0, window=4)
 whole = step._batches_at
 step._batches_at = lambda index: [] if steps[index] is None else whole(index)
-moved = []
+moved, losses = [], []
 for number in range(7):
-    step.take(number)
+    losses.append(step.take(number))
     moved.append(parameter.tolist())
 still = [number for number in range(1, 7) if moved[number] == moved[number - 1]]
+assert losses[5] == 1.0, losses  # of the samples that there are, not half of it
 said = f"still {still} skipped {guard.counts['guard/skipped']} at {moved[-1]}"
 Path(sys.argv[1], f"rank-{rank}").write_text(said)
 """

@@ -1,0 +1,115 @@
+"""A run as one of several processes, watched: `torchrun ... tests/e2e/two_processes.py YAML FOLDER`.
+
+It writes FOLDER/rank-N.json: what each micro-batch held, the loss of each step, and how many collectives were begun
+before and after each.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+
+
+def launched(config: Path, folder: Path, *launcher: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run this script in two processes on the CPU; stdout and stderr of both together."""
+    start = launcher or ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    known = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment}
+    known["PYTHONPATH"] = os.pathsep.join([str(ROOT), known.get("PYTHONPATH", "")])
+    command = [sys.executable, *start, __file__, str(config), str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, env=known, timeout=500, cwd=ROOT)
+
+
+def nothing() -> dict[str, list[Any]]:
+    """What is seen before the first step."""
+    return {"steps": [], "batches": [], "drawn": [], "encoded": [], "said": []}
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _collectives() -> int:
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return 0
+    return int(distributed.group.WORLD._get_sequence_number_for_group())
+
+
+def watched(patched: pytest.MonkeyPatch, seen: dict[str, list[Any]], *, stop_at: int | None = None) -> None:
+    """Note what is seen, drawn and encoded; a SIGTERM to this very process before one of the steps."""
+    from dora_diffusion.training.base.trainable import TrainablePipeline
+    from dora_diffusion.training.data import conditioning
+    from dora_diffusion.training.run import previews
+    from dora_diffusion.training.step.training_step import TrainingStep
+
+    take, loss, draw = TrainingStep.take, TrainingStep.loss, previews.generate
+    encode, say = TrainablePipeline.encode_pictures, conditioning.encode_captions
+
+    def taken(self: TrainingStep, step: int) -> float:
+        before = _collectives()
+        if step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # as a launcher passes on what the terminal has sent already
+        found = take(self, step)
+        seen["steps"].append({"step": step, "loss": found, "before": before, "after": _collectives()})
+        return found
+
+    def noted(self: TrainingStep, batch: Any, *, seed: int, **rest: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            held = {**batch.conditioning, "latents": batch.latents, "frames": batch.frames}
+            seen["batches"].append({"names": batch.names, "hash": _hash(held), "seed": seed})
+        return loss(self, batch, seed=seed, **rest)
+
+    def drawn(pipe: Any, settings: Any) -> Any:
+        seen["drawn"].append(settings.prompt)
+        return draw(pipe, settings)
+
+    def encoded(self: TrainablePipeline, pixels: Tensor) -> Tensor:
+        seen["encoded"].append(len(pixels))
+        return encode(self, pixels)
+
+    def said(pipe: Any, family: Any, captions: list[str]) -> Any:
+        seen["said"] += captions
+        return say(pipe, family, captions)
+
+    patched.setattr(TrainingStep, "take", taken)
+    patched.setattr(TrainingStep, "loss", noted)
+    patched.setattr(previews, "generate", drawn)
+    patched.setattr(TrainablePipeline, "encode_pictures", encoded)
+    patched.setattr(conditioning, "encode_captions", said)
+
+
+def main() -> None:
+    from dora_diffusion.training.config import TrainConfig
+    from dora_diffusion.training.run.train import train
+
+    seen = nothing()
+    rank = int(os.environ["RANK"])
+    stops = os.environ.get("STOP", "").split("@")
+    watched(pytest.MonkeyPatch(), seen, stop_at=int(stops[1]) if stops[0] == str(rank) else None)
+    ended = "done"
+    try:
+        train(TrainConfig.from_yaml(Path(sys.argv[1])), resume=os.environ.get("RESUME"))
+    except KeyboardInterrupt:
+        ended = "stopped"
+    seen["encoded"] = [sum(seen["encoded"])]
+    Path(sys.argv[2], f"rank-{rank}.json").write_text(json.dumps({**seen, "ended": ended}))
+
+
+if __name__ == "__main__":
+    main()
