@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dora_diffusion.layers.offloaded import is_spread
+
 
 @dataclass(frozen=True)
 class Quantisation:
@@ -116,7 +118,7 @@ def refuse_unknown(path: str, module: nn.Module) -> None:
             weight = getattr(module, name)
     if not isinstance(weight, Tensor):
         return
-    is_plain = type(weight.data) is Tensor and weight.is_floating_point()
+    is_plain = (type(weight.data) is Tensor or is_spread(weight)) and weight.is_floating_point()
     if not is_plain:
         known = ", ".join(kind.name for kind in QUANTISATIONS)
         raise ValueError(

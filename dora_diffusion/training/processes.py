@@ -32,11 +32,13 @@ class Processes:
         rank: which of them this is; 0 leads.
         count: how many there are.
         store: `torch.distributed.Store` that they have in common; None for one alone.
+        in_step: whether all have to do the same forwards in the same order, for they keep the base together.
     """
 
     rank: int = 0
     count: int = 1
     store: Any = None
+    in_step: bool = False
 
     @property
     def leads(self) -> bool:
@@ -46,6 +48,10 @@ class Processes:
     def share(self, things: Sequence[T]) -> list[T]:
         """Every so manieth: what this process does of things that all list in one order."""
         return list(things[self.rank :: self.count])
+
+    def share_of_forwards(self, things: Sequence[T]) -> list[T]:
+        """The same of what the denoiser is asked for: all of it, where they keep the base together."""
+        return list(things) if self.in_step else self.share(things)
 
     def meet(self, place: str) -> None:
         """Wait until every process has come here; `place`: a name that is used once."""
@@ -84,7 +90,7 @@ class Processes:
 ALONE = Processes()
 
 
-def processes_of(accelerator: Accelerator) -> Processes:
+def processes_of(accelerator: Accelerator, *, in_step: bool = False) -> Processes:
     """Those of a run. Each has to call this as often as the others: each time they get names of their own."""
     if accelerator.num_processes == 1:
         return ALONE
@@ -95,7 +101,7 @@ def processes_of(accelerator: Accelerator) -> Processes:
     store = TCPStore(place, port, is_master=False, wait_for_workers=False, timeout=timedelta(minutes=10))
     start = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     prefix = f"dora_diffusion/{start}/{next(_numbers)}"
-    return Processes(accelerator.process_index, accelerator.num_processes, PrefixStore(prefix, store))
+    return Processes(accelerator.process_index, accelerator.num_processes, PrefixStore(prefix, store), in_step)
 
 
 class StopRequest:

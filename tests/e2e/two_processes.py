@@ -32,7 +32,7 @@ def launched(config: Path, folder: Path, *launcher: str, **environment: str) -> 
 
 def nothing() -> dict[str, list[Any]]:
     """What is seen before the first step."""
-    return {"steps": [], "batches": [], "drawn": [], "encoded": [], "said": []}
+    return {"steps": [], "batches": [], "drawn": [], "encoded": [], "said": [], "held": [], "norms": []}
 
 
 def _hash(tensors: Mapping[str, Tensor]) -> str:
@@ -50,8 +50,16 @@ def _collectives() -> int:
     return int(distributed.group.WORLD._get_sequence_number_for_group())
 
 
+def _held(trainable: Any) -> int:
+    """Bytes of the base's denoiser that this process keeps."""
+    trained = {id(parameter) for parameter in trainable.parameters()}
+    of_base = [parameter for parameter in trainable.denoiser.parameters() if id(parameter) not in trained]
+    return sum((one.to_local() if hasattr(one, "to_local") else one).nbytes for one in of_base)
+
+
 def watched(patched: pytest.MonkeyPatch, seen: dict[str, list[Any]], *, stop_at: int | None = None) -> None:
     """Note what is seen, drawn and encoded; a SIGTERM to this very process before one of the steps."""
+    from dora_diffusion.layers.dora import DoRALayer
     from dora_diffusion.training.base.trainable import TrainablePipeline
     from dora_diffusion.training.data import conditioning
     from dora_diffusion.training.run import previews
@@ -59,6 +67,7 @@ def watched(patched: pytest.MonkeyPatch, seen: dict[str, list[Any]], *, stop_at:
 
     take, loss, draw = TrainingStep.take, TrainingStep.loss, previews.generate
     encode, say = TrainablePipeline.encode_pictures, conditioning.encode_captions
+    norm = DoRALayer._squared_norm
 
     def taken(self: TrainingStep, step: int) -> float:
         before = _collectives()
@@ -67,6 +76,7 @@ def watched(patched: pytest.MonkeyPatch, seen: dict[str, list[Any]], *, stop_at:
             os.kill(os.getpid(), signal.SIGTERM)  # as a launcher passes on what the terminal has sent already
         found = take(self, step)
         seen["steps"].append({"step": step, "loss": found, "before": before, "after": _collectives()})
+        seen["held"].append(_held(self._trainable))
         return found
 
     def noted(self: TrainingStep, batch: Any, *, seed: int, **rest: Any) -> Tensor:
@@ -87,6 +97,11 @@ def watched(patched: pytest.MonkeyPatch, seen: dict[str, list[Any]], *, stop_at:
         seen["said"] += captions
         return say(pipe, family, captions)
 
+    def normed(self: DoRALayer) -> Any:
+        seen["norms"].append(len(seen["steps"]))
+        return norm(self)
+
+    patched.setattr(DoRALayer, "_squared_norm", normed)
     patched.setattr(TrainingStep, "take", taken)
     patched.setattr(TrainingStep, "loss", noted)
     patched.setattr(previews, "generate", drawn)

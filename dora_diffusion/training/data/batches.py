@@ -1,7 +1,7 @@
 """Batches of latents and conditioning. Everything random is a function of (seed, step): a resumed run sees the same."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -188,7 +188,15 @@ class BatchSource:
         chosen = _by_size(self._chosen_at(index))
         total = sum(map(len, chosen))
         parts = [self._readable(part, read) for part in chosen]
-        return [self._batch(part, share=len(part) / total) for part in parts if part]
+        batches = [self._batch(part, share=len(part) / total) for part in parts if part]
+        return [*batches, *self._padding(index, batches)] if self._processes.in_step else batches
+
+    def _padding(self, index: int, batches: Sequence[Batch]) -> list[Batch]:
+        """Batches without a share, where another process has more: all do as many forwards."""
+        first = index - self._processes.rank
+        others = range(first, first + self._processes.count)
+        most = max(len(_by_size(self._chosen_at(other))) for other in others)
+        return [replace(batches[-1], share=0.0)] * (most - len(batches))
 
     def _look_ahead(self, index: int) -> None:
         if not self._captions.knows(self._captions_at(index)):
@@ -245,6 +253,8 @@ class BatchSource:
                 read[key] = read[key] if key in read else self._latents.latent(one.example, one.view)
                 found.append((one, read[key]))
             except UnreadablePicture as error:
+                if self._processes.in_step:  # the others would wait for its forwards
+                    raise
                 self._missing.note(one.example.path, error)
             else:
                 self._missing.found(one.example.path)

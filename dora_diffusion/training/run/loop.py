@@ -60,6 +60,7 @@ class Run:
         """Wait for one another for the last time: the store may be of a process that ends."""
         self.processes.meet(place)
         self.accelerator.wait_for_everyone()
+        self.accelerator.state.destroy_process_group()  # or it would be torn at the end, by whoever ends first
 
     def _steps(self, done: int, stop: StopRequest) -> int:
         """The steps after the first `done`; returns how many are done at the end.

@@ -2,18 +2,17 @@
 
 from dataclasses import dataclass
 
-from accelerate import Accelerator
-
 from dora_diffusion.training.base.trainable import TrainablePipeline
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.data.batches import BatchSource
 from dora_diffusion.training.data.concepts import Split
-from dora_diffusion.training.processes import Processes, processes_of
+from dora_diffusion.training.processes import Processes
 from dora_diffusion.training.run.callbacks import Callbacks
 from dora_diffusion.training.run.checkpoint import TrainingState
 from dora_diffusion.training.run.history import History
 from dora_diffusion.training.run.identity import Identity
 from dora_diffusion.training.run.keeper import Keeper
+from dora_diffusion.training.run.launch import Launched
 from dora_diffusion.training.run.standing import Standing
 from dora_diffusion.training.run.validation import Validation
 from dora_diffusion.training.run.watchers import Watchers
@@ -54,7 +53,7 @@ class Parts:
 
 def parts_of(
     config: TrainConfig,
-    accelerator: Accelerator,
+    launched: Launched,
     trainable: TrainablePipeline,
     objectives: Objectives,
     *,
@@ -66,14 +65,14 @@ def parts_of(
 
     Args:
         config: of the run.
-        accelerator: of the run.
+        launched: this process, and the others.
         trainable: what is trained.
         objectives: of its base.
         examples: its pictures, with their sizes.
         identity: what it is made of.
         callbacks: what hears of it.
     """
-    processes = processes_of(accelerator)
+    accelerator, processes = launched.accelerator, launched.processes
     source = BatchSource(trainable, config, instances=examples.train, classes=examples.classes, processes=processes)
     optimizer = build_optimizer(trainable, config.optim, config.words)
     limit_weight_norms(optimizer, trainable, config.optim.max_weight_norm)
@@ -121,5 +120,5 @@ def parts_of(
         average=average,
         processes=processes,
     )
-    keeper = Keeper(config, accelerator, trainable, examples, state=state, callbacks=callbacks, average=average)
+    keeper = Keeper(config, launched, trainable, examples, state=state, callbacks=callbacks, average=average)
     return Parts(source, step, validation, standing, history, watchers, keeper, callbacks, processes)

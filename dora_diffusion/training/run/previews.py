@@ -74,7 +74,7 @@ def pass_on(
         step: of the previews.
         count: of the prompts.
     """
-    if processes.count == 1:
+    if processes.count == 1 or processes.in_step:
         return drawn
     apart = folder / f"{_APART}{step:08d}"
     apart.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ class Watchers:
         """What is due after so many steps, and has not been seen before the run was stopped there."""
         is_measured = self._validation.is_due(step, self._last) and self._validation.measured_last != step
         leads, every = self._accelerator.is_main_process, self._logging.changes_every
-        moves = leads and bool(self._accelerator.trackers)
+        moves = (leads or self._processes.in_step) and bool(self._logging.trackers)
         moves = moves and (is_measured if every is None else due(step, every, self._last))
         draws = self._draws(step)
         if not (is_measured or moves or draws):
@@ -75,7 +75,7 @@ class Watchers:
 
     def _draw(self, step: int) -> None:
         """Each process draws its share and waits for the others'; one makes a row of them."""
-        own = self._preview.model_copy(update={"prompts": self._processes.share(self._preview.prompts)})
+        own = self._preview.model_copy(update={"prompts": self._processes.share_of_forwards(self._preview.prompts)})
         pictures = draw_previews(self._trainable, own) if own.prompts else []
         pictures = pass_on(pictures, self._processes, self._samples, step=step, count=len(self._preview.prompts))
         if self._processes.leads:

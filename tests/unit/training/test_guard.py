@@ -89,6 +89,7 @@ def test_what_the_guard_skips_leaves_the_scaler_ready_for_the_next_step(wrong) -
 
 SCRIPT = """
 import math, sys
+import torch
 from pathlib import Path
 from accelerate import Accelerator
 from tests.unit.training.test_guard import step_of, GOOD
@@ -106,6 +107,7 @@ still = [number for number in range(1, 7) if moved[number] == moved[number - 1]]
 assert losses[5] == 1.0, losses  # of the samples that there are, not half of it
 said = f"still {still} skipped {guard.counts['guard/skipped']} at {moved[-1]}"
 Path(sys.argv[1], f"rank-{rank}").write_text(said)
+torch.distributed.destroy_process_group()
 """
 
 
