@@ -15,7 +15,6 @@ from dora_diffusion.training.run.train import train
 from tests.e2e.test_training import config
 from tests.e2e.two_processes import launched, nothing, watched
 
-FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 SIZES = {"red": (64, 64), "blue": (64, 128), "meadow": (128, 64)}
 
 
@@ -55,7 +54,7 @@ def two(shapes, tmp_path_factory) -> dict[str, Any]:
     """Two that have the base together."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "two.yaml").write_text(settings_of(shapes, folder / "run", 1).to_yaml())
-    done = launched(folder / "two.yaml", folder, **FSDP2)
+    done = launched(folder / "two.yaml", folder, "--use_fsdp", "--fsdp_version=2")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "spread over 2 processes (FSDP2): 15 MiB of 30 in each" in done.stdout
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]

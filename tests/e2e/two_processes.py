@@ -1,4 +1,4 @@
-"""A run as one of several processes, watched: `torchrun ... tests/e2e/two_processes.py YAML FOLDER`.
+"""A run as one of several processes, watched: `accelerate launch ... tests/e2e/two_processes.py YAML FOLDER`.
 
 It writes FOLDER/rank-N.json: what each micro-batch held, the loss of each step, and how many collectives were begun
 before and after each.
@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 
 
-def launched(config: Path, folder: Path, *launcher: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Run this script in two processes on the CPU; stdout and stderr of both together."""
-    start = launcher or ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    known = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment}
+def launched(config: Path, folder: Path, *flags: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run this script in two processes on the CPU, by `accelerate launch`; stdout and stderr of both together."""
+    plain = ("--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
+    start = ("-m", "accelerate.commands.launch", *plain, "--main_process_port=0", *(flags or ("--multi_gpu",)))
+    known = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
     known["PYTHONPATH"] = os.pathsep.join([str(ROOT), known.get("PYTHONPATH", "")])
     command = [sys.executable, *start, __file__, str(config), str(folder)]
     return subprocess.run(command, capture_output=True, text=True, env=known, timeout=500, cwd=ROOT)
@@ -57,8 +59,21 @@ def _held(trainable: Any) -> int:
     return sum((one.to_local() if hasattr(one, "to_local") else one).nbytes for one in of_base)
 
 
-def watched(patched: pytest.MonkeyPatch, seen: dict[str, list[Any]], *, stop_at: int | None = None) -> None:
-    """Note what is seen, drawn and encoded; a SIGTERM to this very process before one of the steps."""
+def watched(
+    patched: pytest.MonkeyPatch,
+    seen: dict[str, list[Any]],
+    *,
+    stop_at: int | None = None,
+    by_launcher: bool = False,
+) -> None:
+    """Note what is seen, drawn and encoded.
+
+    Args:
+        patched: what does so.
+        seen: what is noted.
+        stop_at: before which step a SIGTERM comes.
+        by_launcher: whether to the launcher, which passes it on, and not to this very process.
+    """
     from dora_diffusion.layers.dora import DoRALayer
     from dora_diffusion.training.base.trainable import TrainablePipeline
     from dora_diffusion.training.data import conditioning
@@ -72,7 +87,9 @@ def watched(patched: pytest.MonkeyPatch, seen: dict[str, list[Any]], *, stop_at:
     def taken(self: TrainingStep, step: int) -> float:
         before = _collectives()
         if step == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getppid() if by_launcher else os.getpid(), signal.SIGTERM)
+            while by_launcher and not self.stop.asked:  # until it is passed on
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGTERM)  # as a launcher passes on what the terminal has sent already
         found = take(self, step)
         seen["steps"].append({"step": step, "loss": found, "before": before, "after": _collectives()})
@@ -115,8 +132,9 @@ def main() -> None:
 
     seen = nothing()
     rank = int(os.environ["RANK"])
-    stops = os.environ.get("STOP", "").split("@")
-    watched(pytest.MonkeyPatch(), seen, stop_at=int(stops[1]) if stops[0] == str(rank) else None)
+    who, _, when = os.environ.get("STOP", "").partition("@")
+    is_here = who == str(rank) or (who == "launcher" and rank == 0)
+    watched(pytest.MonkeyPatch(), seen, stop_at=int(when) if is_here else None, by_launcher=who == "launcher")
     ended = "done"
     try:
         train(TrainConfig.from_yaml(Path(sys.argv[1])), resume=os.environ.get("RESUME"))

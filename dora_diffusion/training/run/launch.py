@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from dora_diffusion.training.config import TrainConfig
@@ -57,6 +58,14 @@ def check_launch(environment: Mapping[str, str]) -> bool:
     if shards and version != "2":
         raise ValueError(f"{_FSDP}={environment[_FSDP]} with {_VERSION}={version}: FSDP1 is not supported; {_INSTEAD}")
     return shards
+
+
+def are_cpus(environment: Mapping[str, str]) -> bool:
+    """Whether several processes are to train on the CPU, where there is nothing else: accelerate has to be told so.
+
+    Else it takes each of them for one alone.
+    """
+    return int(environment.get("WORLD_SIZE") or 1) > 1 and not torch.accelerator.is_available()
 
 
 def check_sharded(config: TrainConfig, pipeline: Any) -> None:

@@ -34,7 +34,7 @@ from dora_diffusion.training.run.identity import (
     examples_identity,
     pictures_identity,
 )
-from dora_diffusion.training.run.launch import Launched, as_plain_processes, check_launch, check_sharded
+from dora_diffusion.training.run.launch import Launched, are_cpus, as_plain_processes, check_launch, check_sharded
 from dora_diffusion.training.run.loop import Run
 from dora_diffusion.training.run.parts import parts_of
 from dora_diffusion.training.run.previews import check_previews
@@ -104,6 +104,7 @@ def train(
     with as_plain_processes():
         accelerator = Accelerator(
             mixed_precision=config.optim.mixed_precision,
+            cpu=are_cpus(os.environ),
             log_with=[*trackers] or None,
             project_dir=str(config.output_dir / "logs"),
             # said outright, or an environment variable of accelerate's would divide the gradients once more
