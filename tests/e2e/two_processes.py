@@ -34,7 +34,7 @@ def launched(config: Path, folder: Path, *flags: str, **environment: str) -> "su
 
 def nothing() -> dict[str, list[Any]]:
     """What is seen before the first step."""
-    return {"steps": [], "batches": [], "drawn": [], "encoded": [], "said": [], "held": [], "norms": []}
+    return {"steps": [], "batches": [], "drawn": [], "encoded": [], "said": [], "held": [], "norms": [], "measured": []}
 
 
 def _hash(tensors: Mapping[str, Tensor]) -> str:
@@ -100,6 +100,8 @@ def watched(
         if torch.is_grad_enabled():
             held = {**batch.conditioning, "latents": batch.latents, "frames": batch.frames}
             seen["batches"].append({"names": batch.names, "hash": _hash(held), "seed": seed})
+        else:
+            seen["measured"].append([batch.names[0], seed])
         return loss(self, batch, seed=seed, **rest)
 
     def drawn(pipe: Any, settings: Any) -> Any:

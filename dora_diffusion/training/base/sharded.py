@@ -30,7 +30,7 @@ def shard_base(pipe: Any, device: torch.device) -> str:
     whole = sum(parameter.nbytes for parameter in denoiser.parameters())
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     apart = _kept_whole(denoiser)
-    ignored = {"ignored_params": apart} if apart else {}  # which torch 2.6 has not
+    ignored: dict[str, Any] = {"ignored_params": apart} if apart else {}  # which torch 2.6 has not
     for block in (*_blocks(denoiser), denoiser):
         fully_shard(block, mesh=mesh, reshard_after_forward=True, **ignored)
     for parameter in apart:
