@@ -30,7 +30,7 @@ from dora_diffusion.functional.row_changes import RowChanges, row_changes
 from dora_diffusion.layers.base_layers import Base, branch_dtype, dense_weight, kind_of
 from dora_diffusion.layers.config import NormGrad
 from dora_diffusion.layers.initialisation import InitialPair
-from dora_diffusion.layers.offloaded import home_of
+from dora_diffusion.layers.offloaded import home_of, is_spread
 from dora_diffusion.layers.step_counter import CLOCK, stamp
 from dora_diffusion.layers.transparent import Transparent
 from dora_diffusion.state import ModuleState
@@ -109,6 +109,7 @@ class DoRALayer(Transparent):
         self.strength = 1.0
         self._kept: _KeptNorm | None = None
         self._fresh: _KeptNorm | None = None  # what `refresh_norms` has taken since the last step
+        self._is_spread = False  # a base weight that several processes keep is another tensor in a forward
         self._kind = kind_of(base)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,7 +143,7 @@ class DoRALayer(Transparent):
 
     def _norms(self) -> RowNorms:
         """N(V), a constant in the backward pass when `norm_grad` is "detached" (paper, section 4.3)."""
-        kept = self._fresh if torch.compiler.is_compiling() else None
+        kept = self._fresh if torch.compiler.is_compiling() or self._is_spread else None
         if kept is None:
             kept = self._kept_norm()
         if self.norm_grad == "detached" or not torch.is_grad_enabled():
@@ -214,5 +215,5 @@ def refresh(layers: Sequence[DoRALayer]) -> None:
     for layer, (sums, squared), rare in zip(stale, taken, rare_rows([one for _, one in taken]), strict=True):
         layer._keep(facts[layer], sums, squared, rare)
     for layer in facts:
-        layer._fresh = layer._kept
+        layer._fresh, layer._is_spread = layer._kept, is_spread(layer.base.weight)
         CLOCK.tell(layer)

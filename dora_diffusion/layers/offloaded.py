@@ -3,6 +3,7 @@
 Under accelerate's sequential CPU offload they are on the meta device, and the hook that brings them knows where they
 are. (It is accelerate's own: where a layer has one, accelerate is there.) Those of a swapped block stay where they
 compute, but their storages are empty meanwhile; each has its numbers in main memory, as its `home`.
+What torch's FSDP2 has spread over processes is a DTensor, known by what it can do: its module is not imported for it.
 """
 
 from collections.abc import Iterator
@@ -18,8 +19,13 @@ _HOME = "_dora_home"
 
 
 def value_of(layer: nn.Module, name: str) -> Tensor:
-    """A parameter of a layer, from where it is kept; still on the meta device where nobody keeps it."""
+    """A parameter of a layer, from where it is kept; still on the meta device where nobody keeps it.
+
+    One that is spread over processes is gathered: all of them have to ask for it.
+    """
     own: Tensor = getattr(layer, name)
+    if is_spread(own):
+        return whole(own)
     home = home_of(own)
     if home is not None and is_away(own):
         return home.to(own.device, non_blocking=True)
@@ -111,6 +117,17 @@ def at_hand(layer: nn.Module) -> Iterator[None]:
     finally:
         for tensor in brought:
             empty(tensor)
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Whether each of several processes keeps a part of it."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, gathered if it is spread over processes, which all have to ask then."""
+    gathered: Tensor = tensor.detach().full_tensor() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
+    return gathered
 
 
 def device_of(layer: nn.Module) -> torch.device:

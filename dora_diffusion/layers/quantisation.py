@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dora_diffusion.layers.offloaded import is_spread
+
 
 @dataclass(frozen=True)
 class Quantisation:
@@ -109,8 +111,9 @@ def dequantise(module: nn.Module) -> Tensor | None:
 
 
 def stays_put(model: nn.Module) -> bool:
-    """Whether a model has layers that their library does not move to main memory and back: bitsandbytes' 8-bit ones."""
-    return any(map(_is_8bit, model.modules()))
+    """Whether a model has layers that do not move to main memory and back: bitsandbytes' 8-bit ones, and those that
+    several processes keep together."""
+    return any(map(_is_8bit, model.modules())) or any(map(is_spread, model.parameters()))
 
 
 def refuse_unknown(path: str, module: nn.Module) -> None:
@@ -121,7 +124,7 @@ def refuse_unknown(path: str, module: nn.Module) -> None:
             weight = getattr(module, name)
     if not isinstance(weight, Tensor):
         return
-    is_plain = type(weight.data) is Tensor and weight.is_floating_point()
+    is_plain = (type(weight.data) is Tensor or is_spread(weight)) and weight.is_floating_point()
     if not is_plain:
         known = ", ".join(kind.name for kind in QUANTISATIONS)
         raise ValueError(

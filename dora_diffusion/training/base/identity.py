@@ -6,6 +6,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from dora_diffusion.layers.offloaded import whole
+
 _WHOLE_BYTES = 2**20
 
 
@@ -14,7 +16,8 @@ def weights_digest(module: nn.Module) -> str:
 
     Of a larger tensor values are taken at equal distances, from all rows and columns, so that a model of any size
     takes seconds: whoever changes a single number of a large tensor is not noticed. The device and the layout in
-    memory make no difference, the dtype does. Adapters that were injected are weights too.
+    memory make no difference, the dtype does, nor do processes that keep a part each. Adapters that were injected are
+    weights too.
 
     Args:
         module: a component of a base, such as its VAE or a text encoder; not of a skeleton without weights.
@@ -25,7 +28,7 @@ def weights_digest(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         if isinstance(tensor, Tensor):  # some layers keep notes there too
-            _add(digest, name, tensor.detach())
+            _add(digest, name, whole(tensor.detach()))
     return digest.hexdigest()
 
 

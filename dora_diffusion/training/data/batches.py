@@ -1,7 +1,7 @@
 """Batches of latents and conditioning. Everything random is a function of (seed, step): a resumed run sees the same."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dora_diffusion.training.base.trainable import TrainablePipeline
-from dora_diffusion.training.config import DataConfig, TrainConfig
+from dora_diffusion.training.config import DataConfig, OptimConfig, TrainConfig
 from dora_diffusion.training.data.buckets import Size
 from dora_diffusion.training.data.captions import caption_at
 from dora_diffusion.training.data.conditioning import ConditioningSource
@@ -19,6 +19,7 @@ from dora_diffusion.training.data.latents import Latent, LatentSource
 from dora_diffusion.training.data.missing import MissingPictures
 from dora_diffusion.training.data.order import Place, StepSampler
 from dora_diffusion.training.data.views import View, view_at
+from dora_diffusion.training.processes import ALONE, Processes
 from dora_diffusion.utils.images import UnreadablePicture
 
 # So many micro-batches' captions are encoded together, where each step has others.
@@ -37,7 +38,7 @@ class Batch:
         names: of their pictures.
         size: (width, height) of the pictures in pixels.
         masks: what counts of each, (N, 1, h, w); None = all of all.
-        share: of the micro-batch's samples.
+        share: of the micro-batch's samples, those that cannot be read counted in.
         untrained: conditioning of the same captions by the text encoders as they were, where the target is what the
             base says of it; None where the target is the objective's.
     """
@@ -123,6 +124,8 @@ class BatchSource:
         config: data, batch size, seed, the prior's weight.
         instances: to learn; each has a `size`.
         classes: to keep as they are; each has a `size`.
+        processes: that train together: with `data.cache_dir` each encodes a share of what all need, without it what it
+            needs itself.
     """
 
     def __init__(
@@ -132,28 +135,44 @@ class BatchSource:
         *,
         instances: Sequence[Example],
         classes: Sequence[Example],
+        processes: Processes = ALONE,
     ) -> None:
+        self._processes, self._trains_text = processes, trainable.trains_text()
         self._data, self._prior, self._seed = config.data, config.prior, config.optim.seed
-        self._latents = LatentSource(trainable, config.data)
-        self._captions = ConditioningSource(trainable, config.data)
+        self._latents = LatentSource(trainable, config.data, processes)
+        self._captions = ConditioningSource(trainable, config.data, processes)
         batch, seed = config.optim.batch_size, config.optim.seed
         self._instances = Samples(instances, config.data, batch_size=batch, seed=seed)
         self._classes = Samples(classes, config.data, batch_size=batch, seed=seed + 1) if classes else None
         self._missing = MissingPictures(len({one.path for one in (*instances, *classes)}), share=config.guard.missing)
         if not config.data.captions.are_open:
             own = [caption for one in (*instances, *classes) for caption in one.captions]
-            self.keep_captions(["", *own, *(config.prior.prompts if config.prior.mode == "adapter_off" else ())])
+            every = ["", *own, *(config.prior.prompts if config.prior.mode == "adapter_off" else ())]
+            is_apart = processes.count > 1 and config.data.cache_dir is None
+            self.keep_captions(self._captions_of_all(config.optim) if is_apart else every)
 
     def keep_captions(self, captions: Iterable[str]) -> None:
         """Encode captions that will be asked for beside those of the steps, while the text encoders are at hand."""
-        self._captions.keep(captions)
+        if self._trains_text:
+            self._captions.keep(captions)
+        else:
+            self._captions.keep_together(captions)
 
     def keep_prompts(self, prompts: Iterable[str]) -> None:
         """Let the text encoders that are not trained know prompts that will be drawn."""
         self._captions.keep_prompts(prompts)
 
+    def _captions_of_all(self, optim: OptimConfig) -> set[str]:
+        """Those of every micro-batch of this process."""
+        count = optim.steps * optim.gradient_accumulation * self._processes.count
+        indices = range(self._processes.rank, count, self._processes.count)
+        return {caption for index in indices for caption in self._captions_at(index)}
+
     def prepare(self, indices: Iterable[int]) -> None:
-        """Encode the pictures of some micro-batches beforehand, where they are kept."""
+        """Encode the pictures of some of this process's micro-batches beforehand, where they are kept."""
+        rank, others = self._processes.rank, range(self._processes.count if self._data.cache_dir is not None else 1)
+        if len(others) > 1:
+            indices = (index - rank + other for index in indices for other in others)
         self._latents.prepare(view for index in indices for view in self._views_at(index))
 
     def measured(self, example: Example, rng: Random, *, place: str) -> Shown:
@@ -171,9 +190,18 @@ class BatchSource:
         """
         self._look_ahead(index)
         read: dict[tuple[Path, Size, View], Latent] = {}  # what is learnt may be kept too, in the same view
-        parts = [self._readable(part, read) for part in _by_size(self._chosen_at(index))]
-        total = sum(map(len, parts))
-        return [self._batch(part, share=len(part) / total) for part in parts if part]
+        chosen = _by_size(self._chosen_at(index))
+        total = sum(map(len, chosen))
+        parts = [self._readable(part, read) for part in chosen]
+        batches = [self._batch(part, share=len(part) / total) for part in parts if part]
+        return [*batches, *self._padding(index, batches)] if self._processes.in_step else batches
+
+    def _padding(self, index: int, batches: Sequence[Batch]) -> list[Batch]:
+        """Batches without a share, where another process has more: all do as many forwards."""
+        first = index - self._processes.rank
+        others = range(first, first + self._processes.count)
+        most = max(len(_by_size(self._chosen_at(other))) for other in others)
+        return [replace(batches[-1], share=0.0)] * (most - len(batches))
 
     def _look_ahead(self, index: int) -> None:
         if not self._captions.knows(self._captions_at(index)):
@@ -230,6 +258,8 @@ class BatchSource:
                 read[key] = read[key] if key in read else self._latents.latent(one.example, one.view)
                 found.append((one, read[key]))
             except UnreadablePicture as error:
+                if self._processes.in_step:  # the others would wait for its forwards
+                    raise
                 self._missing.note(one.example.path, error)
             else:
                 self._missing.found(one.example.path)

@@ -12,13 +12,14 @@ from dora_diffusion.training.base.identity import weights_digest
 from dora_diffusion.training.base.trainable import TrainablePipeline
 from dora_diffusion.training.config import DataConfig
 from dora_diffusion.training.data.cache import TensorCache, Tensors, made_of
+from dora_diffusion.training.processes import ALONE, Processes
 
 
 class ConditioningSource:
     """Conditioning of captions; those of pictures stay, on disk too, those that a step makes up for as long as it can
     use them."""
 
-    def __init__(self, trainable: TrainablePipeline, data: DataConfig) -> None:
+    def __init__(self, trainable: TrainablePipeline, data: DataConfig, processes: Processes = ALONE) -> None:
         folder = None if data.cache_dir is None else data.cache_dir / "captions"
         limit = data.cache_memory * 2**30
         self._trainable = trainable
@@ -27,6 +28,8 @@ class ConditioningSource:
         self._answers = TensorCache(None if data.captions.are_open else folder, limit)
         self._own: frozenset[str] = frozenset()
         self._ahead: frozenset[str] = frozenset()
+        self._processes = processes if folder is not None else ALONE
+        self._times = 0
 
     def keep(self, captions: Iterable[str]) -> None:
         """Encode what is new among captions, once and for all."""
@@ -34,6 +37,13 @@ class ConditioningSource:
             self._own |= self._ask(captions)
         else:
             self._encode_new(captions, self._kept)
+
+    def keep_together(self, captions: Iterable[str]) -> None:
+        """`keep`, called with the same captions in all processes: each encodes a share into the folder."""
+        every, self._times = sorted(set(captions)), self._times + 1
+        self._encode_new(self._processes.share(every), self._kept)
+        self._processes.meet(f"captions {self._times}")
+        self._encode_new(every, self._kept)
 
     def look_ahead(self, captions: Iterable[str]) -> None:
         """Encode what is new among the captions of the next steps."""

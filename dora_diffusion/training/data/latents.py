@@ -17,6 +17,7 @@ from dora_diffusion.training.config import DataConfig
 from dora_diffusion.training.data.cache import TensorCache, Tensors, made_of
 from dora_diffusion.training.data.examples import Example
 from dora_diffusion.training.data.views import Sample, View, are_few, load_sample
+from dora_diffusion.training.processes import ALONE, Processes
 from dora_diffusion.utils.atomic import sha256_of
 from dora_diffusion.utils.images import UnreadablePicture
 from dora_diffusion.utils.text import shown_path
@@ -38,11 +39,12 @@ class Latent(NamedTuple):
 class LatentSource:
     """Latents of pictures, the mode of the VAE's posterior, scaled; from a cache where the views are few."""
 
-    def __init__(self, trainable: TrainablePipeline, data: DataConfig) -> None:
+    def __init__(self, trainable: TrainablePipeline, data: DataConfig, processes: Processes = ALONE) -> None:
         self._trainable, self._data = trainable, data
         folder = None if data.cache_dir is None else data.cache_dir / "latents"
         self._cache = TensorCache(folder, data.cache_memory * 2**30)
         self._hashes: dict[Path, str] = {}
+        self._processes = processes if folder is not None else ALONE
 
     def latent(self, example: Example, view: View) -> Latent:
         """One view of a picture, on the device where steps are taken."""
@@ -55,12 +57,17 @@ class LatentSource:
         return Latent(values.to(device), frame.to(device), None if mask is None else mask.to(device))
 
     def prepare(self, shown: Iterable[Shown]) -> None:
-        """Encode what will be shown and is not there yet, while the next pictures are decoded by other threads."""
+        """Encode what will be shown and is not there yet, while the next pictures are decoded by other threads.
+
+        Several processes that have a folder in common are to ask for the same, in the same order: each encodes a share.
+        """
         if not are_few(self._data):
             return
-        new = [one for one in dict.fromkeys(shown) if self._key(*one) not in self._cache]
+        mine = self._processes.share(list(dict.fromkeys(shown)))
+        new = [one for one in mine if self._key(*one) not in self._cache]
         for one, sample in tqdm(self._decoded(new), total=len(new), desc="pictures", disable=not new):
             self._cache.add(self._key(*one), self._encoded(sample))
+        self._processes.meet("pictures")
 
     def _decoded(self, shown: Iterable[Shown]) -> Iterator[tuple[Shown, Sample]]:
         with ThreadPoolExecutor() as pool:

@@ -1,7 +1,5 @@
 """What a run writes of what it learns: its checkpoints, and at its end its files."""
 
-from accelerate import Accelerator
-
 from dora_diffusion.state import AdapterState
 from dora_diffusion.training.base.trainable import TrainablePipeline
 from dora_diffusion.training.config import TrainConfig
@@ -9,7 +7,9 @@ from dora_diffusion.training.data.concepts import Split
 from dora_diffusion.training.run import checkpoint
 from dora_diffusion.training.run.callbacks import Callbacks
 from dora_diffusion.training.run.finish import Story, TrainResult, result_of, write_outcome
+from dora_diffusion.training.run.launch import Launched
 from dora_diffusion.training.run.metadata import adapter_metadata, tool_metadata
+from dora_diffusion.training.run.movement import movement
 from dora_diffusion.training.run.previews import forget_previews
 from dora_diffusion.training.run.standing import Outcome
 from dora_diffusion.training.step.average import Average
@@ -21,7 +21,7 @@ class Keeper:
 
     Args:
         config: of the run.
-        accelerator: of the run.
+        launched: this process, and the others.
         trainable: what is learnt.
         examples: its pictures.
         state: what checkpoints hold.
@@ -32,7 +32,7 @@ class Keeper:
     def __init__(
         self,
         config: TrainConfig,
-        accelerator: Accelerator,
+        launched: Launched,
         trainable: TrainablePipeline,
         examples: Split,
         *,
@@ -40,7 +40,8 @@ class Keeper:
         callbacks: Callbacks,
         average: Average,
     ) -> None:
-        self._config, self._accelerator, self._trainable, self._examples = config, accelerator, trainable, examples
+        self._config, self._trainable, self._examples = config, trainable, examples
+        self._accelerator, self._processes = launched.accelerator, launched.processes
         self._state, self._callbacks, self._average = state, callbacks, average
         self._folder = config.output_dir / "checkpoints"
 
@@ -82,9 +83,10 @@ class Keeper:
             with self._average.shown():
                 result = write_outcome(self._config, learnt, self._trainable, outcome, self._story())
         else:
+            if self._processes.in_step:  # which the report asks of the base that all keep together
+                movement(self._trainable)
             adapter = self._config.output_dir / checkpoint.ADAPTER if self._trainable.injections else None
             result = result_of(outcome, adapter)
-        self._accelerator.wait_for_everyone()
         return result
 
     def _adapter(self, step: int) -> AdapterState | None:

@@ -1,17 +1,16 @@
 """The loop of a training run: its steps, what watches them, and what it leaves; resumed bit for bit."""
 
-from contextlib import nullcontext
-
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.data.missing import PicturesMissing
+from dora_diffusion.training.processes import StopRequest
 from dora_diffusion.training.run.callbacks import CallbackFailed
 from dora_diffusion.training.run.checkpoint import Saved
 from dora_diffusion.training.run.finish import TrainResult
 from dora_diffusion.training.run.parts import Parts
-from dora_diffusion.training.run.signals import StopRequest, stop_requests
+from dora_diffusion.training.run.signals import stop_requests
 from dora_diffusion.training.run.trackers import start_trackers
 from dora_diffusion.training.run.validation import due
 from dora_diffusion.utils.images import UnreadablePicture
@@ -21,7 +20,7 @@ class Run:
     """The loop over a run's parts."""
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator, parts: Parts) -> None:
-        self.config, self.accelerator = config, accelerator
+        self.config, self.accelerator, self.processes = config, accelerator, parts.processes
         self.source, self.step, self.history = parts.source, parts.step, parts.history
         self.validation, self.standing = parts.validation, parts.standing
         self.watchers, self.keeper, self.callbacks = parts.watchers, parts.keeper, parts.callbacks
@@ -34,11 +33,13 @@ class Run:
         self.keeper.begin(after=-1 if saved is None else done)
         start_trackers(self.accelerator, self.config)
         self.source.prepare(index for step in self._steps_after(done) for index in self.step.micro_batches(step))
+        self.processes.meet("prepared")
         self._look(done)
-        alone = self.accelerator.num_processes == 1  # several would have to agree on the step after which to stop
-        with stop_requests() if alone else nullcontext(StopRequest()) as stop:
+        with stop_requests(by_all=self.processes.count > 1) as stop:
+            self.step.stop = stop
             done = self._steps(done, stop)
         result = self.keeper.finish(done, is_held_out=self.validation.is_held_out)
+        self._part("finished")
         self.accelerator.end_training()  # ends the process group too, so nothing may wait for another after it
         self.callbacks.end(result)
         return result
@@ -53,6 +54,13 @@ class Run:
         self.watchers.watch(done)
         if done and len(self.validation.losses) > known:
             self.keeper.checkpoint(done)
+        self.processes.meet(f"looked at {done}")
+
+    def _part(self, place: str) -> None:
+        """Wait for one another for the last time: the store may be of a process that ends."""
+        self.processes.meet(place)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.state.destroy_process_group()  # or it would be torn at the end, by whoever ends first
 
     def _steps(self, done: int, stop: StopRequest) -> int:
         """The steps after the first `done`; returns how many are done at the end.
@@ -80,6 +88,7 @@ class Run:
         except PicturesMissing:
             if step:
                 self.keeper.checkpoint(step)
+            self._part(f"stopped before {step}")
             raise
 
     def _heed(self, stop: StopRequest, done: int, loss: float, rate: float) -> None:
@@ -87,14 +96,20 @@ class Run:
         last = self.config.optim.steps
         try:
             self.callbacks.step(done, loss, rate)
-            if not stop.asked or done == last:  # previews may take longer than whoever asked is ready to wait
+            if not stop.stands or done == last:  # previews may take longer than whoever asked is ready to wait
                 self.watchers.watch(done)
-        except (UnreadablePicture, CallbackFailed):
+        except UnreadablePicture:
+            self.keeper.checkpoint(done)
+            self._part(f"stopped at {done}")
+            raise
+        except CallbackFailed:  # which the leading process alone has: whoever started the others ends them
             self.keeper.checkpoint(done)
             raise
         ends = self.standing.ended_early
-        stops = stop.asked and done < last and not ends  # after the last step, only files are left to write
+        stops = stop.stands and done < last and not ends  # after the last step, only files are left to write
         if stops or ends or self.standing.is_best(done) or due(done, self.config.checkpoint.every, last):
             self.keeper.checkpoint(done)
+            self.processes.meet(f"checkpoint {done}")
         if stops:
+            self._part(f"stopped after {done}")
             raise KeyboardInterrupt

@@ -2,17 +2,17 @@
 
 from dataclasses import dataclass
 
-from accelerate import Accelerator
-
 from dora_diffusion.training.base.trainable import TrainablePipeline
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.data.batches import BatchSource
 from dora_diffusion.training.data.concepts import Split
+from dora_diffusion.training.processes import Processes
 from dora_diffusion.training.run.callbacks import Callbacks
 from dora_diffusion.training.run.checkpoint import TrainingState
 from dora_diffusion.training.run.history import History
 from dora_diffusion.training.run.identity import Identity
 from dora_diffusion.training.run.keeper import Keeper
+from dora_diffusion.training.run.launch import Launched
 from dora_diffusion.training.run.previews import prompts_of
 from dora_diffusion.training.run.standing import Standing
 from dora_diffusion.training.run.validation import Validation, measured_examples
@@ -38,6 +38,7 @@ class Parts:
         watchers: what looks on.
         keeper: writes checkpoints and files.
         callbacks: what hears of it.
+        processes: that train together.
     """
 
     source: BatchSource
@@ -48,11 +49,12 @@ class Parts:
     watchers: Watchers
     keeper: Keeper
     callbacks: Callbacks
+    processes: Processes
 
 
 def parts_of(
     config: TrainConfig,
-    accelerator: Accelerator,
+    launched: Launched,
     trainable: TrainablePipeline,
     objectives: Objectives,
     *,
@@ -64,14 +66,15 @@ def parts_of(
 
     Args:
         config: of the run.
-        accelerator: of the run.
+        launched: this process, and the others.
         trainable: what is trained.
         objectives: of its base.
         examples: its pictures, with their sizes.
         identity: what it is made of.
         callbacks: what hears of it.
     """
-    source = BatchSource(trainable, config, instances=examples.train, classes=examples.classes)
+    accelerator, processes = launched.accelerator, launched.processes
+    source = BatchSource(trainable, config, instances=examples.train, classes=examples.classes, processes=processes)
     source.keep_captions(one.caption for one in measured_examples(examples, config.validation))
     source.keep_prompts(prompts_of(config.preview))
     optimizer = build_optimizer(trainable, config.optim, config.words)
@@ -88,8 +91,16 @@ def parts_of(
         optimizer=optimizer,
         guard=guard,
     )
-    validation = Validation(config.validation, step, source, examples, objective_of=objectives.measuring)
     standing = Standing(keeps_best=config.checkpoint.keep_best, patience=config.validation.patience)
+    validation = Validation(
+        config.validation,
+        step,
+        source,
+        examples,
+        objective_of=objectives.measuring,
+        standing=standing,
+        processes=processes,
+    )
     history = History()
     state = TrainingState(
         tensors,
@@ -109,9 +120,9 @@ def parts_of(
         accelerator,
         trainable,
         validation=validation,
-        standing=standing,
         callbacks=callbacks,
         average=average,
+        processes=processes,
     )
-    keeper = Keeper(config, accelerator, trainable, examples, state=state, callbacks=callbacks, average=average)
-    return Parts(source, step, validation, standing, history, watchers, keeper, callbacks)
+    keeper = Keeper(config, launched, trainable, examples, state=state, callbacks=callbacks, average=average)
+    return Parts(source, step, validation, standing, history, watchers, keeper, callbacks, processes)

@@ -1,5 +1,7 @@
 """Pictures during training: the same prompts, the same seed, so that only the adapter changes between them."""
 
+import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,13 @@ from PIL import Image, ImageDraw
 from dora_diffusion.generation.generate import GenerationSettings, check_drawable, generate
 from dora_diffusion.training.base.trainable import TrainablePipeline
 from dora_diffusion.training.config import PreviewConfig
+from dora_diffusion.training.processes import Processes
 from dora_diffusion.utils.atomic import atomic_file
 from dora_diffusion.utils.image_grid import grid
 
 STRIP = "strip.png"
+_APART = ".step-"
+_SECONDS = 0.2  # between looks at a folder of which another machine shows what it knew a while ago
 
 
 def settings_of(preview: PreviewConfig) -> list[GenerationSettings]:
@@ -62,6 +67,40 @@ def _drawn(trainable: TrainablePipeline, settings: GenerationSettings, strength:
         return generate(trainable.pipe, settings)
 
 
+def pass_on(
+    drawn: list[Image.Image], processes: Processes, folder: Path, *, step: int, count: int
+) -> list[Image.Image]:
+    """The pictures of all prompts, in the leading process; the others hand theirs over in files, and have none.
+
+    Args:
+        drawn: this process's share.
+        processes: that have drawn one each.
+        folder: of the previews, which they have in common.
+        step: of the previews.
+        count: of the prompts.
+    """
+    if processes.count == 1 or processes.in_step:
+        return drawn
+    apart = folder / f"{_APART}{step:08d}"
+    apart.mkdir(parents=True, exist_ok=True)
+    for number, picture in zip(processes.share(range(count)), drawn, strict=True):
+        _save(picture, apart / f"{number}.png")
+    processes.meet(f"previews of {step}")
+    if not processes.leads:
+        return []
+    taken = [_taken(apart / f"{number}.png") for number in range(count)]
+    shutil.rmtree(apart, ignore_errors=True)
+    return taken
+
+
+def _taken(path: Path) -> Image.Image:
+    while not path.exists():
+        time.sleep(_SECONDS)
+    with Image.open(path) as picture:
+        picture.load()
+        return picture.copy()
+
+
 def preview_path(folder: Path, step: int) -> Path:
     """Where the previews of a step lie: `samples/step-00000100.png`."""
     return folder / f"step-{step:08d}.png"
@@ -83,6 +122,8 @@ def forget_previews(folder: Path, *, after: int) -> None:
     if after < 0:
         for file in (folder / STRIP, *folder.glob("prompt-*.png")):
             file.unlink(missing_ok=True)
+    for apart in folder.glob(f"{_APART}*"):
+        shutil.rmtree(apart, ignore_errors=True)
 
 
 def _numbered(folder: Path) -> list[Path]:

@@ -9,32 +9,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from dora_diffusion.training.processes import StopRequest
+
 SECONDS_TO_END = 60.0
 _HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # not every system has it
 _ASKING = tuple(number for number in (signal.SIGINT, signal.SIGTERM, _HANGUP) if number is not None)
 _STDIN = 0
-
-
-class StopRequest:
-    """Whether somebody has asked the run to end; a plain flag, since a lock could be held when a signal comes."""
-
-    def __init__(self) -> None:
-        self.asked = False
+_FORWARDED = 10.0  # seconds for which a signal may be the first once more, passed on by a launcher
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
+def stop_requests(*, by_all: bool = False) -> Iterator[StopRequest]:
     """Inside the block SIGINT, SIGTERM and SIGHUP only ask; one more of the first two raises KeyboardInterrupt.
 
     A signal that is ignored (`nohup`) or has a handler already keeps it. Outside the main thread, where Python lets
     nobody set handlers, nothing asks.
+
+    Args:
+        by_all: whether this is one of several processes, whose launcher passes on what a terminal has sent to all: what
+            comes within ten seconds of the first is that once more.
     """
-    request = StopRequest()
+    request = StopRequest(by_all=by_all)
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if request.asked and number != _HANGUP:  # which comes twice: from the terminal, and from the shell in it
-            raise KeyboardInterrupt
-        request.asked = True
+        now = time.monotonic()
+        if not request.asked:
+            request.asked, request.at = True, now
+        elif number != _HANGUP and not (by_all and now - request.at < _FORWARDED):
+            raise KeyboardInterrupt  # SIGHUP comes twice by itself: from the terminal, and from the shell in it
 
     free = (signal.SIG_DFL, signal.default_int_handler)
     here = threading.current_thread() is threading.main_thread()

@@ -1,5 +1,6 @@
 """`train`: what a run needs is checked and loaded, then its loop runs."""
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -8,16 +9,19 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 
+from dora_diffusion.families import family_of_pipeline
 from dora_diffusion.training.base.below import lay_below
 from dora_diffusion.training.base.borrowed import borrowed
 from dora_diffusion.training.base.devices import accelerate_on, device_for, with_precision
 from dora_diffusion.training.base.placement import Placement
+from dora_diffusion.training.base.sharded import shard_base
 from dora_diffusion.training.base.sizes import Sizes, sizes_of
 from dora_diffusion.training.base.trainable import PRECISIONS, load_base, prepare_trainable, quantise_base
 from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.data.buckets import in_buckets
 from dora_diffusion.training.data.concepts import Split, checked_examples, opened
 from dora_diffusion.training.data.examples import check_words
+from dora_diffusion.training.processes import processes_of
 from dora_diffusion.training.run.callbacks import Callbacks, TrainingCallback
 from dora_diffusion.training.run.card import base_lines
 from dora_diffusion.training.run.checkpoint import Saved, newest
@@ -31,6 +35,7 @@ from dora_diffusion.training.run.identity import (
     examples_identity,
     pictures_identity,
 )
+from dora_diffusion.training.run.launch import Launched, as_plain_processes, check_launch, check_sharded
 from dora_diffusion.training.run.loop import Run
 from dora_diffusion.training.run.parts import parts_of
 from dora_diffusion.training.run.previews import check_previews
@@ -95,9 +100,10 @@ def train(
     """
     wanted = _wanted(resume, extend, accept_changes)
     trackers = check_trackers(config.logging)
+    shards = check_launch(os.environ)
     device = device_for(config.device)
     config = with_precision(config, device, before=_precision_before(config, wanted))
-    with accelerate_on(device):
+    with accelerate_on(device), as_plain_processes():
         accelerator = Accelerator(
             mixed_precision=config.optim.mixed_precision,
             cpu=device.type == "cpu",
@@ -106,10 +112,14 @@ def train(
             # said outright, or an environment variable of accelerate's would divide the gradients once more
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
+    shards = shards and accelerator.num_processes > 1
+    if shards:
+        check_sharded(config, pipeline)
     called = Callbacks(callbacks, are_called=accelerator.is_main_process)
     with run_lock(config.output_dir) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
-        return _train(config, accelerator, wanted, pipeline=pipeline, callbacks=called)
+        launched = Launched(accelerator, processes_of(accelerator, in_step=shards))
+        return _train(config, launched, wanted, pipeline=pipeline, callbacks=called)
 
 
 def check_start(
@@ -154,9 +164,10 @@ class _Begun:
 
 
 def _train(
-    config: TrainConfig, accelerator: Accelerator, wanted: _Wanted, *, pipeline: Any, callbacks: Callbacks
+    config: TrainConfig, launched: Launched, wanted: _Wanted, *, pipeline: Any, callbacks: Callbacks
 ) -> TrainResult:
     """The run in its folder, which is this run's alone."""
+    accelerator = launched.accelerator
     begun = _begun(config, accelerator, wanted)
     if begun.saved is not None:
         finished = finished_result(begun.config, begun.saved)
@@ -169,7 +180,7 @@ def _train(
             pipe = load_base(config.model, dtype, config.base)
         else:
             pipe = giving_back.enter_context(borrowed(pipeline, dtype, accelerator.device, config.base))
-        return _train_on(pipe, begun, accelerator, callbacks, extends=wanted.extends)
+        return _train_on(pipe, begun, launched, callbacks, extends=wanted.extends)
 
 
 def _begun(config: TrainConfig, accelerator: Accelerator, wanted: _Wanted) -> _Begun:
@@ -194,23 +205,24 @@ def _end_of(finished: TrainResult) -> str:
     return f"has done all of its {finished.steps} steps"
 
 
-def _train_on(
-    pipe: Any, begun: _Begun, accelerator: Accelerator, callbacks: Callbacks, *, extends: bool
-) -> TrainResult:
+def _train_on(pipe: Any, begun: _Begun, launched: Launched, callbacks: Callbacks, *, extends: bool) -> TrainResult:
     """The run on its base."""
     config, split, comparison = begun.config, begun.split, begun.comparison
+    accelerator = launched.accelerator
     base = base_identity(pipe)
     below = lay_below(pipe, config.base.adapters)
     quantise_base(pipe, config.base)
+    if launched.processes.in_step:
+        accelerator.print(shard_base(pipe, accelerator.device))
     objectives = Objectives(pipe, config.optim, config.flow, config.loss)
     sized = _sized(split, config, sizes_of(pipe))
     objectives.of(sized.train[0].size)  # raises for a scheduler that cannot be trained, before anything is drawn
     check_previews(pipe, config.preview)
     if config.loss.zero_terminal_snr:
         pipe.scheduler = with_zero_terminal_snr(pipe.scheduler)
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    with Placement(pipe, accelerator.device).drawing():
-        drawn = ensure_class_examples(pipe, config, process=rank, processes=ranks)
+    spread = [family_of_pipeline(pipe).denoiser.name] if launched.processes.in_step else []
+    with Placement(pipe, accelerator.device, fixed=spread).drawing():
+        drawn = ensure_class_examples(pipe, config, processes=launched.processes)
     late = {"class pictures": examples_identity(config, [("class", one) for one in drawn]), "base": base}
     identity = Identity({**begun.identity.parts, **late})
     if comparison is not None:
@@ -225,7 +237,7 @@ def _train_on(
     try:
         check_exports(config, trainable)
         parts = parts_of(
-            config, accelerator, trainable, objectives, examples=sized, identity=identity, callbacks=callbacks
+            config, launched, trainable, objectives, examples=sized, identity=identity, callbacks=callbacks
         )
         return Run(config, accelerator, parts).go(begun.saved, extends=extends)
     finally:

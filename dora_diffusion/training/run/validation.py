@@ -1,5 +1,6 @@
 """The loss on fixed noise and timesteps: of held-out pictures, or how well some that are trained are fitted."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import NamedTuple
@@ -10,7 +11,10 @@ from dora_diffusion.training.config import ValidationConfig
 from dora_diffusion.training.data.batches import BatchSource, step_seed
 from dora_diffusion.training.data.concepts import Split
 from dora_diffusion.training.data.examples import Example
+from dora_diffusion.training.processes import ALONE, Processes
+from dora_diffusion.training.run.standing import Standing
 from dora_diffusion.training.step.training_step import TrainingStep
+from dora_diffusion.utils.images import UnreadablePicture
 
 
 class _Measured(NamedTuple):
@@ -40,6 +44,7 @@ class Validation:
         losses: (step, loss) pairs so far.
         is_held_out: whether the pictures are not trained; otherwise the loss says how well they are fitted, and nothing
             of others.
+        standing: what they come to.
     """
 
     def __init__(
@@ -50,11 +55,14 @@ class Validation:
         examples: Split,
         *,
         objective_of: Callable[[tuple[int, int]], Objective],
+        standing: Standing | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self._settings, self._step, self._source, self._objective_of = settings, step, source, objective_of
         self.is_held_out = bool(examples.validation)
         self._examples = measured_examples(examples, settings)
         self.losses: list[tuple[int, float]] = []
+        self.standing, self._processes = standing or Standing(), processes
 
     @property
     def name(self) -> str:
@@ -73,10 +81,25 @@ class Validation:
     def measure(self, step: int, trainable: TrainablePipeline) -> float:
         """Measure, and note it as the loss after so many steps."""
         with trainable.drawing():
-            losses = [self._loss(one) for one in self._passes()]
+            losses = self._shared(step)
         mean = sum(losses) / len(losses)
         self.losses.append((step, mean))
         return mean
+
+    def _shared(self, step: int) -> list[float]:
+        """The loss of each pass, each process having taken its share: the same numbers in the same order in all."""
+        mine, said = self._processes.share_of_forwards(list(self._passes())), ""
+        try:
+            said = json.dumps([self._loss(one) for one in mine])
+        except UnreadablePicture as error:  # told to the others, for none may wait for another
+            said = json.dumps(str(error))
+        found = [json.loads(one) for one in self._processes.exchange(f"measured at {step}", said)]
+        for one in found:
+            if isinstance(one, str):
+                raise UnreadablePicture(one)
+        if self._processes.in_step:
+            return list(found[0])
+        return [losses[turn] for turn in range(len(found[0])) for losses in found if turn < len(losses)]
 
     def _passes(self) -> Iterator[_Measured]:
         repeats, rungs = self._settings.repeats, self._settings.timesteps

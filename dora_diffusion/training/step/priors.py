@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -27,6 +28,7 @@ from dora_diffusion.training.base.identity import weights_digest
 from dora_diffusion.training.config import PriorConfig, TrainConfig
 from dora_diffusion.training.data.captions import METADATA_FILES
 from dora_diffusion.training.data.examples import Example, find_examples
+from dora_diffusion.training.processes import ALONE, Processes
 from dora_diffusion.utils.atomic import sha256_of, write_atomically
 from dora_diffusion.utils.images import SUFFIXES, list_files
 
@@ -39,15 +41,14 @@ _PATIENCE = 30  # seconds until it is said who is waited for
 Entry = Mapping[str, Any]
 
 
-def ensure_class_examples(pipe: Any, config: TrainConfig, *, process: int = 0, processes: int = 1) -> list[Example]:
+def ensure_class_examples(pipe: Any, config: TrainConfig, *, processes: Processes = ALONE) -> list[Example]:
     """The class examples that are trained; [] without prior preservation.
 
     Args:
         pipe: the base, before any adapter is injected.
         config: under `prior.mode` generated, prompts are used in turn; each picture keeps its own in a .txt. Pictures
             in the folder that were not drawn here count, and stay as they are.
-        process: which of `processes` this is; it draws every so manieth of the pictures that are missing.
-        processes: how many share the folder and the work.
+        processes: that share the folder and the work: each draws every so manieth of the pictures that are missing.
 
     Raises:
         ValueError: a picture of the folder has no caption.
@@ -61,11 +62,21 @@ def ensure_class_examples(pipe: Any, config: TrainConfig, *, process: int = 0, p
     folder.mkdir(parents=True, exist_ok=True)
     others = _some(_own_pictures(folder, prior.prompts[0]), prior.drawn_images, seed=config.optim.seed)
     recipes = _recipes(pipe, config, prior.drawn_images - len(others))
-    manifest = _Manifest(folder, recipes, process)
-    mine = [name for index, name in enumerate(recipes) if index % processes == process]
-    _draw_all(pipe, config, manifest, manifest.missing(mine))
+    manifest = _Manifest(folder, recipes, processes.rank)
+    missing = _missing(manifest, processes)
+    _draw_all(pipe, config, manifest, missing, writes=processes.leads or not processes.in_step)
     manifest.wait()
     return [*others, *(Example(folder / name, recipe.prompt) for name, recipe in recipes.items())]
+
+
+def _missing(manifest: "_Manifest", processes: Processes) -> list[str]:
+    """What this process is to draw."""
+    if not processes.in_step:
+        return manifest.missing(processes.share(list(manifest.recipes)))
+    processes.meet("class pictures")
+    missing = manifest.missing(manifest.recipes)
+    processes.meet("class pictures looked at")  # before the first is written: all draw the same
+    return missing
 
 
 def folder_examples(prior: PriorConfig, *, seed: int) -> list[Example]:
@@ -214,21 +225,22 @@ def _entries(path: Path) -> dict[str, Entry]:
     return {name: entry for name, entry in found.items() if isinstance(entry, dict)} if isinstance(found, dict) else {}
 
 
-def _draw_all(pipe: Any, config: TrainConfig, manifest: _Manifest, names: Sequence[str]) -> None:
-    """Draw pictures, as many at once as a training step holds."""
+def _draw_all(pipe: Any, config: TrainConfig, manifest: _Manifest, names: Sequence[str], *, writes: bool) -> None:
+    """Draw pictures, as many at once as a training step holds; `writes`: whether they are kept."""
     size = config.optim.batch_size
     with tqdm(total=len(names), desc="class images", disable=not names) as bar:
         for start in range(0, len(names), size):
             batch = names[start : start + size]
-            _draw(pipe, config, manifest, batch)
-            manifest.add(batch)
+            drawn = generate_together(pipe, [manifest.recipes[name].settings() for name in batch])
+            if writes:
+                _save(drawn, config, manifest, batch)
+                manifest.add(batch)
             bar.update(len(batch))
 
 
-def _draw(pipe: Any, config: TrainConfig, manifest: _Manifest, names: Sequence[str]) -> None:
-    """Draw class pictures together; a caption is written first, so that no picture is ever without."""
-    settings = [manifest.recipes[name].settings() for name in names]
-    for name, one, picture in zip(names, settings, generate_together(pipe, settings), strict=True):
-        path = manifest.folder / name
+def _save(pictures: Sequence[Image.Image], config: TrainConfig, manifest: _Manifest, names: Sequence[str]) -> None:
+    """Write class pictures, a caption before each, so that none is ever without."""
+    for name, picture in zip(names, pictures, strict=True):
+        path, one = manifest.folder / name, manifest.recipes[name].settings()
         write_atomically(path.with_suffix(".txt"), one.prompt.encode())
         save_picture(picture, path, one, model=config.model, adapters=[])

@@ -16,10 +16,12 @@ from dora_diffusion.training.base.trainable import PRECISIONS, TrainablePipeline
 from dora_diffusion.training.config import OptimConfig
 from dora_diffusion.training.data.batches import Batch, step_seed
 from dora_diffusion.training.data.missing import PicturesMissing
+from dora_diffusion.training.processes import StopRequest
 from dora_diffusion.training.step.guard import Guard, TrainingDiverged, Wrong
 from dora_diffusion.training.step.rates import RateSchedule
 
 _NAMED = 8
+_WHOLE = 1 - 1e-6  # shares of batches add up to 1 but for their rounding
 _DONE = {
     "skipped": "the step is skipped",
     "restored": "the last good state is put back, and the run goes on with the next pictures",
@@ -31,13 +33,15 @@ class _Taken:
     """What a step's batches came to in this process.
 
     Attributes:
-        losses: of each batch, times its share of the step, detached.
+        losses: of each batch, times its share of its micro-batch, detached.
         names: of each batch's pictures.
+        weight: the shares added up: how many micro-batches' samples could be read.
         missing: why the step cannot be taken, when too many pictures are gone.
     """
 
     losses: list[Tensor] = field(default_factory=list)
     names: list[tuple[str, ...]] = field(default_factory=list)
+    weight: float = 0.0
     missing: PicturesMissing | None = None
 
 
@@ -49,9 +53,14 @@ class TrainingStep:
         accelerator: of the run.
         trainable: what is trained.
         objective_of: a picture's size -> how its latents are noised, and what the denoiser should say of them.
-        batches_at: micro-batch number -> its batches, each of one shape; their shares add up to 1.
+        batches_at: micro-batch number -> its batches, each of one shape; their shares add up to 1, or to less where
+            samples are missing: the mean of a step is over those that there are.
         optimizer: over the trained parameters.
         guard: judges each step before anything moves.
+
+    Attributes:
+        rates: the learning rate of each step.
+        stop: whether this process was asked to stop; each step tells the others, and it of them.
     """
 
     def __init__(
@@ -69,6 +78,7 @@ class TrainingStep:
         self._objective_of, self._batches_at, self._guard = objective_of, batches_at, guard
         self.rates = RateSchedule(optimizer, optim)
         self._optimizer = accelerator.prepare_optimizer(optimizer)
+        self.stop = StopRequest()
 
     def take(self, step: int) -> float:
         """One optimiser step over its micro-batches, or none where the guard skips it; returns the mean loss.
@@ -99,6 +109,7 @@ class TrainingStep:
             self._accelerator.backward(loss / self._optim.gradient_accumulation)
             taken.losses.append(loss.detach())
             taken.names.append(batch.names)
+            taken.weight += batch.share
 
     def micro_batches(self, step: int) -> list[int]:
         """The numbers of this process's micro-batches of a step; several processes take turns."""
@@ -153,7 +164,7 @@ class TrainingStep:
         told = parameters[0].new_tensor([0.0, float(taken.missing is not None)])
         if taken.losses:
             told[0] = torch.stack(taken.losses).sum() / self._optim.gradient_accumulation
-        told = self._averaged(parameters, told)
+        told = self._averaged(parameters, told, taken.weight / self._optim.gradient_accumulation)
         has_samples = any(parameter.grad is not None for parameter in parameters)
         self.rates.drop_ended_gradients(step)
         moves, norm = any(parameter.grad is not None for parameter in parameters), told.new_zeros(1)
@@ -167,19 +178,41 @@ class TrainingStep:
             raise taken.missing or PicturesMissing(f"step {step + 1}: another process misses too many pictures")
         return loss if has_samples else math.nan
 
-    def _averaged(self, parameters: Sequence[nn.Parameter], told: Tensor) -> Tensor:
-        """The mean over the processes of their gradients, in place, and of what they tell, in one collective."""
-        if self._accelerator.num_processes == 1:
-            return told
-        # a text encoder's last layer has none, where the pipeline reads an earlier one; nor has a step without pictures
-        has = told.new_tensor([float(parameter.grad is not None) for parameter in parameters])
-        own = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
-        flat = self._accelerator.reduce(torch.cat([told, has, *(each.flatten() for each in own)]), "mean")
-        sizes = [parameter.numel() for parameter in parameters]
-        told, has, *pieces = flat.split([len(told), len(parameters), *sizes])
-        for parameter, somewhere, piece in zip(parameters, has.tolist(), pieces, strict=True):
-            parameter.grad = piece.reshape(parameter.shape).to(parameter.dtype) if somewhere else None
+    def _averaged(self, parameters: Sequence[nn.Parameter], told: Tensor, weight: float) -> Tensor:
+        """The mean of gradients, in place, and of the loss over the samples that all processes could read.
+
+        Args:
+            parameters: with their gradients.
+            told: the loss, and whether too many pictures are missing.
+            weight: which part of this process's samples could be read.
+        """
+        if self._accelerator.num_processes > 1:
+            told, weight = self._reduced(parameters, told, weight)
+        if 0 < weight < _WHOLE:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.div_(weight)
+            told[0] /= weight
         return told
+
+    def _reduced(self, parameters: Sequence[nn.Parameter], told: Tensor, weight: float) -> tuple[Tensor, float]:
+        """The mean over the processes of their gradients, in place, and of what they tell, in one collective.
+
+        One fp32 vector: what is told, the weight of the samples, whether one is asked to stop, which parameters have a
+        gradient, and the gradients.
+        """
+        # a text encoder's last layer has none, where the pipeline reads an earlier one; nor has a step without pictures
+        has = [float(parameter.grad is not None) for parameter in parameters]
+        known = told.new_tensor([weight, float(self.stop.asked), *has])
+        own = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+        flat = self._accelerator.reduce(torch.cat([told, known, *(each.flatten() for each in own)]), "mean")
+        sizes = [parameter.numel() for parameter in parameters]
+        told, known, *pieces = flat.split([len(told), len(known), *sizes])
+        weight, asked, *has = known.tolist()
+        self.stop.agreed = asked > 0
+        for parameter, somewhere, piece in zip(parameters, has, pieces, strict=True):
+            parameter.grad = piece.reshape(parameter.shape).to(parameter.dtype) if somewhere else None
+        return told, weight
 
     def _move(self, step: int, loss: float, norm: float, taken: _Taken) -> None:
         """One step of the optimiser, if the guard finds nothing wrong."""

@@ -38,7 +38,7 @@ def step_of(steps, scale: float, **guard):
     accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(optimizer)
     parameter = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1)
-    trainable = SimpleNamespace(parameters=lambda: [parameter], refresh_norms=lambda: None)
+    trainable = SimpleNamespace(parameters=lambda: [parameter], refresh_norms=lambda: None, bring_denoiser=lambda: None)
     judge = Guard(GuardConfig(**guard), {"it": parameter}, optimizer)
     batches = [
         [SimpleNamespace(share=1.0, loss=torch.tensor(loss), gradient=gradient, names=("a.png",))]
@@ -89,6 +89,7 @@ def test_what_the_guard_skips_leaves_the_scaler_ready_for_the_next_step(wrong) -
 
 SCRIPT = """
 import math, sys
+import torch
 from pathlib import Path
 from accelerate import Accelerator
 from tests.unit.training.test_guard import step_of, GOOD
@@ -98,13 +99,15 @@ steps = [wrong.get(number // 2, (1.0, GOOD)) if number % 2 else (1.0, GOOD) for 
 step, parameter, _, guard = step_of([each or (1.0, GOOD) for each in steps], 1.0, window=4)
 whole = step._batches_at
 step._batches_at = lambda index: [] if steps[index] is None else whole(index)
-moved = []
+moved, losses = [], []
 for number in range(7):
-    step.take(number)
+    losses.append(step.take(number))
     moved.append(parameter.tolist())
 still = [number for number in range(1, 7) if moved[number] == moved[number - 1]]
+assert losses[5] == 1.0, losses  # of the samples that there are, not half of it
 said = f"still {still} skipped {guard.counts['guard/skipped']} at {moved[-1]}"
 Path(sys.argv[1], f"rank-{rank}").write_text(said)
+torch.distributed.destroy_process_group()
 """
 
 

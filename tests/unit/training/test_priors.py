@@ -23,6 +23,7 @@ from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.data.batches import BatchSource
 from dora_diffusion.training.data.concepts import opened
 from dora_diffusion.training.data.examples import Example
+from dora_diffusion.training.processes import Processes
 from dora_diffusion.training.step import priors
 from dora_diffusion.training.step.guard import Guard
 from dora_diffusion.training.step.objective import Objectives, objective_of
@@ -204,7 +205,7 @@ def test_processes_draw_a_share_each_and_wait_for_one_another(images, pipe, draw
     found: dict[int, list[Example]] = {}
 
     def draw(process: int) -> None:
-        found[process] = ensure_class_examples(pipe, config, process=process, processes=3)
+        found[process] = ensure_class_examples(pipe, config, processes=Processes(process, 3))
 
     late, *others = [threading.Thread(target=draw, args=(process,)) for process in range(3)]
     for thread in others:
@@ -229,7 +230,7 @@ def test_what_a_killed_run_of_several_had_drawn_is_kept(images, pipe, drawn_ones
     config = config_of(images, {"class_prompt": "a dog", "class_images": 4})
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(priors.time, "sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt))
-        ensure_class_examples(pipe, config, process=1, processes=2)
+        ensure_class_examples(pipe, config, processes=Processes(1, 2))
     assert sum(map(len, drawn_ones)) == 2
     assert len(ensure_class_examples(pipe, config)) == 4
     assert sum(map(len, drawn_ones)) == 4

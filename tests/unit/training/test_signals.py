@@ -39,6 +39,17 @@ def test_the_first_signal_asks_and_the_second_ends(number: signal.Signals) -> No
     assert signal.getsignal(number) is before
 
 
+def test_what_a_launcher_passes_on_is_the_first_signal_once_more(monkeypatch) -> None:
+    with pytest.raises(KeyboardInterrupt), stop_requests(by_all=True) as stop:
+        signal.raise_signal(signal.SIGINT)  # the terminal's, to all processes
+        signal.raise_signal(signal.SIGTERM)  # the launcher's, which the terminal has told too
+        assert stop.asked and not stop.stands  # a step has to tell the others
+        stop.agreed = True
+        assert stop.stands
+        stop.at -= 60
+        signal.raise_signal(signal.SIGINT)
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system knows no SIGHUP")
 def test_a_terminal_that_is_closed_asks_however_often_it_says_so() -> None:
     with stop_requests() as stop:

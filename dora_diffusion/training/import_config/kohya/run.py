@@ -184,12 +184,20 @@ RUN: list[Row] = [
         "the machine's, or found by itself",
         (
             "sdpa xformers mem_eff_attn lowram highvram max_data_loader_n_workers "
-            "persistent_data_loader_workers ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph "
-            "tokenizer_cache_dir disable_mmap_load_safetensors no_half_vae text_encoder_batch_size "
+            "persistent_data_loader_workers tokenizer_cache_dir disable_mmap_load_safetensors no_half_vae "
+            "text_encoder_batch_size "
             "t5xxl_device t5xxl_dtype use_flash_attn use_sage_attn sample_batch_size output_config "
-            "config_file num_cpu_threads_per_process deepspeed"
+            "config_file num_cpu_threads_per_process"
         ),
         example="x",
+    ),
+    *unneeded(
+        "several processes: `accelerate launch --multi_gpu`, one reduce a step, no wait that times out",
+        "ddp_timeout ddp_gradient_as_bucket_view ddp_static_graph",
+        example="x",
+    ),
+    *without(
+        "`accelerate launch --use_fsdp --fsdp_version 2` spreads the base over devices", "deepspeed", example=True
     ),
     *unneeded(
         "captions are encoded once and kept when no text encoder is trained",

@@ -97,11 +97,18 @@ REST: list[Row] = [
     *unneeded(
         "the machine's, or found by itself",
         (
-            "__version workspace_dir huggingface_cache_dir offline_mode multi_gpu device_indexes "
-            "gradient_reduce_precision fused_gradient_reduce async_gradient_reduce "
-            "async_gradient_reduce_buffer dataloader_threads temp_device fallback_train_dtype "
+            "__version workspace_dir huggingface_cache_dir offline_mode "
+            "dataloader_threads temp_device fallback_train_dtype "
             "enable_autocast_cache attention_mechanism async_offloading force_circular_padding "
             "sample_image_format sample_video_format sample_audio_format weight_dtype quantization.*"
+        ),
+        example="x",
+    ),
+    *unneeded(
+        "several devices: `accelerate launch --multi_gpu --num_processes N`, one reduce a step in fp32",
+        (
+            "multi_gpu device_indexes gradient_reduce_precision fused_gradient_reduce async_gradient_reduce "
+            "async_gradient_reduce_buffer"
         ),
         example="x",
     ),
