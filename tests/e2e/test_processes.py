@@ -101,10 +101,11 @@ def test_each_draws_its_share_of_the_previews(one, two) -> None:
 def test_each_encodes_its_share_of_what_both_keep(two) -> None:
     pictures, captions = ([rank[what] for rank in two["ranks"]] for what in ("encoded", "said"))
     assert pictures == [[3], [3]]  # three pictures, plain and flipped
-    assert [len(each) for each in captions] == [1, 1] and set(map(tuple, captions)) == {("",), ("a zqx cat",)}
+    assert {tuple(each[:1]) for each in captions} == {("",), ("a zqx cat",)}
+    assert [each[1:] for each in captions] == [["", "a hen", "a zqx cat"], ["", "a dog"]]  # of its own previews
     cache = two["folder"].parent / "run-cache"
     assert len(list(cache.glob("latents/*/*.safetensors"))) == 6
-    assert len(list(cache.glob("captions/*/*.safetensors"))) == 2
+    assert len(list(cache.glob("captions/*/*.safetensors"))) == 2 + 4  # captions, and what the encoder says of previews
 
 
 @pytest.mark.parametrize("who", ["0", "1", "launcher"])

@@ -13,7 +13,7 @@ from dora_diffusion.training.run.history import History
 from dora_diffusion.training.run.identity import Identity
 from dora_diffusion.training.run.keeper import Keeper
 from dora_diffusion.training.run.launch import Launched
-from dora_diffusion.training.run.previews import prompts_of
+from dora_diffusion.training.run.previews import own_previews, prompts_of
 from dora_diffusion.training.run.standing import Standing
 from dora_diffusion.training.run.validation import Validation, measured_examples
 from dora_diffusion.training.run.watchers import Watchers
@@ -76,7 +76,7 @@ def parts_of(
     accelerator, processes = launched.accelerator, launched.processes
     source = BatchSource(trainable, config, instances=examples.train, classes=examples.classes, processes=processes)
     source.keep_captions(one.caption for one in measured_examples(examples, config.validation))
-    source.keep_prompts(prompts_of(config.preview))
+    source.keep_prompts(prompts_of(own_previews(config.preview, processes)))
     optimizer = build_optimizer(trainable, config.optim, config.words)
     limit_weight_norms(optimizer, trainable, config.optim.max_weight_norm)
     average = average_of(trainable, optimizer, config.optim)

@@ -39,6 +39,11 @@ def settings_of(preview: PreviewConfig) -> list[GenerationSettings]:
     return found
 
 
+def own_previews(preview: PreviewConfig, processes: Processes) -> PreviewConfig:
+    """The previews that this process draws."""
+    return preview.model_copy(update={"prompts": processes.share_of_forwards(preview.prompts)})
+
+
 def prompts_of(preview: PreviewConfig) -> list[str]:
     """All that text encoders are asked for previews."""
     return [prompt for one in settings_of(preview) for prompt in (one.prompt, one.negative_prompt)]

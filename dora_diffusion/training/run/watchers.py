@@ -10,7 +10,7 @@ from dora_diffusion.training.config import TrainConfig
 from dora_diffusion.training.processes import Processes
 from dora_diffusion.training.run.callbacks import Callbacks
 from dora_diffusion.training.run.movement import movement
-from dora_diffusion.training.run.previews import draw_previews, pass_on, preview_path, save_previews
+from dora_diffusion.training.run.previews import draw_previews, own_previews, pass_on, preview_path, save_previews
 from dora_diffusion.training.run.trackers import log_pictures
 from dora_diffusion.training.run.validation import Validation, due
 from dora_diffusion.training.step.average import Average
@@ -75,7 +75,7 @@ class Watchers:
 
     def _draw(self, step: int) -> None:
         """Each process draws its share and waits for the others'; one makes a row of them."""
-        own = self._preview.model_copy(update={"prompts": self._processes.share_of_forwards(self._preview.prompts)})
+        own = own_previews(self._preview, self._processes)
         pictures = draw_previews(self._trainable, own) if own.prompts else []
         pictures = pass_on(pictures, self._processes, self._samples, step=step, count=len(self._preview.prompts))
         if self._processes.leads:
