@@ -125,7 +125,9 @@ def resumable_part(config: TrainConfig) -> dict[str, Any]:
     """The settings that make up a run; previews are not among them, nor where pictures and caches lie."""
     sections = {"model", "data", "prior", "adapter", "words", "optim", "loss", "flow"}
     parts = config.model_dump(mode="json", include=sections)
-    parts["base"] = {"quantise": config.base.quantise}  # its weights and adapters are compared by their bytes
+    # its weights and adapters are compared by their bytes; swapped blocks change none
+    parts["base"] = {"quantise": config.base.quantise, "compile": config.base.compile}
+    parts["optim"].pop("preset")  # whose settings are there
     for section, keys in _PLACES.items():
         for key in keys:
             parts[section].pop(key)

@@ -8,6 +8,7 @@ from dora_diffusion.training.data.missing import PicturesMissing
 from dora_diffusion.training.processes import StopRequest
 from dora_diffusion.training.run.callbacks import CallbackFailed
 from dora_diffusion.training.run.checkpoint import Saved
+from dora_diffusion.training.run.exhausted import exhausted, is_exhausted
 from dora_diffusion.training.run.finish import TrainResult
 from dora_diffusion.training.run.parts import Parts
 from dora_diffusion.training.run.signals import stop_requests
@@ -90,6 +91,13 @@ class Run:
                 self.keeper.checkpoint(step)
             self._part(f"stopped before {step}")
             raise
+        except RuntimeError as error:
+            if not is_exhausted(error):
+                raise
+            saved = step > 0 and not self.step.moves  # while it moves, parameters are of two steps
+            if saved:
+                self.keeper.checkpoint(step)
+            raise exhausted(error, self.config, doing=f"step {step + 1}", saved=saved) from None
 
     def _heed(self, stop: StopRequest, done: int, loss: float, rate: float) -> None:
         """All that looks on after a step; a checkpoint, where one is due or this is where the run ends."""
@@ -102,6 +110,11 @@ class Run:
             self.keeper.checkpoint(done)
             self._part(f"stopped at {done}")
             raise
+        except RuntimeError as error:
+            if not is_exhausted(error):
+                raise
+            self.keeper.checkpoint(done)
+            raise exhausted(error, self.config, doing=f"previews or measuring after step {done}", saved=True) from None
         except CallbackFailed:  # which the leading process alone has: whoever started the others ends them
             self.keeper.checkpoint(done)
             raise

@@ -25,6 +25,7 @@ from dora_diffusion.training.processes import processes_of
 from dora_diffusion.training.run.callbacks import Callbacks, TrainingCallback
 from dora_diffusion.training.run.card import base_lines
 from dora_diffusion.training.run.checkpoint import Saved, newest
+from dora_diffusion.training.run.exhausted import told_of_memory
 from dora_diffusion.training.run.exports import check_exports
 from dora_diffusion.training.run.finish import TrainResult, finished_result
 from dora_diffusion.training.run.folder import holds_checkpoints, run_lock
@@ -119,7 +120,8 @@ def train(
     with run_lock(config.output_dir) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
         launched = Launched(accelerator, processes_of(accelerator, in_step=shards))
-        return _train(config, launched, wanted, pipeline=pipeline, callbacks=called)
+        with told_of_memory(config):
+            return _train(config, launched, wanted, pipeline=pipeline, callbacks=called)
 
 
 def check_start(

@@ -61,6 +61,7 @@ class TrainingStep:
     Attributes:
         rates: the learning rate of each step.
         stop: whether this process was asked to stop; each step tells the others, and it of them.
+        moves: whether the optimiser is at work, or was when it failed.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class TrainingStep:
         self._objective_of, self._batches_at, self._guard = objective_of, batches_at, guard
         self.rates = RateSchedule(optimizer, optim)
         self._optimizer = accelerator.prepare_optimizer(optimizer)
-        self.stop = StopRequest()
+        self.stop, self.moves = StopRequest(), False
 
     def take(self, step: int) -> float:
         """One optimiser step over its micro-batches, or none where the guard skips it; returns the mean loss.
@@ -222,7 +223,9 @@ class TrainingStep:
         wrong = None if is_scalers else self._guard.judge(loss, norm)
         if wrong is None and not is_scalers:
             self._guard.passed(step, norm)
+            self.moves = True
             self._optimizer.optimizer.step()  # the scaler's own would wait once more to learn what the norm has said
+            self.moves = False
         if scaler is not None:  # which has looked at these gradients, and waits to hear that they are done with
             scaler.update()
         if wrong is not None:
