@@ -186,19 +186,23 @@ def built(model: Published) -> Any:
     return pipe
 
 
-@pytest.mark.parametrize("swapped", [0, 2])
+FEW, PUBLISHED_SIZE = "few blocks", "published"
+
+
 @pytest.mark.parametrize(
-    "size", ["few blocks", pytest.param("published", marks=pytest.mark.slow)], ids=["few", "published"]
+    ("size", "halves"),
+    [(FEW, 0), (FEW, 2), pytest.param(PUBLISHED_SIZE, 0, marks=pytest.mark.slow)],
+    ids=["few", "few, swapped", "published"],
 )
 @pytest.mark.parametrize("name", MODELS)
-def test_every_phase_stays_under_the_estimate(monkeypatch, name: str, size: str, swapped: int) -> None:
+def test_every_phase_stays_under_the_estimate(monkeypatch, name: str, size: str, halves: int) -> None:
     published = next(each for each in PUBLISHED if each.name == name)
-    model = published if size == "published" else shallow(published)
+    model = published if size == PUBLISHED_SIZE else shallow(published)
     settings = {"optim": {"gradient_checkpointing": True}, "preview": {"prompts": ["a cat"]}}
     config = config_of(**settings)
     trainable = prepare_trainable(built(model), config)
     blocks = len(swap.repeated_blocks(trainable.denoiser))
-    config = config_of(**settings, base={"swap_blocks": blocks * swapped // 2})
+    config = config_of(**settings, base={"swap_blocks": blocks * halves // 2})
     expected = estimate_memory(trainable, config, device="cuda")
     device = run_phases(built(model), config, monkeypatch)
     told = {phase: f"{size / 2**30:.2f}" for phase, size in device.most.items()}
