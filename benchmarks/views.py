@@ -107,7 +107,7 @@ def step_times(folder: Path, steps: int) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as run:
         configs = {name: config_of(folder, Path(run), 2 * steps, data) for name, data in VIEWS.items()}
         first = next(iter(configs.values()))
-        trainable = prepare_trainable(load_base("pocket", torch.float32, torch.device("cpu")), first)
+        trainable = prepare_trainable(load_base("pocket", torch.float32), first)
         takes = {name: _step_of(config, trainable) for name, config in configs.items()}
         for number in range(steps):
             for name, take in takes.items():

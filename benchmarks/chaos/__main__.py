@@ -46,7 +46,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="chaos-") as place:
         folder = Path(place)
         make_inputs(folder)
-        pipe = load_base(str(folder / "base"), torch.float32, torch.device("cpu"))
+        pipe = load_base(str(folder / "base"), torch.float32)
         outcomes = [outcome_of(folder, pipe, kind, arguments) for kind in KINDS]
     command = f"python -m benchmarks.chaos --kills {arguments.kills} --seed {arguments.seed}"
     found = summary(outcomes, command)

@@ -16,7 +16,7 @@ from dora_diffusion.layers.dora import DoRALayer
 from dora_diffusion.layers.injection import Injection, inject, refresh_norms
 from dora_diffusion.layers.quantisation import stays_put
 from dora_diffusion.pipelines.loading import load_pipeline
-from dora_diffusion.pipelines.quantise import check_library, quantise_pipeline
+from dora_diffusion.pipelines.quantise import check_library, quantise_pipeline, quantised_parts
 from dora_diffusion.pipelines.textual_inversion import Words, add_words
 from dora_diffusion.state import AdapterState, join
 from dora_diffusion.training.base.below import Below
@@ -199,10 +199,12 @@ def load_base(model: str, dtype: torch.dtype, files: BaseConfig | None = None) -
     return pipe
 
 
-def quantise_base(pipe: Any, base: BaseConfig) -> None:
-    """Quantise what the config names, once nothing is folded into it any more."""
+def quantise_base(pipe: Any, base: BaseConfig, device: torch.device) -> None:
+    """Quantise what the config names, once nothing is folded into it any more, layer by layer where steps are taken."""
     if base.quantise is not None:
         quantise_pipeline(pipe, base.quantise, key="base.quantise")
+        for name in quantised_parts(pipe, base.quantise, key="base.quantise"):
+            nn.Module.to(getattr(pipe, name), device)
 
 
 def encoders_of(pipe: Any, family: Family) -> list[str]:

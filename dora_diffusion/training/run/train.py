@@ -213,7 +213,7 @@ def _train_on(pipe: Any, begun: _Begun, launched: Launched, callbacks: Callbacks
     accelerator = launched.accelerator
     base = base_identity(pipe)
     below = lay_below(pipe, config.base.adapters)
-    quantise_base(pipe, config.base)
+    quantise_base(pipe, config.base, accelerator.device)
     if launched.processes.in_step:
         accelerator.print(shard_base(pipe, accelerator.device))
     objectives = Objectives(pipe, config.optim, config.flow, config.loss)

@@ -237,7 +237,7 @@ def test_training_starts_from_such_a_file(pipe, tmp_path) -> None:
     other = PIPELINES["sd1"].build(seed=1)
     save_file(other.unet.state_dict(), tmp_path / "unet.safetensors")
     files = BaseConfig(unet=tmp_path / "unet.safetensors")
-    loaded = load_base(str(folder), torch.float32, torch.device("cpu"), files)
+    loaded = load_base(str(folder), torch.float32, files)
     assert_identical(weights(loaded.unet), weights(other.unet))
     assert not any(parameter.requires_grad for parameter in loaded.unet.parameters())
 

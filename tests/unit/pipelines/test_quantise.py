@@ -125,7 +125,7 @@ def _bytes(tensor: Tensor) -> int:
 @pytest.mark.parametrize("name", REAL)
 def test_a_run_beside_quantised_layers_moves_what_is_trained_and_nothing_else(name: str, config) -> None:
     settings = config(name)
-    pipe = load_base(settings.model, torch.float32, torch.device("cpu"), settings.base)
+    pipe = load_base(settings.model, torch.float32, settings.base)
     quantise_base(pipe, settings.base, torch.device("cpu"))
     paths = [path for path, module in pipe.unet.named_modules() if quantisation.is_quantised(module)]
     before = {path: quantisation.dequantise(pipe.unet.get_submodule(path)).clone() for path in paths}
