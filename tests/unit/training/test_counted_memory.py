@@ -1,4 +1,4 @@
-"""A run's phases on a device that counts: published models in their real size, without numbers, keep to the estimate.
+"""A run's phases on a device that counts: models of published widths, a few blocks deep, keep to the estimate.
 
 The device is one of the tests' own: components that are moved there, and swapped blocks that are brought, count as long
 as they are there; so does everything that is computed, while it lives.
@@ -186,27 +186,18 @@ def built(model: Published) -> Any:
     return pipe
 
 
-FEW, PUBLISHED_SIZE = "few blocks", "published"
-
-
-@pytest.mark.parametrize(
-    ("size", "halves"),
-    [(FEW, 0), (FEW, 2), pytest.param(PUBLISHED_SIZE, 0, marks=pytest.mark.slow)],
-    ids=["few", "few, swapped", "published"],
-)
+@pytest.mark.parametrize("swaps", [False, True], ids=["plain", "swapped"])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_phase_stays_under_the_estimate(monkeypatch, name: str, size: str, halves: int) -> None:
+def test_every_phase_stays_under_the_estimate(monkeypatch, name: str, swaps: bool) -> None:
     published = next(each for each in PUBLISHED if each.name == name)
-    model = published if size == PUBLISHED_SIZE else shallow(published)
+    model = shallow(published)
     settings = {"optim": {"gradient_checkpointing": True}, "preview": {"prompts": ["a cat"]}}
     config = config_of(**settings)
     trainable = prepare_trainable(built(model), config)
     blocks = len(swap.repeated_blocks(trainable.denoiser))
-    config = config_of(**settings, base={"swap_blocks": blocks * halves // 2})
+    config = config_of(**settings, base={"swap_blocks": blocks if swaps else 0})
     expected = estimate_memory(trainable, config, device="cuda")
     device = run_phases(built(model), config, monkeypatch)
-    told = {phase: f"{size / 2**30:.2f}" for phase, size in device.most.items()}
-    print(name, size, f"{expected.total / 2**30:.2f}", told)
+    told = {phase: f"{size / 2**30:.2f} GiB" for phase, size in device.most.items()}
     assert max(device.most.values()) <= expected.total, told
     assert max(device.most.values()) >= 0.8 * expected.total, told
-    assert all(len(there) <= 1 or phase == "captions" for phase, there in device.there.items())
