@@ -406,7 +406,7 @@ class OptimConfig(_Section):
     """Seed of everything random in training."""
     preset: Literal["low-memory"] | None = None
     """Sets what is not set otherwise: low-memory = base.quantise nf4, optim.mixed_precision bf16 and
-    optim.gradient_checkpointing, with which FLUX.1 trains on 24 GB and SDXL on 8."""
+    optim.gradient_checkpointing; `--dry-run` estimates what that takes."""
 
     @property
     def kind(self) -> Optimiser:

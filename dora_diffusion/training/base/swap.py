@@ -4,7 +4,7 @@ Frozen weights alone are swapped: what is trained stays, and nothing has to be c
 emptied rather than replaced, so that the views that autograd has saved of them are whole again when the block is: it
 works with gradient checkpointing and without. A block comes before its forward and before the first gradient of what
 it returned, and goes when another one comes; on a CUDA device the one that came after it last time is brought
-meanwhile, on a stream of its own. Norms that are refreshed bring one layer at a time (`layers.offloaded.at_hand`).
+meanwhile, on a stream of its own. Norms that are refreshed read a layer's weight from main memory.
 """
 
 from collections import Counter
@@ -33,9 +33,14 @@ class _Block:
         self.ready: torch.cuda.Event | None = None
 
     @property
-    def is_here(self) -> bool:
+    def is_whole(self) -> bool:
         """Whether its storages are full, or are being filled."""
         return not any(map(is_away, self.tensors))
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether its storages are empty."""
+        return all(map(is_away, self.tensors))
 
     def leave(self) -> None:
         """Give its memory back, once nothing writes to it any more."""
@@ -87,7 +92,7 @@ class BlockSwap:
     def rest(self) -> None:
         """Send every block away, until one is asked for."""
         for block in self._blocks:
-            if block.is_here:
+            if not block.is_gone:
                 block.leave()
 
     def remove(self) -> None:
@@ -128,15 +133,15 @@ class BlockSwap:
     def _bring(self, number: int, *, in_backward: bool) -> None:
         """Have a block here, all others but the next away."""
         block, now = self._blocks[number], (in_backward, number)
-        if self._last == now and block.is_here and block.ready is None:
+        if self._last == now and block.is_whole and block.ready is None:
             return
         if self._last is not None and self._last != now:
             self._after[self._last] = number
         self._last = now
         for other in self._blocks:
-            if other is not block and other.is_here:
+            if other is not block and not other.is_gone:
                 other.leave()
-        if not block.is_here:
+        if not block.is_whole:
             block.come()
         block.wait()
         self._prefetch(now)
@@ -144,7 +149,7 @@ class BlockSwap:
     def _prefetch(self, now: tuple[bool, int]) -> None:
         """Begin to bring the block that came after this one last time."""
         following = self._after.get(now)
-        if self._stream is None or following is None or self._blocks[following].is_here:
+        if self._stream is None or following is None or self._blocks[following].is_whole:
             return
         block, here = self._blocks[following], torch.cuda.current_stream(self._device)
         for tensor in block.tensors:  # memory of this stream: what was in it before is done with when it is written
